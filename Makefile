@@ -1,0 +1,49 @@
+# biscale-env: two commands are enough on a fresh machine: `make compare` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+SHELL  := /bin/bash
+
+.PHONY: compare test test-slow test-all lint types bench fit install docs test-engine clean
+
+compare: $(READY)            ## the main job on the embedded default scenario
+	$(BIN)/biscale compare
+
+test: $(READY)               ## all fast tests
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu and not engine"
+
+test-slow: $(READY)          ## the slow ones
+	$(BIN)/python -m pytest -q -m "slow and not gpu and not engine"  # one at a time: some run in real time
+
+test-all: test test-slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+bench: $(READY)              ## every speed figure with its target and ratio
+	$(BIN)/biscale bench
+
+fit: $(READY)                ## regenerate the coefficient files and the model-against-measurement table
+	$(BIN)/biscale fit --report
+
+docs: $(READY)               ## regenerate the figures of README and docs that need no long experiment
+	$(BIN)/python docs/update.py
+
+test-engine:                 ## a real vLLM prefill/decode pair on CPU, in an environment of its own
+	bash tests/engine/run.sh
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
