@@ -1,0 +1,14 @@
+"""Fitted latency and power models: one formula (`physics`), coefficient files with provenance, and an ensemble of draws."""
+
+from biscale_env.models.model import DEFAULT_NAME, IterationModel, ModelName, as_record, load_model
+from biscale_env.models.physics import COEFFICIENT_DTYPE, Coefficients
+
+__all__ = [
+    "COEFFICIENT_DTYPE",
+    "DEFAULT_NAME",
+    "Coefficients",
+    "IterationModel",
+    "ModelName",
+    "as_record",
+    "load_model",
+]
