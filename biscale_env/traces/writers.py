@@ -1,0 +1,70 @@
+"""Writing traces: CSV, Mooncake JSON lines or Parquet, by the suffix; a file appears whole or not at all."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
+
+from biscale_env.errors import BiscaleError
+from biscale_env.traces.layouts import LAYOUTS, META_KEY
+from biscale_env.traces.schema import Trace
+
+MS_DECIMALS = 6
+
+
+def _write_csv(trace: Trace, path: Path) -> None:
+    columns = (trace.arrival_s, trace.prompt_tokens, trace.output_tokens)
+    pd.DataFrame(dict(zip(LAYOUTS["biscale"].columns, columns, strict=True))).to_csv(path, index=False)
+
+
+def _write_jsonl(trace: Trace, path: Path) -> None:
+    names = LAYOUTS["mooncake"].columns
+    columns = (np.round(trace.arrival_s * 1e3, MS_DECIMALS), trace.prompt_tokens, trace.output_tokens)
+    frame = pd.DataFrame(dict(zip(names, columns, strict=True)))
+    frame.to_json(path, orient="records", lines=True, double_precision=MS_DECIMALS)
+
+
+def _write_parquet(trace: Trace, path: Path) -> None:
+    columns = (trace.arrival_s, trace.prompt_tokens, trace.output_tokens)
+    table = pa.table(dict(zip(LAYOUTS["biscale"].columns, columns, strict=True)))
+    meta = {META_KEY: repr(float(trace.duration_s))}
+    pa.parquet.write_table(table.replace_schema_metadata(meta), path)
+
+
+WRITERS: dict[str, Callable[[Trace, Path], None]] = {
+    ".csv": _write_csv,
+    ".jsonl": _write_jsonl,
+    ".parquet": _write_parquet,
+}
+
+
+def write_trace(trace: Trace, path: str | Path) -> Path:
+    """Write a trace, replacing an existing file in one step.
+
+    CSV and Parquet keep times exactly, Mooncake JSON lines to the nanosecond. Only Parquet also keeps the observed
+    duration; from the others it is read back as the last arrival.
+
+    Args:
+        trace: what to write.
+        path: file ending in ``.csv``, ``.jsonl`` (Mooncake) or ``.parquet``.
+
+    Raises:
+        BiscaleError: unknown suffix, or the file cannot be written.
+    """
+    path = Path(path)
+    writer = WRITERS.get(path.suffix.lower())
+    if writer is None:
+        raise BiscaleError(f"cannot write a trace as '{path.name}': the name must end in {', '.join(WRITERS)}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        writer(trace, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise BiscaleError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
