@@ -1,0 +1,1 @@
+"""Compiled, event-driven dynamics of one prefill and one decode instance."""

@@ -1,0 +1,149 @@
+"""The clock and the work done under it: actuation delay, power cap, idle power. Shared by both phases.
+
+A clock request takes ``delay_s`` to act. One request is on its way at a time; meanwhile the newest request waits and starts when the one
+before has landed (a conflating queue of one, as in the hardware actuator). A request equal to the newest one is skipped.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from biscale_env.jit import inlined
+from biscale_env.models.physics import effective_freq_ghz, idle_power_w, iteration_energy_j, latency_s
+
+
+@inlined
+def snap_ghz(p: Any, freq_ghz: float) -> float:
+    """Nearest supported clock within the range, GHz."""
+    steps = np.rint((p.freq_max_ghz - freq_ghz) / p.freq_step_ghz)
+    last = np.floor((p.freq_max_ghz - p.freq_min_ghz) / p.freq_step_ghz + 1e-9)
+    return p.freq_max_ghz - p.freq_step_ghz * min(max(steps, 0.0), last)
+
+
+@inlined
+def request_clock(st: Any, p: Any, freq_ghz: float) -> None:
+    """Ask for a (supported) clock now."""
+    if freq_ghz == st.wanted_ghz:
+        return
+    st.wanted_ghz = freq_ghz
+    if p.delay_s <= 0.0:
+        st.freq_ghz = freq_ghz
+        st.n_switches += 1
+    elif not np.isfinite(st.apply_at_s):
+        st.inflight_ghz = freq_ghz
+        st.apply_at_s = st.time_s + p.delay_s
+
+
+@inlined
+def land_clock(st: Any, p: Any) -> None:
+    """The clock on its way takes effect; if a newer one waits, it sets out."""
+    st.freq_ghz = st.inflight_ghz
+    st.n_switches += 1
+    if st.wanted_ghz == st.freq_ghz:
+        st.apply_at_s = np.inf
+    else:
+        st.inflight_ghz = st.wanted_ghz
+        st.apply_at_s += p.delay_s
+
+
+@inlined
+def under_cap(c: Any, p: Any, tokens: float, attn_work: float, cached: float, n_seq: float, freq_ghz: float) -> Any:
+    """What an iteration does at a requested clock: ``(effective clock in GHz, duration in s, energy per GPU in J)``."""
+    duration = latency_s(c, tokens, attn_work, cached, n_seq, freq_ghz)
+    joules = iteration_energy_j(c, tokens, attn_work, cached, duration, freq_ghz)
+    if joules <= c.p_cap_w * duration:
+        return freq_ghz, duration, joules
+    freq = effective_freq_ghz(c, tokens, attn_work, cached, n_seq, freq_ghz, p.freq_min_ghz)
+    duration = latency_s(c, tokens, attn_work, cached, n_seq, freq)
+    return freq, duration, iteration_energy_j(c, tokens, attn_work, cached, duration, freq)
+
+
+@inlined
+def run_work(st: Any, c: Any, p: Any, tokens: float, attn_work: float, cached: float, n_seq: float) -> None:
+    """Run one iteration to its end; a clock that lands meanwhile changes the speed of what is left of it."""
+    start = st.time_s
+    freq, duration, joules = under_cap(c, p, tokens, attn_work, cached, n_seq, st.freq_ghz)
+    remaining = 1.0
+    energy = 0.0
+    cycles = 0.0
+    while st.time_s + remaining * duration > st.apply_at_s:
+        share = max(st.apply_at_s - st.time_s, 0.0) / duration
+        energy += share * joules
+        cycles += share * duration * freq
+        remaining -= share
+        st.time_s = max(st.apply_at_s, st.time_s)
+        land_clock(st, p)
+        freq, duration, joules = under_cap(c, p, tokens, attn_work, cached, n_seq, st.freq_ghz)
+    energy += remaining * joules
+    cycles += remaining * duration * freq
+    st.time_s += remaining * duration
+    elapsed = st.time_s - start
+    st.last_time_s = elapsed
+    st.last_power_w = energy / elapsed
+    st.energy_j += energy * c.n_gpus
+    st.busy_s += elapsed
+    st.step_energy_j += energy * c.n_gpus
+    st.step_freq_mean_ghz += cycles
+    st.step_duration_s += elapsed
+    st.step_iterations += 1
+    st.iterations += 1
+
+
+@inlined
+def run_idle(st: Any, c: Any, p: Any, until_s: float) -> None:
+    """Wait at the clock in force until ``until_s``, drawing idle power."""
+    start = st.time_s
+    joules = 0.0
+    while st.apply_at_s < until_s:
+        joules += idle_power_w(c, st.freq_ghz) * max(st.apply_at_s - st.time_s, 0.0)
+        st.time_s = max(st.apply_at_s, st.time_s)
+        land_clock(st, p)
+    joules += idle_power_w(c, st.freq_ghz) * (until_s - st.time_s)
+    st.time_s = until_s
+    joules *= c.n_gpus
+    st.energy_j += joules
+    st.energy_idle_j += joules
+    st.step_energy_j += joules
+    st.step_energy_idle_j += joules
+    st.step_idle_s += until_s - start
+
+
+@inlined
+def begin_step(st: Any) -> None:
+    """Clear the per-step sums."""
+    st.step_start_s = st.time_s
+    st.step_duration_s = 0.0
+    st.step_idle_s = 0.0
+    st.step_energy_j = 0.0
+    st.step_energy_idle_j = 0.0
+    st.step_freq_start_ghz = st.freq_ghz
+    st.step_freq_mean_ghz = 0.0
+    st.step_iterations = 0
+    st.step_finished = 0
+    st.step_violations = 0
+
+
+@inlined
+def end_step(st: Any) -> None:
+    """Turn the cycle count of the step into its mean clock."""
+    if st.step_duration_s > 0.0:
+        st.step_freq_mean_ghz /= st.step_duration_s
+
+
+@inlined
+def start_clock(st: Any, freq_ghz: float) -> None:
+    """Begin an episode at a settled clock."""
+    st.freq_ghz = freq_ghz
+    st.inflight_ghz = freq_ghz
+    st.wanted_ghz = freq_ghz
+    st.apply_at_s = np.inf
+    st.n_switches = 0
+
+
+@inlined
+def time_to_apply_s(st: Any, p: Any) -> float:
+    """Time until the newest requested clock is in force, s (0 when it is)."""
+    if st.wanted_ghz == st.freq_ghz and not np.isfinite(st.apply_at_s):
+        return 0.0
+    wait = st.apply_at_s - st.time_s
+    return wait if st.wanted_ghz == st.inflight_ghz else wait + p.delay_s
