@@ -1,0 +1,30 @@
+"""Registration of the environment ids. Any change of dynamics, reward or default scenario raises the version."""
+
+import gymnasium as gym
+
+ENV_IDS = {
+    "BiScale/Prefill-v0": ("prefill", False),
+    "BiScale/Decode-v0": ("decode", False),
+    "BiScale/PrefillDiscrete-v0": ("prefill", True),
+    "BiScale/DecodeDiscrete-v0": ("decode", True),
+}
+
+
+CLUSTER_ID = "BiScale/Cluster-v0"
+
+
+def register_envs() -> None:
+    """Register every id once; entry points are imported only when an environment is made."""
+    for env_id, (phase, discrete) in ENV_IDS.items():
+        if env_id in gym.registry:
+            continue
+        name = "PrefillEnv" if phase == "prefill" else "DecodeEnv"
+        gym.register(
+            env_id,
+            entry_point=f"biscale_env.envs.single:{name}",
+            vector_entry_point="biscale_env.envs.vector:make_" + phase,
+            disable_env_checker=True,
+            kwargs={"discrete": discrete},
+        )
+    if CLUSTER_ID not in gym.registry:
+        gym.register(CLUSTER_ID, entry_point="biscale_env.envs.cluster:ClusterEnv", disable_env_checker=True)

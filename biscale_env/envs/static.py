@@ -1,0 +1,133 @@
+"""Whole runs at one clock in a single compiled call, and the capacity search made of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biscale_env.envs.core import Batch, Pool
+from biscale_env.envs.settings import World
+from biscale_env.errors import BiscaleError
+from biscale_env.sim.rollout import decode_static, prefill_static
+from biscale_env.traces import Trace
+
+MIN_JUDGED = 300  # requests, pooled over the choices, below which a P99 is not taken for one (three may miss); assumed
+
+
+@dataclass(frozen=True)
+class StaticRun:
+    """Result of a run at one clock.
+
+    Attributes:
+        latency_s: TTFT (prefill) or TPOT (decode) per request, s.
+        energy_j: energy of the instance, idle included, J.
+        duration_s: length of the run, s.
+        busy_s: time spent in iterations, s.
+        iterations: engine iterations.
+        output_tokens: tokens asked for.
+    """
+
+    latency_s: NDArray[np.float64]
+    energy_j: float
+    duration_s: float
+    busy_s: float
+    iterations: int
+    output_tokens: int
+
+
+def run_static(world: World, trace: Trace, freq_mhz: float, draw: int = -1) -> StaticRun:
+    """Run a workload to its last token at one (settled) clock.
+
+    Args:
+        world: phase, hardware and engine settings.
+        trace: workload.
+        freq_mhz: clock within the GPU's range, MHz.
+        draw: model draw, -1 nominal.
+    """
+    world.gpu.check_clock(freq_mhz)
+    batch = Batch(world, 1, Pool.of(world, [trace]), record=True)
+    pool = batch.pool
+    st, c = batch.states[0], np.array(tuple(world.model.draw(draw)), dtype=batch.coefs.dtype)[()]
+    params = world.params(draw, trace.duration_s)
+    params["drain"] = 1
+    freq_ghz = float(world.clocks.snap_mhz(freq_mhz)) / 1e3
+    if world.phase == "prefill":
+        prefill_static(st, c, params[()], pool.arrival_s, pool.prompt, batch.finish_s, freq_ghz)
+        latency = batch.finish_s - pool.arrival_s
+    else:
+        decode_static(
+            st, c, params[()], pool.arrival_s, pool.prompt, pool.output, batch.start_s, batch.finish_s, batch.slots[0],
+            batch.ring[0], batch.tree[0], batch.stack[0], freq_ghz,
+        )  # fmt: skip
+        latency = (batch.finish_s - pool.arrival_s) / (pool.output - 1)
+    return StaticRun(
+        latency, float(st["energy_j"]), float(st["time_s"]), float(st["busy_s"]), int(st["iterations"]),
+        int(pool.output.sum(dtype=np.int64)),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Highest load that one instance serves within its SLO at a clock.
+
+    Attributes:
+        rate_rps: requests per second; 0 when even the lowest load tried misses the SLO.
+        attainment: share of requests within the SLO at that load.
+        tried: every (rate, attainment) pair of the search, in order.
+    """
+
+    rate_rps: float
+    attainment: float
+    tried: tuple[tuple[float, float], ...]
+
+
+def attainment_at(
+    world: World, trace: Trace, rate_rps: float, freq_mhz: float, seeds: Sequence[int], draw: int
+) -> float:
+    """Share of requests within the SLO at a load, over several choices of requests."""
+    runs = [run_static(world, trace.scaled_to(rate_rps, seed), freq_mhz, draw).latency_s for seed in seeds]
+    return world.slo.attained(np.concatenate(runs), world.phase)
+
+
+def find_capacity(
+    world: World,
+    trace: Trace,
+    freq_mhz: float | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    draw: int = -1,
+    tolerance: float = 0.01,
+) -> Capacity:
+    """Bisect for the highest load within the SLO; loads are made by choosing requests, never by stretching time.
+
+    Args:
+        world: phase, hardware and engine settings.
+        trace: the workload's shape.
+        freq_mhz: clock; None is the highest.
+        seeds: choices of requests that are pooled, so that one unlucky choice does not decide.
+        draw: model draw.
+        tolerance: relative width at which the search stops.
+
+    Raises:
+        BiscaleError: the trace is too short to make loads of (fewer than 100 requests).
+    """
+    if len(trace) < 100:
+        raise BiscaleError(f"{trace.name} has {len(trace)} requests: a capacity search needs at least 100")
+    freq = world.gpu.freq_max_mhz if freq_mhz is None else freq_mhz
+    tried: list[tuple[float, float]] = []
+
+    def meets(rate: float) -> bool:
+        tried.append((rate, attainment_at(world, trace, rate, freq, seeds, draw)))
+        return tried[-1][1] >= world.slo.attainment
+
+    low, high = 0.0, trace.rate_rps
+    floor = MIN_JUDGED / (len(seeds) * trace.duration_s)
+    while meets(high):
+        low, high = high, 2.0 * high
+        if high > 256 * trace.rate_rps:
+            break
+    while high - low > tolerance * high and 0.5 * (low + high) >= floor:
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if meets(middle) else (low, middle)
+    best = max((t for t in tried if t[0] == low), default=(0.0, 0.0))
+    return Capacity(best[0], best[1], tuple(tried))
