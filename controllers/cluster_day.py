@@ -1,0 +1,98 @@
+"""A whole day of a cluster: tier 1 plans every window, tier 2 runs inside, requests are streamed and only sums are kept."""
+
+import resource
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from biscale_env.envs.cluster_run import TIME_RESOLUTION_S, Window, WindowedRun
+from biscale_env.traces import Trace
+from controllers.cluster_systems import Bench, System, Tuned, planner_of
+
+LATE = ("late_ttft", "late_tpot")
+
+
+@dataclass(frozen=True)
+class Day:
+    """What came of a day.
+
+    Attributes:
+        windows: one row per window.
+        seconds: wall time of the simulation (the generation of requests included).
+        memory_mb: largest resident memory of the process.
+    """
+
+    windows: list[dict[str, Any]]
+    seconds: float
+    memory_mb: float
+
+    def totals(self) -> dict[str, float]:
+        """Sums and shares over the day."""
+        sums = {name: float(sum(w[name] for w in self.windows)) for name in ("requests", "tokens", "energy_j", *LATE)}
+        for stage in ("prefill_j", "decode_j", "spare_j"):
+            sums[stage] = float(sum(w[stage] for w in self.windows))
+        return {
+            **sums,
+            "j_per_token": sums["energy_j"] / max(sums["tokens"], 1.0),
+            "attainment_ttft": 1.0 - sums["late_ttft"] / max(sums["requests"], 1.0),
+            "attainment_tpot": 1.0 - sums["late_tpot"] / max(sums["requests"], 1.0),
+            "changes": float(
+                sum(a["placement"] != b["placement"] for a, b in zip(self.windows, self.windows[1:], strict=False))
+            ),
+        }
+
+
+def day_row(window: Window, ttft_s: float, tpot_s: float) -> dict[str, Any]:
+    """Figures of a window; requests count where they end."""
+    r = window.finished
+    intervals = r["output_tokens"] - 1
+    late = r["first_token_s"] - r["arrival_s"] > ttft_s + TIME_RESOLUTION_S
+    slow = (r["finish_s"] - r["first_token_s"] > tpot_s * intervals + TIME_RESOLUTION_S) & (intervals > 0)
+    length = max(window.duration_s, 1e-9)
+    return {
+        "index": window.index,
+        "duration_s": window.duration_s,
+        "rate_rps": window.arrived / length,
+        "requests": len(r),
+        "tokens": window.produced_tokens,
+        "energy_j": window.energy.total_j,
+        "prefill_j": window.energy.prefill_j,
+        "decode_j": window.energy.decode_j,
+        "spare_j": window.energy.spare_j,
+        "power_w": window.energy.total_j / length,
+        "late_ttft": int(np.sum(late)),
+        "late_tpot": int(np.sum(slow)),
+        "gpus": window.placement.gpus,
+        "placement": window.placement.label(),
+    }
+
+
+def run_day(
+    system: System,
+    tuned: Tuned,
+    bench: Bench,
+    pieces: Iterable[Trace],
+    progress: Callable[[int], None] | None = None,
+) -> Day:
+    """Run a system over a stream of windows.
+
+    Args:
+        system: tier 1 and tier 2.
+        tuned: its free parameters.
+        bench: cluster, table, forecast of the first window.
+        pieces: the stream.
+        progress: called with the number of each finished window.
+    """
+    start = time.perf_counter()
+    world = bench.world(system, tuned)
+    loop = WindowedRun(world, planner_of(system, tuned, bench))
+    rows = []
+    for window in loop.over(pieces):
+        rows.append(day_row(window, world.slo.ttft_s, world.slo.tpot_s))
+        if progress is not None:
+            progress(window.index)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return Day(rows, time.perf_counter() - start, memory)

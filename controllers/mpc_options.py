@@ -1,0 +1,33 @@
+"""Options and constants shared by the prefill planners."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+MARGINS: Mapping[str, tuple[Any, ...]] = {"margin": (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)}  # values to tune over
+FAR_S = 1e3  # deadline of a batch without one
+NO_DEADLINE = 9.99  # encoded slacks from here on mean "none completes" (10 in the observation)
+
+
+@dataclass(frozen=True)
+class MpcOptions:
+    """What is switched on; the defaults are the paper's controller.
+
+    Attributes:
+        margin: share of the SLO kept free before every deadline.
+        give_up: requests whose deadline has passed have none any more (the SLO is a quantile: a lost request is lost).
+        forecast: arrivals to keep room for behind the queue, in units of those expected while it drains; 0: only what has arrived.
+        delay_aware: the first part of the horizon runs at the clocks already asked for.
+        idle_credit: weight of the terminal cost: time not spent on the batches is spent idling at the energy-optimal clock.
+    """
+
+    margin: float = 0.0
+    give_up: bool = False
+    forecast: float = 0.0
+    delay_aware: bool = False
+    idle_credit: float = 0.0
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Names of the options."""
+        return tuple(f.name for f in fields(cls))

@@ -1,0 +1,73 @@
+"""The hindsight optimum by phase: the only controller that is given the trace.
+
+Prefill: the optimum itself, bracketed by a plan that can be replayed and a bound (:mod:`controllers.oracle_prefill`). Decode: the best plan
+that a search finds (:mod:`controllers.oracle_decode_search`) and a bound that nobody can beat (:mod:`controllers.oracle_decode_bound`).
+
+Plans are made for, and must be run in, :func:`controllers.oracle_replay.oracle_world`: clocks change at once and every iteration is a
+decision. In prefill a world with delay can do a little better than that one (its clock may change while idle), so a comparison at a delay
+should show ``lower_bound_any_delay_j`` beside the oracle's row. The decode bound holds at any delay.
+"""
+
+import time
+
+from biscale_env.envs.settings import World
+from biscale_env.traces import Trace
+from controllers.oracle_decode_bound import DecodeFluid
+from controllers.oracle_decode_search import search_decode_plan
+from controllers.oracle_prefill import solve_prefill_oracle
+from controllers.oracle_replay import OraclePolicy, oracle_world
+
+__all__ = ["OraclePolicy", "make_oracle", "oracle_world"]
+
+
+def make_oracle(
+    world: World, trace: Trace, target_attainment: float | None = None, draw: int | None = None
+) -> tuple[OraclePolicy, dict[str, float]]:
+    """Plan a workload with hindsight.
+
+    Args:
+        world: prefill or decode world; delay and decision interval are ignored, ``drain`` is not.
+        trace: the workload, as it will be run.
+        target_attainment: share of requests that must meet the SLO at least energy; None minimises the environment's objective.
+        draw: model draw, None that of the world's settings.
+
+    Returns:
+        The policy, to be run in ``oracle_world(world)``, and a dictionary of floats: ``replay_j`` (energy of the plan, J), ``violations``,
+        ``attainment``, ``feasible`` (1: the target is met), ``lower_bound_j`` (no policy without delay and with no more violations than
+        allowed uses less, J), ``lower_bound_any_delay_j`` (nor at any delay), ``gap`` (``replay_j / lower_bound_j - 1``),
+        ``violations_allowed`` (the target's; without one, the plan's own), ``price`` (reference energies per violation), ``seconds``.
+    """
+    begin = time.perf_counter()
+    if world.phase == "prefill":
+        found = solve_prefill_oracle(world, trace, target_attainment, draw)
+        info = {
+            "replay_j": found.replay.energy_j,
+            "violations": float(found.replay.violations),
+            "attainment": found.replay.attainment,
+            "feasible": float(found.feasible),
+            "lower_bound_j": found.energy_bound_j,
+            "lower_bound_any_delay_j": found.energy_bound_any_delay_j,
+            "violations_allowed": float(found.violations_allowed),
+            "price": found.price,
+        }
+        plan_mhz = found.plan_mhz
+    else:
+        plan = search_decode_plan(world, trace, target_attainment, draw)
+        allowed = plan.violations
+        if target_attainment is not None:
+            allowed = max(allowed, plan.violations_allowed)
+        bound_j = DecodeFluid(world, trace, draw).energy_j(allowed)
+        info = {
+            "replay_j": plan.energy_j,
+            "violations": float(plan.violations),
+            "attainment": plan.attainment,
+            "feasible": float(plan.feasible),
+            "lower_bound_j": bound_j,
+            "lower_bound_any_delay_j": bound_j,
+            "violations_allowed": float(allowed),
+            "price": plan.price,
+        }
+        plan_mhz = plan.clocks_mhz
+    info["gap"] = info["replay_j"] / info["lower_bound_j"] - 1.0
+    info["seconds"] = time.perf_counter() - begin
+    return OraclePolicy(world.clocks, plan_mhz), info

@@ -1,0 +1,180 @@
+"""Policies by name: ``max``, ``static:1200``, ``slack``, ``mpc:margin=0.1,forecast=1``."""
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from typing import Any
+
+from biscale_env.contract import Policy
+from biscale_env.errors import BiscaleError
+from controllers.base import PolicyContext
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a policy lives and how it differs from its class's defaults.
+
+    Attributes:
+        paths: per phase ``module:Class``, imported when asked for.
+        positional: parameter that a bare value after the colon sets.
+        preset: parameters that differ from the class's defaults; the name's own parameters win.
+    """
+
+    paths: Mapping[str, str]
+    positional: str | None = None
+    preset: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self, phase: str) -> Any:
+        """The class for a phase."""
+        module, name = self.paths[phase].split(":")
+        return getattr(import_module(f"controllers.{module}"), name)
+
+
+def both(path: str, positional: str | None = None) -> Entry:
+    """An entry for both phases."""
+    return Entry({"prefill": path, "decode": path}, positional)
+
+
+# What helped at equal attainment in the ablations (`controllers.ablations`), together.
+MPC_PLUS: dict[str, Any] = {"delay_aware": True, "forecast": 4.0}
+SLACK_PLUS: dict[str, Any] = {"fine": True, "load_floor": True, "accumulated": True}
+
+ENTRIES: dict[str, Entry] = {
+    "max": both("static:StaticClock"),
+    "static": both("static:StaticClock", "freq_mhz"),
+    "random": both("static:RandomClock", "seed"),
+    "slack": Entry({"decode": "slack:SlackRule"}, "margin"),
+    "slack-plus": Entry({"decode": "slack:SlackRule"}, "margin", SLACK_PLUS),
+    "mpc": Entry({"prefill": "mpc_fast:FastMpcController"}, "margin"),
+    "mpc-plus": Entry({"prefill": "mpc_fast:FastMpcController"}, "margin", MPC_PLUS),
+    "mpc-dompc": Entry({"prefill": "mpc:DoMpcController"}, "margin"),
+    "mpc-greedy": Entry({"prefill": "mpc_greedy:GreedyMpc"}, "margin"),
+    "ecofreq": both("ecofreq:EcoFreq", "margin"),
+    "throttllem": both("throttllem:ThrottllEm", "margin"),
+    "greenllm": Entry({"prefill": "greenllm:GreenPrefill", "decode": "greenllm:GreenDecode"}, "margin"),
+    "dynamollm": both("dynamollm:DynamoWindows", "margin"),
+    "agft": both("agft:Agft"),
+}
+
+
+def policy_names(phase: str) -> list[str]:
+    """Names of the policies of a phase, in the order of tables."""
+    return [name for name, entry in ENTRIES.items() if phase in entry.paths]
+
+
+def default_policies(phase: str) -> list[str]:
+    """Names that a comparison runs when none are given: everything but the plain search of `mpc` in other clothes, and bare ``static``."""
+    left_out = {"static", "mpc-greedy"} if phase == "prefill" else {"static"}
+    return [name for name in policy_names(phase) if name not in left_out]
+
+
+def parse_value(text: str) -> Any:
+    """A parameter value: bool, int, float, None or text."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def parse_name(name: str) -> tuple[str, dict[str, Any]]:
+    """Split ``base:value,key=value`` into the entry's name and parameters.
+
+    Raises:
+        BiscaleError: an unknown policy, or a bare value where none is meant.
+    """
+    base, _, rest = name.partition(":")
+    if base not in ENTRIES:
+        near = difflib.get_close_matches(base, ENTRIES, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise BiscaleError(f"unknown policy '{base}': {hint}known: {', '.join(ENTRIES)}")
+    params: dict[str, Any] = {}
+    for part in filter(None, (p.strip() for p in rest.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals:
+            positional = ENTRIES[base].positional
+            if positional is None or positional in params:
+                raise BiscaleError(f"policy '{name}': write parameters as key=value, '{part}' has no key")
+            key, value = positional, part
+        params[key.strip()] = parse_value(value.strip())
+    return base, params
+
+
+def _entry(name: str, phase: str) -> tuple[Entry, dict[str, Any]]:
+    base, named = parse_name(name)
+    entry = ENTRIES[base]
+    if phase not in entry.paths:
+        raise BiscaleError(
+            f"policy '{base}' is not for {phase}; for {phase} there are: {', '.join(policy_names(phase))}"
+        )
+    return entry, named
+
+
+def _check(entry: Entry, phase: str, name: str, params: Mapping[str, Any]) -> None:
+    known = [] if name.startswith("max") else list(inspect.signature(entry.load(phase)).parameters)[1:]
+    for key in params:
+        if key not in known:
+            raise BiscaleError(
+                f"policy '{name}' has no parameter '{key}'; it has: {', '.join([*known, 'draw', 'model'])}"
+            )
+
+
+def named_model(model: Any, context: PolicyContext) -> Any:
+    """A model given as an object or by name.
+
+    Raises:
+        BiscaleError: an unknown name.
+    """
+    if not isinstance(model, str):
+        return model
+    if model != "boosted":
+        raise BiscaleError(f"unknown model '{model}' for a policy: give 'boosted' or a model object")
+    from controllers.predictors import boosted
+
+    return boosted(context)
+
+
+def make_policy(name: str, context: PolicyContext, model: Any = None, **params: Any) -> Policy:
+    """Make a policy.
+
+    Args:
+        name: a name of :func:`policy_names`, optionally with parameters: ``static:1200``, ``slack:margin=0.1,energy_floor=true``. The
+            parameter ``draw`` (which coefficients it believes in) is taken by every policy.
+        context: what the policy may know.
+        model: what it believes about latency and energy instead of ``context.model``: an object, or ``boosted`` for the paper's
+            predictors fitted on noisy measurements (also as ``slack:model=boosted``).
+        **params: parameters of the policy; they win over those in the name.
+
+    Raises:
+        BiscaleError: unknown policy or parameter, an impossible value, or a policy of the other phase.
+    """
+    entry, named = _entry(name, context.phase)
+    merged = {**entry.preset, **named, **params}
+    if "draw" in merged:
+        context = replace(context, draw=int(merged.pop("draw")))
+    believed = merged.pop("model", None) if model is None else model
+    if believed is not None:
+        context = replace(context, model=named_model(believed, context))
+    _check(entry, context.phase, name, merged)
+    try:
+        return entry.load(context.phase)(context, **merged)  # type: ignore[no-any-return]
+    except BiscaleError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise BiscaleError(f"policy '{name}': {error}") from None
+
+
+def policy_tunables(name: str, phase: str) -> dict[str, tuple[Any, ...]]:
+    """Free parameters of a policy and the values that tuning may try (the default first), without those that its name already fixes."""
+    entry, named = _entry(name, phase)
+    if name == "max":
+        return {}
+    return {
+        k: tuple(v) for k, v in getattr(entry.load(phase), "TUNABLE", {}).items() if k not in {**entry.preset, **named}
+    }
