@@ -1,0 +1,168 @@
+"""Comparing policies on a scenario: the jobs, run in parallel over cores, every finished run kept at once."""
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import joblib
+
+from biscale_env.contract import Policy
+from biscale_env.envs.settings import World
+from biscale_env.evaluation.frame import RunRecord
+from biscale_env.evaluation.rollout import Rollout, rollout
+from biscale_env.evaluation.scenarios import Case, Scenario, resolve
+from biscale_env.evaluation.tuning import Tuned, best_static, tune, tuning_target
+from biscale_env.traces import Trace
+
+STATIC_BEST = "static-best"
+ORACLE = "oracle"
+IDLE_WORKER_S = 3600.0  # workers keep their compiled code for the whole comparison
+
+
+class PolicyFactory(Protocol):
+    """How the command line hands policies in; an object of a module-level class, so that worker processes can load it."""
+
+    def build(self, name: str, world: World, traces: Sequence[Trace], draw: int) -> Policy:
+        """Make a policy from its name; only an oracle may look at the traces it will meet."""
+        ...
+
+    def grid(self, name: str, phase: str) -> list[dict[str, Any]]:
+        """Settings that tuning may try; empty when there is nothing to tune."""
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """One policy on one phase of one scenario in one model draw, over all its workload seeds.
+
+    Attributes:
+        scenario: operating point.
+        phase: ``prefill`` or ``decode``.
+        policy: name shown in tables.
+        build: what the factory is asked for, e.g. ``mpc:margin=0.1``.
+        draw: model draw.
+        seeds: workload seeds.
+        training_seed: -1 for policies that are not trained.
+        variant: ``tuned`` when free parameters are chosen on tuning workloads first.
+        labels: further columns of the results.
+    """
+
+    scenario: Scenario
+    phase: str
+    policy: str
+    build: str
+    draw: int
+    seeds: tuple[int, ...]
+    training_seed: int = -1
+    variant: str = ""
+    labels: dict[str, Any] = field(default_factory=dict)
+
+    def key(self, seed: int) -> dict[str, Any]:
+        """Key columns of the run on one workload seed, as in :class:`RunRecord`."""
+        s = self.scenario
+        return {
+            "phase": self.phase, "policy": self.policy, "variant": self.variant, "scenario": s.name, "slo": s.slo,
+            "load": s.load, "workload_seed": seed, "model_draw": self.draw, "training_seed": self.training_seed,
+            "tp": s.tp, "dtype": s.dtype,
+        }  # fmt: skip
+
+
+def record_of(job: Job, case: Case, seed: int, run: Rollout, trace: Trace, extra: Mapping[str, Any]) -> RunRecord:
+    """A rollout as a results record."""
+    world = case.world
+    labels = {
+        "delay_s": world.delay_s(job.draw),
+        "capacity_rps": case.capacity.rate_rps,
+        "one_trace": case.part is not None,
+        **job.labels,
+        **extra,
+    }
+    return RunRecord(
+        phase=job.phase,
+        policy=job.policy,
+        scenario=job.scenario.name,
+        slo=world.slo,
+        rate_rps=trace.rate_rps,
+        workload_seed=seed,
+        model_draw=job.draw,
+        tp=world.settings.tp,
+        dtype=world.settings.dtype,
+        n_gpus=world.settings.tp,
+        requests=run.requests,
+        timeline=run.timeline,
+        totals=run.totals,
+        load=job.scenario.load,
+        training_seed=job.training_seed,
+        variant=job.variant,
+        labels=labels,
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job hands back: its records, and the settings that tuning tried (empty without tuning)."""
+
+    job: Job
+    records: list[RunRecord]
+    tuned: Tuned | None = None
+
+
+def with_params(name: str, params: Mapping[str, Any]) -> str:
+    """Build string of a policy with parameters added."""
+    text = ",".join(f"{k}={v}" for k, v in params.items())
+    return f"{name}{',' if ':' in name else ':'}{text}" if text else name
+
+
+def settle(job: Job, case: Case, factory: PolicyFactory) -> tuple[str, str, Tuned | None]:
+    """Choose free parameters on tuning workloads: ``(build string, setting in words, what was tried)``."""
+    if job.build == STATIC_BEST:
+        tuned = best_static(case, job.draw, tuning_target(case, job.draw))
+        freq = tuned.chosen.params["freq_mhz"]
+        return f"static:{freq:g}", f"{freq:g} MHz{_reached(tuned)}", tuned
+    grid = factory.grid(job.build, job.phase) if job.variant == "tuned" else []
+    if not grid:
+        return job.build, "", None
+
+    def build(params: Mapping[str, Any], world: World, traces: Sequence[Trace]) -> Policy:
+        return factory.build(with_params(job.build, params), world, traces, job.draw)
+
+    tuned = tune(build, case, grid, job.draw, tuning_target(case, job.draw))
+    words = ", ".join(f"{k}={v}" for k, v in tuned.chosen.params.items()) + _reached(tuned)
+    return with_params(job.build, tuned.chosen.params), words, tuned
+
+
+def _reached(tuned: Tuned) -> str:
+    return "" if tuned.reached else " (no setting reaches the target on the tuning workloads)"
+
+
+def run_job(job: Job, factory: PolicyFactory) -> Outcome:
+    """Run one job to its end in this process."""
+    case = resolve(job.scenario, job.phase)
+    made, words, tuned = settle(job, case, factory)
+    traces = [case.workload(seed) for seed in job.seeds]
+    groups = (
+        [[t] for t in traces] if job.build.startswith(ORACLE) else [traces]
+    )  # each workload has an optimum of its own
+    records: list[RunRecord] = []
+    for group in groups:
+        policy = factory.build(made, case.world, group, job.draw)
+        runs = rollout(policy, getattr(policy, "world", None) or case.world, group, job.draw)
+        statistics = policy.stats() if hasattr(policy, "stats") else {}
+        for run, trace in zip(runs, group, strict=True):
+            run.totals["solver_failures"] = float(statistics.get("solver_failures", 0)) / len(runs)
+            extra = {"setting": words, **{f"oracle_{k}": v for k, v in getattr(policy, "report", {}).items()}}
+            records.append(record_of(job, case, job.seeds[len(records)], run, trace, extra))
+    return Outcome(job, records, tuned)
+
+
+def run_jobs(jobs: Sequence[Job], factory: PolicyFactory, n_jobs: int) -> Iterator[Outcome]:
+    """Run jobs over cores and yield the outcome of each as it finishes."""
+    if n_jobs == 1 or len(jobs) <= 1:
+        for job in jobs:
+            yield run_job(job, factory)
+            gc.collect()
+        return
+    with joblib.parallel_config("loky", inner_max_num_threads=1, idle_worker_timeout=IDLE_WORKER_S):
+        parallel = joblib.Parallel(n_jobs=min(n_jobs, len(jobs)), return_as="generator_unordered", batch_size=1)
+        yield from parallel(joblib.delayed(run_job)(job, factory) for job in jobs)

@@ -1,0 +1,179 @@
+"""The run directory: rows appended as runs finish, merged atomically, resumable after any interruption.
+
+Layout. ``config.yaml`` (resolved), ``provenance.json``, ``parts/<run_id>/`` (one folder per finished run), and once
+merged ``results.parquet``, ``requests.parquet``, ``timelines.parquet``, ``blocks.parquet`` (one row group per run) and
+``summary.csv``. A part folder appears in one rename, so it is whole or absent; merged files are written beside and then
+renamed, and parts go only when all of them are in place.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import pandas as pd
+import pyarrow.parquet as pq
+import yaml
+
+from biscale_env.errors import BiscaleError
+from biscale_env.evaluation import files, results
+from biscale_env.evaluation.blocks import BLOCK_COLUMNS, block_totals
+from biscale_env.evaluation.frame import REQUEST_COLUMNS, TIMELINE_COLUMNS, RunRecord, run_id
+from biscale_env.evaluation.metrics import results_row
+from biscale_env.evaluation.provenance import provenance
+from biscale_env.evaluation.run import Run, load_run
+
+_ABSENT: Final = "absent"
+
+
+class RunDirectory:
+    """A run directory that is being written; a context manager: leaving it, by whatever way, merges the parts.
+
+    Example:
+        ``with RunDirectory(path, config, resume=True) as run:`` then, for each run that is not ``run.has(key)``,
+        ``run.add(record)``.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        model_files: Sequence[Path] = (),
+        seeds: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Create the directory, or take up an interrupted one.
+
+        Args:
+            path: the directory; made when it is not there.
+            config: the resolved configuration; resuming needs the very same.
+            resume: take up what a previous run left behind.
+            model_files: coefficient files, whose hashes go into the provenance.
+            seeds: seeds that the comparison was made with.
+
+        Raises:
+            BiscaleError: the directory is in use already, or holds a run of another configuration.
+        """
+        self.path = Path(path)
+        self.config = files.plain(config)
+        self._open(resume)
+        self._sign(provenance(model_files=model_files, seeds=files.plain(seeds or {})))
+        self._done = self._finished()
+
+    def _open(self, resume: bool) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise BiscaleError(f"{self.path} is a file; give a folder for the run directory")
+        known = self.path / files.CONFIG
+        if known.is_file():
+            if not resume:
+                raise BiscaleError(f"{self.path} holds a run already; add --resume or choose another --out")
+            self._same_config(yaml.safe_load(known.read_text(encoding="utf-8")))
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise BiscaleError(f"{self.path} is not empty and not a run directory; choose another --out")
+        try:
+            (self.path / files.PARTS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BiscaleError(f"cannot make the run directory {self.path}: {error.strerror}") from None
+        for leftover in (self.path / files.PARTS).glob(".*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if not known.is_file():
+            files.write_text(known, yaml.safe_dump(self.config, sort_keys=True, allow_unicode=True))
+
+    def _sign(self, record: dict[str, Any]) -> None:
+        """Write the provenance; that of earlier sittings stays under ``earlier``."""
+        path = self.path / files.PROVENANCE
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            record["earlier"] = [*before.pop("earlier", []), before]
+        files.write_text(path, json.dumps(record, indent=2) + "\n")
+
+    def _same_config(self, old: Any) -> None:
+        new = yaml.safe_load(yaml.safe_dump(self.config))
+        if old == new:
+            return
+        before, after = files.flat(old), files.flat(new)
+        key = next(k for k in sorted(before | after) if before.get(k, _ABSENT) != after.get(k, _ABSENT))
+        raise BiscaleError(
+            f"cannot resume {self.path}: '{key}' was {before.get(key, _ABSENT)} and is now {after.get(key, _ABSENT)}; "
+            "resume with the same settings or choose another --out"
+        )
+
+    def _finished(self) -> set[str]:
+        done = {part.name for part in self._parts()}
+        if (self.path / files.RESULTS).is_file():
+            done |= set(pd.read_parquet(self.path / files.RESULTS, columns=["run_id"])["run_id"])
+        return done
+
+    def _parts(self) -> list[Path]:
+        return sorted(p for p in (self.path / files.PARTS).glob("*") if p.is_dir() and not p.name.startswith("."))
+
+    def has(self, key: Mapping[str, Any]) -> bool:
+        """Whether the run with these key columns (``RunRecord.key``) has been finished before."""
+        return run_id(key) in self._done
+
+    def add(self, record: RunRecord, *, keep_timeline: bool = True, keep_requests: bool = True) -> dict[str, Any]:
+        """Keep one finished run on disk and return its row (without the columns that compare it with others).
+
+        Args:
+            record: the run.
+            keep_timeline: store its decisions too; large comparisons keep those of one workload only.
+            keep_requests: store its requests too.
+        """
+        row = results_row(record)
+        run = row["run_id"]
+        folder = Path(tempfile.mkdtemp(prefix=".", dir=self.path / files.PARTS))
+        try:
+            self._write_part(folder, record, row, keep_timeline=keep_timeline, keep_requests=keep_requests)
+            shutil.rmtree(self.path / files.PARTS / run, ignore_errors=True)
+            folder.replace(self.path / files.PARTS / run)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._done.add(run)
+        return row
+
+    @staticmethod
+    def _write_part(
+        folder: Path, record: RunRecord, row: dict[str, Any], *, keep_timeline: bool, keep_requests: bool
+    ) -> None:
+        pd.DataFrame([row]).to_parquet(folder / files.RESULTS, index=False)
+        tables: dict[str, tuple[Mapping[str, Any], Sequence[str]]] = {
+            files.BLOCKS: (block_totals(record), BLOCK_COLUMNS)
+        }
+        if keep_requests:
+            tables[files.REQUESTS] = (record.requests, REQUEST_COLUMNS)
+        if keep_timeline:
+            tables[files.TIMELINES] = (record.timeline, TIMELINE_COLUMNS)
+        for name, (columns, names) in tables.items():
+            pq.write_table(files.run_table(row["run_id"], columns, names), folder / name, compression="zstd")
+
+    def merge(self) -> Run | None:
+        """Merge finished parts into the Parquet files and the summary; None when nothing has finished yet."""
+        parts = self._parts()
+        old = [self.path / files.RESULTS] if (self.path / files.RESULTS).is_file() else []
+        frames = [pd.read_parquet(p) for p in [*old, *(part / files.RESULTS for part in parts)]]
+        if not frames:
+            return None
+        rows = pd.concat(frames, ignore_index=True).drop_duplicates("run_id", keep="last")
+        for name in files.TABLES:
+            files.merge_tables(self.path / name, [part / name for part in parts if (part / name).is_file()])
+        with files.replacing(self.path / files.RESULTS) as temporary:
+            results.complete(rows).to_parquet(temporary, index=False)
+        for part in parts:
+            shutil.rmtree(part)
+        run = load_run(self.path)
+        with files.replacing(self.path / files.SUMMARY) as temporary:
+            run.summary().to_csv(temporary, index=False)
+        return run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.merge()
