@@ -1,0 +1,27 @@
+"""Learned agents: training on Stable-Baselines3, and shipped policies that need neither it nor torch."""
+
+from pathlib import Path
+from typing import Any
+
+from biscale_env.contract import Policy
+
+
+def load_agent(path: Path, world: Any, draw: int = -1, price: float | None = None) -> Policy:
+    """Policy of a checkpoint for a world: ``.npz`` without torch, ``.zip`` (a run's SB3 model) through SB3.
+
+    Args:
+        path: checkpoint.
+        world: gives phase, observation, clocks and model (`biscale_env.envs.settings.World` or a controller's context).
+        draw: coefficients that the features believe in; -1 nominal.
+        price: price of a lost request, for networks that are told one; None takes their own.
+
+    Raises:
+        BiscaleError: missing, corrupt, or made for another phase or observation.
+    """
+    if Path(path).suffix == ".zip":
+        from agents.sb3_policy import Sb3Policy
+
+        return Sb3Policy.load(Path(path), world, draw, price)
+    from agents.numpy_policy import NumpyPolicy
+
+    return NumpyPolicy.load(Path(path), world, draw, price)

@@ -1,0 +1,251 @@
+"""The native batch as SB3's ``VecEnv`` for training: features in, learned action out, randomised worlds, a constraint per group.
+
+The reward is that of the environments with changes that leave the best policy the same. (a) What no policy can change is taken off: the
+marginal energy per token and idle power per second at the cheapest clock; without it, the size of the next batch is most of the variance.
+(b) Potential-based shaping: a request is charged when it is lost even at the highest clock, not when it completes late. (c) Prefill:
+requests that max clock loses on the same workload are refunded when they arrive. They are the same for every policy, and most of all
+violations.
+(d) Every second earns the group's average cost rate: decisions differ in length, and without it a discounted sum prefers short steps, that
+is high clocks (the differential reward of average-reward learning). (e) Rewards are divided by the spread of their group.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecEnv
+
+from agents.config import AgentConfig
+from agents.features import FeatureMap, with_price
+from agents.mixture import HELD_OUT, Group, lost_at_max, world_of
+from biscale_env.envs.core import Batch, Pool
+from biscale_env.models.physics import idle_power_w
+
+Floats = NDArray[np.float64]
+NOTHING: dict[str, Any] = {}
+PRICE_BINS = 4
+SPREAD_MEMORY = 0.9995  # per step: some thousand steps
+MARGINAL_WORK = {  # two typical iterations of each phase (assumed); their difference is what one more token costs
+    "prefill": ((1024.0, 1024.0**2 / 2, 0.0, 1.0), (2048.0, 1024.0**2, 0.0, 2.0)),
+    "decode": ((64.0, 0.0, 64.0 * 1024, 64.0), (256.0, 0.0, 256.0 * 1024, 256.0)),
+}
+
+
+class Tally:
+    """Sums per group since the last reading: requests finished and lost in the nominal world; cost (in reference energies), time."""
+
+    def __init__(self, n_groups: int) -> None:
+        """Start from nothing."""
+        self.finished, self.lost, self.cost, self.time_s = (np.zeros(n_groups) for _ in range(4))
+
+    def add(
+        self,
+        group: NDArray[np.int64],
+        counted: NDArray[np.bool_],
+        finished: Floats,
+        lost: Floats,
+        cost: Floats,
+        time_s: Floats,
+    ) -> None:
+        """Count one step of all rows; requests only of the rows that are counted."""
+        n = len(self.cost)
+        self.finished += np.bincount(group[counted], finished[counted], n)
+        self.lost += np.bincount(group[counted], lost[counted], n)
+        self.cost += np.bincount(group, cost, n)
+        self.time_s += np.bincount(group, time_s, n)
+
+
+class Spread:
+    """Root mean square of the reward per cell, running: groups with few violations then count as much as those with many."""
+
+    def __init__(self, n_cells: int) -> None:
+        """Start at 1 with a little weight."""
+        self.squares, self.weight = np.full(n_cells, 10.0), np.full(n_cells, 10.0)
+
+    def __call__(self, cell: NDArray[np.int64], values: Floats) -> Floats:
+        """Take in the values of one step and return the spread of each one's cell."""
+        n = len(self.squares)
+        self.squares = SPREAD_MEMORY * self.squares + np.bincount(cell, values**2, n)
+        self.weight = SPREAD_MEMORY * self.weight + np.bincount(cell, minlength=n)
+        return np.sqrt(self.squares / self.weight)[cell] + 1e-3
+
+
+class AgentVecEnv(VecEnv):
+    """n randomised worlds of one phase, stepped by one compiled call.
+
+    Attributes:
+        multipliers: reward lost per violation, one per group; the Lagrangian moves them.
+        cost_rate: average cost per second, one per group; the Lagrangian measures it.
+        tally: what happened per group since it was last replaced, in episodes of the nominal world if there are any: the constraint
+            is stated there, other draws may be slower than any policy can make up for.
+    """
+
+    def __init__(
+        self, config: AgentConfig, groups: Sequence[Group], counts: Sequence[int], seed: int, held_out: bool = False
+    ) -> None:
+        """Make all workloads once.
+
+        Args:
+            config: the run.
+            groups: families at loads.
+            counts: workloads per group.
+            seed: of the choice of episodes.
+            held_out: take workloads that training never sees.
+        """
+        self.config, self.groups = config, list(groups)
+        self.world = world_of(config)
+        first = HELD_OUT if held_out else 0
+        owned = [(g, g.source.workload(first + k)) for g, n in zip(groups, counts, strict=True) for k in range(n)]
+        self.pool = Pool.of(self.world, [trace for _, trace in owned])
+        lost = [lost_at_max(g, trace) for g, trace in owned]
+        self.lost_at_max = [
+            np.concatenate([x for (h, _), x in zip(owned, lost, strict=True) if h is g]) for g in self.groups
+        ]
+        refunds = np.concatenate(lost) if config.phase == "prefill" else np.zeros(len(self.pool.arrival_s))
+        self._refunds = np.concatenate([[0.0], np.cumsum(refunds)])
+        self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.batch = Batch(self.world, config.n_envs, self.pool)
+        self.features = FeatureMap(config.phase, self.world.spec, self.world.clocks)
+        self.multipliers = np.full(len(self.groups), config.constraint.start)
+        self.cost_rate = np.zeros(len(self.groups))
+        self.tally = Tally(len(self.groups))
+        self._draws = np.arange(-1, self.world.model.n_draws)
+        beliefs = [self.features.belief(g.world.model, self._draws) for g in self.groups]
+        self._coefs = np.stack([b[0] for b in beliefs])
+        self._cheapest = np.stack([b[1] for b in beliefs])
+        self._capacity = np.array([g.world.kv_capacity_tokens for g in self.groups])
+        self._baseline = np.array(
+            [
+                [self._baseline_of(g, int(d), f) for d, f in zip(self._draws, mine[1], strict=True)]
+                for g, mine in zip(self.groups, beliefs, strict=True)
+            ]
+        )
+        n = config.n_envs
+        self.price = np.full(n, config.constraint.start)
+        self._spread = Spread(len(self.groups) * PRICE_BINS)
+        self.group, self.draw = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
+        self._nominal = config.randomise.nominal_share > 0.0
+        self.rng = np.random.default_rng(seed)
+        self._actions: NDArray[Any] = np.zeros(n, dtype=np.float32)
+        self.levels = self.world.clocks.to_action(np.array(self.world.clocks.levels_mhz))
+        self.dim = self.features.dim + (config.price is not None)
+        space = gym.spaces.Box(-np.inf, np.inf, (self.dim,), dtype=np.float32)
+        action: gym.Space[Any] = gym.spaces.Box(-1.0, 1.0, (1,), dtype=np.float32)
+        super().__init__(n, space, gym.spaces.Discrete(len(self.levels)) if config.action == "levels" else action)
+
+    def _baseline_of(self, group: Group, draw: int, freq_ghz: float) -> tuple[float, float]:
+        """Marginal energy per token (J) and idle power (W) of a group at the cheapest clock in a world of this draw."""
+        model, work = group.world.model, MARGINAL_WORK[self.config.phase]
+        c = model.draw(draw)
+        idle_w = float(c.n_gpus * idle_power_w(c, freq_ghz))
+        joules = [float(model.energy_j(*w, freq_ghz * 1e3, draw)) for w in work]
+        seconds = [float(model.latency_s(*w, freq_ghz * 1e3, draw)) for w in work]
+        return (joules[1] - joules[0] - idle_w * (seconds[1] - seconds[0])) / (work[1][0] - work[0][0]), idle_w
+
+    def _start(self, rows: NDArray[np.int64]) -> None:
+        r, rng, n = self.config.randomise, self.rng, len(rows)
+        self.group[rows] = rng.integers(len(self.groups), size=n)
+        low, high = self._first[self.group[rows]], self._first[self.group[rows] + 1]
+        random = rng.random(n) >= r.nominal_share
+        self.draw[rows] = np.where(random, rng.integers(0, max(len(self._draws) - 1, 1), size=n), -1)
+        if self.config.price is not None:
+            low_price, high_price = self.config.price
+            self.price[rows] = np.exp(rng.uniform(np.log(low_price), np.log(high_price), size=n))
+        slo = np.array([self.groups[g].slo_s for g in self.group[rows]]) * rng.uniform(*r.slo_scale, size=n)
+        changes = {"slo_s": slo, "kv_capacity": self._capacity[self.group[rows]]}
+        if r.delay_s is not None:
+            changes["delay_s"] = rng.uniform(*r.delay_s, size=n)
+        self.batch.reset(rows, rng.integers(low, high), self.draw[rows], changes)
+        self.batch.coefs[rows] = self._coefs[self.group[rows], self.draw[rows] + 1]
+
+    def _observe(self) -> NDArray[np.float32]:
+        cheapest = self._cheapest[self.group, self.draw + 1]
+        features, self.rule, self._lost = self.features(self.batch.obs, self.batch.coefs, cheapest)
+        return features if self.config.price is None else with_price(features, self.price)
+
+    def reset(self) -> NDArray[np.float32]:
+        """Start all episodes."""
+        self._start(np.arange(self.num_envs))
+        return self._observe()
+
+    def step_async(self, actions: NDArray[Any]) -> None:
+        """Keep the actions for ``step_wait``."""
+        self._actions = actions
+
+    def to_action(self, output: NDArray[Any]) -> NDArray[np.float32]:
+        """Environment action of the network's output, (n,)."""
+        if self.config.action == "levels":
+            return self.levels[np.asarray(output).reshape(self.num_envs)]
+        flat = np.asarray(output, dtype=np.float32).reshape(self.num_envs)
+        if self.config.action == "rule":
+            flat = self.rule + 2.0 * self.config.span * flat
+        return np.ascontiguousarray(np.clip(flat, -1.0, 1.0), dtype=np.float32)
+
+    def step_wait(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
+        """One decision in every row; finished episodes restart."""
+        batch, st = self.batch, self.batch.states
+        before_s, lost_before, tail = st["time_s"].copy(), self._lost, st["tail"].copy()
+        batch.step(self.to_action(self._actions))
+        done = batch.done
+        violations, energy = st["step_violations"].astype(np.float64), st["step_energy_j"].copy()
+        counted = self.draw < 0 if self._nominal else np.ones(self.num_envs, dtype=bool)
+        elapsed = st["time_s"] - before_s
+        work = st["step_tokens"] * (np.maximum(st["step_iterations"], 1) if self.config.phase == "decode" else 1)
+        base = self._baseline[self.group, self.draw + 1]
+        excess = (energy - base[:, 0] * work - base[:, 1] * elapsed) / self.world.energy_ref_j
+        features = self._observe()
+        gamma = float(self.config.hyper.get("gamma", 0.99))
+        refund = self._refunds[st["tail"]] - self._refunds[tail]
+        weight = self.multipliers[self.group]
+        self.tally.add(
+            self.group,
+            counted,
+            st["step_finished"].astype(np.float64),
+            violations,
+            excess + weight * (violations - refund),
+            elapsed,
+        )
+        charged = violations + gamma * self._lost - lost_before - refund
+        reward = self.cost_rate[self.group] * elapsed - excess - weight * charged
+        reward = self.config.reward_scale * reward / self._spread(self._cells(), reward)
+        infos = [NOTHING] * self.num_envs
+        if done.any():
+            features = self._restart(np.flatnonzero(done), features, infos)
+        return features, reward.astype(np.float32), done.copy(), infos
+
+    def _cells(self) -> NDArray[np.int64]:
+        """Cell of each row: its group, and where its price stands in the range."""
+        if self.config.price is None:
+            return self.group * PRICE_BINS
+        low, high = np.log(self.config.price)
+        share = (np.log(self.price) - low) / max(high - low, 1e-9)
+        return self.group * PRICE_BINS + np.clip((share * PRICE_BINS).astype(np.int64), 0, PRICE_BINS - 1)
+
+    def _restart(
+        self, rows: NDArray[np.int64], last: NDArray[np.float32], infos: list[dict[str, Any]]
+    ) -> NDArray[np.float32]:
+        for i in rows:
+            infos[i] = {"terminal_observation": last[i].copy(), "TimeLimit.truncated": True}
+        self._start(rows)
+        return self._observe()
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """The shared attribute, once per copy asked for."""
+        return [getattr(self, attr_name, None)] * len(list(self._get_indices(indices)))
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        """Set a shared attribute."""
+        setattr(self, attr_name, value)
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        """Call a shared method once."""
+        return [getattr(self, method_name)(*args, **kwargs)] * len(list(self._get_indices(indices)))
+
+    def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
+        """Copies are never wrapped one by one."""
+        return [False] * len(list(self._get_indices(indices)))
