@@ -1,0 +1,44 @@
+"""The ``biscale`` command: assembles the command groups and turns mistakes into one sentence and exit code 2."""
+
+import importlib
+import importlib.util
+import signal
+import sys
+
+import typer
+
+from biscale_env.errors import BiscaleError
+
+GROUPS = ("predict", "fit", "traces", "capacity", "compare", "place", "reproduce", "train", "evaluate", "hw", "bench")
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="biscale",
+    help="Energy control of disaggregated LLM serving: compare controllers, train agents, replay on hardware.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def build() -> typer.Typer:
+    """Register every command group that is part of this installation and return the application."""
+    if not app.registered_commands and not app.registered_groups:
+        for group in GROUPS:
+            if importlib.util.find_spec(f"biscale_env.cli.{group}"):
+                importlib.import_module(f"biscale_env.cli.{group}").register(app)
+    return app
+
+
+def main() -> None:
+    """Entry point: errors of the user are one sentence on stderr and exit code 2, Ctrl-C is 130."""
+    # a polite kill ends like Ctrl-C: what is finished is kept
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        build()()
+    except BiscaleError as error:
+        print(f"biscale: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("biscale: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,5 @@
+"""``python -m biscale_env.cli``: the same as ``biscale``."""
+
+from biscale_env.cli import main
+
+main()

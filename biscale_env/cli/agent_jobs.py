@@ -1,0 +1,169 @@
+"""Checkpoints of learned agents as policies and jobs of a comparison."""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biscale_env.contract import Policy
+from biscale_env.errors import BiscaleError
+from biscale_env.evaluation.compare import Job
+
+SHIPPED = Path(find_spec("agents").submodule_search_locations[0]) / "checkpoints"  # type: ignore[union-attr, index]
+AGENT = "agent"
+N_PRICES = 6
+SUFFIXES = (".npz", ".zip")
+BISCALE_OWN = {"prefill": "mpc", "decode": "slack"}
+
+
+def split_build(build: str) -> tuple[str, float | None]:
+    """Checkpoint (``agent`` or a path) and price of a build string such as ``agent:price=40``.
+
+    Raises:
+        BiscaleError: another parameter, or a price that is no number.
+    """
+    name, _, rest = build.rpartition(":") if ":price" in build or build.startswith(f"{AGENT}:") else (build, "", "")
+    if not rest:
+        return name, None
+    key, _, value = rest.partition("=")
+    try:
+        if key != "price":
+            raise ValueError
+        return name, float(value)
+    except ValueError:
+        raise BiscaleError(f"'{build}': a learned agent has one parameter, price=<number>") from None
+
+
+def is_checkpoint(build: str) -> bool:
+    """Whether a build string names a learned agent: ``agent``, or the path of a checkpoint; a price may follow."""
+    name = split_build(build)[0]
+    return name == AGENT or Path(name).suffix in SUFFIXES
+
+
+def is_file(build: str) -> bool:
+    """Whether a build string is a checkpoint's path, and the file is there."""
+    name = split_build(build)[0]
+    return Path(name).suffix in SUFFIXES and Path(name).is_file()
+
+
+def price_grid(build: str, phase: str) -> list[dict[str, float]]:
+    """Prices that tuning may try: those that the network was trained on; none when it takes none or the price is given."""
+    name, given = split_build(build)
+    path = checkpoint_path(name, phase)
+    if given is not None or path.suffix != ".npz":
+        return []
+    from agents.numpy_policy import load_network
+
+    network = load_network(path)
+    if network.price is None:
+        return []
+    low, high = network.card.get("config", {}).get("price", (1.0, 100.0))
+    return [{"price": float(f"{p:.3g}")} for p in np.geomspace(low, high, N_PRICES)]
+
+
+def checkpoint_path(name: str, phase: str) -> Path:
+    """File of ``agent`` or of a path.
+
+    Raises:
+        BiscaleError: no agent is shipped for the phase.
+    """
+    if name != AGENT:
+        return Path(name)
+    path = SHIPPED / f"{phase}.npz"
+    if not path.is_file():
+        raise BiscaleError(f"no agent is shipped for {phase}: train one with 'biscale train {phase}'")
+    return path
+
+
+def ships(phase: str) -> bool:
+    """Whether an agent comes with the package for a phase."""
+    return (SHIPPED / f"{phase}.npz").is_file()
+
+
+def load_agent(build: str, context: Any) -> Policy:
+    """Policy of a build string in a controller's context.
+
+    Raises:
+        BiscaleError: missing, corrupt, or made for another phase or observation.
+    """
+    from agents import load_agent as load
+
+    name, price = split_build(build)
+    return load(checkpoint_path(name, context.phase), context, context.draw, price)
+
+
+def phase_of(path: Path) -> str:
+    """Phase that a checkpoint was trained for."""
+    if path.suffix == ".zip":
+        from agents.sb3_policy import config_beside
+
+        return str(config_beside(path).phase)
+    from agents.numpy_policy import load_network
+
+    return load_network(path).phase
+
+
+def training_seed(path: Path) -> int:
+    """Seed that a checkpoint was trained with; -1 when its card does not say."""
+    if path.suffix == ".zip":
+        from agents.sb3_policy import config_beside
+
+        return int(config_beside(path).seed)
+    from agents.numpy_policy import load_network
+
+    return int(load_network(path).card.get("seed", -1))
+
+
+def checkpoints_of(target: str) -> list[tuple[int, Path]]:
+    """``(training seed, checkpoint)`` of a run directory, a directory of seeds, a checkpoint, or the shipped agents.
+
+    Raises:
+        BiscaleError: nothing there.
+    """
+    path = Path(target)
+    if target == AGENT:
+        found = [p for p in (SHIPPED / "prefill.npz", SHIPPED / "decode.npz") if p.is_file()]
+    elif path.is_file() and path.suffix in SUFFIXES:
+        found = [path]
+    elif path.is_dir():
+        folders = [path, *sorted(path.glob("seed-*"))]
+        found = [
+            next(p for p in (f / "best.npz", f / "best.zip") if p.is_file()) for f in folders if any(f.glob("best.*"))
+        ]
+    else:
+        raise BiscaleError(f"{target} is neither a run directory nor a checkpoint (.npz or .zip) nor 'agent'")
+    if not found:
+        raise BiscaleError(f"{target} holds no best.npz or best.zip yet: let biscale train reach its first evaluation")
+    return [(training_seed(p), p) for p in found]
+
+
+def scenario_jobs(
+    name: str, phase: str, found: list[tuple[int, Path]], policies: str | None, changes: Mapping[str, Any], tuned: bool
+) -> list[Job]:
+    """Jobs of one scenario and phase: the references, and every checkpoint of that phase under the name ``agent``."""
+    from biscale_env.cli.policies import parse, plan
+    from biscale_env.config.loader import validate
+    from biscale_env.evaluation.scenarios import Scenario, load_scenario, resolve
+
+    scenario = validate(load_scenario(name).model_dump() | dict(changes), Scenario, f"scenario {name}")
+    case = resolve(scenario, phase)
+    chosen = parse(policies or f"max,static-best,{BISCALE_OWN[phase]}", (phase,))[phase]
+    jobs = plan(scenario, case, chosen, tuned)
+    seeds = tuple(range(scenario.seeds))
+    return jobs + [
+        Job(
+            scenario,
+            phase,
+            AGENT,
+            str(path),
+            draw,
+            seeds,
+            training_seed=seed,
+            variant="tuned" if tuned and price_grid(str(path), phase) else "",
+        )
+        for seed, path in found
+        if phase_of(path) == phase
+        for draw in scenario.draws
+    ]

@@ -1,0 +1,70 @@
+"""`biscale bench`: the speed of everything that is used in a loop, against its targets."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from biscale_env.evaluation.bench import Figure
+
+DECISIONS = (("prefill", "mpc-dompc", "mpc_ms"), ("prefill", "mpc", "mpc_ms"), ("decode", "slack", "slack_us"))
+TraceFile = Annotated[
+    Path | None, typer.Option(help="Trace to run; by default an hour like the Azure conversation trace.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def _decisions() -> "Iterator[Figure]":
+    from biscale_env.envs.settings import World, WorldSettings
+    from biscale_env.evaluation.bench import measure_decision
+    from controllers.base import context_of
+    from controllers.registry import make_policy
+
+    for phase, name, key in DECISIONS:
+        world = World(WorldSettings.of(phase))
+        yield measure_decision(make_policy(name, context_of(world)), world, key, name)
+
+
+def _measure(trace_file: Path | None) -> "Iterator[Figure]":
+    from biscale_env.evaluation import bench
+    from biscale_env.traces import read_trace
+
+    yield bench.measure_import()
+    yield from bench.measure_hour(read_trace(trace_file) if trace_file else bench.conversation_hour())
+    for phase in ("prefill", "decode"):
+        yield bench.measure_vector(phase)
+    for phase in ("prefill", "decode"):
+        yield bench.measure_single(phase)
+    yield from _decisions()
+
+
+def _line(figure: "Figure") -> str:
+    def short(value: float) -> str:
+        return f"{value / 1e6:.2f} M" if value >= 1e6 else f"{value / 1e3:.0f} k" if value >= 1e4 else f"{value:.3g}"
+
+    verdict = "met" if figure.ratio >= 1 else "MISSED"
+    bound = "<=" if figure.better == "lower" else ">="
+    return (
+        f"{figure.name:66s} {short(figure.value):>9s} {figure.unit:8s} {bound} {short(figure.target):>8s}   "
+        f"{figure.ratio:7.2f} x  {verdict}   ({figure.beside_is} {short(figure.beside)})"
+    )
+
+
+def bench(trace: TraceFile = None, as_json: Json = False) -> None:
+    """Measure speed and print each figure with its target and ratio (above 1 is better than the target)."""
+    figures = []
+    for figure in _measure(trace):
+        figures.append(figure)
+        if not as_json:
+            typer.echo(_line(figure))
+    if as_json:
+        typer.echo(json.dumps([figure.as_dict() for figure in figures], indent=1))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("bench")(bench)

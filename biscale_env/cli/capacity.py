@@ -1,0 +1,47 @@
+"""``biscale capacity``: the load that one instance serves within its SLO, and how that was found."""
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("capacity")(capacity)
+
+
+def capacity(
+    phase: Annotated[str, typer.Argument(help="prefill or decode")],
+    trace: Annotated[
+        str | None, typer.Option(help="Trace file or name; default: the embedded generated workload.")
+    ] = None,
+    slo: Annotated[str, typer.Option(help="SLO name.")] = "biscale",
+    tp: Annotated[int, typer.Option(help="GPUs per instance.")] = 4,
+    dtype: Annotated[str, typer.Option(help="bf16 or fp8.")] = "bf16",
+    clock: Annotated[float | None, typer.Option(help="SM clock in MHz; default: the highest.")] = None,
+    draw: Annotated[int, typer.Option(help="Model draw, -1 nominal.")] = -1,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """Bisect for the highest load within the SLO; loads are made by choosing requests, time is never stretched."""
+    from biscale_env.envs.settings import World, WorldSettings
+    from biscale_env.envs.static import find_capacity
+    from biscale_env.envs.workloads import capacity_sample
+    from biscale_env.traces import load_named
+
+    world = World(WorldSettings.of(phase, slo=slo, tp=tp, dtype=dtype, drain=True))
+    sample = load_named(trace) if trace else capacity_sample("azure-conv-like")
+    freq = world.gpu.freq_max_mhz if clock is None else world.gpu.check_clock(clock)
+    found = find_capacity(world, sample, freq, draw=draw)
+    if as_json:
+        print(json.dumps({
+            "phase": phase, "trace": sample.name, "slo": slo, "freq_mhz": freq, "capacity_rps": found.rate_rps,
+            "attainment": found.attainment, "tried": [{"rate_rps": r, "attainment": a} for r, a in found.tried],
+        }))  # fmt: skip
+        return
+    for rate, attainment in sorted(found.tried):
+        verdict = "met" if attainment >= world.slo.attainment else "missed"
+        print(f"{rate:9.3f} req/s   attainment {attainment:8.3%}   {verdict}")
+    print(
+        f"capacity of one {phase} instance (TP {tp}, {dtype}, {freq:g} MHz) on {sample.name}: {found.rate_rps:.3f} req/s"
+    )

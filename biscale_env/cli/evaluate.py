@@ -1,0 +1,93 @@
+"""``biscale evaluate``: a trained agent beside the references on named scenarios."""
+
+import itertools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from biscale_env.errors import BiscaleError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("evaluate")(evaluate)
+
+
+def evaluate(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="Run directory of biscale train (or of its seeds), checkpoint, or 'agent' (the shipped ones)."
+        ),
+    ],
+    scenario: Annotated[str, typer.Option(help="Comma-separated scenario names, see configs/scenarios.")] = "synthetic",
+    policies: Annotated[
+        str | None, typer.Option(help="References beside it. [default: max, static-best, BiScale's own]")
+    ] = None,
+    loads: Annotated[
+        str | None, typer.Option(help="Comma-separated shares of capacity instead of the scenario's.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Workload seeds instead of the scenario's.")] = None,
+    delay: Annotated[float | None, typer.Option(help="Actuation delay, s. [default: the scenario's]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/evaluate-<name>.")] = None,
+    phase: Annotated[str | None, typer.Option(help="prefill or decode; default: those of the checkpoints.")] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Also write the table with intervals to this Markdown file.")
+    ] = None,
+    tuned: Annotated[bool, typer.Option(help="Tune the references' free parameters on other workloads first.")] = False,
+    resume: Annotated[bool, typer.Option(help="Continue an interrupted evaluation.")] = False,
+    jobs: Annotated[int | None, typer.Option(help="Processes; default: all cores.")] = None,
+) -> None:
+    """Evaluate an agent on scenarios, on the same workloads as the references; table, run directory and report as of compare."""
+    from biscale_env.cli.agent_jobs import checkpoints_of, phase_of, scenario_jobs
+    from biscale_env.cli.run_comparison import conclude, run_all
+    from biscale_env.evaluation.rundir import RunDirectory
+    from biscale_env.evaluation.scenarios import Infeasible
+
+    found = checkpoints_of(target)
+    phases = sorted({phase_of(path) for _, path in found} & ({phase} if phase else {"prefill", "decode"}))
+    shares = [_share(text) for text in loads.split(",")] if loads else [None]
+    names = [name.strip() for name in scenario.split(",") if name.strip()]
+    changes = {key: value for key, value in {"seeds": seeds, "delay_s": delay}.items() if value is not None}
+    planned, infeasible = [], []
+    for name, share, each in itertools.product(names, shares, phases):
+        point = changes if share is None else changes | {"load": share}
+        try:
+            planned += scenario_jobs(name, each, found, policies, point, tuned)
+        except Infeasible as error:
+            infeasible.append(str(error))
+    if not planned:
+        raise BiscaleError(
+            infeasible[0] if infeasible else "there is nothing to evaluate: give a scenario with --scenario"
+        )
+    folder = out or Path("runs") / f"evaluate-{Path(target).stem or 'agent'}"
+    config = {
+        "command": "evaluate",
+        "target": target,
+        "scenarios": names,
+        "policies": policies or "",
+        "tuned": tuned,
+        **changes,
+    }
+    with RunDirectory(folder, config, resume=resume) as run:
+        run_all(run, planned, jobs)
+    conclude(folder, infeasible)
+    if table is not None:
+        _write_table(folder, table)
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise BiscaleError(f"--loads takes numbers such as 0.5,0.75, got '{text}'") from None
+
+
+def _write_table(folder: Path, path: Path) -> None:
+    from biscale_env.cli.agent_table import markdown
+    from biscale_env.evaluation import files
+    from biscale_env.evaluation.run import load_run
+
+    files.write_text(path, markdown(load_run(folder).results))
+    print(f"table:         {path}")

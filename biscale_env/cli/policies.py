@@ -1,0 +1,168 @@
+"""From names on the command line to policies: reference controllers, learned checkpoints, the oracle."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from biscale_env.cli.agent_jobs import (
+    AGENT,
+    is_checkpoint,
+    is_file,
+    load_agent,
+    phase_of,
+    price_grid,
+    ships,
+    split_build,
+)
+from biscale_env.contract import Policy
+from biscale_env.envs.settings import World
+from biscale_env.errors import BiscaleError
+from biscale_env.evaluation.compare import ORACLE, STATIC_BEST, Job
+from biscale_env.evaluation.scenarios import PHASES, Case, Scenario
+from biscale_env.traces import Trace
+
+UNTUNED = (ORACLE, STATIC_BEST, "max", "static", "random")  # nothing to choose, or chosen elsewhere
+
+
+@dataclass
+class Hindsight:
+    """The oracle's plan with the world it is valid in (no actuation delay) and its bounds."""
+
+    policy: Policy
+    world: World
+    report: dict[str, float]
+
+    def predict(self, *arguments: Any, **named: Any) -> Any:
+        """The plan's next decision."""
+        return self.policy.predict(*arguments, **named)
+
+
+class Policies:
+    """Makes every policy that the command line knows. A controller's own model is the world's draw, as after profiling at home."""
+
+    def build(self, name: str, world: World, traces: Sequence[Trace], draw: int) -> Policy:
+        """Make a policy.
+
+        Raises:
+            BiscaleError: an unknown name or parameter, or an impossible value.
+        """
+        from controllers.base import context_of
+        from controllers.registry import make_policy
+
+        if name.split(":", 1)[0] == ORACLE:
+            return self._oracle(world, traces, draw)
+        if is_checkpoint(name):
+            return load_agent(name, context_of(world, draw=draw))
+        return make_policy(name, context_of(world, draw=draw))
+
+    def _oracle(self, world: World, traces: Sequence[Trace], draw: int) -> Policy:
+        from controllers.oracle import make_oracle, oracle_world
+
+        (trace,) = traces
+        policy, report = make_oracle(world, trace, world.slo.attainment, draw)
+        return Hindsight(policy, oracle_world(world), report)
+
+    def grid(self, name: str, phase: str) -> list[dict[str, Any]]:
+        """Settings of a policy's free parameters, one varied at a time from the defaults."""
+        from controllers.registry import ENTRIES, parse_name
+
+        if name.split(":", 1)[0] in UNTUNED:
+            return []
+        if is_checkpoint(name):
+            return price_grid(name, phase)
+        base, fixed = parse_name(name)
+        free = {k: v for k, v in ENTRIES[base].load(phase).TUNABLE.items() if k not in fixed}
+        varied = [{key: value} for key, values in free.items() for value in values]
+        return [dict(pairs) for pairs in dict.fromkeys(tuple(v.items()) for v in varied)]
+
+
+def names_for(phase: str) -> list[str]:
+    """Every name that ``--policies`` accepts for a phase."""
+    from controllers.registry import policy_names
+
+    return sorted({*policy_names(phase), STATIC_BEST, ORACLE, AGENT})
+
+
+def default_names(phase: str) -> list[str]:
+    """The policies of a plain ``biscale compare``."""
+    from controllers.registry import default_policies
+
+    names = list(default_policies(phase))
+    return [*names[:1], STATIC_BEST, *names[1:], *([AGENT] if ships(phase) else [])]
+
+
+def _applies(asked: str, phase: str) -> bool:
+    return asked.split(":", 1)[0] in names_for(phase)
+
+
+def split_list(text: str) -> list[str]:
+    """Split a ``--policies`` list at commas, keeping ``name:key=value,key=value`` together."""
+    parts: list[str] = []
+    for part in (p.strip() for p in text.split(",")):
+        continues = (
+            parts and "=" in part and ":" not in part and ":" in parts[-1] and not Path(part.partition("=")[2]).suffix
+        )
+        known = part.partition("=")[2].split(":", 1)[0] in set(
+            itertools.chain(*(names_for(p) for p in PHASES), ["all"])
+        )
+        if part and continues and not known:
+            parts[-1] += f",{part}"
+        elif part:
+            parts.append(part)
+    return parts
+
+
+def parse(policies: str | None, phases: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    """Per phase the ``(shown name, build string)`` pairs of a ``--policies`` option; ``max`` always leads.
+
+    ``all`` stands for the defaults; ``name=build`` renames; a name that exists in the other phase only is passed over.
+
+    Raises:
+        BiscaleError: a name that no phase knows.
+    """
+    chosen: dict[str, list[tuple[str, str]]] = {phase: [] for phase in phases}
+    for entry in split_list(policies or "all"):
+        if entry == "all":
+            for phase in phases:
+                chosen[phase] += [(name, name) for name in default_names(phase)]
+            continue
+        label, _, build = entry.partition("=") if "=" in entry.split(":", 1)[0] else (entry, "", entry)
+        known = [phase for phase in PHASES if _applies(build, phase)]
+        if not known and not is_file(build):
+            everything = sorted({name for phase in PHASES for name in names_for(phase)})
+            raise BiscaleError(f"unknown policy '{entry}'; known: {', '.join(everything)}")
+        for phase in phases:
+            if phase in known or (not known and phase_of(Path(split_build(build)[0])) == phase):
+                chosen[phase].append((label, build))
+    whole = {phase: list(dict.fromkeys([("max", "max"), *pairs])) for phase, pairs in chosen.items()}
+    for pairs in whole.values():
+        labels = [label for label, _ in pairs]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice is not None:
+            raise BiscaleError(
+                f"two policies are called '{twice}': give each a name of its own, name=build ('max' is the reference)"
+            )
+    return whole
+
+
+def plan(
+    scenario: Scenario,
+    case: Case,
+    policies: Sequence[tuple[str, str]],
+    tuned: bool = False,
+    oracle_seeds: int | None = None,
+) -> list[Job]:
+    """Jobs of one scenario and phase, one per policy and model draw; a mistake in a policy's parameters shows here."""
+    factory, jobs = Policies(), []
+    seeds = tuple(range(scenario.seeds))
+    for label, build in policies:
+        if build not in (STATIC_BEST, ORACLE):
+            factory.build(build, case.world, [], scenario.draws[0])
+        mine = seeds[:oracle_seeds] if build == ORACLE else seeds
+        variant = "tuned" if tuned and build != STATIC_BEST and factory.grid(build, case.phase) else ""
+        jobs += [
+            Job(scenario, case.phase, label, build, draw, mine, variant=variant) for draw in scenario.draws if mine
+        ]
+    return jobs

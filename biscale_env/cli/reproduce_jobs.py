@@ -1,0 +1,134 @@
+"""Jobs of the headline experiment: built where they run, so that only names travel between processes."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from biscale_env.envs.cluster_settings import ClusterSettings
+from biscale_env.errors import BiscaleError
+from biscale_env.evaluation.paper import (
+    TUNE_SEED,
+    PaperExperiment,
+    Point,
+    Variation,
+    draw_indices,
+    workload_a,
+    workload_b,
+)
+from biscale_env.models import load_model
+from biscale_env.traces import Trace, with_lengths
+from controllers.cluster_experiment import Job, distserve_capacity_rps, run_job
+from controllers.placement_table import TableRequest, table_key
+
+NOMINAL = -1
+
+
+@dataclass(frozen=True)
+class Task:
+    """One operating point, in one world, with at most one assumption changed."""
+
+    point: Point
+    draw: int
+    variation: Variation | None = None
+
+
+def tasks_of(experiment: PaperExperiment) -> list[Task]:
+    """Every task, those of the nominal world first, then draw by draw."""
+    nominal = [Task(point, NOMINAL) for point in experiment.points]
+    varied = [Task(experiment.point(v.point), NOMINAL, v) for v in experiment.variations]
+    drawn = []
+    for point in experiment.points:
+        available = load_model("prefill", 4, point.dtype).n_draws
+        drawn += list(enumerate(Task(point, draw) for draw in draw_indices(experiment.draws, available)))
+    drawn.sort(key=lambda numbered: numbered[0])  # world by world: what is finished early covers all points
+    return nominal + varied + [task for _, task in drawn]
+
+
+def settings_of(experiment: PaperExperiment, task: Task) -> ClusterSettings:
+    """Cluster of a task."""
+    base: dict[str, Any] = {
+        "gpus": experiment.gpus,
+        "slo": experiment.slo,
+        "dtype": task.point.dtype,
+        "model_draw": task.draw,
+    }
+    return ClusterSettings.of(**{**base, **(task.variation.settings if task.variation else {})})
+
+
+def job_of(experiment: PaperExperiment, task: Task, arrivals: Trace) -> Job:
+    """Workloads, settings and systems of a task.
+
+    Workload B is tuned on the first half of the trace and shown on the second; its rate is a share of what DistServe's placement
+    serves on the second half in this very world.
+    """
+    point, settings = task.point, settings_of(experiment, task)
+    seeds = experiment.seeds if task.draw == NOMINAL else experiment.draw_seeds
+    if task.variation is not None:
+        systems = experiment.variation_systems
+    else:
+        systems = experiment.systems if task.draw == NOMINAL else experiment.draw_systems
+    tune_seeds = range(TUNE_SEED, TUNE_SEED + experiment.tune_seeds)
+    if point.workload == "A":
+        cv = task.variation.gap_cv if task.variation else None
+        rate = float(point.rate_rps or 0.0)
+        tuning = tuple(workload_a(experiment, point, seed, cv) for seed in tune_seeds)
+        shown = tuple(workload_a(experiment, point, seed, cv) for seed in range(seeds))
+    else:
+        first, second = arrivals.split(0.5)
+        rate = float(point.load or 0.0) * _capacity(settings, point, first, second)
+        tuning = tuple(workload_b(first, point, rate, seed) for seed in tune_seeds)
+        shown = tuple(workload_b(second, point, rate, seed) for seed in range(seeds))
+    labels = {
+        "point": point.name,
+        "variation": task.variation.name if task.variation else "",
+        "draw": task.draw,
+        "workload": point.workload,
+        "dtype": point.dtype,
+        "load": point.load,
+        "lengths": point.lengths,
+    }
+    return Job(
+        labels, settings, systems, tuning, shown, rate, experiment.window_s,
+        task.variation.spare_w if task.variation else 0.0,
+        oracle=point.name in experiment.oracle and task.draw == NOMINAL and task.variation is None,
+    )  # fmt: skip
+
+
+def _capacity(settings: ClusterSettings, point: Point, first: Trace, second: Trace) -> float:
+    parts = [first, second]
+    if point.lengths != "own":
+        parts = [with_lengths(part, point.lengths, TUNE_SEED) for part in parts]
+    return distserve_capacity_rps(settings, *parts)
+
+
+def task_key(experiment: PaperExperiment, task: Task, arrivals: Trace) -> str:
+    """Hash of everything the rows of a task depend on: settings, workloads, coefficients, code of the simulator."""
+    depends = experiment.model_dump(exclude={"name", "draws", "points", "variations"})
+    parts = [depends, task.point.model_dump(), task.draw, task.variation.model_dump() if task.variation else None]
+    table = table_key(TableRequest(settings_of(experiment, task)), arrivals)
+    return hashlib.sha256((json.dumps(parts, sort_keys=True) + table).encode()).hexdigest()[:24]
+
+
+def run_kept(experiment: PaperExperiment, task: Task, arrivals: Trace, folder: Path) -> list[dict[str, Any]]:
+    """Rows of a task, from ``folder`` if it was finished before: an interrupted experiment goes on where it was."""
+    path = folder / f"{task_key(experiment, task, arrivals)}.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    rows = run_task(experiment, task, arrivals)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(rows), encoding="utf-8")
+    temporary.replace(path)
+    return rows
+
+
+def run_task(experiment: PaperExperiment, task: Task, arrivals: Trace) -> list[dict[str, Any]]:
+    """Rows of a task; none where nothing at all can be served there."""
+    try:
+        return run_job(job_of(experiment, task, arrivals))
+    except BiscaleError as error:
+        label = {"point": task.point.name, "variation": task.variation.name if task.variation else ""}
+        return [{**label, "draw": task.draw, "system": "none", "reason": str(error)}]

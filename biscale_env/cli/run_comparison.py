@@ -1,0 +1,109 @@
+"""Running planned jobs with a progress bar, and what is shown at the end."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from biscale_env.cli.policies import Policies, plan
+from biscale_env.errors import BiscaleError
+from biscale_env.evaluation import files
+from biscale_env.evaluation.compare import Job, Outcome, run_jobs
+from biscale_env.evaluation.rundir import RunDirectory
+from biscale_env.evaluation.scenarios import Infeasible, Scenario, resolve
+from biscale_env.models.files import find_file
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Jobs of a comparison, the coefficient files behind them, and the points that cannot be served at all."""
+
+    jobs: list[Job]
+    model_files: list[Path]
+    infeasible: list[str]
+
+
+def prepare(
+    points: Sequence[Scenario],
+    phases: Sequence[str],
+    policies: dict[str, list[tuple[str, str]]],
+    tuned: bool,
+    oracle_seeds: int | None,
+) -> Prepared:
+    """Resolve every point and phase; one that max clock cannot serve at any load is named, not hidden.
+
+    Raises:
+        BiscaleError: no point can be served, or a mistake in a policy's parameters.
+    """
+    jobs, infeasible, model_files = [], [], set()
+    for point in points:
+        for phase in phases:
+            try:
+                case = resolve(point, phase)
+            except Infeasible as error:
+                infeasible.append(str(error))
+                continue
+            s = case.world.settings
+            model_files.add(find_file(s.model, s.phase, s.dtype, s.tp))
+            jobs += plan(point, case, policies[phase], tuned, oracle_seeds)
+    if not jobs:
+        raise BiscaleError(infeasible[0])
+    return Prepared(jobs, sorted(model_files), infeasible)
+
+
+def run_all(run: RunDirectory, jobs: Sequence[Job], n_jobs: int | None) -> None:
+    """Run what is not finished yet; every finished run is on disk before the next is awaited."""
+    todo = [job for job in jobs if not all(run.has(job.key(seed)) for seed in job.seeds)]
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("runs", total=len(jobs), completed=len(jobs) - len(todo))
+        for outcome in run_jobs(todo, Policies(), n_jobs or os.cpu_count() or 1):
+            for record in outcome.records:
+                run.add(record, keep_timeline=record.workload_seed == 0)
+            keep_tuning(run.path, outcome)
+            progress.update(task, advance=1, description=f"{outcome.job.phase} {outcome.job.policy}")
+
+
+def keep_tuning(folder: Path, outcome: Outcome) -> None:
+    """Append what tuning tried to ``tuning.csv``: the energy-attainment curve of each controller on the tuning workloads."""
+    if outcome.tuned is None:
+        return
+    job, path = outcome.job, folder / "tuning.csv"
+    key = {"scenario": job.scenario.name, "slo": job.scenario.slo, "load": job.scenario.load, "phase": job.phase}
+    rows = [
+        key | {
+            "policy": job.policy, "model_draw": job.draw, "setting": ", ".join(f"{k}={v}" for k, v in s.params.items()),
+            "energy_j": s.energy_j, "attainment": s.attainment, "chosen": s is outcome.tuned.chosen, "reached": outcome.tuned.reached,
+        }
+        for s in outcome.tuned.tried
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows)
+    if path.is_file():
+        frame = pd.concat([pd.read_csv(path), frame], ignore_index=True)
+    files.write_text(path, frame.to_csv(index=False))
+
+
+def conclude(folder: Path, infeasible: Sequence[str] = ()) -> None:
+    """Print the table, name what is infeasible, write the report."""
+    from biscale_env.evaluation.report import write_report
+    from biscale_env.evaluation.run import load_run
+    from biscale_env.evaluation.tables import print_table
+
+    run = load_run(folder)
+    if run.results.empty:
+        raise BiscaleError(f"{folder} holds no finished run: add --resume to continue it")
+    print_table(run.results)
+    for sentence in infeasible:
+        print(f"not in the table: {sentence}")
+    print(f"\nrun directory: {folder}\nreport:        {write_report(run)}")

@@ -1,0 +1,169 @@
+"""Regenerate the figures that README.md and docs/ state, between their markers, from the commands that measure them.
+
+Usage: python docs/update.py [models] [bench] [observation] [compare=RUN_DIRECTORY] [experiment:NAME=RUN_DIRECTORY ...]
+`make docs` runs the parts that need no long experiment.
+"""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from biscale_env.contract import DECODE_SPEC, PREFILL_SPEC
+from biscale_env.evaluation.run import load_run
+from biscale_env.evaluation.tables import summary_markdown
+from biscale_env.models.validation import to_markdown, validation_frame
+
+ROOT = Path(__file__).resolve().parent.parent
+BISCALE = [sys.executable, "-m", "biscale_env.cli"]
+
+
+def replace_block(path: Path, name: str, text: str) -> None:
+    """Put text between ``<!-- begin:name -->`` and ``<!-- end:name -->``."""
+    content = path.read_text()
+    pattern = re.compile(rf"(<!-- begin:{re.escape(name)} -->\n).*?(<!-- end:{re.escape(name)} -->)", re.DOTALL)
+    if not pattern.search(content):
+        raise SystemExit(f"{path} has no block '{name}'")
+    path.write_text(pattern.sub(lambda m: m.group(1) + text.strip() + "\n" + m.group(2), content))
+
+
+def models() -> None:
+    """The whole table into docs/models.md, a digest into the README."""
+    frame = validation_frame("h100-llama70b")
+    (ROOT / "docs" / "models.md").write_text(
+        "# Model against measurement\n\nMade by `biscale fit --report`.\n\n" + to_markdown(frame) + "\n"
+    )
+    quantity, evidence = frame.columns[2], frame.columns[0]
+    keep = frame[frame[evidence].isin(["held-out kernel sums", "serving, fitted", "sustained GEMMs"])]
+    keep = keep[~keep[quantity].str.contains("mean interval|rate, TFLOP")]
+    keep = keep[~keep.iloc[:, 1].str.contains("TP2")]
+    replace_block(ROOT / "README.md", "models", to_markdown(keep))
+
+
+def bench() -> None:
+    """Speed figures of this machine."""
+    done = subprocess.run([*BISCALE, "bench", "--json"], capture_output=True, text=True, check=True)
+    figures = json.loads(done.stdout)
+    figures = figures["figures"] if isinstance(figures, dict) else figures
+    lines = ["| what | measured | target | ratio |", "|---|---:|---:|---:|"]
+    for f in figures:
+        bound = "≤" if f["better"] == "lower" else "≥"
+        lines.append(f"| {f['name']} | {f['value']:,.3g} {f['unit']} | {bound} {f['target']:,.3g} | {f['ratio']:.2f} |")
+    replace_block(ROOT / "README.md", "bench", "\n".join(lines))
+
+
+def observation() -> None:
+    """The tables of both observation vectors."""
+    text = "# Observation\n\nMade by `python docs/update.py observation`. `encoded = clip(physical / scale, low, high)`, float32.\n"
+    for spec in (PREFILL_SPEC, DECODE_SPEC):
+        text += f"\n## `{spec.id}` ({spec.dim} values)\n\n{spec.markdown()}\n"
+    (ROOT / "docs" / "observation.md").write_text(text)
+
+
+def compare(folder: str) -> None:
+    """The table of a plain `biscale compare`."""
+    replace_block(ROOT / "README.md", "compare", summary_markdown(load_run(folder).results))
+
+
+def cell(row: pd.Series) -> str:
+    """Energy ratio of one controller at one point, with attainment (never rounded up); struck through where the SLO is missed."""
+    attainment = math.floor(1e4 * row["attainment"] + 1e-9) / 100
+    half = 0.5 * (row["energy_ratio_ci_high"] - row["energy_ratio_ci_low"])
+    spread = f" ±{1e3 * half:.0f}" if row["policy"] != "max" and math.isfinite(half) else ""
+    text = f"{row['energy_ratio']:.3f}{spread} ({attainment:.2f})"
+    return text if row["slo_met"] else f"~~{text}~~"
+
+
+def table(cells: pd.DataFrame, heads: list[str]) -> str:
+    """Markdown of policies (index) by operating points (columns)."""
+    lines = ["| controller | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    lines += [f"| {policy} | " + " | ".join(str(v) for v in row) + " |" for policy, row in cells.fillna("").iterrows()]
+    return "\n".join(lines)
+
+
+def bounds(results: pd.DataFrame, column: str) -> dict[str, str]:
+    """Energy below which no controller can go at any delay, relative to max clock on the same workload, per point."""
+    found = {}
+    if "oracle_lower_bound_any_delay_j" in results:
+        tops = results[results["policy"] == "max"].set_index([column, "phase", "workload_seed", "model_draw"])[
+            "energy_j"
+        ]
+        for point, rows in results[results["policy"] == "oracle"].groupby(column, sort=False):
+            ratios = [
+                r["oracle_lower_bound_any_delay_j"] / tops[(point, r["phase"], r["workload_seed"], r["model_draw"])]
+                for _, r in rows.iterrows()
+            ]
+            found[str(point)] = f"{sum(ratios) / len(ratios):.3f}"
+    return found
+
+
+def matrix(summary: pd.DataFrame, results: pd.DataFrame, column: str) -> str:
+    """One table per phase: policies down, operating points across; then the bound."""
+    parts = []
+    for phase, rows in summary.groupby("phase", sort=False):
+        heads = list(dict.fromkeys(rows[column]))
+        order = list(rows.groupby("policy")["energy_ratio"].mean().sort_values(ascending=False).index)
+        cells = pd.DataFrame(
+            {p: {r["policy"]: cell(r) for _, r in rows[rows[column] == p].iterrows()} for p in heads}
+        ).reindex(order)
+        low = bounds(results[results["phase"] == phase], column)
+        if low:
+            cells.loc["*lower bound*"] = [low.get(p, "") for p in heads]
+        parts.append(f"**{phase}**\n\n" + table(cells, heads))
+    return "\n\n".join(parts)
+
+
+def busy_matrix(results: pd.DataFrame, column: str) -> str:
+    """Energy while iterations run, idling left out, relative to max clock."""
+    frame = results.assign(busy_j=results["energy_j"] - results["energy_idle_j"])
+    parts = []
+    for phase, rows in frame.groupby("phase", sort=False):
+        sums = rows.groupby(["policy", column], sort=False)["busy_j"].mean().unstack()
+        ratios = (sums / sums.loc["max"]).round(3)
+        parts.append(
+            f"**{phase}**\n\n" + table(ratios.sort_values(ratios.columns[0], ascending=False), list(ratios.columns))
+        )
+    return "\n\n".join(parts)
+
+
+def experiment(name: str, folder: str) -> None:
+    """An experiment: the whole table into docs/, a matrix of energy ratios into docs/results.md and, for `main`, the README."""
+    run = load_run(folder)
+    summary, results = pd.read_csv(Path(folder) / "summary.csv"), run.results.copy()
+    columns = [c for c in summary if c.endswith(("_ci_low", "_ci_high"))]
+    keys = ["phase", "scenario", "load", "slo", "policy", "energy_ratio", "attainment", "slo_met"]
+    intervals = summary[[*keys, *columns]].round(4).to_csv(index=False)
+    (ROOT / "docs" / f"experiment-{name}.csv").write_text(intervals)
+    varied = [c for c in ("scenario", "slo", "load") if summary[c].nunique() > 1] or ["scenario"]
+    for frame in (summary, results):
+        frame["point"] = frame[varied].astype(str).agg(", ".join, axis=1)
+    (ROOT / "docs" / f"experiment-{name}.md").write_text(
+        f"# Experiment `{name}`\n\nMade by `biscale compare --experiment {name}`; 95 % intervals are in `experiment-{name}.csv`.\n\n"
+        + summary_markdown(summary)
+        + "\n## Energy while iterations run, idling left out, relative to max clock\n\n"
+        + busy_matrix(results, "point")
+        + "\n"
+    )
+    replace_block(
+        ROOT / ("README.md" if name == "main" else "docs/results.md"), name, matrix(summary, results, "point")
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """Run the parts asked for; all but the long ones without arguments."""
+    for argument in arguments or ["models", "observation", "bench"]:
+        part, _, folder = argument.partition("=")
+        if part.startswith("experiment:"):
+            experiment(part.partition(":")[2], folder)
+        elif part == "compare":
+            compare(folder)
+        else:
+            {"models": models, "bench": bench, "observation": observation}[part]()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

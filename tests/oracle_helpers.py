@@ -1,0 +1,67 @@
+"""Brute force and small worlds for the tests of the oracles."""
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from biscale_env.config import Slo
+from biscale_env.envs.core import Batch, Pool
+from biscale_env.envs.settings import World, WorldSettings
+from biscale_env.traces import Trace
+
+ROW = np.zeros(1, dtype=np.int64)
+
+
+@lru_cache(maxsize=64)
+def world_of(phase: str, bound_s: float | None = None, **settings: Any) -> World:
+    """A world with another SLO bound; cached, since loading takes longer than a test."""
+    slo = None
+    if bound_s is not None:
+        slo = Slo(name="test", ttft_s=bound_s, tpot_s=bound_s, attainment=0.99, source="test")
+    return World(WorldSettings.of(phase, **settings), slo)
+
+
+def trace_of(gaps_s: Any, prompts: Any, outputs: Any = None, tail_s: float = 0.0) -> Trace:
+    """A trace from gaps between arrivals."""
+    arrival = np.cumsum(np.asarray(gaps_s, dtype=np.float64))
+    n = len(arrival)
+    outputs = np.full(n, 2) if outputs is None else outputs
+    return Trace("tiny", arrival, np.asarray(prompts), np.asarray(outputs), "test", float(arrival[-1]) + tail_s)
+
+
+def brute_force(world: World, trace: Trace, clocks_mhz: Any, price: float) -> float:
+    """Least cost over every sequence of clocks, in the real simulator, by trying them; states are restored from copies."""
+    batch = Batch(world, 1, Pool.of(world, [trace]))
+    batch.reset(ROW, ROW, np.array([-1]))
+    actions = world.clocks.to_action(np.asarray(clocks_mhz))
+    decode = (batch.slots, batch.ring, batch.tree, batch.stack) if world.phase == "decode" else ()
+    memory = (batch.states, *decode)
+
+    def least(cost: float) -> float:
+        if batch.done[0]:
+            return cost
+        saved = [array.copy() for array in memory]
+        best = np.inf
+        for k in range(len(actions)):
+            for array, copy in zip(memory, saved, strict=True):
+                array[:] = copy
+            batch.step(actions[k : k + 1])
+            step = -batch.terms[0, 0] + price * batch.states["step_violations"][0]
+            best = min(best, least(cost + float(step)))
+        return best
+
+    return least(0.0)
+
+
+def run_policy(world: World, trace: Trace, policy: Any) -> tuple[float, int]:
+    """Cost (minus the sum of rewards) and violations of a policy in the environment's dynamics."""
+    batch = Batch(world, 1, Pool.of(world, [trace]))
+    batch.reset(ROW, ROW, np.array([-1]))
+    cost, state, start = 0.0, None, np.ones(1, dtype=bool)
+    while not batch.done[0]:
+        action, state = policy.predict(batch.obs.copy(), state, start)
+        batch.step(action[:, 0])
+        start = np.zeros(1, dtype=bool)
+        cost -= float(batch.reward[0])
+    return cost, int(batch.states["violations"][0])

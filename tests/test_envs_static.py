@@ -1,0 +1,144 @@
+"""Whole runs at one clock and the capacity search."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis
+from hypothesis import strategies as some
+
+from biscale_env.config import load_slo
+from biscale_env.envs.core import Batch, Pool
+from biscale_env.envs.settings import World, WorldSettings
+from biscale_env.envs.static import attainment_at, find_capacity, run_static
+from biscale_env.errors import BiscaleError
+from biscale_env.models import physics
+from biscale_env.traces import Trace, generate
+
+PHASES = ("prefill", "decode")
+
+
+def sample(phase: str, n: int = 400, rate: float = 4.0, seed: int = 0) -> Trace:
+    rng = np.random.default_rng(seed)
+    arrival = np.cumsum(rng.exponential(1 / rate, n))
+    prompt, output = rng.integers(50, 3000, n), rng.integers(2, 60 if phase == "decode" else 3, n)
+    return Trace("sample", arrival, prompt, output, "test", duration_s=float(arrival[-1]) + 1.0)
+
+
+def by_batch(world: World, trace: Trace, freq_mhz: float) -> Batch:
+    """The same run through the environment's batch, one decision at a time, from the first request on at its clock."""
+    batch = Batch(world, 1, Pool.of(world, [trace]), record=True)
+    zero = np.zeros(1, dtype=np.int64)
+    batch.reset(zero, zero, zero - 1)
+    batch.params["drain"] = 1
+    action = world.clocks.to_action([freq_mhz])
+    while not batch.done[0]:
+        batch.step(action)
+    return batch
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("freq_mhz", [510.0, 1200.0, 1980.0])
+def test_equals_the_environment_at_that_clock(phase: str, freq_mhz: float) -> None:
+    """Without delay the two differ by nothing; only the idling before the first request is at another clock."""
+    world, trace = World(WorldSettings.of(phase, actuation_delay_s=0.0)), sample(phase)
+    batch, run = by_batch(world, trace, freq_mhz), run_static(world, trace, freq_mhz)
+    pool = batch.pool
+    latency = (batch.finish_s - pool.arrival_s) / (1 if phase == "prefill" else pool.output - 1)
+    np.testing.assert_allclose(run.latency_s, latency, rtol=1e-9)
+    st, c = batch.states[0], world.model.draw(-1)
+    idle_w = [c.n_gpus * physics.idle_power_w(c, f) for f in (1.98, freq_mhz / 1e3)]
+    assert run.energy_j == pytest.approx(st["energy_j"] - (idle_w[0] - idle_w[1]) * pool.arrival_s[0], rel=1e-9)
+    assert (run.iterations, run.output_tokens) == (st["iterations"], pool.output.sum())
+    assert run.busy_s == pytest.approx(st["busy_s"], rel=1e-9)
+    assert run.duration_s == pytest.approx(st["time_s"], rel=1e-12)
+    assert run.duration_s >= trace.duration_s
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_idle_before_the_first_request_is_at_the_static_clock(phase: str) -> None:
+    """A lone request at 100 s: 100 s of idling at 510 MHz, none at the highest clock."""
+    world = World(WorldSettings.of(phase))
+    trace = Trace("late", np.array([100.0]), np.array([10]), np.array([2]), "test", duration_s=100.0)
+    run, c = run_static(world, trace, 510.0), world.model.draw(-1)
+    idle_j = 100.0 * c.n_gpus * physics.idle_power_w(c, 0.51)
+    busy_j = run.energy_j - idle_j
+    assert 0 < busy_j < run.busy_s * c.n_gpus * 700.0
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_impossible_clock(phase: str) -> None:
+    world = World(WorldSettings.of(phase))
+    for freq_mhz in (0.0, 505.0, 1981.0, float("nan")):
+        with pytest.raises(BiscaleError, match="impossible"):
+            run_static(world, sample(phase, 5), freq_mhz)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_every_request_has_a_latency_for_every_draw(phase: str) -> None:
+    world, trace = World(WorldSettings.of(phase)), sample(phase, 100)
+    energies = set()
+    for draw in (-1, 0, 1, world.model.n_draws - 1):
+        run = run_static(world, trace, 1200.0, draw)
+        assert np.isfinite(run.latency_s).all()
+        assert (run.latency_s > 0).all()
+        energies.add(round(run.energy_j, 6))
+    assert len(energies) > 1
+
+
+@pytest.fixture(scope="module", params=PHASES)
+def searched(request: Any) -> tuple[World, Trace, Any]:
+    phase = request.param
+    world = World(WorldSettings.of(phase))
+    trace = generate("azure-conv-like", rate_rps=5.0, duration_s=400.0, seed=1)
+    return world, trace, find_capacity(world, trace)
+
+
+def test_found_capacity_meets_the_target_and_more_does_not(searched: tuple[World, Trace, Any]) -> None:
+    world, trace, found = searched
+    target = world.slo.attainment
+    assert found.rate_rps > 0
+    assert found.attainment >= target
+    assert attainment_at(world, trace, found.rate_rps, 1980.0, (0, 1, 2), -1) == found.attainment
+    assert attainment_at(world, trace, 1.05 * found.rate_rps, 1980.0, (0, 1, 2), -1) < target
+    rates = [r for r, a in found.tried if a < target]
+    assert min(rates) <= 1.0101 * found.rate_rps, "the search stopped before its tolerance"
+
+
+def test_capacity_rises_with_clock_and_slo(searched: tuple[World, Trace, Any]) -> None:
+    world, trace, found = searched
+    slower = [find_capacity(world, trace, f).rate_rps for f in (810.0, 1395.0)]
+    assert slower[0] <= 1.02 * slower[1]
+    assert slower[1] <= 1.02 * found.rate_rps
+    wide = load_slo().model_copy(update={"name": "wide", "ttft_s": 2.0, "tpot_s": 0.2})
+    assert find_capacity(World(world.settings, wide), trace).rate_rps >= 0.98 * found.rate_rps
+
+
+def test_capacity_of_an_impossible_slo_is_zero() -> None:
+    slo = load_slo().model_copy(update={"ttft_s": 1e-4})
+    found = find_capacity(World(WorldSettings.of("prefill"), slo), sample("prefill"))
+    assert (found.rate_rps, found.attainment) == (0.0, 0.0)
+    assert all(a < slo.attainment for _, a in found.tried)
+
+
+def test_capacity_needs_enough_requests() -> None:
+    with pytest.raises(BiscaleError, match="at least 100"):
+        find_capacity(World(WorldSettings.of("prefill")), sample("prefill", 99))
+
+
+@hypothesis(max_examples=30, deadline=None)
+@given(some.floats(0.05, 1.0), some.integers(0, 1000))
+def test_lower_loads_only_choose_requests(share: float, seed: int) -> None:
+    """Every request of a lower load is one of the trace's, at its own time; none is moved, stretched or invented."""
+    trace = sample("decode")
+    scaled = trace.scaled_to(share * trace.rate_rps, seed)
+    rows = set(zip(trace.arrival_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True))
+    chosen = list(
+        zip(scaled.arrival_s.tolist(), scaled.prompt_tokens.tolist(), scaled.output_tokens.tolist(), strict=True)
+    )
+    assert set(chosen) <= rows
+    assert len(set(chosen)) == len(chosen)
+    assert scaled.duration_s == trace.duration_s
+    deviation = np.sqrt(len(trace) * share * (1 - share)) + 1e-9
+    assert abs(len(scaled) - share * len(trace)) <= 5 * deviation + 1

@@ -1,0 +1,225 @@
+"""The prefill oracle: equal to brute force where that can be done, a bound for everybody elsewhere."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle_helpers import brute_force, run_policy, trace_of, world_of
+
+from biscale_env.errors import BiscaleError
+from biscale_env.traces import generate
+from controllers import oracle_prefill_kernels as kernels
+from controllers.base import context_of
+from controllers.oracle_prefill import solve_prefill_oracle
+from controllers.oracle_prefill_problem import PrefillProblem
+from controllers.oracle_replay import OraclePolicy, oracle_world, replay
+from controllers.registry import make_policy, policy_names
+
+PLAN_MHZ = (990.0, 1485.0, 1980.0)  # every 495 MHz below the highest clock
+STEP_MHZ = 495.0
+GAPS_S = st.sampled_from([0.0, 0.003, 0.07, 0.2, 0.5, 3.0])
+
+
+def traces(most):
+    """Traces of up to ``most`` requests."""
+    return (
+        st.integers(1, most)
+        .flatmap(
+            lambda n: st.builds(
+                trace_of,
+                st.lists(GAPS_S, min_size=n, max_size=n),
+                st.lists(st.integers(1, 3000), min_size=n, max_size=n),
+                tail_s=st.sampled_from([0.0, 0.1, 1.0]),
+            )
+        )
+        .filter(lambda t: t.duration_s > 0)
+    )
+
+
+def worlds(delays_s=(0.0,)):
+    """Prefill worlds with tight and wide SLOs and limits that bind."""
+    return st.builds(
+        world_of,
+        st.just("prefill"),
+        st.sampled_from([0.1, 0.25, 0.6]),
+        drain=st.booleans(),
+        token_budget=st.sampled_from([1024, 2048]),
+        max_seqs=st.sampled_from([1, 2, 256]),
+        actuation_delay_s=st.sampled_from(delays_s),
+    )
+
+
+PRICES = st.sampled_from([0.0, 0.3, 5.0, 30.0])
+
+
+def solve(world, trace, mode, price, cell_s, margin=1.0):
+    problem = PrefillProblem(world, trace, clock_step_mhz=STEP_MHZ, slots=64, window_cells=1 << 18)
+    run, plan = problem.run(mode, price, cell_s, margin)
+    assert run["status"] == kernels.OK
+    assert run["late"] == 0
+    return float(run["best_cost"]), plan
+
+
+@settings(max_examples=30, deadline=None)
+@given(worlds(), traces(4), PRICES)
+def test_programme_equals_brute_force(world, trace, price):
+    best = brute_force(world, trace, PLAN_MHZ, price)
+    cost, _ = solve(world, trace, kernels.EXACT, price, 2e-5)
+    assert cost == pytest.approx(best, rel=1e-9)
+    bound, _ = solve(world, trace, kernels.CELLS, price, 1e-3)
+    assert bound <= best + 1e-9
+
+
+@settings(max_examples=30, deadline=None)
+@given(worlds((0.0, 0.02, 0.08, 0.3)), traces(3), PRICES)
+def test_no_delay_beats_the_bound_for_any_delay(world, trace, price):
+    best = brute_force(world, trace, (510.0, 1110.0, 1980.0), price)
+    bound, _ = solve(world, trace, kernels.CELLS_ANY_DELAY, price, 1e-3)
+    assert bound <= best + 1e-9
+
+
+def test_delay_can_help():
+    """Why the second bound is needed: a clock that lands in an idle period saves idle power.
+
+    The first prompt meets the SLO at the highest clock only; without delay the instance then idles at that clock.
+    """
+    model = world_of("prefill").model
+    n = 2000
+    at_max, at_next = (float(model.latency_s(n, n * n / 2, 0, 1, f)) for f in (1980.0, 1485.0))
+    trace = trace_of([0.0, 20.0], [n, 1], tail_s=0.1)
+    best = {}
+    for delay_s in (0.0, at_max + 1e-3):
+        world = world_of("prefill", 0.5 * (at_max + at_next), actuation_delay_s=delay_s, drain=True)
+        best[delay_s] = brute_force(world, trace, PLAN_MHZ, 30.0)
+    at_once, delayed = best.values()
+    assert delayed < at_once
+    assert solve(world, trace, kernels.CELLS_ANY_DELAY, 30.0, 1e-3)[0] <= delayed
+
+
+@settings(max_examples=25, deadline=None)
+@given(worlds(), traces(8), PRICES)
+def test_bounds_are_ordered_and_the_replay_is_the_programmes(world, trace, price):
+    cost, plan = solve(world, trace, kernels.EXACT, price, 1e-3)
+    lower, _ = solve(world, trace, kernels.CELLS, price, 1e-3)
+    lower_any, _ = solve(world, trace, kernels.CELLS_ANY_DELAY, price, 1e-3)
+    assert lower_any <= lower + 1e-9
+    assert lower <= cost + 1e-9
+    done = replay(world, trace, plan)
+    weight = world.settings.violation_weight
+    assert done.cost + (price - weight) * done.violations == pytest.approx(cost, rel=1e-9)
+    assert done.decisions == len(plan)
+
+
+@settings(max_examples=25, deadline=None)
+@given(worlds(), traces(8), PRICES)
+def test_a_wider_margin_of_pruning_changes_nothing(world, trace, price):
+    for mode in (kernels.EXACT, kernels.CELLS):
+        narrow, wide = (solve(world, trace, mode, price, 1e-3, margin)[0] for margin in (0.5, 1e6))
+        assert narrow == pytest.approx(wide, rel=1e-12)
+
+
+@pytest.fixture(scope="module")
+def workload():
+    return generate("azure-conv-like", rate_rps=2.0, duration_s=120.0, seed=5)
+
+
+def test_finer_cells_close_the_gap(workload):
+    world = world_of("prefill", drain=True)
+    gaps = [solve_prefill_oracle(world, workload, cell_s=cell_s).gap for cell_s in (4e-3, 2.5e-4)]
+    assert 0.0 <= gaps[1] < gaps[0]
+    assert gaps[1] < 1e-3
+
+
+@pytest.mark.parametrize("attainment", [0.9, 0.97, 1.0])
+def test_attainment_is_met_at_less_energy_than_any_static_clock_that_meets_it(workload, attainment):
+    world = world_of("prefill", 1.2, drain=True, actuation_delay_s=0.0)
+    oracle = solve_prefill_oracle(world, workload, attainment)
+    assert oracle.feasible
+    assert oracle.replay.attainment >= attainment
+    assert oracle.replay.violations <= oracle.violations_allowed
+    assert oracle.energy_bound_any_delay_j <= oracle.energy_bound_j <= oracle.replay.energy_j
+    energies = []
+    for freq_mhz in world.clocks.grid_mhz[::7]:
+        static = replay(world, workload, np.array([freq_mhz]))
+        if static.attainment >= attainment:
+            energies.append(static.energy_j)
+    assert energies
+    assert oracle.replay.energy_j <= min(energies) * (1.0 + 1e-3)
+    assert oracle.energy_bound_j <= min(energies)
+
+
+def test_more_attainment_costs_more_energy(workload):
+    world = world_of("prefill", 0.6, drain=True)
+    loose, tight = (solve_prefill_oracle(world, workload, a) for a in (0.5, 0.9))
+    assert loose.replay.energy_j <= tight.replay.energy_j
+    assert loose.price <= tight.price
+
+
+def test_an_impossible_attainment_is_named():
+    world = world_of("prefill", 0.05, drain=True)
+    trace = trace_of([0.0, 1.0, 1.0, 1.0], [4000, 16, 4000, 16])
+    oracle = solve_prefill_oracle(world, trace, 1.0)
+    assert not oracle.feasible
+    assert oracle.violations_allowed == oracle.replay.violations == 2
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.2])
+def test_nobody_beats_the_oracle(seed, delay_s):
+    trace = generate("azure-conv-like", rate_rps=1.5 + seed, duration_s=60.0, seed=seed)
+    world = world_of("prefill", actuation_delay_s=delay_s, drain=seed % 2 == 0)
+    oracle = solve_prefill_oracle(world, trace)
+    assert oracle.lower_bound_any_delay <= oracle.lower_bound <= oracle.upper_bound
+    names = [n for n in policy_names("prefill") if n in ("max", "random", "ecofreq", "throttllem", "dynamollm", "agft")]
+    names += ["static:810", "static:1110", "static:1395", "static:1605"]
+    for name in names:
+        cost, _ = run_policy(world, trace, make_policy(name, context_of(world)))
+        assert oracle.lower_bound_any_delay <= cost + 1e-9, name
+        if delay_s == 0.0:
+            assert oracle.upper_bound <= cost + 1e-9, name
+
+
+def test_the_policy_repeats_the_plan(workload):
+    world = world_of("prefill", actuation_delay_s=0.1)
+    oracle = solve_prefill_oracle(world, workload)
+    cost, violations = run_policy(oracle_world(world), workload, oracle.policy(world))
+    assert cost == pytest.approx(oracle.replay.cost, rel=1e-12)
+    assert violations == oracle.replay.violations
+    assert cost == pytest.approx(oracle.upper_bound, rel=1e-9)
+
+
+def test_policy_counts_rows_apart():
+    world = world_of("prefill")
+    policy = OraclePolicy(world.clocks, np.array([510.0, 1980.0]))
+    observation = np.zeros((2, world.spec.dim), dtype=np.float32)
+    first, state = policy.predict(observation, None, np.array([True, True]))
+    second, _ = policy.predict(observation, state, np.array([False, True]))
+    assert first.shape == (2, 1)
+    assert np.array_equal(first[:, 0], [-1.0, -1.0])
+    assert np.array_equal(second[:, 0], [1.0, -1.0])
+    single, _ = policy.predict(observation[0])
+    assert single.shape == (1,)
+
+
+def test_a_decode_world_is_refused(workload):
+    with pytest.raises(BiscaleError, match="prefill world"):
+        solve_prefill_oracle(world_of("decode"), workload)
+
+
+@pytest.mark.slow
+def test_the_azure_hour_takes_less_than_a_minute(shared_data):
+    from biscale_env.envs.static import find_capacity
+    from biscale_env.traces import read_trace
+
+    world = world_of("prefill", drain=True)
+    trace = read_trace(shared_data / "traces" / "AzureLLMInferenceTrace_conv_2023.csv")
+    part = trace.scaled_to(0.75 * find_capacity(world, trace).rate_rps, 0)
+    solve_prefill_oracle(world, part.window(0.0, 60.0))  # compiles
+    begin = time.process_time()
+    oracle = solve_prefill_oracle(world, part, world.slo.attainment)
+    assert time.process_time() - begin < 60.0
+    assert oracle.feasible
+    assert oracle.gap < 0.01
+    assert oracle.dropped == 0
