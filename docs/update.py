@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from biscale_env.contract import DECODE_SPEC, PREFILL_SPEC
+from biscale_env.evaluation.results import scenario_label
 from biscale_env.evaluation.run import load_run
 from biscale_env.evaluation.tables import summary_markdown
 from biscale_env.models.validation import to_markdown, validation_frame
@@ -144,6 +145,7 @@ def experiment(name: str, folder: str) -> None:
     (ROOT / "docs" / f"experiment-{name}.md").write_text(
         f"# Experiment `{name}`\n\nMade by `biscale compare --experiment {name}`; 95 % intervals are in `experiment-{name}.csv`.\n\n"
         + summary_markdown(summary)
+        + "".join(f"\n**{scenario_label(point)}**: infeasible, since {point['reason']}.\n" for point in run.infeasible)
         + "\n## Energy while iterations run, idling left out, relative to max clock\n\n"
         + busy_matrix(results, "point")
         + "\n"

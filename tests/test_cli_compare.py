@@ -1,5 +1,6 @@
 """``biscale compare`` end to end, as a user runs it: in a process, from an empty folder."""
 
+import html
 import io
 import json
 import os
@@ -11,6 +12,8 @@ import time
 import pandas as pd
 import pytest
 import yaml
+
+from biscale_env.evaluation.run import load_run
 
 BISCALE = [sys.executable, "-m", "biscale_env.cli"]
 TINY = ["--policies", "static:1200", "--seeds", "2", "--jobs", "1", "--scenario"]
@@ -225,21 +228,25 @@ def test_capacity_command(call):
     assert found["capacity_rps"] == max(rate for rate, attainment in by_rate if attainment >= 0.99)
 
 
+INFEASIBLE = {"conv": (), "code": ("prefill",)}  # at TP4 the code trace's bursts defeat even max clock (TTFT 600 ms)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["AzureLLMInferenceTrace_conv_2023.csv", "AzureLLMInferenceTrace_code_2023.csv"])
+@pytest.mark.parametrize("name", INFEASIBLE)
 def test_real_traces(name, shared_data, tmp_path):
-    done = run(
-        "compare",
-        "--trace",
-        shared_data / "traces" / name,
-        "--policies",
-        "static-best,slack",
-        "--seeds",
-        "1",
-        cwd=tmp_path,
-        timeout=300,
-    )
-    assert done.returncode == 0 or "infeasible" in done.stderr, done.stderr
-    if done.returncode == 0:
-        frame = pd.read_parquet(next(tmp_path.rglob("results.parquet")))
-        assert set(frame.phase) == {"prefill", "decode"}
+    trace = shared_data / "traces" / f"AzureLLMInferenceTrace_{name}_2023.csv"
+    command = ["compare", "--trace", trace, "--policies", "static-best,slack", "--seeds", "1", "--out", "run"]
+    for again in ((), ("--resume",)):
+        done = run(*command, *again, cwd=tmp_path, timeout=300)
+        assert done.returncode == 0, done.stderr
+        opened = load_run(tmp_path / "run")
+        assert set(opened.results.phase) == {"prefill", "decode"} - set(INFEASIBLE[name])
+        assert [point["phase"] for point in opened.infeasible] == list(INFEASIBLE[name])
+        report = (tmp_path / "run" / "report.html").read_text()
+        for point in opened.infeasible:
+            assert f"infeasible, so without a table: {trace.stem}, {point['phase']}, 50 % of capacity" in done.stdout
+            assert point["reason"] in done.stdout.replace("\n", " ")
+            assert f"<li>{point['phase'].capitalize()}: {trace.stem} at 50 % load" in report
+            assert html.escape(point["reason"], quote=False).replace("'", "&#39;") in report
+        assert ("infeasible, so without" in done.stdout) == bool(INFEASIBLE[name])
+        assert ("Infeasible scenarios." in report) == bool(INFEASIBLE[name])

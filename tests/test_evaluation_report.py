@@ -28,6 +28,8 @@ def run(tmp_path_factory):
                 directory.add(plausible(phase, policy, 0, duration_s=90.0))
         directory.add(tiny(policy="max", scenario="hopeless"))
         directory.add(tiny(policy="mpc", scenario="hopeless"))
+        unserved = {"scenario": "code", "phase": "prefill", "slo": "biscale", "load": 0.5, "tp": 4, "dtype": "bf16"}
+        directory.name_infeasible([unserved | {"reason": "even 0.1 req/s misses <it>"}])
     return load_run(path)
 
 
@@ -96,6 +98,7 @@ def test_infeasible_scenarios_are_named(page):
     assert "Infeasible scenarios." in own
     assert "<li>Prefill: hopeless, SLO biscale</li>" in own
     assert "max clock itself reaches only 66.66 %" in own
+    assert "<li>Prefill: code at 50 % load, SLO biscale: no table, since even 0.1 req/s misses &lt;it&gt;</li>" in own
     assert own.count('<span class="tag">infeasible</span>') == 1
 
 

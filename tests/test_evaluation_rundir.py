@@ -165,6 +165,25 @@ def test_nothing_finished_leaves_no_results(tmp_path):
         load_run(tmp_path)
 
 
+def test_points_that_cannot_be_served_outlive_interruption_and_resume(tmp_path):
+    point = {"scenario": "code", "phase": "prefill", "slo": "biscale", "load": 0.5, "tp": 4, "dtype": "bf16"}
+    point["reason"] = "even 0.1 req/s, at max clock, misses"
+
+    def interrupted():
+        with RunDirectory(tmp_path, CONFIG) as run:
+            run.name_infeasible([point])
+            run.add(tiny())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert load_run(tmp_path).infeasible == [point]
+    with RunDirectory(tmp_path, CONFIG, resume=True) as run:
+        run.add(tiny(policy="mpc"))
+    assert load_run(tmp_path).infeasible == [point]
+    assert len(load_run(tmp_path).results) == 2
+
+
 def test_resume_with_another_configuration_names_what_changed(tmp_path):
     RunDirectory(tmp_path, CONFIG)
     changed = CONFIG | {"scenario": {"load": 0.9, "policies": ["max", "mpc"]}}

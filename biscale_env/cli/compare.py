@@ -78,8 +78,8 @@ def compare(
     prepared = prepare(points, phases, chosen, tuned, oracle_seeds)
     seed_note = {"workloads": points[0].seeds}
     with RunDirectory(folder, config, resume=resume, model_files=prepared.model_files, seeds=seed_note) as run:
-        run_all(run, prepared.jobs, jobs)
-    conclude(folder, prepared.infeasible)
+        run_all(run, prepared.jobs, jobs, prepared.infeasible)
+    conclude(folder)
 
 
 def _phases(phase: str | None, known: tuple[str, ...]) -> tuple[str, ...]:

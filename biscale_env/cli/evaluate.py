@@ -50,16 +50,18 @@ def evaluate(
     shares = [_share(text) for text in loads.split(",")] if loads else [None]
     names = [name.strip() for name in scenario.split(",") if name.strip()]
     changes = {key: value for key, value in {"seeds": seeds, "delay_s": delay}.items() if value is not None}
-    planned, infeasible = [], []
+    planned, infeasible = [], list[Infeasible]()
     for name, share, each in itertools.product(names, shares, phases):
         point = changes if share is None else changes | {"load": share}
         try:
             planned += scenario_jobs(name, each, found, policies, point, tuned)
         except Infeasible as error:
-            infeasible.append(str(error))
+            infeasible.append(error)
     if not planned:
-        raise BiscaleError(
-            infeasible[0] if infeasible else "there is nothing to evaluate: give a scenario with --scenario"
+        raise (
+            infeasible[0]
+            if infeasible
+            else BiscaleError("there is nothing to evaluate: give a scenario with --scenario")
         )
     folder = out or Path("runs") / f"evaluate-{Path(target).stem or 'agent'}"
     config = {
@@ -71,8 +73,8 @@ def evaluate(
         **changes,
     }
     with RunDirectory(folder, config, resume=resume) as run:
-        run_all(run, planned, jobs)
-    conclude(folder, infeasible)
+        run_all(run, planned, jobs, infeasible)
+    conclude(folder)
     if table is not None:
         _write_table(folder, table)
 

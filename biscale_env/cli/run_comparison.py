@@ -25,7 +25,7 @@ class Prepared:
 
     jobs: list[Job]
     model_files: list[Path]
-    infeasible: list[str]
+    infeasible: list[Infeasible]
 
 
 def prepare(
@@ -46,18 +46,19 @@ def prepare(
             try:
                 case = resolve(point, phase)
             except Infeasible as error:
-                infeasible.append(str(error))
+                infeasible.append(error)
                 continue
             s = case.world.settings
             model_files.add(find_file(s.model, s.phase, s.dtype, s.tp))
             jobs += plan(point, case, policies[phase], tuned, oracle_seeds)
     if not jobs:
-        raise BiscaleError(infeasible[0])
+        raise infeasible[0]
     return Prepared(jobs, sorted(model_files), infeasible)
 
 
-def run_all(run: RunDirectory, jobs: Sequence[Job], n_jobs: int | None) -> None:
+def run_all(run: RunDirectory, jobs: Sequence[Job], n_jobs: int | None, infeasible: Sequence[Infeasible] = ()) -> None:
     """Run what is not finished yet; every finished run is on disk before the next is awaited."""
+    run.name_infeasible([error.point for error in infeasible])
     todo = [job for job in jobs if not all(run.has(job.key(seed)) for seed in job.seeds)]
     columns = (
         TextColumn("{task.description}"),
@@ -94,9 +95,10 @@ def keep_tuning(folder: Path, outcome: Outcome) -> None:
     files.write_text(path, frame.to_csv(index=False))
 
 
-def conclude(folder: Path, infeasible: Sequence[str] = ()) -> None:
+def conclude(folder: Path) -> None:
     """Print the table, name what is infeasible, write the report."""
     from biscale_env.evaluation.report import write_report
+    from biscale_env.evaluation.results import scenario_label
     from biscale_env.evaluation.run import load_run
     from biscale_env.evaluation.tables import print_table
 
@@ -104,6 +106,6 @@ def conclude(folder: Path, infeasible: Sequence[str] = ()) -> None:
     if run.results.empty:
         raise BiscaleError(f"{folder} holds no finished run: add --resume to continue it")
     print_table(run.results)
-    for sentence in infeasible:
-        print(f"not in the table: {sentence}")
+    for point in run.infeasible:
+        print(f"infeasible, so without a table: {scenario_label(point)}: {point['reason']}")
     print(f"\nrun directory: {folder}\nreport:        {write_report(run)}")

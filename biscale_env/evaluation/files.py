@@ -19,6 +19,7 @@ REQUESTS: Final = "requests.parquet"
 TIMELINES: Final = "timelines.parquet"
 BLOCKS: Final = "blocks.parquet"
 SUMMARY: Final = "summary.csv"
+INFEASIBLE: Final = "infeasible.csv"
 REPORT: Final = "report.html"
 TABLES: Final = (REQUESTS, TIMELINES, BLOCKS)
 

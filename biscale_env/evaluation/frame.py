@@ -50,6 +50,8 @@ KEY_COLUMNS: Final = (
 )
 SCENARIO_COLUMNS: Final = ("phase", "scenario", "slo", "load", "tp", "dtype")
 """Together they name one operating point; policies are compared within it."""
+INFEASIBLE_COLUMNS: Final = (*SCENARIO_COLUMNS, "reason")
+"""An operating point without runs, since max clock cannot serve it at any load, and what shows it."""
 PAIR_COLUMNS: Final = (*SCENARIO_COLUMNS, "workload_seed", "model_draw")
 """Together they name one workload in one world: every policy sees it unchanged, so differences are paired on it."""
 

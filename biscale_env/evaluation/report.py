@@ -59,7 +59,8 @@ def render(run: Run, title: str | None = None) -> str:
         title=title or f"Clock control on {', '.join(scenarios[:3])}{' …' if len(scenarios) > 3 else ''}",
         points=points,
         overview=overview(run) if len(points) > 1 else None,
-        infeasible=[point["title"] for point in points if point["infeasible"]],
+        infeasible=[point["title"] for point in points if point["infeasible"]]
+        + [f"{point_title(point)}: no table, since {point['reason']}" for point in run.infeasible],
         look={name: {"color": style.color, "dark": style.dark} for name, style in look.items()},
         twins=Markup(_script_json(dark_twins(list(look.values())))),
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),

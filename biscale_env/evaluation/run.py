@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from biscale_env.config.slo import Slo
 from biscale_env.errors import BiscaleError
 from biscale_env.evaluation import files, results
-from biscale_env.evaluation.frame import SCENARIO_COLUMNS
+from biscale_env.evaluation.frame import INFEASIBLE_COLUMNS, SCENARIO_COLUMNS
 from biscale_env.evaluation.intervals import add_intervals
 from biscale_env.evaluation.metrics import judge, judged_latency_s
 
@@ -44,6 +44,13 @@ class Run:
     def provenance(self) -> dict[str, Any]:
         """Command line, revision, package versions, model hashes, seeds."""
         return json.loads((self.path / files.PROVENANCE).read_text(encoding="utf-8"))
+
+    @cached_property
+    def infeasible(self) -> list[dict[str, Any]]:
+        """Operating points without runs, since max clock cannot serve them at any load; ``reason`` says what shows it."""
+        path = self.path / files.INFEASIBLE
+        frame = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=list(INFEASIBLE_COLUMNS))
+        return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
 
     @property
     def requests(self) -> pd.DataFrame:

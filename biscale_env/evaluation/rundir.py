@@ -2,8 +2,8 @@
 
 Layout. ``config.yaml`` (resolved), ``provenance.json``, ``parts/<run_id>/`` (one folder per finished run), and once
 merged ``results.parquet``, ``requests.parquet``, ``timelines.parquet``, ``blocks.parquet`` (one row group per run) and
-``summary.csv``. A part folder appears in one rename, so it is whole or absent; merged files are written beside and then
-renamed, and parts go only when all of them are in place.
+``summary.csv``; ``infeasible.csv`` where a point cannot be served at all. A part folder appears in one rename, so it is
+whole or absent; merged files are written beside and then renamed, and parts go only when all of them are in place.
 """
 
 import json
@@ -22,7 +22,7 @@ import yaml
 from biscale_env.errors import BiscaleError
 from biscale_env.evaluation import files, results
 from biscale_env.evaluation.blocks import BLOCK_COLUMNS, block_totals
-from biscale_env.evaluation.frame import REQUEST_COLUMNS, TIMELINE_COLUMNS, RunRecord, run_id
+from biscale_env.evaluation.frame import INFEASIBLE_COLUMNS, REQUEST_COLUMNS, TIMELINE_COLUMNS, RunRecord, run_id
 from biscale_env.evaluation.metrics import results_row
 from biscale_env.evaluation.provenance import provenance
 from biscale_env.evaluation.run import Run, load_run
@@ -150,6 +150,12 @@ class RunDirectory:
             tables[files.TIMELINES] = (record.timeline, TIMELINE_COLUMNS)
         for name, (columns, names) in tables.items():
             pq.write_table(files.run_table(row["run_id"], columns, names), folder / name, compression="zstd")
+
+    def name_infeasible(self, points: Sequence[Mapping[str, Any]]) -> None:
+        """Keep, beside the results, the operating points that max clock cannot serve at any load (``Infeasible.point``)."""
+        if points:
+            frame = pd.DataFrame(list(points), columns=list(INFEASIBLE_COLUMNS))
+            files.write_text(self.path / files.INFEASIBLE, frame.to_csv(index=False))
 
     def merge(self) -> Run | None:
         """Merge finished parts into the Parquet files and the summary; None when nothing has finished yet."""

@@ -22,7 +22,20 @@ TUNE_SEED = 1_000_003  # workloads for tuning are generated from here on, those 
 
 
 class Infeasible(BiscaleError):
-    """Max clock itself cannot serve the scenario at any load."""
+    """Max clock itself cannot serve the scenario at any load.
+
+    Attributes:
+        point: the columns of ``INFEASIBLE_COLUMNS``: the operating point and, in words, what was tried.
+    """
+
+    def __init__(self, scenario: "Scenario", phase: str, reason: str) -> None:
+        super().__init__(scenario, phase, reason)
+        self.point = {"scenario": scenario.name, "phase": phase, "reason": reason} | {
+            name: getattr(scenario, name) for name in ("slo", "load", "tp", "dtype")
+        }
+
+    def __str__(self) -> str:
+        return "scenario {scenario}, {phase}: infeasible, since {reason}".format(**self.point)
 
 
 class Scenario(Config):
@@ -147,10 +160,12 @@ def resolve(scenario: Scenario, phase: str) -> Case:
         token_budget=scenario.token_budget, drain=True,
     )  # fmt: skip
     if capacity.rate_rps <= 0:
-        raise Infeasible(
-            f"scenario {scenario.name}, {phase}: infeasible, since even {capacity.tried[-1][0]:.3g} req/s on one instance misses "
-            f"SLO '{scenario.slo}' at max clock (attainment {capacity.tried[-1][1]:.2%}); use a wider SLO or a larger TP"
+        rate_rps, attainment = capacity.tried[-1]
+        reason = (
+            f"even {rate_rps:.3g} req/s on one TP{scenario.tp} {scenario.dtype} instance misses SLO '{scenario.slo}' at max "
+            f"clock (attainment {attainment:.2%}); use a wider SLO or a larger TP"
         )
+        raise Infeasible(scenario, phase, reason)
     return Case(scenario, World(settings), capacity, scenario.load * capacity.rate_rps, part, tune)
 
 
