@@ -1,6 +1,7 @@
 """The numbers behind each figure, and the figures made from them."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from evaluation_synthetic import POLICIES, plausible, requests_of, timeline_of, tiny
 from hypothesis import given
@@ -106,6 +107,17 @@ def test_labels_do_not_cover_one_another():
     boxes = [figdata._box(x[i], y[i], places[i], names[i], 480.0, 340.0) for i in range(3)]
     assert sum(figdata._overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i]) == 0
     assert figdata.label_positions(np.array([0.99]), np.array([0.99]), [12], 480.0, 340.0) == ["bottom left"]
+
+
+def test_markers_on_one_another_share_a_label():
+    x, y = np.array([0.5, 0.5, 0.51, 0.9]), np.array([0.5, 0.51, 0.5, 0.5])
+    assert figdata.heaps(x, y, 480.0, 340.0).tolist() == [0, 0, 0, 3]
+    summary = pd.DataFrame(
+        {"label": list("abcd"), "attainment": [0.99, 0.99, 0.99, 0.9], "energy_ratio": [0.8, 0.8, 0.8, 0.5]}
+    )
+    summary = summary.assign(attainment_ci_low=summary.attainment, attainment_ci_high=summary.attainment)
+    placed = figures._label_places(summary, "energy_ratio", [0.0, 3.0], [0.0, 1.0])
+    assert {label: text for label, (_, text) in placed.items()} == {"a": "a, b, c", "b": "", "c": "", "d": "d"}
 
 
 def test_energy_figure_shows_the_summary(run):

@@ -1,5 +1,7 @@
 """The evaluation loop against the compiled constant-clock runs and against its own books."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,7 @@ from biscale_env.envs.settings import World, WorldSettings
 from biscale_env.envs.static import run_static
 from biscale_env.errors import BiscaleError
 from biscale_env.evaluation.compare import Job, run_job
-from biscale_env.evaluation.rollout import rollout, time_decisions
+from biscale_env.evaluation.rollout import PROBE_DECISIONS, _Samples, rollout, time_decisions
 from biscale_env.evaluation.scenarios import Scenario, resolve
 from biscale_env.evaluation.tuning import Setting, best_static, choose, tune
 from biscale_env.traces import generate
@@ -103,6 +105,46 @@ def test_decision_times_are_of_single_decisions():
     median, p99 = time_decisions(Constant(0.0), np.zeros((50, 4), dtype=np.float32))
     assert 0 < median <= p99
     assert np.isnan(time_decisions(Constant(0.0), np.zeros((0, 4), dtype=np.float32))[0])
+
+
+class Slow(Constant):
+    """Asked for the first time, it compiles for a while; it counts what it was asked and every call as a failure."""
+
+    asked = 0
+
+    def predict(self, observation, state=None, episode_start=None, deterministic=True):
+        self.asked += 1
+        if self.asked == 1:
+            time.sleep(0.05)
+        return super().predict(observation, state, episode_start, deterministic)
+
+    def stats(self):
+        return {"solver_failures": self.asked}
+
+
+def test_decision_times_leave_the_first_call_out():
+    _, p99 = time_decisions(Slow(0.0), np.zeros((3, 4), dtype=np.float32))
+    assert p99 < 0.05
+
+
+@pytest.mark.parametrize("steps", [1, 150, 399, 400, 12345])
+def test_samples_of_decisions_are_spread_over_the_whole_run(steps):
+    samples = _Samples()
+    for step in range(steps):
+        samples.offer(step, np.array([step], dtype=np.float32))
+    kept = np.concatenate(samples.kept)
+    assert min(steps, PROBE_DECISIONS) <= kept.size < 2 * PROBE_DECISIONS
+    assert kept[0] == 0
+    assert steps - 1 - kept[-1] <= samples.stride
+    assert kept.size == 1 or set(np.diff(kept)) == {samples.stride}
+
+
+def test_solver_failures_are_those_of_the_run_not_of_the_probe(workloads):
+    world = World(WorldSettings.of("prefill", drain=True))
+    policy = Slow(1.0)
+    for _ in range(2):  # of this run, not since the policy was made
+        run = rollout(policy, world, workloads[:1])[0]
+        assert run.totals["solver_failures"] == len(run.timeline["time_s"])
 
 
 def test_job_makes_complete_records():

@@ -181,7 +181,6 @@ def busy_observations(world: World, n: int = 200, rate_rps: float = 4.0) -> np.n
 def measure_decision(policy: Policy, world: World, key: str, name: str) -> Figure:
     """Median wall time of single decisions, asked alone as an engine would, and their P99."""
     observations = busy_observations(world)
-    time_decisions(policy, observations[:20])
     median, p99 = time_decisions(policy, observations)
     factor, unit = (1e3, "ms") if key.endswith("_ms") else (1e6, "us")
     target, better = TARGETS[key]

@@ -148,9 +148,7 @@ def run_job(job: Job, factory: PolicyFactory) -> Outcome:
     for group in groups:
         policy = factory.build(made, case.world, group, job.draw)
         runs = rollout(policy, getattr(policy, "world", None) or case.world, group, job.draw)
-        statistics = policy.stats() if hasattr(policy, "stats") else {}
         for run, trace in zip(runs, group, strict=True):
-            run.totals["solver_failures"] = float(statistics.get("solver_failures", 0)) / len(runs)
             extra = {"setting": words, **{f"oracle_{k}": v for k, v in getattr(policy, "report", {}).items()}}
             records.append(record_of(job, case, job.seeds[len(records)], run, trace, extra))
     return Outcome(job, records, tuned)

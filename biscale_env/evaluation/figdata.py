@@ -122,6 +122,23 @@ def thin(time_s: Floats, value: Floats, keep: NDArray[np.bool_], at_most: int = 
     return time_s[chosen], value[chosen]
 
 
+def heaps(x: Floats, y: Floats, width: float, height: float) -> NDArray[np.intp]:
+    """For each marker the first one that it lies on (itself where none): such markers share one label.
+
+    Args:
+        x: markers, as a fraction of the plot's width.
+        y: markers, as a fraction of its height.
+        width: of the plot, px.
+        height: of the plot, px.
+    """
+    leader = np.arange(len(x))
+    for i in range(len(x)):
+        near = np.hypot((x[:i] - x[i]) * width, (y[:i] - y[i]) * height) < 2 * _MARK_PX
+        heads = np.flatnonzero(near & (leader[:i] == np.arange(i)))
+        leader[i] = heads[0] if len(heads) else i
+    return leader
+
+
 def label_positions(
     x: Floats, y: Floats, lengths: list[int], width: float, height: float, bars: Sequence[Box] = ()
 ) -> list[str]:
@@ -143,6 +160,9 @@ def label_positions(
     taken += [(b[0] - thick[0], b[1] - thick[1], b[2] + thick[0], b[3] + thick[1]) for b in bars]
     chosen = [""] * len(lengths)
     for i in np.argsort(-np.asarray(y), kind="stable"):
+        if not lengths[i]:
+            chosen[i] = _PLACES[0]
+            continue
         boxes = {place: _box(float(x[i]), float(y[i]), place, lengths[i], width, height) for place in _PLACES}
         cost = {place: sum(_overlap(box, other) for other in taken) + _outside(box) for place, box in boxes.items()}
         best = min(_PLACES, key=lambda place: cost[place])

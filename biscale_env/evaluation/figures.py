@@ -156,7 +156,15 @@ def _requirement(need: float, left: float) -> dict[str, Any]:
     return {"shapes": shapes, "annotations": [limit_note(text, **place)]}
 
 
-def _label_places(summary: pd.DataFrame, column: str, x_range: list[float], y_range: list[float]) -> dict[str, str]:
+PLOT_PX: Final = (480.0, 340.0)
+"""Size of the plot for which labels are placed."""
+
+
+def _label_places(
+    summary: pd.DataFrame, column: str, x_range: list[float], y_range: list[float]
+) -> dict[str, tuple[str, str]]:
+    """Position and text of each label; markers that lie on one another share the text of the first."""
+
     def across(name: str) -> figdata.Floats:
         return (figdata.nines(summary[name]) - x_range[0]) / (x_range[1] - x_range[0])
 
@@ -164,11 +172,13 @@ def _label_places(summary: pd.DataFrame, column: str, x_range: list[float], y_ra
     y = (summary[column].to_numpy(dtype=np.float64) - y_range[0]) / (y_range[1] - y_range[0])
     bars = [(float(a), float(h), float(b), float(h)) for a, b, h in zip(low, high, y, strict=True) if a < b]
     labels = summary["label"].tolist()
-    places = figdata.label_positions(x, y, [len(s) for s in labels], 480.0, 340.0, bars)
-    return dict(zip(labels, places, strict=True))
+    leader = figdata.heaps(x, y, *PLOT_PX)
+    texts = [", ".join(labels[k] for k in np.flatnonzero(leader == i)) for i in range(len(labels))]
+    places = figdata.label_positions(x, y, [len(s) for s in texts], *PLOT_PX, bars)
+    return dict(zip(labels, zip(places, texts, strict=True), strict=True))
 
 
-def _energy_trace(group: pd.DataFrame, column: str, style: Style, places: dict[str, str]) -> dict[str, Any]:
+def _energy_trace(group: pd.DataFrame, column: str, style: Style, places: dict[str, tuple[str, str]]) -> dict[str, Any]:
     """One policy: its markers; those of variants are smaller and speak only when pointed at."""
     x = figdata.nines(group["attainment"])
     y = group[column].to_numpy(dtype=np.float64)
@@ -178,16 +188,17 @@ def _energy_trace(group: pd.DataFrame, column: str, style: Style, places: dict[s
     named = [label in places for label in group["label"]]
     x_low, x_high = np.where(named, x_low, np.nan), np.where(named, x_high, np.nan)
     y_low, y_high = np.where(named, y_low, np.nan), np.where(named, y_high, np.nan)
+    notes = [places.get(label, ("top center", "")) for label in group["label"]]
     marker = {"color": style.color, "symbol": style.symbol, "size": np.where(named, 12, 6), "opacity": 1}
     return {
         "type": "scatter",
         "x": x,
         "y": y,
         "mode": "markers+text+lines" if len(group) > 1 else "markers+text",
-        "text": [label if label in places else "" for label in group["label"]],
+        "text": [text for _, text in notes],
         "hovertext": group["label"].tolist(),
-        "textposition": [places.get(label, "top center") for label in group["label"]],
-        "textfont": {"color": style.color, "size": 13},
+        "textposition": [position for position, _ in notes],
+        "textfont": {"color": INK if any(", " in text for _, text in notes) else style.color, "size": 13},
         "cliponaxis": False,
         "line": {"color": style.color, "width": 1, "dash": style.dash},
         "marker": marker | {"line": {"color": "white", "width": 1}},

@@ -15,7 +15,9 @@ from biscale_env.evaluation.frame import Column
 from biscale_env.traces import Trace
 
 CHUNK_STEPS = 2048  # decisions kept raw before they are packed into columns
-PROBE_DECISIONS = 200  # single decisions timed after the run
+PROBE_DECISIONS = (
+    200  # single decisions timed after the run: between this many and twice as many, spread over all of it
+)
 STEP_COLUMNS = {  # timeline column: (state field, factor)
     "time_s": ("step_start_s", 1.0),
     "duration_s": ("step_duration_s", 1.0),
@@ -81,13 +83,30 @@ class _Recorder:
         return {n: np.concatenate([c[n][k, i] for c, k in zip(self.packed, keep, strict=True)]) for n in names}
 
 
+@dataclass
+class _Samples:
+    """Observations evenly spread over a run of unknown length: every ``stride``-th, thinned when there are too many."""
+
+    kept: list[NDArray[np.float32]] = field(default_factory=list)
+    stride: int = 1
+
+    def offer(self, step: int, observation: NDArray[np.float32]) -> None:
+        """Keep the observation of this step if its turn has come."""
+        if step % self.stride == 0:
+            self.kept.append(observation)
+            if len(self.kept) >= 2 * PROBE_DECISIONS:
+                self.kept, self.stride = self.kept[::2], 2 * self.stride
+
+
 def time_decisions(policy: Policy, observations: NDArray[np.float32]) -> tuple[float, float]:
     """Median and P99 wall time of single decisions on recorded observations, s; ``(nan, nan)`` without any.
 
-    Each is asked alone, as an engine would; the policy starts from no state.
+    Each is asked alone, as an engine would; the policy starts from no state. One decision before them is not timed: it
+    loads compiled code for a single row, which an engine does before it serves.
     """
     if not len(observations):
         return float("nan"), float("nan")
+    policy.predict(observations[:1], state=None, episode_start=np.array([True]))
     state: Any = None
     spent = np.empty(len(observations))
     for k, observation in enumerate(observations):
@@ -122,7 +141,7 @@ def rollout(
     rows = np.arange(n)
     batch.reset(rows, rows, np.full(n, draw))
     batch.params["drain"] = 1
-    recorder, samples = _Recorder(n), []
+    recorder, samples, failures = _Recorder(n), _Samples(), solver_failures(policy)
     reward = np.zeros(n)
     state: Any = None
     begins, later = np.ones(n, dtype=bool), np.zeros(n, dtype=bool)
@@ -137,18 +156,30 @@ def rollout(
         if keep_steps:
             recorder.add(batch.states, flat, active)
         reward += batch.reward  # a finished row rests at zero
-        if step % 97 == 0:
-            samples.append(observation[int(np.argmax(active))])
-            if progress is not None:
-                progress(min(1.0, float(batch.states["time_s"].min()) / ends_s))
+        if time_probe:
+            samples.offer(step, observation[int(np.argmax(active))])
+        if step % 97 == 0 and progress is not None:
+            progress(min(1.0, float(batch.states["time_s"].min()) / ends_s))
         begins = later
         active = batch.states["done"] == 0
         step += 1
-    probe = time_decisions(policy, np.array(samples[:PROBE_DECISIONS])) if time_probe else (float("nan"),) * 2
-    return [_collect(batch, recorder.row(i), i, float(reward[i]), probe) for i in range(n)]
+    shared = {"solver_failures": (solver_failures(policy) - failures) / n}  # counted before the probe asks again
+    shared |= dict(
+        zip(
+            ("decision_time_median_s", "decision_time_p99_s"),
+            time_decisions(policy, np.array(samples.kept)),
+            strict=True,
+        )
+    )
+    return [_collect(batch, recorder.row(i), i, {"reward": float(reward[i])} | shared) for i in range(n)]
 
 
-def _collect(batch: Batch, steps: dict[str, NDArray[Any]], i: int, reward: float, probe: tuple[float, ...]) -> Rollout:
+def solver_failures(policy: Policy) -> float:
+    """How often the policy's solver has failed since it was made; 0 for policies that count nothing."""
+    return float(policy.stats().get("solver_failures", 0)) if hasattr(policy, "stats") else 0.0
+
+
+def _collect(batch: Batch, steps: dict[str, NDArray[Any]], i: int, shared: dict[str, float]) -> Rollout:
     world, pool, st = batch.world, batch.pool, batch.states[i]
     mine = slice(int(pool.begins[i]), int(pool.ends[i]))
     arrival, finish = pool.arrival_s[mine], batch.finish_s[mine]
@@ -175,9 +206,7 @@ def _collect(batch: Batch, steps: dict[str, NDArray[Any]], i: int, reward: float
         "n_violations": float(st["violations"]),
         "clock_switches": float(st["n_switches"]),
         "preemptions": float(st["preemptions"]) if decode else 0.0,
-        "reward": reward,
-        "decision_time_median_s": probe[0],
-        "decision_time_p99_s": probe[1],
+        **shared,
     }
     if decode:
         totals["output_tokens"] = float(pool.output[mine].sum(dtype=np.int64))
