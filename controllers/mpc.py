@@ -1,9 +1,13 @@
 """The reference prefill MPC: the problem of `mpc_model` written as a discrete-time do-mpc model and solved by IPOPT."""
 
+import contextlib
+import importlib.util
 import logging
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -17,7 +21,27 @@ from controllers.base import Controller, Floats, PolicyContext
 from controllers.mpc_model import LATE_W, MpcProblem
 from controllers.mpc_options import MARGINS, MpcOptions
 
-with warnings.catch_warnings():  # do-mpc announces the optional features that are not installed
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Let do-mpc find no torch, unless that is loaded already.
+
+    It loads torch whenever it is installed, for networks that are not used here: 230 MB in every worker process, enough
+    for joblib to take the growth for a leak and replace the worker.
+    """
+    find_spec = importlib.util.find_spec
+
+    def found(name: str, package: str | None = None) -> ModuleSpec | None:
+        return None if name == "torch" and name not in sys.modules else find_spec(name, package)
+
+    importlib.util.find_spec = found
+    try:
+        yield
+    finally:
+        importlib.util.find_spec = find_spec
+
+
+with warnings.catch_warnings(), _without_torch():  # do-mpc announces the optional features that are not installed
     warnings.simplefilter("ignore", UserWarning)
     import do_mpc
 

@@ -1,5 +1,9 @@
 """The do-mpc reference: closed forms, empty stages, failures; and the price method against it on recorded states."""
 
+import importlib.util
+import subprocess
+import sys
+
 import casadi as ca
 import numpy as np
 import pytest
@@ -183,3 +187,12 @@ def test_solution_reports_iterations_time_and_status():
     assert 1 <= solution.iterations <= 50
     assert 0.0 < solution.time_s < 5.0
     assert LATE_W > 0
+
+
+def test_do_mpc_does_not_load_torch():
+    """Torch takes 230 MB per worker, and nothing here needs it; whoever wants it can still load it afterwards."""
+    code = "import importlib.util, sys; from controllers import mpc; print('torch' in sys.modules, importlib.util.find_spec('torch'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded, found = done.stdout.split(maxsplit=1)
+    assert loaded == "False"
+    assert ("ModuleSpec" in found) == (importlib.util.find_spec("torch") is not None)
