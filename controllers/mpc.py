@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from biscale_env.contract.observation import HORIZON
 from biscale_env.models.physics import iteration_energy_j, latency_s
-from controllers.base import Controller, Floats, PolicyContext
+from controllers.base import MARGINS, Controller, Floats, PolicyContext
 from controllers.mpc_model import LATE_W, MpcProblem
-from controllers.mpc_options import MARGINS, MpcOptions
+from controllers.mpc_options import MpcOptions
 
 with warnings.catch_warnings():  # do-mpc announces the optional features that are not installed
     warnings.simplefilter("ignore", UserWarning)

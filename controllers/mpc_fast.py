@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from biscale_env.jit import compiled, inlined
 from biscale_env.models.physics import iteration_energy_j, latency_s
-from controllers.base import Controller, Floats, PolicyContext
+from controllers.base import MARGINS, Controller, Floats, PolicyContext
 from controllers.mpc_model import LATE_W, MpcProblem
-from controllers.mpc_options import MARGINS, MpcOptions
+from controllers.mpc_options import MpcOptions
 
 DIFF_GHZ = 1e-5  # central differences of the formula: relative error about 1e-9
 CLOCK_TOL_GHZ = 1e-6

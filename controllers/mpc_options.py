@@ -1,10 +1,7 @@
 """Options and constants shared by the prefill planners."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
-MARGINS: Mapping[str, tuple[Any, ...]] = {"margin": (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)}  # values to tune over
 FAR_S = 1e3  # deadline of a batch without one
 NO_DEADLINE = 9.99  # encoded slacks from here on mean "none completes" (10 in the observation)
 

@@ -70,12 +70,12 @@ def compare(folder: str) -> None:
 
 
 def cell(row: pd.Series) -> str:
-    """Energy ratio of one controller at one point, with attainment (never rounded up); struck through where the SLO is missed."""
+    """Energy ratio of one controller at one point, with attainment (never rounded up); struck through where the target is missed."""
     attainment = math.floor(1e4 * row["attainment"] + 1e-9) / 100
     half = 0.5 * (row["energy_ratio_ci_high"] - row["energy_ratio_ci_low"])
     spread = f" ±{1e3 * half:.0f}" if row["policy"] != "max" and math.isfinite(half) else ""
     text = f"{row['energy_ratio']:.3f}{spread} ({attainment:.2f})"
-    return text if row["slo_met"] else f"~~{text}~~"
+    return text if row["target_met"] else f"~~{text}~~"
 
 
 def table(cells: pd.DataFrame, heads: list[str]) -> str:
@@ -106,6 +106,7 @@ def matrix(summary: pd.DataFrame, results: pd.DataFrame, column: str) -> str:
     parts = []
     for phase, rows in summary.groupby("phase", sort=False):
         heads = list(dict.fromkeys(rows[column]))
+        blocked = set(rows.loc[rows["feasible"].eq(False), column])
         order = list(rows.groupby("policy")["energy_ratio"].mean().sort_values(ascending=False).index)
         cells = pd.DataFrame(
             {p: {r["policy"]: cell(r) for _, r in rows[rows[column] == p].iterrows()} for p in heads}
@@ -113,7 +114,7 @@ def matrix(summary: pd.DataFrame, results: pd.DataFrame, column: str) -> str:
         low = bounds(results[results["phase"] == phase], column)
         if low:
             cells.loc["*lower bound*"] = [low.get(p, "") for p in heads]
-        parts.append(f"**{phase}**\n\n" + table(cells, heads))
+        parts.append(f"**{phase}**\n\n" + table(cells, [f"{p} †" if p in blocked else str(p) for p in heads]))
     return "\n\n".join(parts)
 
 
@@ -135,7 +136,18 @@ def experiment(name: str, folder: str) -> None:
     run = load_run(folder)
     summary, results = pd.read_csv(Path(folder) / "summary.csv"), run.results.copy()
     columns = [c for c in summary if c.endswith(("_ci_low", "_ci_high"))]
-    keys = ["phase", "scenario", "load", "slo", "policy", "energy_ratio", "attainment", "slo_met"]
+    keys = [
+        "phase",
+        "scenario",
+        "load",
+        "slo",
+        "policy",
+        "energy_ratio",
+        "attainment",
+        "slo_met",
+        "target",
+        "target_met",
+    ]
     intervals = summary[[*keys, *columns]].round(4).to_csv(index=False)
     (ROOT / "docs" / f"experiment-{name}.csv").write_text(intervals)
     varied = [c for c in ("scenario", "slo", "load") if summary[c].nunique() > 1] or ["scenario"]

@@ -65,17 +65,12 @@ class Policies:
         return Hindsight(policy, oracle_world(world), report)
 
     def grid(self, name: str, phase: str) -> list[dict[str, Any]]:
-        """Settings of a policy's free parameters, one varied at a time from the defaults."""
-        from controllers.registry import ENTRIES, parse_name
+        """Settings of a policy's free parameters, as in :func:`controllers.registry.policy_settings`."""
+        from controllers.registry import policy_settings
 
         if name.split(":", 1)[0] in UNTUNED:
             return []
-        if is_checkpoint(name):
-            return price_grid(name, phase)
-        base, fixed = parse_name(name)
-        free = {k: v for k, v in ENTRIES[base].load(phase).TUNABLE.items() if k not in fixed}
-        varied = [{key: value} for key, values in free.items() for value in values]
-        return [dict(pairs) for pairs in dict.fromkeys(tuple(v.items()) for v in varied)]
+        return price_grid(name, phase) if is_checkpoint(name) else policy_settings(name, phase)
 
 
 def names_for(phase: str) -> list[str]:

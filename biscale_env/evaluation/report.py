@@ -147,7 +147,7 @@ def table_row(row: dict[str, Any]) -> dict[str, Any]:
         "decision": "–" if decision == "– / –" else decision,
         "failures": int(row["solver_failures"]),
         "slo": tables.slo_words(row),
-        "met": bool(row["slo_met"]),
+        "met": bool(row["target_met"]),
     }
 
 
@@ -185,4 +185,4 @@ def overview(run: Run) -> dict[str, Any]:
 def _overview_cell(row: Any) -> dict[str, Any]:
     ratio = float(row["energy_ratio"])
     text = tables.ratio_text(ratio) if math.isfinite(ratio) else tables.number(float(row["energy_per_output_token_j"]))
-    return {"text": text, "met": bool(row["slo_met"]), "attainment": tables.share(float(row["attainment"]))}
+    return {"text": text, "met": bool(row["target_met"]), "attainment": tables.share(float(row["attainment"]))}
