@@ -101,11 +101,20 @@ def bounds(results: pd.DataFrame, column: str) -> dict[str, str]:
     return found
 
 
+def natural(text: str) -> list[tuple[float, str]]:
+    """Sorting key that counts: 50 ms comes before 100 ms."""
+    return [
+        (float(part), "") if re.fullmatch(r"[0-9.]+", part) else (math.inf, part)
+        for part in re.split(r"([0-9.]+)", text)
+        if part
+    ]
+
+
 def matrix(summary: pd.DataFrame, results: pd.DataFrame, column: str) -> str:
     """One table per phase: policies down, operating points across; then the bound."""
     parts = []
     for phase, rows in summary.groupby("phase", sort=False):
-        heads = list(dict.fromkeys(rows[column]))
+        heads = sorted(dict.fromkeys(rows[column]), key=natural)
         blocked = set(rows.loc[rows["feasible"].eq(False), column])
         order = list(rows.groupby("policy")["energy_ratio"].mean().sort_values(ascending=False).index)
         cells = pd.DataFrame(
@@ -124,7 +133,7 @@ def busy_matrix(results: pd.DataFrame, column: str) -> str:
     parts = []
     for phase, rows in frame.groupby("phase", sort=False):
         sums = rows.groupby(["policy", column], sort=False)["busy_j"].mean().unstack()
-        ratios = (sums / sums.loc["max"]).round(3)
+        ratios = (sums / sums.loc["max"]).round(3)[sorted(sums.columns, key=natural)]
         parts.append(
             f"**{phase}**\n\n" + table(ratios.sort_values(ratios.columns[0], ascending=False), list(ratios.columns))
         )
