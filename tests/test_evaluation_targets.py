@@ -5,12 +5,13 @@ import math
 import pytest
 from evaluation_synthetic import requests_of, tiny
 
+from biscale_env.cli.policies import Policies
 from biscale_env.evaluation import results, tables
+from biscale_env.evaluation.compare import Job, settle
 from biscale_env.evaluation.metrics import results_row
 from biscale_env.evaluation.scenarios import Scenario, resolve
 from biscale_env.evaluation.targets import ALLOWANCE, judged_target, tuning_target
-from biscale_env.evaluation.tuning import static_setting
-from biscale_env.evaluation.tuning import tuning_target as target_of
+from biscale_env.evaluation.tuning import max_clock
 
 GOOD = requests_of([0.0, 1.0, 2.0], [0.1, 1.1, 2.1], [0.1, 1.1, 2.1], [10, 20, 1])
 
@@ -37,11 +38,13 @@ def test_the_allowance_scales_with_the_slo():
 
 
 def test_tuning_aims_at_what_max_clock_attains_on_the_tuning_workloads():
-    case = resolve(Scenario(name="tiny", duration_s=120.0, load=1.3), "prefill")
-    loads = [case.tuning_workload(seed) for seed in (0, 1)]
-    best = static_setting(case, case.world.clocks.freq_max_mhz, loads, -1).attainment
-    assert best < 0.99  # beyond capacity
-    assert target_of(case, seeds=(0, 1)) == pytest.approx(best - 0.001)
+    scenario = Scenario(name="tiny", duration_s=120.0, load=1.3)
+    case = resolve(scenario, "prefill")
+    _, _, tuned, top = settle(Job(scenario, "prefill", "static-best", "static-best", -1, (0,)), case, Policies())
+    assert top == max_clock(case)
+    assert top.attainment < 0.99  # beyond capacity
+    assert tuned.target == pytest.approx(top.attainment - 0.001)
+    assert tuned.reached
 
 
 def test_beside_a_max_clock_that_misses_controllers_are_judged_by_it():

@@ -20,6 +20,7 @@ TIMELINES: Final = "timelines.parquet"
 BLOCKS: Final = "blocks.parquet"
 SUMMARY: Final = "summary.csv"
 REPORT: Final = "report.html"
+TUNING: Final = "tuning.csv"
 TABLES: Final = (REQUESTS, TIMELINES, BLOCKS)
 
 _WIDE: Final = frozenset({"arrival_s", "start_s", "first_token_s", "finish_s", "time_s"})

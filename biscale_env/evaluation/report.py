@@ -26,6 +26,10 @@ _CAPTIONS: Final = {
         "Energy against attainment",
         "Down saves energy, right keeps promises. Bars: 95 % intervals from blocks of 30 s of the workload.",
     ),
+    "tuning": (
+        "What tuning could choose from",
+        "Each controller's best settings on the tuning workloads, from careless to careful; the large marker was chosen.",
+    ),
     "ttft": ("Time to first token", "Every request of every workload; the vertical scale magnifies the tail."),
     "tpot": ("Time per output token", "Every request of every workload; the vertical scale magnifies the tail."),
     "clocks": ("Clocks in the busiest minute", "Effective clock of each controller while the same requests arrive."),

@@ -10,7 +10,6 @@ from biscale_env.contract import Policy
 from biscale_env.envs.settings import World
 from biscale_env.envs.static import run_static
 from biscale_env.errors import BiscaleError
-from biscale_env.evaluation import targets
 from biscale_env.evaluation.rollout import rollout
 from biscale_env.evaluation.scenarios import Case
 from biscale_env.traces import Trace
@@ -36,11 +35,19 @@ class Setting:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The chosen setting, whether it reached the target, and all that were tried (the energy-attainment curve)."""
+    """What tuning found.
+
+    Attributes:
+        chosen: the setting chosen.
+        reached: whether it reached the target.
+        tried: all settings tried: the energy-attainment curve.
+        target: attainment aimed at.
+    """
 
     chosen: Setting
     reached: bool
     tried: tuple[Setting, ...]
+    target: float
 
 
 def choose(settings: Sequence[Setting], target: float) -> Tuned:
@@ -53,8 +60,8 @@ def choose(settings: Sequence[Setting], target: float) -> Tuned:
         raise BiscaleError("tuning: no setting to choose from")
     reaching = [s for s in settings if s.attainment >= target]
     if reaching:
-        return Tuned(min(reaching, key=lambda s: s.energy_j), True, tuple(settings))
-    return Tuned(max(settings, key=lambda s: (s.attainment, -s.energy_j)), False, tuple(settings))
+        return Tuned(min(reaching, key=lambda s: s.energy_j), True, tuple(settings), target)
+    return Tuned(max(settings, key=lambda s: (s.attainment, -s.energy_j)), False, tuple(settings), target)
 
 
 def static_setting(case: Case, freq_mhz: float, workloads: Sequence[Trace], draw: int) -> Setting:
@@ -111,13 +118,12 @@ def tune(
     return choose(tried, case.world.slo.attainment if target is None else target)
 
 
-def tuning_target(case: Case, draw: int = -1, seeds: Sequence[int] = TUNE_SEEDS) -> float:
-    """Attainment that tuning aims at (`targets.tuning_target`), from what max clock attains on the tuning workloads.
+def max_clock(case: Case, draw: int = -1, seeds: Sequence[int] = TUNE_SEEDS) -> Setting:
+    """What max clock does on the tuning workloads: the reference of every curve, and what bounds the target (`targets.tuning_target`).
 
     Args:
         case: scenario and phase.
         draw: model draw.
         seeds: tuning workloads.
     """
-    top = static_setting(case, case.world.clocks.freq_max_mhz, [case.tuning_workload(seed) for seed in seeds], draw)
-    return targets.tuning_target(case.world.slo.attainment, top.attainment)
+    return static_setting(case, case.world.clocks.freq_max_mhz, [case.tuning_workload(seed) for seed in seeds], draw)
