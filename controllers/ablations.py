@@ -13,9 +13,12 @@ PREFILL: dict[str, str] = {
     "MPC + give up": "mpc:give_up=true",
     "MPC + forecast": "mpc:forecast=4",
     "MPC + idle credit": "mpc:idle_credit=1",
+    "MPC + idle clock": "mpc:idle_clock=1",
+    "MPC + idle credit, idle clock": "mpc:idle_credit=1,idle_clock=0.5",
     "MPC + delay, forecast": "mpc:delay_aware=true,forecast=4",
-    "MPC + delay, forecast tuned": "mpc-plus",
-    "MPC + everything": "mpc:delay_aware=true,forecast=4,idle_credit=1,give_up=true",
+    "MPC + delay, forecast, idle credit, idle clock": "mpc:delay_aware=true,forecast=4,idle_credit=1,idle_clock=0.5",
+    "the same, forecast and idle clock tuned": "mpc-plus",
+    "MPC + everything": "mpc:delay_aware=true,forecast=4,idle_credit=1,idle_clock=0.5,give_up=true",
 }
 DECODE: dict[str, str] = {
     "slack (paper)": "slack",

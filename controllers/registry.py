@@ -41,9 +41,10 @@ def both(path: str, positional: str | None = None) -> Entry:
 
 
 # What helped at equal attainment in the ablations (`controllers.ablations`), together.
-MPC_PLUS: dict[str, Any] = {"delay_aware": True, "forecast": 4.0}
-# Near capacity more room for arrivals costs less than a wider margin, under which even large prompts that just came look lost.
-MPC_PLUS_JOINT: dict[str, tuple[Any, ...]] = {"forecast": (4.0, 1.0, 2.0, 8.0, 16.0)}
+MPC_PLUS: dict[str, Any] = {"delay_aware": True, "forecast": 4.0, "idle_credit": 1.0, "idle_clock": 0.5}
+# Near capacity more room for arrivals costs less than a wider margin, under which even large prompts that just came look lost, and a low
+# clock to wait at costs attainment, since it takes the delay to leave it.
+MPC_PLUS_JOINT: dict[str, tuple[Any, ...]] = {"forecast": (4.0, 8.0, 16.0), "idle_clock": (0.5, 0.0)}
 SLACK_PLUS: dict[str, Any] = {"fine": True, "load_floor": True, "accumulated": True}
 
 ENTRIES: dict[str, Entry] = {

@@ -140,6 +140,27 @@ def busy_matrix(results: pd.DataFrame, column: str) -> str:
     return "\n\n".join(parts)
 
 
+def oracle_facts(results: pd.DataFrame, column: str) -> str:
+    """How far plan and bound of the optimum lie apart, per phase and point; empty where no optimum was computed."""
+    rows = results[results["policy"] == "oracle"]
+    if rows.empty:
+        return ""
+    lines = [
+        "| phase | point | workloads | plan above its bound, % (worst) | time of one workload, s (worst) |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for (phase, point), group in rows.groupby(["phase", column], sort=False):
+        gap, seconds = 100 * group["oracle_gap"], group["oracle_seconds"]
+        lines.append(
+            f"| {phase} | {point} | {len(group)} | {gap.mean():.2f} ({gap.max():.2f}) | {seconds.mean():.1f} ({seconds.max():.1f}) |"
+        )
+    return (
+        "\n## How good the optimum is\n\nPrefill: the plan is that of an exact programme on cells of time, so what lies between it and "
+        "the bound is the cells and the multiplier (the duality gap). Decode: between the best plan of a search and the bound of a "
+        "relaxation.\n\n" + "\n".join(lines) + "\n"
+    )
+
+
 def experiment(name: str, folder: str) -> None:
     """An experiment: the whole table into docs/, a matrix of energy ratios into docs/results.md and, for `main`, the README."""
     run = load_run(folder)
@@ -168,6 +189,7 @@ def experiment(name: str, folder: str) -> None:
         + "\n## Energy while iterations run, idling left out, relative to max clock\n\n"
         + busy_matrix(results, "point")
         + "\n"
+        + oracle_facts(results, "point")
     )
     replace_block(
         ROOT / ("README.md" if name == "main" else "docs/results.md"), name, matrix(summary, results, "point")
