@@ -1,6 +1,6 @@
-"""Named variants of the controllers for tables: what each extra is worth, one switch at a time.
+"""Named variants of the controllers for tables: what each extra is worth, one switch at a time; what a wrong model costs.
 
-Each variant is a policy name that :func:`controllers.make_policy` understands; the free margin is left to tuning.
+Each variant is a policy name that :func:`controllers.make_policy` understands; the free margin is left to tuning unless it is given.
 """
 
 from biscale_env.errors import BiscaleError
@@ -8,13 +8,17 @@ from biscale_env.errors import BiscaleError
 PREFILL: dict[str, str] = {
     "MPC (paper)": "mpc",
     "MPC, the paper's greedy search": "mpc-greedy",
+    "MPC, no margin": "mpc:margin=0",
     "MPC + delay": "mpc:delay_aware=true",
     "MPC + give up": "mpc:give_up=true",
     "MPC + forecast": "mpc:forecast=4",
     "MPC + idle credit": "mpc:idle_credit=1",
-    "MPC + delay, forecast": "mpc-plus",
-    "MPC + everything": "mpc:delay_aware=true,forecast=4,idle_credit=1,give_up=true",
-    "MPC, greedy, fitted predictors": "mpc-greedy:model=boosted",
+    "MPC + idle clock": "mpc:idle_clock=1",
+    "MPC + idle credit, idle clock": "mpc:idle_credit=1,idle_clock=0.5",
+    "MPC + delay, forecast": "mpc:delay_aware=true,forecast=4",
+    "MPC + delay, forecast, idle credit, idle clock": "mpc:delay_aware=true,forecast=4,idle_credit=1,idle_clock=0.5",
+    "the same, forecast and idle clock tuned": "mpc-plus",
+    "MPC + everything": "mpc:delay_aware=true,forecast=4,idle_credit=1,idle_clock=0.5,give_up=true",
 }
 DECODE: dict[str, str] = {
     "slack (paper)": "slack",
@@ -23,12 +27,23 @@ DECODE: dict[str, str] = {
     "slack + load floor": "slack:load_floor=true",
     "slack + fine clocks": "slack:fine=true",
     "slack + accumulated slack": "slack:accumulated=true",
-    "slack + delay": "slack:delay_aware=true",
+    "slack + delay": "slack:delay_aware=true,hysteresis=0",
+    "slack + delay, hysteresis": "slack:delay_aware=true",
     "slack + fine, load floor": "slack:fine=true,load_floor=true",
     "slack + fine, load floor, accumulated": "slack-plus",
     "slack + everything": "slack:fine=true,load_floor=true,accumulated=true,delay_aware=true",
-    "slack, fitted predictors": "slack:model=boosted",
 }
+WRONG_DRAWS = (
+    1,
+    2,
+    3,
+    4,
+)  # of the model ensemble: every draw is consistent with the evidence, and none is the world's nominal model
+BELIEVERS = {
+    "prefill": ("mpc", "mpc-plus", "mpc-greedy", "throttllem"),
+    "decode": ("slack", "slack-plus", "throttllem"),
+}
+SMOOTH = ("mpc", "mpc-plus")  # need the formula itself, so no trees
 
 
 def variants(phase: str) -> dict[str, str]:
@@ -40,3 +55,20 @@ def variants(phase: str) -> dict[str, str]:
     if phase not in ("prefill", "decode"):
         raise BiscaleError(f"unknown phase '{phase}': choose prefill or decode")
     return dict(PREFILL if phase == "prefill" else DECODE)
+
+
+def beliefs(phase: str) -> dict[str, str]:
+    """Controllers that believe in the world's model, in fitted trees, and in other draws of the ensemble: name -> policy name.
+
+    Raises:
+        BiscaleError: an unknown phase.
+    """
+    if phase not in BELIEVERS:
+        raise BiscaleError(f"unknown phase '{phase}': choose prefill or decode")
+    found: dict[str, str] = {}
+    for name in BELIEVERS[phase]:
+        found[name] = name
+        if name not in SMOOTH:
+            found[f"{name}, fitted predictors"] = f"{name}:model=boosted"
+        found |= {f"{name}, draw {draw}": f"{name}:draw={draw}" for draw in WRONG_DRAWS}
+    return found

@@ -90,7 +90,7 @@ class Agft(Controller):
     """
 
     TUNABLE: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "penalty": (2.0, 0.5, 1.0, 4.0, 8.0, 16.0),
+        "penalty": (2.0, 0.5, 1.0, 4.0, 8.0, 16.0, 32.0, 64.0),
         "explore": (0.3, 0.1, 1.0),
     }
 

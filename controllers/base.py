@@ -13,6 +13,10 @@ from biscale_env.errors import BiscaleError
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+MARGINS: Mapping[str, tuple[Any, ...]] = {
+    "margin": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8)
+}
+"""Shares of the SLO kept free that equal-attainment tuning may try, the same for every rule that has such a margin."""
 
 
 class LatencyModel(Protocol):

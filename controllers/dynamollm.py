@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from biscale_env.jit import compiled, inlined
-from controllers.base import Controller, Floats, PolicyContext
+from controllers.base import MARGINS, Controller, Floats, PolicyContext
 from controllers.belief import Belief
 
 TAIL = 4.6  # ln(100): the 99th percentile of an exponential tail in means
@@ -53,7 +53,7 @@ class DynamoWindows(Controller):
     because the observation holds no clock on the wall.
     """
 
-    TUNABLE: ClassVar[Mapping[str, tuple[Any, ...]]] = {"margin": (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)}
+    TUNABLE: ClassVar[Mapping[str, tuple[Any, ...]]] = MARGINS
     memory_size = 3  # seconds of the window, its clock (MHz; 0: none yet), largest batch in it
 
     def __init__(

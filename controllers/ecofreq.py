@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from biscale_env.jit import compiled
-from controllers.base import Controller, Floats, PolicyContext
+from controllers.base import MARGINS, Controller, Floats, PolicyContext
 from controllers.belief import Belief, NextWork
 from controllers.slack import lowest_meeting
 
@@ -29,7 +29,7 @@ class EcoFreq(Controller):
     instead of per-clock linear fits.
     """
 
-    TUNABLE: ClassVar[Mapping[str, tuple[Any, ...]]] = {"margin": (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)}
+    TUNABLE: ClassVar[Mapping[str, tuple[Any, ...]]] = MARGINS
 
     def __init__(self, context: PolicyContext, margin: float = 0.0, bin_requests: float = 8.0) -> None:
         """Prepare the scan.

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biscale_env.contract.observation import HORIZON
-from biscale_env.models.physics import iteration_energy_j, latency_s
-from controllers.base import Controller, Floats, PolicyContext
+from biscale_env.models.physics import idle_power_w, iteration_energy_j, latency_s
+from controllers.base import MARGINS, Controller, Floats, PolicyContext
 from controllers.mpc_model import LATE_W, MpcProblem
-from controllers.mpc_options import MARGINS, MpcOptions
+from controllers.mpc_options import MpcOptions
 
 
 @contextlib.contextmanager
@@ -52,7 +52,7 @@ if hasattr(
 
 log = logging.getLogger(__name__)
 KILO = 1e3  # the objective is in kJ, which keeps it near 1
-STAGE_PARAMETERS = ("tokens", "attn_work", "n_seq", "deadline_s", "lead_s", "share", "weight", "cap_ghz")
+STAGE_PARAMETERS = ("tokens", "attn_work", "n_seq", "deadline_s", "lead_s", "share", "weight", "idle_s", "cap_ghz")
 IDLE_WEIGHT = 1e-2  # curvature of an empty stage's input around its rest point: it costs nothing there and keeps the Hessian regular
 SCALES = {"tokens": 1e3, "attn_work": 1e6}  # parameters are passed in these units
 IPOPT = {
@@ -77,9 +77,12 @@ def symbolic_stage(problem: MpcProblem, model: Any) -> tuple[Any, Any, Any]:
     energy = c.n_gpus * iteration_energy_j(c, p["tokens"], p["attn_work"], 0.0, duration, f)
     done = t + p["lead_s"] + p["share"] * duration
     idle = ca.if_else(p["share"] > 0.0, 0.0, 1.0)
+    wait = (1.0 - idle) * p["idle_s"] * c.n_gpus * idle_power_w(c, f)
     model.set_rhs("time_s", done)
     model.set_expression("late_by", done - p["deadline_s"])
-    model.set_expression("stage_cost", p["weight"] * p["share"] * energy / KILO + idle * IDLE_WEIGHT * (u - 0.5) ** 2)
+    model.set_expression(
+        "stage_cost", (p["weight"] * p["share"] * energy + wait) / KILO + idle * IDLE_WEIGHT * (u - 0.5) ** 2
+    )
     return done, energy, duration
 
 
@@ -198,10 +201,11 @@ class DoMpcController(Controller):
         forecast: float = 0.0,
         delay_aware: bool = False,
         idle_credit: float = 0.0,
+        idle_clock: float = 0.0,
     ) -> None:
         """Build the problem; the parameters are those of :class:`MpcOptions`."""
         super().__init__(context)
-        self.problem = MpcProblem(context, MpcOptions(margin, give_up, forecast, delay_aware, idle_credit))
+        self.problem = MpcProblem(context, MpcOptions(margin, give_up, forecast, delay_aware, idle_credit, idle_clock))
         self.solver = DoMpcSolver(self.problem)
         self._counts = {"decisions": 0, "solver_failures": 0, "fallback_shifted": 0, "fallback_max": 0, "iterations": 0}
         self._time_s = 0.0

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biscale_env.jit import compiled, inlined
-from biscale_env.models.physics import iteration_energy_j, latency_s
-from controllers.base import Controller, Floats, PolicyContext
+from biscale_env.models.physics import idle_power_w, iteration_energy_j, latency_s
+from controllers.base import MARGINS, Controller, Floats, PolicyContext
 from controllers.mpc_model import LATE_W, MpcProblem
-from controllers.mpc_options import MARGINS, MpcOptions
+from controllers.mpc_options import MpcOptions
 
 DIFF_GHZ = 1e-5  # central differences of the formula: relative error about 1e-9
 CLOCK_TOL_GHZ = 1e-6
@@ -26,13 +26,14 @@ TIME_TOL_S = 1e-9
 
 @inlined
 def slope(c: Any, st: Any, price_w: float, f: float) -> float:
-    """Derivative of energy + price x time of a batch by its clock, J/GHz."""
+    """Derivative of energy + price x time of a batch (and of the wait behind it) by its clock, J/GHz."""
     hi, lo = f + DIFF_GHZ, f - DIFF_GHZ
     t_hi = latency_s(c, st.tokens, st.attn_work, 0.0, st.n_seq, hi)
     t_lo = latency_s(c, st.tokens, st.attn_work, 0.0, st.n_seq, lo)
     e_hi = iteration_energy_j(c, st.tokens, st.attn_work, 0.0, t_hi, hi)
     e_lo = iteration_energy_j(c, st.tokens, st.attn_work, 0.0, t_lo, lo)
-    return (c.n_gpus * (e_hi - e_lo) + price_w * (t_hi - t_lo)) / (2.0 * DIFF_GHZ)
+    idle = st.idle_s / st.share * (idle_power_w(c, hi) - idle_power_w(c, lo))
+    return (c.n_gpus * (e_hi - e_lo + idle) + price_w * (t_hi - t_lo)) / (2.0 * DIFF_GHZ)
 
 
 @inlined
@@ -182,10 +183,11 @@ class FastMpcController(Controller):
         forecast: float = 0.0,
         delay_aware: bool = False,
         idle_credit: float = 0.0,
+        idle_clock: float = 0.0,
     ) -> None:
         """Prepare the problem; the parameters are those of :class:`MpcOptions`."""
         super().__init__(context)
-        self.problem = MpcProblem(context, MpcOptions(margin, give_up, forecast, delay_aware, idle_credit))
+        self.problem = MpcProblem(context, MpcOptions(margin, give_up, forecast, delay_aware, idle_credit, idle_clock))
         self._counts = {"decisions": 0, "solver_failures": 0, "iterations": 0}
 
     def stats(self) -> dict[str, float]:

@@ -7,9 +7,9 @@ import numpy as np
 
 from biscale_env.contract.observation import HORIZON
 from biscale_env.jit import compiled, inlined
-from controllers.base import Controller, Floats, PolicyContext
+from controllers.base import MARGINS, Controller, Floats, PolicyContext
 from controllers.belief import Belief
-from controllers.mpc_options import FAR_S, MARGINS, NO_DEADLINE
+from controllers.mpc_options import FAR_S, NO_DEADLINE
 
 TIME_TOL_S = 1e-12
 

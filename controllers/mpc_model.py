@@ -3,13 +3,15 @@
 A stage is a projected batch. Its clock ``f_k`` is the input, the time at which it completes is the state::
 
     t_0 = 0,   t_{k+1} = t_k + lead_k + share_k L(work_k, f_k)
-    minimise   sum_k weight_k share_k E(work_k, f_k) - idle_credit P_idle(f*) t_K + LATE_W sum_k max(0, t_{k+1} - deadline_k)
+    minimise   sum_k weight_k share_k E(work_k, f_k) + sum_k idle_k P_idle(f_k)
+               - idle_credit P_idle(f*) t_K + LATE_W sum_k max(0, t_{k+1} - deadline_k)
     within     f_min <= f_k <= cap_k
 
 with latency L and energy E (all GPUs) of `models.physics`. ``deadline_k`` is the tightest TTFT deadline among the requests that complete
 in batch k. ``cap_k`` is the clock above which the power cap makes a higher request useless. ``lead_k`` is time, ``1 - share_k`` work,
 that a clock asked for now can no longer change. An empty stage has share 0: it costs nothing and takes no time. A forecast batch takes its
-time for certain, so that there is room for it, but costs its energy only with the probability ``weight_k`` that it comes.
+time for certain, so that there is room for it, but costs its energy only with the probability ``weight_k`` that it comes. ``idle_k`` is
+zero but for the last batch of the queue, whose clock the instance keeps while it waits: the mean time between arrivals.
 
 The penalty is exact: ``LATE_W`` lies above the highest marginal price of time (J saved per second) at any clock, work and
 model draw, so a deadline is missed only where even the highest clock cannot meet it.
@@ -27,7 +29,7 @@ from biscale_env.jit import compiled, inlined
 from biscale_env.models import COEFFICIENT_DTYPE, IterationModel
 from biscale_env.models.physics import effective_freq_ghz, idle_power_w, iteration_energy_j, latency_s
 from controllers.base import Floats, PolicyContext
-from controllers.mpc_options import FAR_S, NO_DEADLINE, MpcOptions
+from controllers.mpc_options import FAR_S, NO_DEADLINE, RARE_RPS, MpcOptions
 
 LATE_W = 2e5  # J per second of lateness; the highest price seen over all draws and 1 to 2048 tokens is 4.3e4 W (tested)
 ROUNDING_MHZ = 0.5  # a planned clock this little above a grid clock is that clock (solver tolerance)
@@ -46,6 +48,7 @@ STAGE_DTYPE = np.dtype(
             np.float64,
         ),  # probability that the batch comes to be, which weighs its energy; 1 for what waits already
         ("cap_ghz", np.float64),  # highest clock that the power cap allows
+        ("idle_s", np.float64),  # time for which the instance is expected to wait at the clock of this batch
     ]
 )
 
@@ -53,7 +56,7 @@ STAGE_DTYPE = np.dtype(
 OPTIONS_DTYPE = np.dtype([(name, np.float64) for name in MpcOptions.names()])
 COLUMNS = (
     "batch_tokens", "batch_attn", "batch_requests", "batch_slack", "batch_slack_alive", "slo", "freq_current", "freq_pending",
-    "time_to_apply", "actuation_delay", "arrival_rate_10s", "token_rate_10s",
+    "time_to_apply", "actuation_delay", "arrival_rate_10s", "token_rate_10s", "arrival_rate_60s",
 )  # fmt: skip
 COLUMNS_DTYPE = np.dtype([(name, np.int64) for name in COLUMNS])
 
@@ -80,8 +83,11 @@ def read_queue(c: Any, x: Any, at: Any, opt: Any, freq_min_ghz: float, freq_max_
         slack = x[at.batch_slack_alive + k] if opt.give_up > 0.0 else x[at.batch_slack + k]
         st.deadline_s = (slack - opt.margin) * slo if slack < NO_DEADLINE and st.tokens > 0.0 else FAR_S
         st.cap_ghz = cap_of(c, st.tokens, st.attn_work, st.n_seq, freq_min_ghz, freq_max_ghz)
+        st.idle_s = 0.0
         if st.tokens > 0.0:
             used = k + 1
+    if used > 0:
+        stages[used - 1].idle_s = opt.idle_clock / max(x[at.arrival_rate_60s], RARE_RPS)
     return used
 
 
@@ -210,8 +216,11 @@ class MpcProblem:
         energy = c.n_gpus * iteration_energy_j(c, stages["tokens"], stages["attn_work"], 0.0, latency, freq_ghz)
         done = np.cumsum(stages["lead_s"] + stages["share"] * latency, axis=-1)
         late = np.maximum(done - stages["deadline_s"], 0.0).sum(axis=-1)
+        idle = np.where(stages["share"] > 0.0, stages["idle_s"] * c.n_gpus * idle_power_w(c, freq_ghz), 0.0)
         return np.asarray(
-            (stages["weight"] * stages["share"] * energy).sum(axis=-1) - self.credit_w * done[..., -1] + LATE_W * late
+            (stages["weight"] * stages["share"] * energy + idle).sum(axis=-1)
+            - self.credit_w * done[..., -1]
+            + LATE_W * late
         )
 
     def to_clock_mhz(self, stages: NDArray[np.void], freq_ghz: Floats) -> Floats:

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -20,11 +21,13 @@ class Entry:
         paths: per phase ``module:Class``, imported when asked for.
         positional: parameter that a bare value after the colon sets.
         preset: parameters that differ from the class's defaults; the name's own parameters win.
+        joint: values of preset parameters that tuning tries together with every value of the free ones.
     """
 
     paths: Mapping[str, str]
     positional: str | None = None
     preset: Mapping[str, Any] = field(default_factory=dict)
+    joint: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def load(self, phase: str) -> Any:
         """The class for a phase."""
@@ -38,7 +41,10 @@ def both(path: str, positional: str | None = None) -> Entry:
 
 
 # What helped at equal attainment in the ablations (`controllers.ablations`), together.
-MPC_PLUS: dict[str, Any] = {"delay_aware": True, "forecast": 4.0}
+MPC_PLUS: dict[str, Any] = {"delay_aware": True, "forecast": 4.0, "idle_credit": 1.0, "idle_clock": 0.5}
+# Near capacity more room for arrivals costs less than a wider margin, under which even large prompts that just came look lost, and a low
+# clock to wait at costs attainment, since it takes the delay to leave it.
+MPC_PLUS_JOINT: dict[str, tuple[Any, ...]] = {"forecast": (4.0, 8.0, 16.0), "idle_clock": (0.5, 0.0)}
 SLACK_PLUS: dict[str, Any] = {"fine": True, "load_floor": True, "accumulated": True}
 
 ENTRIES: dict[str, Entry] = {
@@ -48,7 +54,7 @@ ENTRIES: dict[str, Entry] = {
     "slack": Entry({"decode": "slack:SlackRule"}, "margin"),
     "slack-plus": Entry({"decode": "slack:SlackRule"}, "margin", SLACK_PLUS),
     "mpc": Entry({"prefill": "mpc_fast:FastMpcController"}, "margin"),
-    "mpc-plus": Entry({"prefill": "mpc_fast:FastMpcController"}, "margin", MPC_PLUS),
+    "mpc-plus": Entry({"prefill": "mpc_fast:FastMpcController"}, "margin", MPC_PLUS, MPC_PLUS_JOINT),
     "mpc-dompc": Entry({"prefill": "mpc:DoMpcController"}, "margin"),
     "mpc-greedy": Entry({"prefill": "mpc_greedy:GreedyMpc"}, "margin"),
     "ecofreq": both("ecofreq:EcoFreq", "margin"),
@@ -175,6 +181,15 @@ def policy_tunables(name: str, phase: str) -> dict[str, tuple[Any, ...]]:
     entry, named = _entry(name, phase)
     if name == "max":
         return {}
-    return {
-        k: tuple(v) for k, v in getattr(entry.load(phase), "TUNABLE", {}).items() if k not in {**entry.preset, **named}
-    }
+    free = {k: tuple(v) for k, v in getattr(entry.load(phase), "TUNABLE", {}).items() if k not in entry.preset}
+    return {k: v for k, v in {**free, **entry.joint}.items() if k not in named}
+
+
+def policy_settings(name: str, phase: str) -> list[dict[str, Any]]:
+    """Settings that tuning tries: one free parameter varied at a time from the defaults, each with every value of the joint ones."""
+    entry, _ = _entry(name, phase)
+    tunables = policy_tunables(name, phase)
+    joint = {k: v for k, v in tunables.items() if k in entry.joint}
+    varied = [{key: value} for key, values in tunables.items() if key not in joint for value in values] or [{}]
+    combined = [dict(zip(joint, values, strict=True)) for values in itertools.product(*joint.values())]
+    return [{**one, **together} for one in varied for together in combined if one or together]

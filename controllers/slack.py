@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from biscale_env.jit import compiled, inlined
-from controllers.base import Controller, Floats, PolicyContext
+from controllers.base import MARGINS, Controller, Floats, PolicyContext
 from controllers.belief import Belief, NextWork, search_grid
 
 
@@ -119,7 +119,7 @@ class SlackRule(Controller):
     """
 
     phases: ClassVar[tuple[str, ...]] = ("decode",)
-    TUNABLE: ClassVar[Mapping[str, tuple[Any, ...]]] = {"margin": (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)}
+    TUNABLE: ClassVar[Mapping[str, tuple[Any, ...]]] = MARGINS
 
     def __init__(
         self,

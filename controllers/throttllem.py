@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from biscale_env.jit import compiled, inlined
-from controllers.base import Controller, Floats, PolicyContext
+from controllers.base import MARGINS, Controller, Floats, PolicyContext
 from controllers.belief import Belief, search_grid
 from controllers.mpc_greedy import QueueTables
 from controllers.slack import lowest_meeting
@@ -69,7 +69,7 @@ class ThrottllEm(Controller):
     so a fixed number of iterations is projected (assumed); its autoscaling of engines is the business of the placement.
     """
 
-    TUNABLE: ClassVar[Mapping[str, tuple[Any, ...]]] = {"margin": (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)}
+    TUNABLE: ClassVar[Mapping[str, tuple[Any, ...]]] = MARGINS
 
     def __init__(self, context: PolicyContext, margin: float = 0.0, steps: float = 32.0) -> None:
         """Prepare the projection.

@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from biscale_env.cli.policies import parse
 from biscale_env.config import Gpu, Slo, configs_dir, list_names, load_gpu, load_llm, load_slo, load_yaml
 from biscale_env.config.loader import load_named
 from biscale_env.errors import BiscaleError
+from biscale_env.evaluation.experiments import load_experiment
 
 SLO = "name: x\nttft_s: 0.6\ntpot_s: 0.1\nattainment: 0.99\n"
 
@@ -20,6 +22,26 @@ def test_every_shipped_file_loads() -> None:
     for name in list_names("llms"):
         assert load_llm(name).name == name
     assert {"biscale", "mlperf-interactive", "mlperf-server", "distserve"} <= set(list_names("slos"))
+
+
+@pytest.mark.parametrize("name", list_names("experiments"))
+def test_every_experiment_names_policies_and_scenarios_that_exist(name: str) -> None:
+    experiment = load_experiment(name)
+    assert experiment.name == name
+    assert experiment.about
+    assert len(experiment.scenarios()) == len(experiment.workloads) * len(experiment.loads) * len(
+        experiment.slos
+    ) * len(experiment.delays_s)
+    for pairs in parse(",".join(experiment.policies), experiment.phases).values():
+        assert len(pairs) >= 3
+
+
+def test_the_full_cross_covers_slos_delays_and_draws() -> None:
+    full = load_experiment("full")
+    assert set(full.slos) == set(list_names("slos"))
+    assert set(full.delays_s) == {0.0, 0.01, 0.05, 0.1, 0.2}
+    assert -1 in full.draws
+    assert len(full.draws) > 3
 
 
 def test_slos_are_those_of_the_papers() -> None:

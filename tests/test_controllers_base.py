@@ -12,7 +12,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 import biscale_env  # noqa: F401 - registers the environments
 from biscale_env.errors import BiscaleError
 from controllers import default_policies, make_policy, policy_names, policy_tunables
-from controllers.registry import ENTRIES, parse_name
+from controllers.base import MARGINS
+from controllers.registry import ENTRIES, parse_name, policy_settings
 
 ALL = [(phase, name) for phase in ("prefill", "decode") for name in policy_names(phase)]
 DETERMINISTIC = [pair for pair in ALL if pair[1] != "random"]
@@ -146,7 +147,7 @@ def test_every_tunable_value_can_be_used(phase, name):
 def test_presets_are_parameters_and_can_be_overruled():
     preset, spelled = (
         make_policy("mpc-plus", context("prefill")),
-        make_policy("mpc:delay_aware=true,forecast=4", context("prefill")),
+        make_policy("mpc:delay_aware=true,forecast=4,idle_credit=1,idle_clock=0.5", context("prefill")),
     )
     assert preset.problem.options == spelled.problem.options
     assert make_policy("mpc-plus:forecast=1", context("prefill")).problem.options.forecast == 1.0
@@ -167,3 +168,15 @@ def test_controllers_import_no_environment():
     added = out.stdout.split()
     assert "controllers.slack" in added
     assert not [m for m in added if m.startswith("biscale_env.envs")]
+
+
+def test_settings_vary_one_parameter_at_a_time_and_joint_ones_together():
+    assert policy_settings("ecofreq", "decode") == [{"margin": m} for m in MARGINS["margin"]]
+    agft = policy_settings("agft", "decode")
+    assert all(len(setting) == 1 for setting in agft)
+    assert {key for setting in agft for key in setting} == {"penalty", "explore"}
+    plus = policy_settings("mpc-plus", "prefill")
+    assert plus[0] == {"margin": 0.0, "forecast": 4.0, "idle_clock": 0.5}
+    assert len({tuple(s.items()) for s in plus}) == len(plus) == 6 * len(MARGINS["margin"])
+    assert policy_settings("mpc-plus:0.1,forecast=2,idle_clock=1", "prefill") == []
+    assert [s["forecast"] for s in policy_settings("mpc-plus:0.1,idle_clock=0", "prefill")] == [4.0, 8.0, 16.0]

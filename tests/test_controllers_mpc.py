@@ -26,7 +26,15 @@ EXTRAS = {
     "delay": {"delay_aware": True},
     "forecast": {"forecast": 1.0},
     "idle": {"idle_credit": 1.0},
-    "all": {"margin": 0.1, "give_up": True, "delay_aware": True, "forecast": 1.0, "idle_credit": 1.0},
+    "wait": {"idle_clock": 1.0},
+    "all": {
+        "margin": 0.1,
+        "give_up": True,
+        "delay_aware": True,
+        "forecast": 1.0,
+        "idle_credit": 1.0,
+        "idle_clock": 0.5,
+    },
 }
 
 

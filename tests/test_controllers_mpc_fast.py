@@ -44,7 +44,10 @@ def plans(rows, **options):
     return policy.problem, stages, policy.plan_ghz(stages)
 
 
-@pytest.mark.parametrize("options", [{}, {"delay_aware": True, "forecast": 1.0, "margin": 0.1, "idle_credit": 1.0}])
+ALL = {"delay_aware": True, "forecast": 1.0, "margin": 0.1, "idle_credit": 1.0}
+
+
+@pytest.mark.parametrize("options", [{}, ALL, {"idle_clock": 1.0}, ALL | {"idle_clock": 0.5}])
 def test_no_other_plan_is_better(options):
     problem, stages, plan = plans(recorded("prefill", 200, rate_rps=5.0, seed=3), **options)
     best = problem.objective_j(stages, plan)
@@ -110,6 +113,20 @@ def test_idle_credit_makes_time_cheaper_not_dearer():
     o = queue([(1500, 0.99)])
     plain, credited = (clock_of(make_policy("mpc", context("prefill"), idle_credit=v), o) for v in (0.0, 1.0))
     assert credited < plain
+
+
+def test_the_clock_to_wait_at_is_lower_where_arrivals_are_rare_and_only_the_last_batch_pays():
+    asked = [
+        float(
+            clock_of(make_policy("mpc", context("prefill"), idle_clock=1.0), queue([(1500, 0.99)], arrival_rate_60s=r))
+        )
+        for r in (20.0, 1.0, 0.1)
+    ]
+    assert asked[0] > asked[1] > asked[2]
+    _, stages, _ = plans(queue([(700, 0.9), (300, 0.99)], arrival_rate_60s=0.5)[None], idle_clock=0.5)
+    np.testing.assert_allclose(stages["idle_s"][0], [0.0, 1.0] + [0.0] * 6, rtol=1e-5)
+    _, rare, _ = plans(queue([(700, 0.9)])[None], idle_clock=1.0)
+    assert rare["idle_s"][0, 0] == pytest.approx(60.0)
 
 
 def test_forecast_fills_only_empty_stages_and_only_when_something_arrives():

@@ -8,7 +8,7 @@ from threadpoolctl import threadpool_limits
 
 from biscale_env.errors import BiscaleError
 from controllers import make_policy
-from controllers.ablations import variants
+from controllers.ablations import beliefs, variants
 from controllers.predictors import POWER_NOISE, boosted, features, fit_boosted, sample_work
 from controllers.trees import CompiledTrees
 
@@ -135,3 +135,15 @@ def test_every_variant_exists(phase):
         make_policy(name, context(phase)).predict(recorded(phase, 2))
     with pytest.raises(BiscaleError, match="unknown phase"):
         variants("both")
+    with pytest.raises(BiscaleError, match="unknown phase"):
+        beliefs("both")
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_every_belief_exists_and_some_change_decisions(phase):
+    names = beliefs(phase)
+    tight = [encode("decode", batch=n, cached_tokens=500.0 * n, slo=0.032) for n in range(10, 250, 10)]
+    seen = np.stack(tight) if phase == "decode" else recorded(phase, 100)
+    asked = {label: make_policy(name, context(phase)).predict(seen)[0].tobytes() for label, name in names.items()}
+    assert any(asked[label] != asked[label.partition(", draw")[0]] for label in names if ", draw" in label)
+    assert any("fitted predictors" in label for label in names)

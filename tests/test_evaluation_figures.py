@@ -252,3 +252,32 @@ def test_colours_stand_out_on_their_ground():
         dark = (_luminance(style.dark) + 0.05) / (_luminance("#12151b") + 0.05)
         assert light >= 2.5, style
         assert dark >= 5, style
+
+
+def tuning_rows(policy, settings, chosen):
+    point = {"scenario": "toy", "slo": "biscale", "load": 0.75, "phase": "prefill", "model_draw": -1}
+    found = {"target": 0.992, "reached": True, "reference_j": 1000.0}
+    return [
+        point
+        | found
+        | {"policy": policy, "setting": f"margin={k}", "energy_j": e, "attainment": a, "chosen": k == chosen}
+        for k, (e, a) in enumerate(settings)
+    ]
+
+
+def test_tuning_curve_is_the_frontier_relative_to_max_clock(tmp_path):
+    rows = tuning_rows("mpc", [(700.0, 0.985), (760.0, 0.991), (755.0, 0.993), (800.0, 0.993), (900.0, 0.995)], 2)
+    rows += tuning_rows("static-best", [(800.0, 0.98), (1000.0, 0.996)], 1)
+    with RunDirectory(tmp_path / "run", {}) as directory:
+        for policy in ("max", "mpc", "static-best"):
+            directory.add(tiny(policy=policy, load=0.75))
+    pd.DataFrame(rows).to_csv(tmp_path / "run" / "tuning.csv", index=False)
+    run = load_run(tmp_path / "run")
+    drawn = figures.figure(run, "tuning", run.points()[0])
+    curve, mark = (t for t in drawn.data if t.name == "mpc")
+    assert np.asarray(curve.y).tolist() == pytest.approx([0.7, 0.755, 0.9])  # beaten settings are left out
+    np.testing.assert_allclose(np.asarray(curve.customdata), [98.5, 99.3, 99.5], rtol=1e-6)
+    assert (list(mark.y), list(mark.text)) == ([pytest.approx(0.755)], ["margin=2"])
+    assert "99.20 %" in drawn.layout.annotations[0].text
+    with pytest.raises(BiscaleError, match="no controller was tuned"):
+        figures.figure(run, "tuning", dict(run.points()[0]) | {"load": 0.5})

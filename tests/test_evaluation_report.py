@@ -194,6 +194,11 @@ def test_share_is_never_rounded_up_to_a_promise():
 
 def test_verdict_on_the_slo_says_when_the_sample_cannot_tell():
     row = {"slo_met": True, "slo_attainment": 0.99, "attainment_ci_low": 0.985, "attainment_ci_high": 0.995}
+    row |= {"target_met": True, "target": 0.99}
     assert tables.slo_words(row) == "met?"
     assert tables.slo_words(row | {"attainment_ci_low": 0.991}) == "met"
-    assert tables.slo_words(row | {"slo_met": False, "attainment_ci_low": float("nan")}) == "missed"
+    missed = row | {"slo_met": False, "target_met": False, "attainment_ci_low": float("nan")}
+    assert tables.slo_words(missed) == "missed"
+    beside = row | {"slo_met": False, "target": 0.98}
+    assert tables.slo_words(beside) == "as max"
+    assert tables.slo_words(beside | {"attainment_ci_low": 0.97}) == "as max?"

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from evaluation_synthetic import POLICIES, SLO, plausible, requests_of, tiny
 
 from biscale_env.errors import BiscaleError
@@ -182,6 +183,21 @@ def test_points_that_cannot_be_served_outlive_interruption_and_resume(tmp_path):
         run.add(tiny(policy="mpc"))
     assert load_run(tmp_path).infeasible == [point]
     assert len(load_run(tmp_path).results) == 2
+
+
+def test_resume_may_add_policies_but_not_change_them(tmp_path):
+    first = CONFIG | {"policies": {"prefill": [("max", "max"), ("mine", "mpc")]}}
+    RunDirectory(tmp_path, first)
+    more = CONFIG | {"policies": {"prefill": [("max", "max"), ("agent", "agent")]}}
+    RunDirectory(tmp_path, more, resume=True)
+    kept = yaml.safe_load((tmp_path / files.CONFIG).read_text())
+    assert kept["policies"] == {"prefill": [["max", "max"], ["mine", "mpc"], ["agent", "agent"]]}
+    RunDirectory(tmp_path, first, resume=True)
+    other = CONFIG | {"policies": {"prefill": [("mine", "slack")]}}
+    with pytest.raises(BiscaleError, match="'mine' stands for two things"):
+        RunDirectory(tmp_path, other, resume=True)
+    with pytest.raises(BiscaleError, match="policies"):
+        RunDirectory(tmp_path, CONFIG | {"policies": {"decode": []}}, resume=True)
 
 
 def test_resume_with_another_configuration_names_what_changed(tmp_path):

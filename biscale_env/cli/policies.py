@@ -23,6 +23,7 @@ from biscale_env.evaluation.compare import ORACLE, STATIC_BEST, Job
 from biscale_env.evaluation.scenarios import PHASES, Case, Scenario
 from biscale_env.traces import Trace
 
+GROUPS = ("all", "ablations", "beliefs")  # words that stand for many policies
 UNTUNED = (ORACLE, STATIC_BEST, "max", "static", "random")  # nothing to choose, or chosen elsewhere
 
 
@@ -65,17 +66,12 @@ class Policies:
         return Hindsight(policy, oracle_world(world), report)
 
     def grid(self, name: str, phase: str) -> list[dict[str, Any]]:
-        """Settings of a policy's free parameters, one varied at a time from the defaults."""
-        from controllers.registry import ENTRIES, parse_name
+        """Settings of a policy's free parameters, as in :func:`controllers.registry.policy_settings`."""
+        from controllers.registry import policy_settings
 
         if name.split(":", 1)[0] in UNTUNED:
             return []
-        if is_checkpoint(name):
-            return price_grid(name, phase)
-        base, fixed = parse_name(name)
-        free = {k: v for k, v in ENTRIES[base].load(phase).TUNABLE.items() if k not in fixed}
-        varied = [{key: value} for key, values in free.items() for value in values]
-        return [dict(pairs) for pairs in dict.fromkeys(tuple(v.items()) for v in varied)]
+        return price_grid(name, phase) if is_checkpoint(name) else policy_settings(name, phase)
 
 
 def names_for(phase: str) -> list[str]:
@@ -93,6 +89,15 @@ def default_names(phase: str) -> list[str]:
     return [*names[:1], STATIC_BEST, *names[1:], *([AGENT] if ships(phase) else [])]
 
 
+def group(word: str, phase: str) -> list[tuple[str, str]]:
+    """The ``(shown name, build string)`` pairs that a word of :data:`GROUPS` stands for."""
+    from controllers.ablations import beliefs, variants
+
+    if word == "all":
+        return [(name, name) for name in default_names(phase)]
+    return list((variants if word == "ablations" else beliefs)(phase).items())
+
+
 def _applies(asked: str, phase: str) -> bool:
     return asked.split(":", 1)[0] in names_for(phase)
 
@@ -104,9 +109,7 @@ def split_list(text: str) -> list[str]:
         continues = (
             parts and "=" in part and ":" not in part and ":" in parts[-1] and not Path(part.partition("=")[2]).suffix
         )
-        known = part.partition("=")[2].split(":", 1)[0] in set(
-            itertools.chain(*(names_for(p) for p in PHASES), ["all"])
-        )
+        known = part.partition("=")[2].split(":", 1)[0] in set(itertools.chain(*(names_for(p) for p in PHASES), GROUPS))
         if part and continues and not known:
             parts[-1] += f",{part}"
         elif part:
@@ -117,16 +120,17 @@ def split_list(text: str) -> list[str]:
 def parse(policies: str | None, phases: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
     """Per phase the ``(shown name, build string)`` pairs of a ``--policies`` option; ``max`` always leads.
 
-    ``all`` stands for the defaults; ``name=build`` renames; a name that exists in the other phase only is passed over.
+    ``all`` stands for the defaults, ``ablations`` and ``beliefs`` for those of `controllers.ablations`; ``name=build`` renames.
+    A name that exists in the other phase only is passed over.
 
     Raises:
         BiscaleError: a name that no phase knows.
     """
     chosen: dict[str, list[tuple[str, str]]] = {phase: [] for phase in phases}
     for entry in split_list(policies or "all"):
-        if entry == "all":
+        if entry in GROUPS:
             for phase in phases:
-                chosen[phase] += [(name, name) for name in default_names(phase)]
+                chosen[phase] += group(entry, phase)
             continue
         label, _, build = entry.partition("=") if "=" in entry.split(":", 1)[0] else (entry, "", entry)
         known = [phase for phase in PHASES if _applies(build, phase)]

@@ -78,14 +78,19 @@ def run_all(run: RunDirectory, jobs: Sequence[Job], n_jobs: int | None, infeasib
 
 def keep_tuning(folder: Path, outcome: Outcome) -> None:
     """Append what tuning tried to ``tuning.csv``: the energy-attainment curve of each controller on the tuning workloads."""
-    if outcome.tuned is None:
+    if outcome.tuned is None or outcome.reference is None:
         return
-    job, path = outcome.job, folder / "tuning.csv"
+    job, path = outcome.job, folder / files.TUNING
     key = {"scenario": job.scenario.name, "slo": job.scenario.slo, "load": job.scenario.load, "phase": job.phase}
+    found = {
+        "target": outcome.tuned.target,
+        "reached": outcome.tuned.reached,
+        "reference_j": outcome.reference.energy_j,
+    }
     rows = [
-        key | {
+        key | found | {
             "policy": job.policy, "model_draw": job.draw, "setting": ", ".join(f"{k}={v}" for k, v in s.params.items()),
-            "energy_j": s.energy_j, "attainment": s.attainment, "chosen": s is outcome.tuned.chosen, "reached": outcome.tuned.reached,
+            "energy_j": s.energy_j, "attainment": s.attainment, "chosen": s is outcome.tuned.chosen,
         }
         for s in outcome.tuned.tried
     ]  # fmt: skip

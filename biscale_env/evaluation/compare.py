@@ -9,10 +9,11 @@ import joblib
 
 from biscale_env.contract import Policy
 from biscale_env.envs.settings import World
+from biscale_env.evaluation import targets
 from biscale_env.evaluation.frame import RunRecord
 from biscale_env.evaluation.rollout import Rollout, rollout
 from biscale_env.evaluation.scenarios import Case, Scenario, resolve
-from biscale_env.evaluation.tuning import Tuned, best_static, tune, tuning_target
+from biscale_env.evaluation.tuning import Setting, Tuned, best_static, max_clock, tune
 from biscale_env.traces import Trace
 
 STATIC_BEST = "static-best"
@@ -101,11 +102,19 @@ def record_of(job: Job, case: Case, seed: int, run: Rollout, trace: Trace, extra
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job hands back: its records, and the settings that tuning tried (empty without tuning)."""
+    """What a job hands back.
+
+    Attributes:
+        job: the job.
+        records: one per workload.
+        tuned: what tuning tried; None without tuning.
+        reference: what max clock does on the tuning workloads; None without tuning.
+    """
 
     job: Job
     records: list[RunRecord]
     tuned: Tuned | None = None
+    reference: Setting | None = None
 
 
 def with_params(name: str, params: Mapping[str, Any]) -> str:
@@ -114,22 +123,24 @@ def with_params(name: str, params: Mapping[str, Any]) -> str:
     return f"{name}{',' if ':' in name else ':'}{text}" if text else name
 
 
-def settle(job: Job, case: Case, factory: PolicyFactory) -> tuple[str, str, Tuned | None]:
-    """Choose free parameters on tuning workloads: ``(build string, setting in words, what was tried)``."""
-    if job.build == STATIC_BEST:
-        tuned = best_static(case, job.draw, tuning_target(case, job.draw))
-        freq = tuned.chosen.params["freq_mhz"]
-        return f"static:{freq:g}", f"{freq:g} MHz{_reached(tuned)}", tuned
+def settle(job: Job, case: Case, factory: PolicyFactory) -> tuple[str, str, Tuned | None, Setting | None]:
+    """Choose free parameters on tuning workloads: ``(build string, setting in words, what was tried, max clock there)``."""
     grid = factory.grid(job.build, job.phase) if job.variant == "tuned" else []
-    if not grid:
-        return job.build, "", None
+    if not grid and job.build != STATIC_BEST:
+        return job.build, "", None, None
+    top = max_clock(case, job.draw)
+    target = targets.tuning_target(case.world.slo.attainment, top.attainment)
+    if job.build == STATIC_BEST:
+        tuned = best_static(case, job.draw, target)
+        freq = tuned.chosen.params["freq_mhz"]
+        return f"static:{freq:g}", f"{freq:g} MHz{_reached(tuned)}", tuned, top
 
     def build(params: Mapping[str, Any], world: World, traces: Sequence[Trace]) -> Policy:
         return factory.build(with_params(job.build, params), world, traces, job.draw)
 
-    tuned = tune(build, case, grid, job.draw, tuning_target(case, job.draw))
+    tuned = tune(build, case, grid, job.draw, target)
     words = ", ".join(f"{k}={v}" for k, v in tuned.chosen.params.items()) + _reached(tuned)
-    return with_params(job.build, tuned.chosen.params), words, tuned
+    return with_params(job.build, tuned.chosen.params), words, tuned, top
 
 
 def _reached(tuned: Tuned) -> str:
@@ -139,7 +150,7 @@ def _reached(tuned: Tuned) -> str:
 def run_job(job: Job, factory: PolicyFactory) -> Outcome:
     """Run one job to its end in this process."""
     case = resolve(job.scenario, job.phase)
-    made, words, tuned = settle(job, case, factory)
+    made, words, tuned, top = settle(job, case, factory)
     traces = [case.workload(seed) for seed in job.seeds]
     groups = (
         [[t] for t in traces] if job.build.startswith(ORACLE) else [traces]
@@ -151,7 +162,7 @@ def run_job(job: Job, factory: PolicyFactory) -> Outcome:
         for run, trace in zip(runs, group, strict=True):
             extra = {"setting": words, **{f"oracle_{k}": v for k, v in getattr(policy, "report", {}).items()}}
             records.append(record_of(job, case, job.seeds[len(records)], run, trace, extra))
-    return Outcome(job, records, tuned)
+    return Outcome(job, records, tuned, top)
 
 
 def run_jobs(jobs: Sequence[Job], factory: PolicyFactory, n_jobs: int) -> Iterator[Outcome]:

@@ -22,7 +22,7 @@ class Experiment(Config):
         slos: SLO names.
         delays_s: actuation delays; a null entry takes that of the model draw.
         draws: model draws.
-        policies: build strings; ``all`` for the default ones of the phase.
+        policies: build strings; ``all`` for the default ones of the phase, ``ablations``, ``beliefs``.
         tune: choose the free parameters of every policy on tuning workloads.
         seeds: workload seeds.
         oracle_seeds: the optimum is computed for the first few workloads only.

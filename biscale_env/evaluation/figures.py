@@ -15,7 +15,7 @@ from biscale_env.evaluation.run import Run
 from biscale_env.evaluation.tables import ordered
 
 FONT: Final = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif'
-NAMES: Final = ("energy", "ttft", "tpot", "clocks", "timeline")
+NAMES: Final = ("energy", "tuning", "ttft", "tpot", "clocks", "timeline")
 _SHARES: Final = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
 _TICKS: Final = (0.99, 1.0, 0.9, 0.999, 0.5, 0.95, 0.98, 0.995, 0.8, 0.0)
 """The more important first: later ones give way where there is no room."""
@@ -27,13 +27,15 @@ def figure(run: Run, name: str, point: Mapping[str, Any]) -> go.Figure:
     Raises:
         BiscaleError: an unknown name, or a figure that the phase or the kept data do not allow.
     """
-    from biscale_env.evaluation import figures_time
+    from biscale_env.evaluation import figures_time, figures_tuning
 
     if name not in NAMES:
         raise BiscaleError(f"unknown figure '{name}'; known: {', '.join(NAMES)}")
     summary = ordered(at_point(run.summary(), point))
     if name == "energy":
         return energy_attainment(summary)
+    if name == "tuning":
+        return figures_tuning.tuning_curves(run, point)
     summary = without_variants(summary)
     rows = at_point(run.results, point)
     if name in ("ttft", "tpot"):

@@ -142,7 +142,7 @@ def timeline(run: Run, rows: pd.DataFrame, summary: pd.DataFrame) -> go.Figure:
 def shown_at_first(summary: pd.DataFrame) -> list[str]:
     """Max clock and the controller that uses least energy among those that meet the SLO (a bound is none)."""
     able = summary[~summary["policy"].eq(REFERENCE_POLICY) & ~summary["policy"].map(is_bound)]
-    able = able.assign(_missed=~able["slo_met"].astype(bool)).sort_values(["_missed", "energy_per_output_token_j"])
+    able = able.assign(_missed=~able["target_met"].astype(bool)).sort_values(["_missed", "energy_per_output_token_j"])
     return [REFERENCE_POLICY, *able["label"].head(1)]
 
 

@@ -21,6 +21,7 @@ BLOCKS: Final = "blocks.parquet"
 SUMMARY: Final = "summary.csv"
 INFEASIBLE: Final = "infeasible.csv"
 REPORT: Final = "report.html"
+TUNING: Final = "tuning.csv"
 TABLES: Final = (REQUESTS, TIMELINES, BLOCKS)
 
 _WIDE: Final = frozenset({"arrival_s", "start_s", "first_token_s", "finish_s", "time_s"})

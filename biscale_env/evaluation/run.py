@@ -67,6 +67,12 @@ class Run:
         """Totals per run and block of 30 s."""
         return self._all(files.BLOCKS)
 
+    @cached_property
+    def tuning(self) -> pd.DataFrame:
+        """What tuning tried on the tuning workloads: one row per policy and setting; empty without tuning."""
+        path = self.path / files.TUNING
+        return pd.read_csv(path) if path.is_file() else pd.DataFrame()
+
     def _all(self, name: str) -> pd.DataFrame:
         path = self.path / name
         frame = pq.read_table(path).to_pandas() if path.is_file() else pd.DataFrame({"run_id": []})

@@ -30,6 +30,24 @@ from biscale_env.evaluation.run import Run, load_run
 _ABSENT: Final = "absent"
 
 
+def joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Policies of a run and those it is resumed with, per phase ``[name, build]`` pairs; the old ones first.
+
+    Raises:
+        BiscaleError: a name stands for something else now.
+    """
+    together = {phase: [*old[phase], *(pair for pair in new[phase] if pair not in old[phase])] for phase in new}
+    for pairs in together.values():
+        names = [name for name, _ in pairs]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            builds = ", ".join(build for name, build in pairs if name == twice)
+            raise BiscaleError(
+                f"cannot resume: policy '{twice}' stands for two things here ({builds}); rename one, name=build"
+            )
+    return together
+
+
 class RunDirectory:
     """A run directory that is being written; a context manager: leaving it, by whatever way, merges the parts.
 
@@ -51,7 +69,7 @@ class RunDirectory:
 
         Args:
             path: the directory; made when it is not there.
-            config: the resolved configuration; resuming needs the very same.
+            config: the resolved configuration; resuming needs the same, but may add policies.
             resume: take up what a previous run left behind.
             model_files: coefficient files, whose hashes go into the provenance.
             seeds: seeds that the comparison was made with.
@@ -72,7 +90,7 @@ class RunDirectory:
         if known.is_file():
             if not resume:
                 raise BiscaleError(f"{self.path} holds a run already; add --resume or choose another --out")
-            self._same_config(yaml.safe_load(known.read_text(encoding="utf-8")))
+            self._take_up(yaml.safe_load(known.read_text(encoding="utf-8")))
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise BiscaleError(f"{self.path} is not empty and not a run directory; choose another --out")
         try:
@@ -81,8 +99,7 @@ class RunDirectory:
             raise BiscaleError(f"cannot make the run directory {self.path}: {error.strerror}") from None
         for leftover in (self.path / files.PARTS).glob(".*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        if not known.is_file():
-            files.write_text(known, yaml.safe_dump(self.config, sort_keys=True, allow_unicode=True))
+        files.write_text(known, yaml.safe_dump(self.config, sort_keys=True, allow_unicode=True))
 
     def _sign(self, record: dict[str, Any]) -> None:
         """Write the provenance; that of earlier sittings stays under ``earlier``."""
@@ -92,8 +109,13 @@ class RunDirectory:
             record["earlier"] = [*before.pop("earlier", []), before]
         files.write_text(path, json.dumps(record, indent=2) + "\n")
 
-    def _same_config(self, old: Any) -> None:
+    def _take_up(self, old: Any) -> None:
+        """Continue with the configuration that is there: the same one, but for policies that are new."""
         new = yaml.safe_load(yaml.safe_dump(self.config))
+        known, asked = old.get("policies"), new.get("policies")
+        if isinstance(known, dict) and isinstance(asked, dict) and known.keys() == asked.keys():
+            new["policies"] = self.config["policies"] = joined(known, asked)
+            old = old | {"policies": new["policies"]}
         if old == new:
             return
         before, after = files.flat(old), files.flat(new)

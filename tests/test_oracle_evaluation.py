@@ -1,0 +1,72 @@
+"""On the frozen evaluation workloads nobody beats the optimum, on the environment's own objective."""
+
+import numpy as np
+import pytest
+
+from biscale_env.evaluation.experiments import load_experiment
+from biscale_env.evaluation.rollout import rollout
+from biscale_env.evaluation.scenarios import resolve
+from controllers.base import context_of
+from controllers.oracle_decode_bound import DecodeFluid
+from controllers.oracle_prefill import solve_prefill_oracle
+from controllers.oracle_prefill_problem import PrefillProblem
+from controllers.registry import make_policy
+
+FILES = {
+    "azure-conv-2023": "AzureLLMInferenceTrace_conv_2023.csv",
+    "azure-code-2023": "AzureLLMInferenceTrace_code_2023.csv",
+}
+MAIN = load_experiment("main")
+PREFILL = (
+    "max",
+    "static:1110",
+    "static:1395",
+    "mpc",
+    "mpc-plus",
+    "ecofreq",
+    "throttllem",
+    "greenllm",
+    "dynamollm",
+    "agft",
+)
+DECODE = ("max", "static:900", "slack", "slack-plus", "throttllem", "agft")
+
+
+def case_of(workload, load, phase, delay_s, shared_data):
+    paths = {name: str(shared_data / "traces" / file) for name, file in FILES.items()}
+    (scenario,) = MAIN.model_copy(update={"workloads": (workload,), "loads": (load,)}).scenarios(paths)
+    return resolve(scenario.model_copy(update={"delay_s": delay_s}), phase)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("load", MAIN.loads)
+@pytest.mark.parametrize("workload", MAIN.workloads)
+def test_nobody_beats_the_prefill_oracle_on_any_evaluation_seed(workload, load, shared_data):
+    at_once, delayed = (case_of(workload, load, "prefill", delay_s, shared_data) for delay_s in (0.0, 0.05))
+    traces = [at_once.workload(seed) for seed in range(MAIN.seeds)]
+    world, weight = at_once.world, at_once.world.settings.violation_weight
+    found = [solve_prefill_oracle(world, trace) for trace in traces]
+    before = [PrefillProblem(world, trace).energy_before_j for trace in traces]  # spent before the first decision
+    assert max(o.gap for o in found) < 0.01  # discretisation; largest near capacity
+    for name in PREFILL:
+        for case in (at_once, delayed):
+            runs = rollout(make_policy(name, context_of(case.world)), case.world, traces, time_probe=False)
+            for run, oracle, first_j in zip(runs, found, before, strict=True):
+                cost = (run.totals["energy_j"] - first_j) / world.energy_ref_j + weight * run.totals["n_violations"]
+                assert oracle.lower_bound_any_delay <= cost * (1 + 1e-9), (name, case.world.delay_s(-1))
+                if case is at_once:
+                    assert oracle.upper_bound <= cost * (1 + 1e-9), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workload", MAIN.workloads)
+def test_nobody_beats_the_decode_bound_on_the_evaluation_workloads(workload, shared_data):
+    case = case_of(workload, 0.75, "decode", 0.05, shared_data)
+    traces = [case.workload(seed) for seed in range(2)]
+    bounds = [DecodeFluid(case.world, trace) for trace in traces]
+    for name in DECODE:
+        runs = rollout(make_policy(name, context_of(case.world)), case.world, traces, time_probe=False)
+        for run, bound in zip(runs, bounds, strict=True):
+            least = bound.energy_j(int(run.totals["n_violations"]))
+            assert np.isfinite(least)
+            assert 0.5 * run.totals["energy_j"] < least <= run.totals["energy_j"], name
