@@ -130,7 +130,7 @@ def test_verdict_names_the_assumption_that_closes_a_gap():
     said = verdict(summarise(with_ratios(frame)), with_ratios(frame)).splitlines()
     prefill, decode = (next(line for line in said if f"67 %, {stage}" in line) for stage in ("prefill", "decode"))
     assert "−30 % overlaps" in prefill
-    assert "saves 4 points less" in decode
+    assert "saves 4.0 points less" in decode
     assert "changing one assumption closes it: batch of 9 (−45 %)" in decode
     assert "the others that were run (1) do not (−39 %)" in decode
     nothing = b67({"": (0.7, 0.6), "delay 1 s": (0.7, 0.61)})

@@ -63,6 +63,15 @@ def settings_of(experiment: PaperExperiment, task: Task) -> ClusterSettings:
     return ClusterSettings.of(**{**base, **(task.variation.settings if task.variation else {})})
 
 
+def scope_of(experiment: PaperExperiment, task: Task) -> tuple[tuple[str, ...], int, bool]:
+    """Systems and number of workload seeds of a task, and whether the prefill stage is solved in hindsight."""
+    if task.draw != NOMINAL:
+        return experiment.draw_systems, experiment.draw_seeds, False
+    if task.variation is not None:
+        return experiment.variation_systems, experiment.seeds, False
+    return experiment.systems, experiment.seeds, task.point.name in experiment.oracle
+
+
 def job_of(experiment: PaperExperiment, task: Task, arrivals: Trace) -> Job:
     """Workloads, settings and systems of a task.
 
@@ -72,11 +81,7 @@ def job_of(experiment: PaperExperiment, task: Task, arrivals: Trace) -> Job:
     point, settings, varied = task.point, settings_of(experiment, task), task.variation
     if varied is not None and varied.load is not None:
         point = point.model_copy(update={"load": varied.load})
-    seeds = experiment.seeds if task.draw == NOMINAL else experiment.draw_seeds
-    if varied is not None:
-        systems = experiment.variation_systems
-    else:
-        systems = experiment.systems if task.draw == NOMINAL else experiment.draw_systems
+    systems, seeds, oracle = scope_of(experiment, task)
     tune_seeds = range(TUNE_SEED, TUNE_SEED + experiment.tune_seeds)
     if point.workload == "A":
         cv = varied.gap_cv if varied else None
@@ -100,7 +105,7 @@ def job_of(experiment: PaperExperiment, task: Task, arrivals: Trace) -> Job:
     return Job(
         labels, settings, systems, tuning, shown, rate, experiment.window_s,
         varied.spare_w if varied else 0.0, varied.alpha if varied else None,
-        oracle=point.name in experiment.oracle and task.draw == NOMINAL and varied is None,
+        oracle=oracle,
     )  # fmt: skip
 
 
@@ -113,8 +118,14 @@ def _capacity(settings: ClusterSettings, point: Point, first: Trace, second: Tra
 
 def task_key(experiment: PaperExperiment, task: Task, arrivals: Trace) -> str:
     """Hash of everything the rows of a task depend on: settings, workloads, coefficients, code."""
-    depends = experiment.model_dump(exclude={"name", "draws", "points", "variations"})
-    parts = [depends, task.point.model_dump(), task.draw, task.variation.model_dump() if task.variation else None]
+    depends = experiment.model_dump(include={"gpus", "slo", "profile", "duration_s", "window_s", "tune_seeds"})
+    parts = [
+        depends,
+        scope_of(experiment, task),
+        task.point.model_dump(),
+        task.draw,
+        task.variation.model_dump() if task.variation else None,
+    ]
     table = table_key(TableRequest(settings_of(experiment, task)), arrivals)
     return hashlib.sha256((json.dumps(parts, sort_keys=True) + table + _code()).encode()).hexdigest()[:24]
 

@@ -13,7 +13,8 @@ from biscale_env.evaluation.paper_tables import (
     tier2_gain,
 )
 
-CLOSE = 1.0  # percentage points: nearer than that counts as in the range
+CLOSE = 1.0  # percentage points: nearer than that is said to be within a point of the range
+ROUNDED = 0.5  # percentage points: what rounds to the end of the range reaches it
 
 TITLES = {
     "distserve": "DistServe (max clock)",
@@ -70,7 +71,9 @@ def _compared(
     if abs(apart) < CLOSE:
         return f"lies within a point of {its}."
     less = "less" if apart > 0 else "more"
-    text = f"saves {abs(apart):.0f} points {less} than {its}"
+    text = f"saves {abs(apart):.1f} points {less} than {its}"
+    drawn = span([*found[f"{stage}_draw_low"], *found[f"{stage}_draw_high"]])
+    text += f" (draws of the model ensemble: {drawn})" if drawn != "–" else ""
     return f"{text}; {_closers(summary, list(found['point']), stage, system, paper, apart > 0)}"
 
 
@@ -83,7 +86,7 @@ def _closers(
     if not len(varied):
         return "no assumption was changed there."
     value = 100 * (varied[stage] - 1)
-    reaches = value <= paper[1] + CLOSE if falls_short else value >= paper[0] - CLOSE
+    reaches = value <= paper[1] + ROUNDED if falls_short else value >= paper[0] - ROUNDED
     named = [f"{row['variation']} ({percent(row[stage])} %)" for _, row in varied[reaches].iterrows()]
     others = varied[~reaches]
     rest = f"the others that were run ({len(others)}) do not ({span(others[stage])})" if len(others) else ""
