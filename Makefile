@@ -27,6 +27,7 @@ types: $(READY)
 
 bench: $(READY)              ## every speed figure with its target and ratio
 	$(BIN)/biscale bench
+	$(BIN)/biscale bench --cluster
 
 fit: $(READY)                ## regenerate the coefficient files and the model-against-measurement table
 	$(BIN)/biscale fit --report

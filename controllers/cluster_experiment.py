@@ -31,6 +31,7 @@ class Job:
         rate_rps: nominal rate.
         window_s: period of tier 1.
         spare_w: what BiScale's ILP takes an unused GPU to draw, W.
+        alpha: head-room of tier 1; None: chosen on the tuning workloads.
         oracle: solve the prefill stage of DistServe in hindsight too (first workload only).
     """
 
@@ -42,6 +43,7 @@ class Job:
     rate_rps: float
     window_s: float
     spare_w: float = 0.0
+    alpha: float | None = None
     oracle: bool = False
 
 
@@ -68,7 +70,7 @@ def run_job(job: Job) -> list[dict[str, Any]]:
     table = table_for(job.settings, job.tune_workloads[0])
     if any(not table.usable(phase) for phase in ("prefill", "decode")):
         return []
-    bench = Bench(job.settings, table, job.rate_rps, job.window_s, job.spare_w)
+    bench = Bench(job.settings, table, job.rate_rps, job.window_s, job.spare_w, job.alpha)
     rows = []
     for name in job.systems:
         system = SYSTEMS[name]

@@ -91,6 +91,7 @@ class Bench:
         rate_rps: forecast of the first window.
         window_s: period of tier 1.
         spare_w: what BiScale's ILP takes an unused GPU to draw, W.
+        alpha: head-room of tier 1; None: chosen on the tuning workloads.
     """
 
     settings: ClusterSettings
@@ -98,6 +99,7 @@ class Bench:
     rate_rps: float
     window_s: float
     spare_w: float = 0.0
+    alpha: float | None = None
 
     def world(self, system: System, tuned: Tuned) -> ClusterWorld:
         """The cluster with the system's rules and margins."""
@@ -181,7 +183,7 @@ def tune(system: System, bench: Bench, workloads: Sequence[Trace]) -> Tuned:
         return _tune_clocks(system, bench, workloads)
     tuned = Tuned()
     if system.tier1 == "biscale":
-        tuned = _tune_alpha(bench, workloads)
+        tuned = _tune_alpha(bench, workloads) if bench.alpha is None else Tuned(alpha=bench.alpha)
     return _tune_margins(system, tuned, bench, workloads) if system.has_margin else tuned
 
 

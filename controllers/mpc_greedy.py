@@ -12,6 +12,7 @@ from controllers.belief import Belief
 from controllers.mpc_options import FAR_S, NO_DEADLINE
 
 TIME_TOL_S = 1e-12
+SAME = 1e-6  # relative: two levels above the power cap run alike but for the rounding of the search for the effective clock
 
 
 @inlined
@@ -41,13 +42,10 @@ def greedy_row(latency: Any, energy: Any, deadline: Any, level: Any) -> int:
                 continue
             longer = latency[k, now - 1] - latency[k, now]
             saved = energy[k, now] - energy[k, now - 1]
-            if (
-                saved < 0.0
-                or (saved == 0.0 and longer > 0.0)
-                or longer > room_s(latency, level, deadline, k) + TIME_TOL_S
-            ):
+            free = abs(saved) <= SAME * energy[k, now] and abs(longer) <= SAME * latency[k, now]  # above the power cap
+            if not free and (saved <= 0.0 or longer > room_s(latency, level, deadline, k) + TIME_TOL_S):
                 continue
-            gain = saved / max(longer, 1e-9) if saved > 0.0 else 1e-12  # both levels above the power cap: free
+            gain = 1e-12 if free else saved / max(longer, 1e-9)
             if gain > best_gain:
                 best, best_gain = k, gain
         if best < 0:

@@ -1,6 +1,6 @@
 """Regenerate the figures that README.md and docs/ state, between their markers, from the commands that measure them.
 
-Usage: python docs/update.py [models] [bench] [observation] [compare=RUN_DIRECTORY] [experiment:NAME=RUN_DIRECTORY ...]
+Usage: python docs/update.py [models] [bench] [bench-cluster] [observation] [compare=RUN_DIRECTORY] [experiment:NAME=RUN_DIRECTORY ...]
 `make docs` runs the parts that need no long experiment.
 """
 
@@ -45,16 +45,21 @@ def models() -> None:
     replace_block(ROOT / "README.md", "models", to_markdown(keep))
 
 
-def bench() -> None:
+def bench(*options: str, page: str = "README.md", block: str = "bench") -> None:
     """Speed figures of this machine."""
-    done = subprocess.run([*BISCALE, "bench", "--json"], capture_output=True, text=True, check=True)
+    done = subprocess.run([*BISCALE, "bench", *options, "--json"], capture_output=True, text=True, check=True)
     figures = json.loads(done.stdout)
     figures = figures["figures"] if isinstance(figures, dict) else figures
     lines = ["| what | measured | target | ratio |", "|---|---:|---:|---:|"]
     for f in figures:
         bound = "≤" if f["better"] == "lower" else "≥"
         lines.append(f"| {f['name']} | {f['value']:,.3g} {f['unit']} | {bound} {f['target']:,.3g} | {f['ratio']:.2f} |")
-    replace_block(ROOT / "README.md", "bench", "\n".join(lines))
+    replace_block(ROOT / page, block, "\n".join(lines))
+
+
+def bench_cluster() -> None:
+    """Speed of the cluster and of tier 1, into docs/cluster.md."""
+    bench("--cluster", page="docs/cluster.md", block="bench-cluster")
 
 
 def observation() -> None:
@@ -207,7 +212,8 @@ def main(arguments: list[str]) -> None:
         elif part == "compare":
             compare(folder)
         else:
-            {"models": models, "bench": bench, "observation": observation}[part]()
+            parts = {"models": models, "bench": bench, "bench-cluster": bench_cluster, "observation": observation}
+            parts[part]()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import gymnasium as gym
 import numpy as np
 import pytest
-from cluster_support import placement
+from cluster_support import placement, trace
 from gymnasium.utils.env_checker import check_env
 
 from biscale_env.envs.cluster import FEATURES
@@ -219,3 +219,25 @@ def test_compiled_mpc_is_near_the_published_search():
     assert asked.energy.prefill_j == pytest.approx(compiled.energy.prefill_j, rel=0.03)
     assert max(asked.energy.prefill_j, compiled.energy.prefill_j) < 0.9 * fastest.energy.prefill_j
     assert abs(asked.attainment("prefill") - compiled.attainment("prefill")) < 0.02
+
+
+@pytest.mark.parametrize(("dtype", "tp"), [("bf16", 4), ("fp8", 2), ("fp8", 8)])
+def test_mpc_rests_at_the_clock_of_least_energy(dtype, tp):
+    """A lone prompt with time to spare runs at the level of least energy, also where the highest levels lie above the power cap."""
+    from cluster_support import world
+
+    from biscale_env.envs.cluster_core import Cluster
+    from controllers.mpc_greedy import greedy_all
+
+    w = world(dtype=dtype, prefill_policy="mpc", slo="mlperf-server")
+    model, levels = w.world("prefill", tp).model, w.world("prefill", tp).clocks.levels_mhz
+    for prompt in range(64, 2049, 124):
+        load = (prompt, prompt**2 / 2, 0, 1)
+        joules, spans = (np.array([float(of(*load, f)) for f in levels]) for of in (model.energy_j, model.latency_s))
+        cluster = Cluster(w, placement((tp,), (tp,)))
+        cluster.offer(trace([0.0], prompt, 2))
+        cluster.advance()
+        assert cluster.prefills.states["freq_ghz"][0] * 1e3 == pytest.approx(levels[joules.argmin()])
+        level = np.zeros((1, 1), dtype=np.int64)
+        greedy_all(spans[None, None], joules[None, None], np.full((1, 1), 2.0), level)
+        assert level[0, 0] == joules.argmin()

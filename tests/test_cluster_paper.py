@@ -16,8 +16,8 @@ from biscale_env.envs.cluster_settings import ClusterSettings
 from biscale_env.envs.cluster_stream import daily_windows, envelope_factors
 from biscale_env.errors import BiscaleError
 from biscale_env.evaluation.paper import PaperExperiment, draw_indices, load_paper
-from biscale_env.evaluation.paper_report import gap
 from biscale_env.evaluation.paper_tables import headline, percent, span, summarise, t_interval, tier2_gain, with_ratios
+from biscale_env.evaluation.paper_verdict import gap, verdict
 from controllers.cluster_day import run_day
 from controllers.cluster_systems import SYSTEMS, Bench, Tuned, planner_of, run_system, tune
 from controllers.placement_table import TableRequest, capacity_table
@@ -56,6 +56,12 @@ def test_tuning_takes_what_meets_the_slo(bench):
     assert clocks[0]["prefill"] <= clocks[1]["prefill"]
 
 
+def test_a_fixed_head_room_is_not_tuned(bench):
+    assert tune(SYSTEMS["placeonly"], bench, WORK[:1]).alpha < 0.6
+    fixed = replace(bench, alpha=0.6)
+    assert tune(SYSTEMS["placeonly"], fixed, WORK[:1]).alpha == tune(SYSTEMS["biscale"], fixed, WORK[:1]).alpha == 0.6
+
+
 def test_planner_follows_the_load_and_survives_the_impossible(bench):
     plan = planner_of(SYSTEMS["biscale"], Tuned(alpha=0.1), bench)
     quiet, busy = random_trace(300, rate_rps=2.0), random_trace(3000, rate_rps=40.0)
@@ -76,7 +82,9 @@ def rows(values):
             {"point": "A-1", "variation": "", "draw": draw, "seed": seed, "system": system, "workload": "A",
              "dtype": "bf16", "load": None, "lengths": "sharegpt-like", "rate_rps": 1.0, "placement": "x", "alpha": 0.1,
              "gpus_mean": 8.0, "prefill_j_per_token": prefill, "decode_j_per_token": decode,
-             "total_j_per_token": prefill + decode, "ttft_p99_s": 0.1, "tpot_p99_s": 0.01, "attainment_ttft": 0.995,
+             "total_j_per_token": prefill + decode + 0.5, "spare_j_per_token": 0.5, "prefill_busy_j_per_token": 0.9 * prefill,
+             "decode_busy_j_per_token": decode, "requests_per_prefill_batch": 2.0,
+             "ttft_p99_s": 0.1, "tpot_p99_s": 0.01, "attainment_ttft": 0.995,
              "attainment_tpot": 0.995 if system != "bad" else 0.98, "requests": 100.0}
         )  # fmt: skip
     return pd.DataFrame(made)
@@ -105,6 +113,66 @@ def test_tables_by_hand():
     lines = headline(summary.reset_index())
     assert lines[0] == ["A prefill", "PlaceOnly", "−20..−31 %", "−20 % [−10 %]", "–", "–"]
     assert lines[1][3] == "−35 % [−50 %]"
+
+
+def b67(cases, system="biscale", point="B-67"):
+    """Rows of operating point B-67: {variation: (prefill, decode)} as ratios to DistServe."""
+    both = []
+    for variation, (prefill, decode) in cases.items():
+        frame = rows({("distserve", -1, 0): (1.0, 1.0), (system, -1, 0): (prefill, decode)})
+        both.append(frame.assign(point=point, variation=variation, workload="B", load=0.67))
+    return pd.concat(both)
+
+
+def test_verdict_names_the_assumption_that_closes_a_gap():
+    """Decode saves 40 % where the paper says 44 to 48; of two changed assumptions one reaches the range."""
+    frame = b67({"": (0.7, 0.6), "batch of 9": (0.7, 0.55), "delay 1 s": (0.7, 0.61)})
+    said = verdict(summarise(with_ratios(frame)), with_ratios(frame)).splitlines()
+    prefill, decode = (next(line for line in said if f"67 %, {stage}" in line) for stage in ("prefill", "decode"))
+    assert "−30 % overlaps" in prefill
+    assert "saves 4.0 points less" in decode
+    assert "changing one assumption closes it: batch of 9 (−45 %)" in decode
+    assert "the others that were run (1) do not (−39 %)" in decode
+    nothing = b67({"": (0.7, 0.6), "delay 1 s": (0.7, 0.61)})
+    said = verdict(summarise(with_ratios(nothing)), with_ratios(nothing))
+    assert "of the changed assumptions that were run there (1) none closes it (−39 %)" in said
+
+
+def test_verdict_on_missed_rates_rules_and_head_room():
+    slow = [
+        rows({("distserve", -1, 0): (1.0, 1.0), ("biscale", -1, 0): (0.9, 0.9)}).assign(
+            point=f"A-9{d}", rate_rps=9.0, dtype=d, attainment_tpot=met
+        )
+        for d, met in (("bf16", 0.5), ("fp8", 1.0))
+    ]
+    frame = pd.concat(slow)
+    said = verdict(summarise(with_ratios(frame)), with_ratios(frame))
+    assert "9 requests/s are beyond the cluster in bf16, even at the highest clock; in fp8 they are served" in said
+    mpc, eco = b67({"": (0.75, 0.6)}, "tier2-only"), b67({"": (0.65, 0.6)}, "ecofreq").iloc[1:]
+    eco = eco.assign(requests_per_prefill_batch=5.0)
+    frame = pd.concat([mpc, eco])
+    said = verdict(summarise(with_ratios(frame)), with_ratios(frame))
+    assert "at B-67 MPC −25 % (2.0), EcoFreq −35 % (5.0)" in said
+    same = pd.concat([mpc, eco.assign(requests_per_prefill_batch=2.0)])
+    assert "(2.0)" not in verdict(
+        summarise(with_ratios(same)), with_ratios(same)
+    )  # batches do not explain it: nothing is said
+    free, fixed = (pd.concat([b67({v: p}), b67({v: q}, "placeonly").iloc[1:]]) for v, p, q in (
+        ("", (0.7, 0.6), (0.7, 0.6)), ("head-room fixed at 30 %", (0.7, 0.6), (0.875, 0.8))
+    ))  # fmt: skip
+    frame = pd.concat([free, fixed])
+    said = verdict(summarise(with_ratios(frame)), with_ratios(frame))
+    assert "head-room fixed at 30 % at B-67: −20 / −25 % instead of +0 / +0 %" in said
+
+
+def test_energy_without_waiting_and_without_spare_gpus():
+    """By hand: totals 5.5 and 3.1, half a joule of each in spare GPUs; a tenth of prefill is waiting."""
+    frame = rows({("distserve", -1, 0): (1.0, 4.0), ("biscale", -1, 0): (0.6, 2.0)})
+    frame.loc[1, "prefill_busy_j_per_token"] = 0.45
+    row = summarise(with_ratios(frame)).set_index("system").loc["biscale"]
+    assert row["total"] == pytest.approx(3.1 / 5.5)
+    assert row["in_service"] == pytest.approx(2.6 / 5.0)
+    assert row["prefill_busy"] == pytest.approx(0.45 / 0.9)
 
 
 def test_formatting():
@@ -207,6 +275,19 @@ def test_bad_input_is_a_sentence_and_exit_code_2(args, says):
     assert code == 2
     assert says in output
     assert "\n" not in output.strip()
+
+
+def test_a_trace_with_too_few_requests_for_the_experiment(tmp_path):
+    file = tmp_path / "sparse.csv"
+    rows = [f"{500.0 + k},10,10" for k in range(300)]
+    file.write_text("\n".join(["arrival_s,prompt_tokens,output_tokens", *rows]))
+    code, output = command("reproduce", "paper", "--quick", "--trace", str(file), "--out", str(tmp_path))
+    assert code == 2
+    assert "0 requests in one of its halves" in output
+    file.write_text("arrival_s,prompt_tokens,output_tokens\n1,10,10\n2,10,10\n")
+    code, output = command("reproduce", "paper", "--quick", "--trace", str(file), "--out", str(tmp_path))
+    assert code == 2
+    assert "need a window" in output
 
 
 def test_a_window_without_requests(tmp_path):

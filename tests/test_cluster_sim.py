@@ -36,16 +36,72 @@ def test_energy_by_hand():
     run = run_cluster(w, placement(), trace([1.0], 1000, 4, duration_s=2.0))
     prefill = w.world("prefill", 4).model
     busy = float(prefill.energy_j(1000, 1000**2 / 2, 0, 1, MAX_MHZ))
-    c = prefill.coefficients
-    volts = 1 + c.v_slope_per_ghz * 0.5 * (
-        (1.98 - c.v_knee_ghz) + np.sqrt((1.98 - c.v_knee_ghz) ** 2 + 0.05**2)
-    )  # the smooth hinge of the formula
-    idle_w = 4 * (c.p_static_w + c.p_clock_w_per_ghz * 1.98 * volts**2)
-    assert run.energy.prefill_j == pytest.approx(busy + idle_w * (2.0 - run.ttft_s[0]), rel=1e-9)
+    waiting = idle_w(prefill, MAX_MHZ) * (2.0 - run.ttft_s[0])
+    assert run.energy.prefill_j == pytest.approx(busy + waiting, rel=1e-9)
+    assert run.energy.prefill_idle_j == pytest.approx(waiting, rel=1e-9)
+    assert run.row()["prefill_busy_j_per_token"] == pytest.approx(busy / 4, rel=1e-9)
+    assert run.prefill_batches == 1
     assert run.energy.spare_j == pytest.approx(8 * 72.0 * 2.0)
     off = run_cluster(world(spare="off"), placement(), trace([1.0], 1000, 4, duration_s=2.0))
     assert off.energy.spare_j == 0.0
     assert off.energy.decode_j == run.energy.decode_j
+
+
+def idle_w(model, freq_mhz):
+    """Idle power of an instance, from the coefficients."""
+    c, f = model.coefficients, freq_mhz / 1e3
+    volts = 1 + c.v_slope_per_ghz * 0.5 * ((f - c.v_knee_ghz) + np.sqrt((f - c.v_knee_ghz) ** 2 + 0.05**2))
+    return c.n_gpus * (c.p_static_w + c.p_clock_w_per_ghz * f * volts**2)
+
+
+def batch_by_hand(prompts, head, done, tail, budget):
+    """Tokens, attention work and requests of the next prefill batch."""
+    tokens, work, n = 0, 0.0, 0
+    while head < tail and tokens < budget:
+        take = int(min(prompts[head] - done, budget - tokens))
+        tokens, work, n = tokens + take, work + take * (take / 2 + done), n + 1
+        head, done = head + 1, 0
+    return tokens, work, 0, n
+
+
+def test_energy_of_a_window_from_its_timeline():
+    """Every iteration noted from outside: their energies, the waiting between them and nothing else are what the books say."""
+    freq = {"prefill": 1395.0, "decode": 1005.0}
+    w = world(prefill_policy="external", decode_policy="external")
+    t, until = random_trace(400, rate_rps=20.0, seed=4), 20.0
+    cluster = Cluster(w, placement((4,), (4, 4)))
+    cluster.offer(t)
+    seen = {k: [] for k in range(3)}
+    while (k := cluster.advance(until)) is not None:
+        phase = "prefill" if k == 0 else "decode"
+        state = cluster.prefills.states[0] if k == 0 else cluster.decodes.states[k - 1]
+        if k == 0:
+            budget = int(cluster.prefills.params["token_budget"][0])
+            load = batch_by_hand(cluster.prefills.prompt[0], state["head"], state["head_done"], state["tail"], budget)
+        else:
+            load = int(state["batch"]), 0.0, int(state["cached"]), int(state["batch"])
+        seen[k].append((float(state["time_s"]), *load))
+        cluster.decide(k, freq[phase])
+    by_hand = {"prefill": 0.0, "decode": 0.0}
+    for k, rows in seen.items():
+        phase = "prefill" if k == 0 else "decode"
+        model = w.world(phase, 4).model
+        spans = np.array([float(model.latency_s(*row[1:], freq[phase])) for row in rows])
+        starts = np.array([row[0] for row in rows])
+        assert (starts[1:] >= starts[:-1] + spans[:-1] - 1e-9).all()
+        busy = sum(float(model.energy_j(*row[1:], freq[phase])) for row in rows)
+        waiting = idle_w(model, MAX_MHZ) * starts[0] + idle_w(model, freq[phase]) * (
+            max(until, starts[-1] + spans[-1]) - starts[0] - spans.sum()
+        )
+        by_hand[phase] += busy + waiting
+    assert cluster.energies().prefill_j == pytest.approx(by_hand["prefill"], rel=1e-9)
+    assert cluster.energies().decode_j == pytest.approx(by_hand["decode"], rel=1e-9)
+    assert cluster.energies().spare_j == pytest.approx(4 * 72.0 * until)
+    made = int(cluster.state[0]["prefilled"]) + sum(row[1] for k in (1, 2) for row in seen[k])
+    running = int(
+        cluster.decodes.states["batch"].sum()
+    )  # the iterations under way are paid for, their tokens not yet counted
+    assert made - running <= cluster.state[0]["produced_tokens"] <= made
 
 
 def test_prefill_pool_of_one_is_the_single_instance():

@@ -15,6 +15,9 @@ DECISIONS = (("prefill", "mpc-dompc", "mpc_ms"), ("prefill", "mpc", "mpc_ms"), (
 TraceFile = Annotated[
     Path | None, typer.Option(help="Trace to run; by default an hour like the Azure conversation trace.")
 ]
+ClusterOnly = Annotated[
+    bool, typer.Option("--cluster", help="Instead: cluster, tier 1, a day, the quick headline experiment (minutes).")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
@@ -54,10 +57,12 @@ def _line(figure: "Figure") -> str:
     )
 
 
-def bench(trace: TraceFile = None, as_json: Json = False) -> None:
+def bench(trace: TraceFile = None, cluster: ClusterOnly = False, as_json: Json = False) -> None:
     """Measure speed and print each figure with its target and ratio (above 1 is better than the target)."""
+    from biscale_env.cli.bench_cluster import measure_cluster
+
     figures = []
-    for figure in _measure(trace):
+    for figure in measure_cluster() if cluster else _measure(trace):
         figures.append(figure)
         if not as_json:
             typer.echo(_line(figure))

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from biscale_env.cli.reproduce_jobs import Task
     from biscale_env.evaluation.paper import PaperExperiment
     from biscale_env.traces import Trace
+    from controllers.cluster_day import Day
+    from controllers.cluster_systems import Bench, System
+
+BOTH_TIERS = "tier 1 + EcoFreq, slack"
+DAY_RPS = 46.0  # 4 million requests a day
+DAY_ALPHA = 0.3  # head-room over the load of the window before; assumed
+DAY_MARGIN = 0.2  # share of each bound that tier 2 keeps back over a day; assumed
 
 commands = typer.Typer(help="Reproduce published experiments.", no_args_is_help=True)
 
@@ -43,6 +50,7 @@ def paper(
     """BiScale's headline experiment: DistServe, PlaceOnly, BiScale and rivals on 16 GPUs, the paper's range beside ours."""
     from biscale_env.evaluation.paper import arrivals_of, load_paper
     from biscale_env.evaluation.paper_report import write_report
+    from controllers.placement_table import MIN_REQUESTS
 
     if jobs is not None and jobs < 1:
         raise BiscaleError(f"--jobs must be at least 1, got {jobs}")
@@ -56,6 +64,12 @@ def paper(
         raise BiscaleError(
             f"{arrivals.name} lasts {arrivals.duration_s:g} s, but tuning and tables need a window of "
             f"{experiment.window_s:g} s each: use a longer trace"
+        )
+    scarce = min(len(half) for half in arrivals.split(0.5))
+    if any(point.workload == "B" for point in experiment.points) and scarce < MIN_REQUESTS:
+        raise BiscaleError(
+            f"{arrivals.name} has {scarce} requests in one of its halves, but tuning and tables need at least "
+            f"{MIN_REQUESTS} each: use a longer trace"
         )
     started = time.perf_counter()
     frame = run_experiment(experiment, arrivals, jobs or os.cpu_count() or 1)
@@ -99,12 +113,12 @@ def _results(
 @commands.command("day")
 def day(
     hours: Annotated[float, typer.Option(help="How long.")] = 24.0,
-    rate: Annotated[float, typer.Option(help="Mean load, requests/s; 46 make 4 million requests a day.")] = 46.0,
+    rate: Annotated[float, typer.Option(help="Mean load, requests/s; 46 make 4 million requests a day.")] = DAY_RPS,
     gpus: Annotated[int, typer.Option(help="GPUs of the cluster.")] = 16,
     dtype: Annotated[str, typer.Option(help="bf16 or fp8.")] = "fp8",
     slo: Annotated[str, typer.Option(help="SLO.")] = "biscale",
     lengths: Annotated[str, typer.Option(help="Length profile.")] = "sharegpt-like",
-    alpha: Annotated[float, typer.Option(help="Head-room of tier 1 over the load of the window before.")] = 0.3,
+    alpha: Annotated[float, typer.Option(help="Head-room of tier 1 over the load of the window before.")] = DAY_ALPHA,
     out: Annotated[Path | None, typer.Option(help="Folder for day.md and its figure. [default: runs/day]")] = None,
 ) -> None:
     """A day of a cluster, streamed: DistServe, tier 1 alone, and both tiers (EcoFreq and slack inside), planned every 5 min."""
@@ -116,7 +130,7 @@ def day(
     if not 0 < hours <= 24 * 366 or count < 1:
         raise BiscaleError(f"--hours must be at least one window of 5 min and at most a year, got {hours:g}")
     days, totals = {}, {}
-    with Progress() as progress:
+    with Progress(transient=True) as progress:
         bar = progress.add_task("windows of 5 min", total=3 * (count + 1))
         for title, result in _days(
             {"gpus": gpus, "dtype": dtype, "slo": slo},
@@ -143,27 +157,39 @@ def day(
     typer.echo(f"written: {page}")
 
 
-def _days(
-    settings: dict[str, Any], rate: float, duration_s: float, lengths: str, alpha: float, progress: Any
-) -> Iterator[tuple[str, Any]]:
-    from dataclasses import replace
-
+def day_bench(settings: dict[str, Any], rate: float, lengths: str) -> "Bench":
+    """The cluster of a day and its capacity table, made on ten minutes of generated requests."""
     from biscale_env.envs.cluster_settings import ClusterSettings
-    from biscale_env.envs.cluster_stream import daily_windows
     from biscale_env.traces import generate, load_lengths
-    from controllers.cluster_day import run_day
-    from controllers.cluster_systems import SYSTEMS, Bench, Tuned
-    from controllers.placement import check_request
+    from controllers.cluster_systems import Bench
     from controllers.placement_table import TableRequest, capacity_table
 
     cluster = ClusterSettings.of(**settings)
-    check_request(rate, cluster.gpus, alpha)
     sample = generate("azure-conv-like", rate_rps=rate, duration_s=600.0, seed=1_000_003, lengths=load_lengths(lengths))
-    table = capacity_table(TableRequest(cluster), sample)
-    bench = Bench(cluster, table, rate, 300.0)
+    return Bench(cluster, capacity_table(TableRequest(cluster), sample), rate, 300.0)
+
+
+def day_systems() -> "dict[str, System]":
+    """The systems of a day; tier 2 has EcoFreq in prefill and the slack rule in decode."""
+    from dataclasses import replace
+
+    from controllers.cluster_systems import SYSTEMS
+
     both = replace(SYSTEMS["biscale"], prefill="ecofreq")
-    tuned = Tuned(alpha=alpha, prefill_margin=0.2, decode_margin=0.2)
-    chosen = {"DistServe": SYSTEMS["distserve"], "tier 1": SYSTEMS["placeonly"], "tier 1 + EcoFreq, slack": both}
-    for title, system in chosen.items():
+    return {"DistServe": SYSTEMS["distserve"], "tier 1": SYSTEMS["placeonly"], BOTH_TIERS: both}
+
+
+def _days(
+    settings: dict[str, Any], rate: float, duration_s: float, lengths: str, alpha: float, progress: Any
+) -> "Iterator[tuple[str, Day]]":
+    from biscale_env.envs.cluster_stream import daily_windows
+    from controllers.cluster_day import run_day
+    from controllers.cluster_systems import Tuned
+    from controllers.placement import check_request
+
+    check_request(rate, settings["gpus"], alpha)
+    bench = day_bench(settings, rate, lengths)
+    tuned = Tuned(alpha=alpha, prefill_margin=DAY_MARGIN, decode_margin=DAY_MARGIN)
+    for title, system in day_systems().items():
         pieces = daily_windows(rate_rps=rate, duration_s=duration_s, lengths=lengths)
         yield title, run_day(system, tuned, bench, pieces, progress)

@@ -4,11 +4,16 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import controllers
+from biscale_env import traces
+from biscale_env.config import configs_dir
 from biscale_env.envs.cluster_settings import ClusterSettings
 from biscale_env.errors import BiscaleError
+from biscale_env.evaluation import paper
 from biscale_env.evaluation.paper import (
     TUNE_SEED,
     PaperExperiment,
@@ -58,21 +63,28 @@ def settings_of(experiment: PaperExperiment, task: Task) -> ClusterSettings:
     return ClusterSettings.of(**{**base, **(task.variation.settings if task.variation else {})})
 
 
+def scope_of(experiment: PaperExperiment, task: Task) -> tuple[tuple[str, ...], int, bool]:
+    """Systems and number of workload seeds of a task, and whether the prefill stage is solved in hindsight."""
+    if task.draw != NOMINAL:
+        return experiment.draw_systems, experiment.draw_seeds, False
+    if task.variation is not None:
+        return experiment.variation_systems, experiment.seeds, False
+    return experiment.systems, experiment.seeds, task.point.name in experiment.oracle
+
+
 def job_of(experiment: PaperExperiment, task: Task, arrivals: Trace) -> Job:
     """Workloads, settings and systems of a task.
 
     Workload B is tuned on the first half of the trace and shown on the second; its rate is a share of what DistServe's placement
     serves on the second half in this very world.
     """
-    point, settings = task.point, settings_of(experiment, task)
-    seeds = experiment.seeds if task.draw == NOMINAL else experiment.draw_seeds
-    if task.variation is not None:
-        systems = experiment.variation_systems
-    else:
-        systems = experiment.systems if task.draw == NOMINAL else experiment.draw_systems
+    point, settings, varied = task.point, settings_of(experiment, task), task.variation
+    if varied is not None and varied.load is not None:
+        point = point.model_copy(update={"load": varied.load})
+    systems, seeds, oracle = scope_of(experiment, task)
     tune_seeds = range(TUNE_SEED, TUNE_SEED + experiment.tune_seeds)
     if point.workload == "A":
-        cv = task.variation.gap_cv if task.variation else None
+        cv = varied.gap_cv if varied else None
         rate = float(point.rate_rps or 0.0)
         tuning = tuple(workload_a(experiment, point, seed, cv) for seed in tune_seeds)
         shown = tuple(workload_a(experiment, point, seed, cv) for seed in range(seeds))
@@ -83,7 +95,7 @@ def job_of(experiment: PaperExperiment, task: Task, arrivals: Trace) -> Job:
         shown = tuple(workload_b(second, point, rate, seed) for seed in range(seeds))
     labels = {
         "point": point.name,
-        "variation": task.variation.name if task.variation else "",
+        "variation": varied.name if varied else "",
         "draw": task.draw,
         "workload": point.workload,
         "dtype": point.dtype,
@@ -92,8 +104,8 @@ def job_of(experiment: PaperExperiment, task: Task, arrivals: Trace) -> Job:
     }
     return Job(
         labels, settings, systems, tuning, shown, rate, experiment.window_s,
-        task.variation.spare_w if task.variation else 0.0,
-        oracle=point.name in experiment.oracle and task.draw == NOMINAL and task.variation is None,
+        varied.spare_w if varied else 0.0, varied.alpha if varied else None,
+        oracle=oracle,
     )  # fmt: skip
 
 
@@ -105,11 +117,26 @@ def _capacity(settings: ClusterSettings, point: Point, first: Trace, second: Tra
 
 
 def task_key(experiment: PaperExperiment, task: Task, arrivals: Trace) -> str:
-    """Hash of everything the rows of a task depend on: settings, workloads, coefficients, code of the simulator."""
-    depends = experiment.model_dump(exclude={"name", "draws", "points", "variations"})
-    parts = [depends, task.point.model_dump(), task.draw, task.variation.model_dump() if task.variation else None]
+    """Hash of everything the rows of a task depend on: settings, workloads, coefficients, code."""
+    depends = experiment.model_dump(include={"gpus", "slo", "profile", "duration_s", "window_s", "tune_seeds"})
+    parts = [
+        depends,
+        scope_of(experiment, task),
+        task.point.model_dump(),
+        task.draw,
+        task.variation.model_dump() if task.variation else None,
+    ]
     table = table_key(TableRequest(settings_of(experiment, task)), arrivals)
-    return hashlib.sha256((json.dumps(parts, sort_keys=True) + table).encode()).hexdigest()[:24]
+    return hashlib.sha256((json.dumps(parts, sort_keys=True) + table + _code()).encode()).hexdigest()[:24]
+
+
+@lru_cache
+def _code() -> str:
+    """Hash of the code that makes workloads and rows and is not part of a capacity table's key."""
+    files = [Path(__file__), Path(paper.__file__)]
+    files += sorted(Path(controllers.__file__).parent.glob("*.py")) + sorted(Path(traces.__file__).parent.glob("*.py"))
+    files += sorted((configs_dir() / "traces").glob("*.yaml"))
+    return hashlib.sha256(b"\0".join(f.name.encode() + f.read_bytes() for f in files)).hexdigest()
 
 
 def run_kept(experiment: PaperExperiment, task: Task, arrivals: Trace, folder: Path) -> list[dict[str, Any]]:

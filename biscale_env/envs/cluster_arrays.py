@@ -55,7 +55,9 @@ class Arrays:
         self.tree = np.zeros((0, 2))
         self.stack = np.zeros((0, 1, 2), dtype=np.int64)
         self.ring = np.zeros((0, 4), dtype=np.int32)
-        self.past = {"energy_j": 0.0, "preemptions": 0.0, "gpu_s": 0.0}  # of instances whose row was given to another
+        self.past = dict.fromkeys(
+            ("energy_j", "energy_idle_j", "iterations", "preemptions", "gpu_s"), 0.0
+        )  # of instances whose row was given to another
 
     def add(self, tp: int) -> int:
         """Room for one more instance: that of a retired one, else a new row; returns its number."""
@@ -78,9 +80,8 @@ class Arrays:
 
     def _bury(self, i: int) -> None:
         """Keep the totals of a retired instance and clear its row."""
-        self.past["energy_j"] += float(self.states["energy_j"][i])
-        if self.phase == "decode":
-            self.past["preemptions"] += float(self.states["preemptions"][i])
+        for field in ("energy_j", "energy_idle_j", "iterations", *(("preemptions",) if self.phase == "decode" else ())):
+            self.past[field] += float(self.states[field][i])
         self.past["gpu_s"] += float(self.tps[i] * (self.meta["retired_s"][i] - self.meta["born_s"][i]))
         self.states[i] = np.zeros((), dtype=self.states.dtype)
         self.meta[i] = np.zeros((), dtype=INSTANCE_DTYPE)

@@ -1,7 +1,8 @@
 """`Cluster`: a running cluster. Offer it requests piece by piece, let time pass, read records, change the placement on the way."""
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +23,21 @@ NOTHING = np.zeros(0)
 
 @dataclass(frozen=True)
 class Energies:
-    """Energy since the beginning, J."""
+    """Energy since the beginning, J.
+
+    Attributes:
+        prefill_j: prefill instances, waiting included.
+        decode_j: decode (or co-located) instances, waiting included.
+        spare_j: GPUs outside the placement.
+        prefill_idle_j: part of ``prefill_j`` that instances drew while they had nothing to run.
+        decode_idle_j: the same part of ``decode_j``.
+    """
 
     prefill_j: float
     decode_j: float
     spare_j: float
+    prefill_idle_j: float = 0.0
+    decode_idle_j: float = 0.0
 
     @property
     def total_j(self) -> float:
@@ -35,9 +46,13 @@ class Energies:
 
     def since(self, earlier: "Energies") -> "Energies":
         """Difference to an earlier reading."""
-        return Energies(
-            self.prefill_j - earlier.prefill_j, self.decode_j - earlier.decode_j, self.spare_j - earlier.spare_j
-        )
+        return Energies(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
+
+    @classmethod
+    def sum_of(cls, parts: "Iterable[Energies]") -> "Energies":
+        """Sum of several."""
+        kept = list(parts)
+        return cls(*(float(sum(getattr(e, f.name) for e in kept)) for f in fields(cls)))
 
 
 class Cluster:
@@ -231,10 +246,11 @@ class Cluster:
 
     def energies(self) -> Energies:
         """Energy per pool and of the spare GPUs since the beginning; a co-located pool counts as decode."""
-        prefill, decode = (float(self._arrays[phase].total("energy_j")) for phase in PHASES)
+        prefill, decode = (self._arrays[phase].total("energy_j") for phase in PHASES)
+        idle = [self._arrays[phase].total("energy_idle_j") for phase in PHASES]
         used = sum(self.gpu_seconds(phase) for phase in PHASES)
         spare = max(self.world.settings.gpus * self.time_s - used, 0.0)
-        return Energies(prefill, decode, spare * self.spare_w)
+        return Energies(prefill, decode, spare * self.spare_w, *idle)
 
     def gpu_seconds(self, phase: str) -> float:
         """GPU time that instances of a phase have been in service."""
@@ -252,6 +268,7 @@ class Cluster:
             load_tokens=int(prefill.meta["load_tokens"].sum() + decode.meta["load_tokens"].sum()),
             reserved_tokens=int(decode.meta["reserved_tokens"].sum()),
             cached_tokens=int(decode.states["cached"].sum()),
+            prefill_batches=int(prefill.total("iterations")),
             stalls=int(s["stalls"]),
             preemptions=int(decode.total("preemptions")),
         )

@@ -31,6 +31,7 @@ class ClusterRun:
         duration_s: length of the trace.
         produced_tokens: output tokens made up to then.
         prefilled_tokens: output tokens asked for by the requests whose prompt was done by then.
+        prefill_batches: batches that prefill ran, 0 for co-located servers.
         stalls: prefill batches that waited for decode.
         preemptions: decode preemptions.
         slo: the objective.
@@ -41,6 +42,7 @@ class ClusterRun:
     duration_s: float
     produced_tokens: int
     prefilled_tokens: int
+    prefill_batches: int
     stalls: int
     preemptions: int
     slo: Slo
@@ -82,6 +84,8 @@ class ClusterRun:
             "prefill_j_per_token": e.prefill_j / max(self.prefilled_tokens, 1),
             "decode_j_per_token": e.decode_j / produced,
             "spare_j_per_token": e.spare_j / produced,
+            "prefill_busy_j_per_token": (e.prefill_j - e.prefill_idle_j) / max(self.prefilled_tokens, 1),
+            "decode_busy_j_per_token": (e.decode_j - e.decode_idle_j) / produced,
             "total_j_per_token": e.total_j / produced,
             "mean_power_w": e.total_j / self.duration_s,
             "ttft_p50_s": float(ttft[0]),
@@ -92,6 +96,7 @@ class ClusterRun:
             "attainment_tpot": self.attainment("decode"),
             "meets_slo": float(self.meets_slo),
             "requests": float(len(self.requests)),
+            "requests_per_prefill_batch": len(self.requests) / max(self.prefill_batches, 1),
             "produced_tokens": float(self.produced_tokens),
             "stalls": float(self.stalls),
             "preemptions": float(self.preemptions),
@@ -221,12 +226,12 @@ def run_windows(
     windows = list(loop.over(cut(trace, window_s)))
     requests = np.concatenate([w.finished for w in windows])
     inside = [w for w in windows if w.index >= 0]
-    energy = Energies(*(sum(getattr(w.energy, f) for w in inside) for f in ("prefill_j", "decode_j", "spare_j")))
+    energy = Energies.sum_of(w.energy for w in inside)
     counts = loop.cluster.counts()
     run = ClusterRun(
         requests[np.argsort(requests["request"], kind="stable")], energy, trace.duration_s,
-        sum(w.produced_tokens for w in inside), sum(w.prefilled_tokens for w in inside), counts["stalls"],
-        counts["preemptions"], world.slo,
+        sum(w.produced_tokens for w in inside), sum(w.prefilled_tokens for w in inside),
+        counts["prefill_batches"], counts["stalls"], counts["preemptions"], world.slo,
     )  # fmt: skip
     return run, windows
 

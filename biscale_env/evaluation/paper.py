@@ -51,6 +51,8 @@ class Variation(Config):
         settings: cluster settings that differ.
         spare_w: power that BiScale's ILP takes an unused GPU to draw, W.
         gap_cv: burstiness of workload A's Gamma arrivals.
+        load: share of capacity in place of the point's, workload B.
+        alpha: head-room of tier 1, fixed instead of chosen on the tuning workloads.
     """
 
     name: str
@@ -58,6 +60,8 @@ class Variation(Config):
     settings: dict[str, Any] = Field(default_factory=dict)
     spare_w: float = Field(default=0.0, ge=0)
     gap_cv: float | None = Field(default=None, gt=0)
+    load: float | None = Field(default=None, gt=0)
+    alpha: float | None = Field(default=None, gt=-1)
 
 
 class PaperExperiment(Config):

@@ -156,6 +156,13 @@ def _sensitivity(summary: pd.DataFrame, path: Path) -> bool:
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(y, [f"{v} ({p})" for v, p in zip(rows["variation"], rows["point"], strict=True)], fontsize=8)
     axes[1].scatter([], [], c="#d62728", label="changed")
-    figure.legend(*axes[1].get_legend_handles_labels(), fontsize=8, frameon=False, ncol=2, loc="upper right")
+    figure.legend(
+        *axes[1].get_legend_handles_labels(),
+        fontsize=8,
+        frameon=False,
+        ncol=2,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 0.93),
+    )
     _save(figure, path)
     return True

@@ -10,6 +10,7 @@ from scipy import stats
 KEY = ["point", "variation", "draw", "seed"]
 NOMINAL = -1
 STAGES = ("prefill", "decode", "total")
+OTHER = ("prefill_busy", "decode_busy", "in_service")  # without waiting instances; without spare GPUs
 LEVEL = 0.95
 ENSEMBLE = (0.05, 0.95)
 
@@ -31,14 +32,16 @@ def with_ratios(frame: pd.DataFrame) -> pd.DataFrame:
     Co-located servers have no stages; only their total compares.
     """
     frame = frame.assign(variation=frame["variation"].fillna(""))
-    columns = [f"{s}_j_per_token" for s in STAGES]
+    frame = frame.assign(in_service_j_per_token=frame["total_j_per_token"] - frame["spare_j_per_token"])
+    columns = [f"{s}_j_per_token" for s in (*STAGES, *OTHER)]
     reference = frame[frame["system"] == "distserve"].set_index(KEY)[columns].add_suffix("_ref")
     joined = frame.join(reference, on=KEY)
-    for stage in STAGES:
+    for stage in (*STAGES, *OTHER):
         joined[f"{stage}_ratio"] = joined[f"{stage}_j_per_token"] / joined[f"{stage}_j_per_token_ref"]
-    for stage in ("prefill", "decode"):
+    for stage in ("prefill", "decode", "prefill_busy", "decode_busy"):
         joined.loc[joined["system"].str.startswith("colocated"), f"{stage}_ratio"] = np.nan
-    joined.loc[joined["system"] == "oracle-prefill", ["decode_ratio", "total_ratio"]] = np.nan
+    known = [f"{s}_ratio" for s in (*STAGES, *OTHER) if s != "prefill"]
+    joined.loc[joined["system"] == "oracle-prefill", known] = np.nan
     return joined
 
 
@@ -82,6 +85,8 @@ def summarise(frame: pd.DataFrame, required: float = 0.99) -> pd.DataFrame:
             row |= {stage: mean, f"{stage}_low": low, f"{stage}_high": high}
             row |= {f"{stage}_draw_low": ends[0], f"{stage}_draw_high": ends[1]}
             row[f"{stage}_j_per_token"] = float(nominal[f"{stage}_j_per_token"].mean())
+        row |= {stage: float(nominal[f"{stage}_ratio"].mean()) for stage in OTHER}
+        row["requests_per_prefill_batch"] = float(nominal["requests_per_prefill_batch"].mean())
         ttft, tpot = attainment(nominal) if len(nominal) else (np.nan, np.nan)
         row |= {"attainment_ttft": ttft, "attainment_tpot": tpot, "feasible": min(ttft, tpot) >= required}
         row |= {"ttft_p99_s": nominal["ttft_p99_s"].mean(), "tpot_p99_s": nominal["tpot_p99_s"].mean()}

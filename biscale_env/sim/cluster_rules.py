@@ -15,6 +15,7 @@ from biscale_env.sim.cluster_state import ECOFREQ, EXTERNAL, MPC, SLACK, STATIC,
 from biscale_env.sim.prefill import form_batch
 
 BIN_REQUESTS = 8.0  # EcoFreq's bins of the decode batch
+SAME = 1e-6  # relative: two levels above the power cap run alike but for the rounding of the search for the effective clock
 LOST_S = np.inf  # slack of a batch whose deadlines have passed: it constrains nothing
 
 
@@ -134,7 +135,7 @@ def best_lowering(times: Any, joules: Any, slack: Any, level: Any, count: int) -
             continue
         lost = times[k, now - 1] - times[k, now]
         saved = joules[k, now] - joules[k, now - 1]
-        if lost > room or saved < 0.0:
+        if lost > room or saved < -SAME * joules[k, now]:
             continue
         gain = saved / max(lost, 1e-12)
         if best < 0 or gain > best_gain:

@@ -1,0 +1,41 @@
+"""The bench of the cluster measures what it says it measures; how fast that is, no test here asserts."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from biscale_env.cli import bench_cluster, build
+from biscale_env.evaluation import bench
+from controllers.placement import CapacityTable, Entry
+
+
+def test_window_runs_the_whole_load(monkeypatch):
+    monkeypatch.setattr(bench_cluster, "cpu_seconds", lambda work: (work(), (0.03, 0.04))[1])
+    figure = bench_cluster.measure_window(2.0)
+    assert (figure.value, figure.beside, figure.unit) == (30.0, 40.0, "ms")
+    assert figure.ratio == pytest.approx(50 / 30)
+    assert "16 GPUs, 2 requests/s" in figure.name
+
+
+def test_ilp_covers_loads_up_to_nearly_infeasible():
+    rows = [("prefill", 4, 1980.0, 20.0, 100.0), ("decode", 4, 1980.0, 10.0, 200.0), ("decode", 8, 1200.0, 18.0, 160.0)]
+    figure = bench_cluster.measure_ilp(CapacityTable(tuple(Entry(*r) for r in rows), "biscale", "by hand"))
+    assert 0 < figure.beside <= figure.value < 1.0
+
+
+def test_memory_of_a_day_is_compared_with_a_shorter_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("BISCALE_CACHE", str(tmp_path))
+    monkeypatch.setattr("biscale_env.cli.reproduce.DAY_RPS", 4.0)
+    day, memory = bench_cluster.measure_day((0.25, 0.5))
+    assert "0.5 h on 16 GPUs, 0.01 M requests" in day.name
+    assert day.value > 0
+    assert memory.value >= 1.0  # a peak never falls
+
+
+def test_command(monkeypatch):
+    figures = [bench.Figure("thing", 2.0, 3.0, "s", 4.0, "lower")]
+    monkeypatch.setattr(bench_cluster, "measure_cluster", lambda: iter(figures))
+    found = json.loads(CliRunner().invoke(build(), ["bench", "--cluster", "--json"]).output)
+    assert [f["name"] for f in found] == ["thing"]
+    assert found[0]["ratio"] == 2.0
