@@ -19,8 +19,21 @@ from biscale_env.hardware.clocks import ClockBackend
 from biscale_env.hardware.recorder import Telemetry
 from biscale_env.models import IterationModel, load_model, physics
 from biscale_env.models.files import write_text
+from biscale_env.models.fit_tables import ONE_GPU_LACKS
 
-COLUMNS = ("phase", "tp", "dtype", "batch", "new_tokens", "prefix", "context", "latency_s", "power_w", "freq_mhz")
+COLUMNS = (
+    "phase",
+    "tp",
+    "dtype",
+    "batch",
+    "new_tokens",
+    "prefix",
+    "context",
+    "latency_s",
+    "power_w",
+    "freq_mhz",
+    "scope",
+)
 MIN_REPEATS = 32
 MEMORY_SHARE = 0.85  # of the device that weights and caches may fill
 
@@ -236,6 +249,7 @@ class Profiler:
             "latency_s": took / repeats * scale,
             "power_w": energy_j / took,
             "freq_mhz": freq,
+            "scope": "shard",
         }
         return {name: row[name] for name in COLUMNS}
 
@@ -297,9 +311,10 @@ def predictions(frame: pd.DataFrame, name: str = "h100-llama70b", hbm_ratio: flo
 
 def _predict(model: IterationModel, row: dict[Any, Any], hbm_ratio: float) -> tuple[float, float, float]:
     c = model.coefficients._replace(
-        comm0_s=0.0, comm_s_per_token=0.0, host0_s=0.0, host_s_per_seq=0.0, link_bytes_per_token=0.0,
-        weights_s=model.coefficients.weights_s / hbm_ratio, attn_decode_s=model.coefficients.attn_decode_s / hbm_ratio,
-    )  # fmt: skip
+        **ONE_GPU_LACKS,
+        weights_s=model.coefficients.weights_s / hbm_ratio,
+        attn_decode_s=model.coefficients.attn_decode_s / hbm_ratio,
+    )
     batch, new, prefix = float(row["batch"]), float(row["new_tokens"]), float(row["prefix"])
     prefill = row["phase"] == "prefill"
     tokens, attn = (batch * new, batch * new * (new / 2 + prefix)) if prefill else (batch, 0.0)
