@@ -36,13 +36,13 @@ def doctor_command(
 ) -> None:
     """Show GPUs, clocks, privileges and engines, and what will not work and why. Changes nothing."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from biscale_env.errors import BiscaleError
     from biscale_env.hardware.doctor import examine
 
     findings = examine(backend, endpoint or [])
-    table = Table("", "what", "finding", title="biscale hw doctor")
+    table = Table("", Column("what", overflow="fold"), "finding", title="biscale hw doctor")
     marks = {"ok": "[green]ok[/]", "warn": "[yellow]look[/]", "fail": "[red]no[/]"}
     for finding in findings:
         table.add_row(marks[finding.status], finding.subject, finding.text)
@@ -119,21 +119,19 @@ def actuate_command(
     from biscale_env.errors import BiscaleError
     from biscale_env.hardware.actuator import Actuator, ActuatorConfig, serve
     from biscale_env.hardware.clocks import open_backend
-    from biscale_env.hardware.processes import go_first
 
-    go_first()  # before any thread is made: threads inherit it
     limits = load_gpu()
     config = ActuatorConfig(
         groups=parse_groups(gpus), sockets=sockets, backend=backend, freq_min_mhz=limits.freq_min_mhz,
         freq_max_mhz=limits.freq_max_mhz, lease_s=lease, hot_c=hot, lower_bound=lower_bound,
     )  # fmt: skip
-    try:
-        stream = log.open("ab") if log else None
-    except OSError as error:
-        raise BiscaleError(f"cannot write the log {log}: {error.strerror}") from None
     with open_backend(backend, observe_only) as device:
         try:
-            serve(Actuator(config, device, stream))
+            stream = log.open("ab") if log else None
+        except OSError as error:
+            raise BiscaleError(f"cannot write the log {log}: {error.strerror}") from None
+        try:
+            serve(Actuator(config, device, stream, first=True))
         finally:
             if stream:
                 stream.close()
@@ -199,7 +197,8 @@ def emulate_command(
         prefill, decode = emulation.urls
         typer.echo(f"emulated engines at {prefill} (prefill) and {decode} (decode), {2 * tp} fake GPUs in {state}")
         typer.echo(
-            f"in another terminal: biscale replay --backend fake:{state} --prefill {prefill} --decode {decode} --trace ..."
+            f"in another terminal: biscale replay --backend fake:{state} --sockets {sockets} --engine emulated --policy biscale "
+            f"--prefill {prefill} --decode {decode} --trace azure-conv-like --rate 3 --duration 60 --out runs/emulated"
         )
         emulation.wait()
 
@@ -226,9 +225,7 @@ def control_command(
     from biscale_env.hardware.clocks import open_backend
     from biscale_env.hardware.control import ControlLoop, PowerMeter, serve
     from biscale_env.hardware.policies import load_policy
-    from biscale_env.hardware.processes import go_first
 
-    go_first()  # before any thread is made: threads inherit it
     settings = WorldSettings.of(
         phase,
         model=model,
@@ -246,7 +243,11 @@ def control_command(
     meter = PowerMeter(reader, [reader.device(k).uuid for k in keys]) if reader else None
     stream = log.open("ab") if log else None
     try:
-        serve(ControlLoop(world, chosen, sockets, delay_s=world.delay_s(-1), lease_s=lease, log=stream, meter=meter))
+        serve(
+            ControlLoop(
+                world, chosen, sockets, delay_s=world.delay_s(-1), lease_s=lease, log=stream, meter=meter, first=True
+            )
+        )
     finally:
         if stream:
             stream.close()

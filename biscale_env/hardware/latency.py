@@ -76,17 +76,11 @@ def measure(
     """
     if not backend.can_lock:
         raise BiscaleError("observe-only cannot measure clock changes: choose a backend that locks")
-    claim = owner.Claim(uuid)
-    owner.write_note(uuid, backend_name)
-    try:
-        found = []
+    found = []
+    with owner.alone(backend, backend_name, uuid):
         for switch in _sweep(backend, uuid, pairs, repeats, timeout_s, settle_s):
             found.append(switch)
             tell(switch)
-    finally:
-        backend.reset(uuid)
-        owner.remove_note(uuid)
-        claim.release()
     if not any(np.isfinite(s.seen_s) for s in found):
         raise BiscaleError(
             f"{uuid} never showed a clock it was locked at: keep it busy while measuring, and look for power or thermal limits"

@@ -1,5 +1,6 @@
 """`biscale profile`: latency and power of iterations on this machine's GPU, as the table that `biscale fit --profile` reads."""
 
+import contextlib
 import io
 import math
 import time
@@ -35,6 +36,16 @@ COLUMNS = (
     "scope",
 )
 MIN_REPEATS = 32
+MINIATURE = {
+    "layers": 2,
+    "hidden": 256,
+    "heads": 16,
+    "kv_heads": 8,
+    "head_dim": 16,
+    "intermediate": 1024,
+    "vocabulary": 512,
+}
+"""Shapes of a rehearsal: the smallest Llama that TP 8 divides and that a CPU runs in milliseconds."""
 MEMORY_SHARE = 0.85  # of the device that weights and caches may fill
 
 
@@ -87,6 +98,12 @@ def decode_points(tp: int, quick: bool = False) -> list[Point]:
     return [Point("decode", tp, b, 0, 0, c) for b in batches for c in contexts]
 
 
+def miniature_points(tp: int) -> list[Point]:
+    """A grid that a CPU goes through in seconds, and just enough for the fit with two clocks."""
+    prompts = [Point("prefill", tp, b, n, 0, 0) for n in (16, 64, 256) for b in (1, 4)]
+    return prompts + [Point("decode", tp, b, 0, 0, c) for b in (1, 4, 16, 64) for c in (64, 256)]
+
+
 @dataclass(frozen=True)
 class ProfileSettings:
     """How to measure.
@@ -100,6 +117,7 @@ class ProfileSettings:
         repeats: fewest repetitions.
         clocks_mhz: clocks to lock in turn; empty leaves the clock alone.
         graphs: replay CUDA graphs, as engines do.
+        miniature: run a tiny model in place of ``llm``: a rehearsal of the command, evidence about nothing.
     """
 
     llm: str = "llama-3.3-70b"
@@ -110,6 +128,7 @@ class ProfileSettings:
     repeats: int = MIN_REPEATS
     clocks_mhz: tuple[float, ...] = ()
     graphs: bool = True
+    miniature: bool = False
 
 
 class Profiler:
@@ -143,6 +162,8 @@ class Profiler:
             raise BiscaleError(f"power needs at least {MIN_REPEATS} repetitions, got {settings.repeats}")
         self.settings, self.backend = settings, backend
         self.llm = llm or load_llm(settings.llm)
+        if settings.miniature:
+            self.llm = self.llm.model_copy(update={"name": "miniature", **MINIATURE})
         self.uuid = backend.device(gpu).uuid if backend else ""
         self._torch = torch
         self._shards: dict[int, Any] = {}
@@ -150,26 +171,15 @@ class Profiler:
     def measure(self, points: Sequence[Point]) -> Iterator[dict[str, Any]]:
         """One row per clock and point, as they are measured; clocks are reset whatever happens."""
         clocks = self.settings.clocks_mhz or (None,)
-        claimed: owner.Claim | None = None
-        assert self.backend is not None or clocks == (None,)
-        try:
+        with contextlib.ExitStack() as stack:
+            if self.settings.clocks_mhz:
+                assert self.backend is not None  # checked at the start
+                stack.enter_context(owner.alone(self.backend, self.backend.name, self.uuid))
             for clock in clocks:
                 if clock is not None and self.backend is not None:
-                    claimed = claimed or self._claim()
                     self.backend.lock(self.uuid, clock, clock)
                 for point in points:
                     yield self._point(point)
-        finally:
-            if claimed is not None and self.backend is not None:
-                self.backend.reset(self.uuid)
-                owner.remove_note(self.uuid)
-                claimed.release()
-
-    def _claim(self) -> owner.Claim:
-        assert self.backend is not None
-        claim = owner.Claim(self.uuid)
-        owner.write_note(self.uuid, self.backend.name)
-        return claim
 
     def _shard(self, tp: int) -> Any:
         from biscale_env.hardware.shard import Shard, ShardShape
@@ -262,6 +272,8 @@ def provenance(profiler: Profiler) -> dict[str, Any]:
         if s.device == "cuda"
         else "CPU (a rehearsal of the command; not evidence about any GPU)"
     )
+    if s.miniature:
+        device = f"{device.split(' (')[0]} (a rehearsal with a miniature model; not evidence about any GPU or model)"
     driver = getattr(profiler.backend, "driver_version", lambda: "none")()
     return {
         "device": device, "driver": driver, "torch": str(torch.__version__), "cuda": str(torch.version.cuda), "settings": asdict(s),
