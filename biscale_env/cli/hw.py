@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from biscale_env.cli import hw_profile, hw_replay
-from biscale_env.cli.hw_options import SOCKETS, need_extra, parse_groups
+from biscale_env.cli.hw_options import SOCKETS, need_extra, open_log, parse_groups
 
 group = typer.Typer(no_args_is_help=True, help="Real GPUs and engines: check, measure, actuate, emulate, restore.")
 
@@ -71,6 +71,10 @@ def clock_latency_command(
 
     if clocks < 2 or repeats < 1:
         raise BiscaleError("--clocks must be at least 2 and --repeats at least 1")
+    if (table := open_log(out)) is not None:  # said before anything is measured
+        table.close()
+    if into:
+        latency.coefficient_files(into)
     limits = load_gpu()
     with open_backend(backend) as device:
         uuid = device.device(gpu).uuid
@@ -116,7 +120,6 @@ def actuate_command(
 ) -> None:
     """Own the clocks of these GPUs until a signal; needs root with NVML. Every clock is reset on any way out."""
     from biscale_env.config import load_gpu
-    from biscale_env.errors import BiscaleError
     from biscale_env.hardware.actuator import Actuator, ActuatorConfig, serve
     from biscale_env.hardware.clocks import open_backend
 
@@ -126,10 +129,7 @@ def actuate_command(
         freq_max_mhz=limits.freq_max_mhz, lease_s=lease, hot_c=hot, lower_bound=lower_bound,
     )  # fmt: skip
     with open_backend(backend, observe_only) as device:
-        try:
-            stream = log.open("ab") if log else None
-        except OSError as error:
-            raise BiscaleError(f"cannot write the log {log}: {error.strerror}") from None
+        stream = open_log(log)
         try:
             serve(Actuator(config, device, stream, first=True))
         finally:
@@ -241,7 +241,7 @@ def control_command(
     reader = open_backend(backend, observe_only=True) if backend else None
     keys = parse_groups([f"x={gpus}"])["x"] if gpus else ()
     meter = PowerMeter(reader, [reader.device(k).uuid for k in keys]) if reader else None
-    stream = log.open("ab") if log else None
+    stream = open_log(log)
     try:
         serve(
             ControlLoop(

@@ -1,5 +1,6 @@
 """``biscale replay`` and ``biscale validate``."""
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -144,11 +145,20 @@ def run_replay(settings: "ReplaySettings", trace: "Trace", out: Path) -> "tuple[
         }
         raw_folder = out / "raw"
         replay = Replay(settings, trace, raw_folder, tell)
-        with RunDirectory(out, config) as run:
-            outcome = replay.run()
-            raw = read_raw(raw_folder)
-            for phase in raw.phases:
-                run.add(run_record(raw, phase, replay.worlds[phase].gpu.freq_max_mhz))
+        empty = not (out.is_dir() and any(out.iterdir()))
+        try:
+            with RunDirectory(out, config) as run:
+                outcome = replay.run()
+                raw = read_raw(raw_folder)
+                for phase in raw.phases:
+                    run.add(run_record(raw, phase, replay.worlds[phase].gpu.freq_max_mhz))
+        except BaseException:
+            log = raw_folder / "requests.jsonl"
+            if empty and not (
+                log.is_file() and log.stat().st_size
+            ):  # nothing was measured: the same command may be given again
+                shutil.rmtree(out, ignore_errors=True)
+            raise
     write_report(load_run(out))
     return outcome, raw
 

@@ -194,6 +194,9 @@ def _recover_one(uuid: str, backend: ClockBackend, backend_name: str, here: set[
         return "the machine was rebooted since, which ended the lock"
     if uuid not in here:
         through = note.get("backend", "an unknown backend")
+        if through == backend_name and backend.name == "fake":
+            remove_note(uuid)
+            return "these fake GPUs are gone: another emulation took their file"
         return f"left alone: it was locked through {through}, and is not a GPU of {backend_name}"
     try:
         backend.reset(uuid)
