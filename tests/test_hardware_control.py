@@ -15,7 +15,7 @@ from biscale_env.envs.settings import World, WorldSettings
 from biscale_env.errors import BiscaleError
 from biscale_env.hardware import wire
 from biscale_env.hardware.control import ControlLoop, PowerMeter
-from biscale_env.hardware.fake import FakeBackend, create_state
+from biscale_env.hardware.fake import FakeBackend, FakeState, create_state
 from biscale_env.hardware.policies import RecordedPolicy, load_policy
 from biscale_env.hardware.records import Detail, EngineRecord, Scheduled, table
 from biscale_env.hardware.sender import Sender
@@ -183,12 +183,22 @@ def test_one_controller_per_phase(bench, tmp_path):
         ControlLoop(b.world, Constant(), tmp_path, delay_s=0.05)
 
 
-def test_the_power_meter_reads_in_the_background(tmp_path):
-    backend = FakeBackend(create_state(tmp_path / "gpus", 2, delay_s=0.0))
-    meter = PowerMeter(backend, [d.uuid for d in backend.devices()], 0.01)
-    time.sleep(0.1)
-    meter.close()
-    assert meter.power_w == pytest.approx(100.0 + 50.0 * 1.98**3)
+def test_the_power_meter_reads_when_it_is_due_and_not_before(tmp_path):
+    path = create_state(tmp_path / "gpus", 2, delay_s=0.0)
+    backend = FakeBackend(path)
+    meter = PowerMeter(backend, [d.uuid for d in backend.devices()], 0.2)
+    assert np.isnan(meter.power_w)
+    meter.read_if_due()
+    full_w = 100.0 + 50.0 * 1.98**3
+    assert meter.power_w == pytest.approx(full_w)
+    with FakeState(path).locked() as gpus:
+        gpus["toy_idle_w"] = 200.0
+    meter.read_if_due()
+    assert meter.power_w == pytest.approx(full_w)  # too early for another look
+    time.sleep(0.2)
+    meter.read_if_due()
+    assert meter.power_w == pytest.approx(full_w + 100.0)
+    PowerMeter(None, ()).read_if_due()  # nothing to read from is no error
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,11 @@
-"""Every `biscale` command line in the hardware guide exists, with every option it uses."""
+"""Every `biscale` command line of the hardware guide and of the README section exists; the example without a GPU runs as printed."""
 
+import os
 import re
 import shlex
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,14 +13,19 @@ import typer
 
 from biscale_env.cli import build
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGES = ["hardware.md", "hardware-readme.md"]
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+
+
+def pages():
+    """The guide, and the section of the README."""
+    section = re.search(r"^## On hardware\n(.*?)^## ", (ROOT / "README.md").read_text(), flags=re.S | re.M)
+    return [(DOCS, (DOCS / "hardware.md").read_text()), (ROOT, section[1])]
 
 
 def commands():
     """Command lines in code, continuation lines joined."""
-    for page in PAGES:
-        text = (DOCS / page).read_text()
+    for _, text in pages():
         code = re.findall(r"```\n(.*?)```", text, flags=re.S) + re.findall(r"`([^`\n]+)`", text)
         for block in code:
             for line in block.replace("\\\n", " ").splitlines():
@@ -42,18 +51,56 @@ def test_the_guide_names_commands():
 
 
 def test_every_environment_variable_of_the_guide_is_read_somewhere():
-    sources = "".join(p.read_text() for p in (DOCS.parent / "biscale_env").rglob("*.py"))
-    for page in PAGES:
-        for name in set(re.findall(r"\b(?:BISCALE|ZEUSD)_[A-Z_]+\b", (DOCS / page).read_text())):
+    sources = "".join(p.read_text() for p in (ROOT / "biscale_env").rglob("*.py"))
+    for _, text in pages():
+        for name in set(re.findall(r"\b(?:BISCALE|ZEUSD)_[A-Z_]+\b", text)):
             assert f'"{name}"' in sources, name
 
 
 def test_links_point_to_files():
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)\)", (DOCS / page).read_text()):
-            assert (DOCS / target).exists() or (DOCS.parent / target).exists(), target
+    for folder, text in pages():
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert (folder / target).exists(), target
 
 
 def test_test_files_that_the_guide_names_exist():
-    for name in re.findall(r"`(tests/[\w./]+)`", (DOCS / "hardware.md").read_text()):
-        assert (DOCS.parent / name).exists(), name
+    for name in re.findall(r"`(tests/[\w./]+)`", pages()[0][1]):
+        assert (ROOT / name).exists(), name
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_the_readme_example_runs_as_printed(tmp_path):
+    """In an empty folder and offline; only ports, folders and the length are others, so that tests can run side by side."""
+    (block,) = re.findall(r"```\n(.*?)```", pages()[1][1], flags=re.S)
+    ports = free_port(), free_port()
+    emulate = f"hw emulate --state s/gpus --sockets s --prefill-port {ports[0]} --decode-port {ports[1]}"
+    for printed, here in (
+        ("hw emulate", emulate),
+        (":8100", f":{ports[0]}"),
+        (":8200", f":{ports[1]}"),
+        ("/tmp/biscale/gpus", "s/gpus --sockets s"),
+        ("--duration 60", "--duration 12"),
+    ):
+        assert printed in block
+        block = block.replace(printed, here)
+    shim = tmp_path / "bin" / "biscale"
+    shim.parent.mkdir()
+    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m biscale_env.cli "$@"\n')
+    shim.chmod(0o755)
+    empty = tmp_path / "e"
+    empty.mkdir()
+    env = {
+        **os.environ, "PATH": f"{shim.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "BISCALE_HW_STATE": str(tmp_path / "owned"), "COLUMNS": "100",
+    }  # fmt: skip
+    script = f"set -em\n{block}\nwait || true\n"
+    done = subprocess.run(["bash", "-c", script], cwd=empty, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "simulation against runs/emulated" in done.stdout
+    assert (empty / "runs" / "emulated" / "report.html").is_file()

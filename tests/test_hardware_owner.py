@@ -1,12 +1,14 @@
 """Owner notes and orphan recovery."""
 
 import json
+import threading
 
 import pytest
 from hardware_helpers import gpus_of
 
 from biscale_env.errors import BiscaleError
 from biscale_env.hardware import owner
+from biscale_env.hardware.clocks import ClockDenied, ClockError
 from biscale_env.hardware.fake import FakeBackend, FakeState, create_state
 
 pytest_plugins = ["hardware_fixtures"]
@@ -75,6 +77,94 @@ def test_a_gpu_that_cannot_be_reset_keeps_its_note(machine):
     ((_, outcome),) = owner.recover(backend, "fake")
     assert outcome.startswith("NOT reset")
     assert owner.noted() == [one]
+
+
+def test_alone_notes_before_it_locks_and_gives_back_however_it_ends(machine):
+    backend, (one, *_) = machine
+    with owner.alone(backend, "fake", one):
+        assert owner.noted() == [one]
+        assert owner.orphans() == []  # claimed
+        backend.lock(one, 900, 900)
+    assert owner.noted() == []
+
+    def cut_off():
+        with owner.alone(backend, "fake", one):
+            backend.lock(one, 900, 900)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut_off()
+    assert gpus_of(backend.state.path)[0]["locked"] == 0
+    assert owner.noted() == []
+    owner.Claim(one).release()
+
+
+def test_alone_without_privilege_leaves_no_note(tmp_path, hw_state):
+    backend = FakeBackend(create_state(tmp_path / "gpus", 1, privileged=False))
+    uuid = backend.devices()[0].uuid
+    with pytest.raises(ClockDenied), owner.alone(backend, "fake", uuid):
+        raise AssertionError("never gets here")
+    assert owner.noted() == []
+    owner.Claim(uuid).release()
+
+
+def test_alone_keeps_the_note_of_a_gpu_that_falls_off_the_bus(machine):
+    backend, (one, *_) = machine
+    with (
+        pytest.raises(ClockError, match="hw restore"),
+        owner.alone(backend, "fake", one),
+        FakeState(backend.state.path).locked() as gpus,
+    ):
+        gpus[0]["lost"] = 1
+    assert owner.orphans() == [one]
+
+
+class Stubborn(FakeBackend):
+    """Refuses the first resets."""
+
+    refusals = 2
+
+    def reset(self, uuid):
+        if self.refusals > 0:
+            self.refusals -= 1
+            raise ClockError("not now")
+        super().reset(uuid)
+
+
+def test_a_reset_is_tried_again(machine):
+    backend, (one, *_) = machine
+    stubborn = Stubborn(backend.state.path)
+    owner.write_note(one, "fake")
+    backend.lock(one, 900, 900)
+    owner.give_back(stubborn, one)
+    assert backend.read(one).freq_mhz == 1980.0
+    assert owner.noted() == []
+    stubborn.refusals = owner.RESET_ATTEMPTS
+    owner.write_note(one, "fake")
+    with pytest.raises(ClockError, match="not now"):
+        owner.give_back(stubborn, one)
+    assert owner.noted() == [one]
+
+
+def test_of_many_that_want_a_gpu_at_once_exactly_one_gets_it():
+    """No window between looking and taking: forty threads, released together, many times."""
+    for _ in range(20):
+        gate, won = threading.Barrier(40), []
+
+        def want(gate=gate, won=won):
+            gate.wait()
+            try:
+                won.append(owner.Claim("GPU-race"))
+            except BiscaleError:
+                return
+
+        threads = [threading.Thread(target=want) for _ in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == 1
+        won[0].release()
 
 
 def test_a_claim_excludes_and_is_freed():

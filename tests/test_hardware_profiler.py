@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 import yaml
 from hardware_helpers import gpus_of
+from typer.testing import CliRunner
 
+from biscale_env.cli import build
 from biscale_env.config import load_llm
 from biscale_env.errors import BiscaleError
 from biscale_env.hardware import profiler
@@ -168,6 +170,33 @@ def test_an_interrupted_sweep_resets_the_clock(tmp_path, hw_state):
     sweep.close()
     assert gpus_of(tmp_path / "gpus")[0]["locked"] == 0
     assert not list(hw_state.glob("*.json"))
+
+
+def test_a_rehearsal_on_the_cpu_goes_all_the_way_to_the_fit(tmp_path, hw_state):
+    """`biscale profile --tiny`, then `biscale fit --profile`: the two commands a user of real GPUs runs, with fake clocks."""
+    gpus = create_state(tmp_path / "gpus", 1, delay_s=0.0)
+    table = tmp_path / "p.csv"
+    arguments = ["profile", "--device", "cpu", "--tiny", "--tp", "4", "--phase", "decode", "--clocks", "900,1980"]
+    done = CliRunner().invoke(build(), [*arguments, "--backend", f"fake:{gpus}", "--out", str(table)])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "rehearsal" in table.read_text().splitlines()[0]
+    (decode,) = read_profile(table)
+    assert decode.shard  # so the fit keeps all-reduce and host
+    assert set(decode.rows["freq_mhz"]) == {900.0, 1980.0}
+    fitted = CliRunner().invoke(build(), ["fit", "--profile", str(table), "--out", str(tmp_path / "mine")])
+    assert fitted.exit_code == 0, (fitted.output, fitted.exception)
+    model, shipped = load_model("decode", 4, name=str(tmp_path / "mine")), load_model("decode", 4)
+    assert model.coefficients.comm0_s == shipped.coefficients.comm0_s
+    assert model.coefficients.weights_s != shipped.coefficients.weights_s
+    assert gpus_of(gpus)[0]["locked"] == 0
+
+
+def test_the_command_without_a_gpu_says_how_to_rehearse(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for words, said in (([], "--device cpu --tiny"), (["--device", "cpu"], "add --tiny")):
+        done = CliRunner().invoke(build(), ["profile", *words])
+        assert isinstance(done.exception, BiscaleError)
+        assert said in str(done.exception)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Tier 4: emulated engines, actuator, controllers, load and recorder in real time; and the simulation beside it."""
 
+import http.server
 import itertools
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from biscale_env.hardware.assemble import at_step, read_raw
 from biscale_env.hardware.emulate import Emulation, EmulatorSettings
 from biscale_env.hardware.fake import FakeState
 from biscale_env.hardware.policies import load_policy
-from biscale_env.hardware.replay import policies_by_phase, read_lines
+from biscale_env.hardware.replay import policies_by_phase, read_lines, wait_for_engines
 from biscale_env.hardware.validate import compare
 from biscale_env.hardware.wire import ClockChange
 
@@ -242,6 +244,25 @@ def test_kill_the_whole_replay_and_every_clock_is_back(lab, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_replay_keeps_what_was_measured(lab, tmp_path, number):
+    trace = write_trace(tmp_path / "t.jsonl", 200, 4.0)
+    process = lab.start(trace, tmp_path / "run")
+    wait_until(lambda: lab.locked() > 0, 60)
+    time.sleep(3)
+    process.send_signal(number)
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, stdout
+    assert "interrupted; clocks are restored" in " ".join(stdout.split())
+    assert lab.locked() == 0
+    raw = read_raw(tmp_path / "run" / "raw")
+    assert any(not r.error for r in raw.requests)
+    assert raw.decisions["prefill"]
+    assert not raw.facts["problems"]  # all our processes lived to the end
+    assert len(load_run(tmp_path / "run").results) == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "frozen"])
 def test_an_engine_that_goes_away_midway(lab, tmp_path, how):
     trace = write_trace(tmp_path / "t.jsonl", 80, 6.0)
@@ -286,9 +307,57 @@ def test_bad_input_is_one_sentence_each_and_touches_nothing(lab, tmp_path, monke
         assert lab.locked() == 0
 
 
+def test_a_replay_waits_for_engines_that_start_and_no_longer_than_told():
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    begin = time.monotonic()
+    wait_for_engines([url, url], 0.5)
+    assert 0.4 < time.monotonic() - begin < 3
+
+    class Models(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/v1/models" else 404)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    def late():
+        time.sleep(0.5)
+        with http.server.HTTPServer(("127.0.0.1", port), Models) as server:
+            server.handle_request()
+
+    thread = threading.Thread(target=late)
+    thread.start()
+    begin = time.monotonic()
+    wait_for_engines([url + "/v1"], 30)
+    assert 0.3 < time.monotonic() - begin < 10
+    thread.join()
+
+
+def test_a_second_run_in_the_same_place_is_refused_before_anything_starts(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: 1")
+    arguments = [
+        "replay",
+        "--trace",
+        "poisson-fixed",
+        "--decode",
+        "http://127.0.0.1:9",
+        "--duration",
+        "9",
+        "--out",
+        str(tmp_path),
+    ]
+    done = CliRunner().invoke(build(), arguments)
+    assert "holds a run already; choose another --out" in str(done.exception)
+
+
 def test_policies_go_to_the_phases_they_can_run():
     both = ("prefill", "decode")
     assert policies_by_phase(["biscale"]) == {"prefill": "mpc", "decode": "slack"}
+    assert policies_by_phase(["biscale"], ("decode",)) == {
+        "decode": "slack"
+    }  # the default, on an engine without a prefill pool
     assert policies_by_phase(["mpc"]) == {"prefill": "mpc", "decode": "max"}
     assert policies_by_phase(["slack"], ("decode",)) == {"decode": "slack"}
     assert policies_by_phase(["static:1200"]) == {"prefill": "static:1200", "decode": "static:1200"}

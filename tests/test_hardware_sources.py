@@ -124,6 +124,40 @@ def test_the_stream_of_dynamo_and_sglang_is_understood(tmp_path):
     assert not record.idle
 
 
+# The published schema, version 1 (dynamo/common/forward_pass_metrics.py, sglang/srt/observability/forward_pass_metrics.py): names in order.
+FPM = ["version", "worker_id", "dp_rank", "counter_id", "wall_time", "scheduled_requests", "queued_requests"]
+FPM_SCHEDULED = ["num_prefill_requests", "sum_prefill_tokens", "var_prefill_length", "sum_prefill_kv_tokens", "num_decode_requests",
+                 "sum_decode_kv_tokens", "var_decode_kv_tokens"]  # fmt: skip
+FPM_QUEUED = [name for name in FPM_SCHEDULED if name != "sum_prefill_kv_tokens"]
+
+
+def published(name, fields, **types):
+    """A struct as the engines declare it: frozen, integers but for variances."""
+    kinds = {"worker_id": str, "wall_time": float} | {f: float for f in fields if f.startswith("var_")} | types
+    return msgspec.defstruct(name, [(f, kinds.get(f, int)) for f in fields], frozen=True)
+
+
+def test_our_records_are_the_published_structs():
+    """Field by field, both ways through real msgspec structs; the order too, should an engine encode structs as arrays one day."""
+    scheduled, queued = published("Scheduled", FPM_SCHEDULED), published("Queued", FPM_QUEUED)
+    metrics = published("Metrics", FPM, scheduled_requests=scheduled, queued_requests=queued)
+    ours = [f.name for f in msgspec.structs.fields(EngineRecord)]
+    assert ours == [*FPM, "detail"]
+    assert [f.name for f in msgspec.structs.fields(records.Scheduled)] == FPM_SCHEDULED
+    assert [f.name for f in msgspec.structs.fields(records.Queued)] == FPM_QUEUED
+    theirs = metrics(1, "w", 2, 3, 0.5, scheduled(1, 2, 3.5, 4, 5, 6, 7.5), queued(8, 9, 10.5, 11, 12, 13.5))
+    record = records.decode(msgspec.msgpack.encode(theirs))
+    assert record.detail is None
+    back = msgspec.msgpack.decode(records.encode(record), type=metrics)
+    assert back == theirs
+
+
+def test_a_struct_that_is_no_forward_pass_metrics_is_refused(tmp_path):
+    stranger = msgspec.msgpack.encode({"version": 1, "scheduled_requests": [1, 2, 3]})
+    with pytest.raises(BiscaleError, match="not an engine record"):
+        stream_of(tmp_path, stranger, 1)
+
+
 def test_an_unknown_schema_is_refused(tmp_path):
     with pytest.raises(BiscaleError, match="version 9"):
         stream_of(tmp_path, records.encode(EngineRecord(version=9)), 1)

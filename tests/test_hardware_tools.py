@@ -1,8 +1,12 @@
 """Doctor, clock latency, recorder, GPM, bridge, bench: the tools around the loop."""
 
+import contextlib
+import http.server
 import math
 import os
 import shutil
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +23,7 @@ from biscale_env.cli.hw_profile import parse_clocks
 from biscale_env.config import configs_dir
 from biscale_env.errors import BiscaleError
 from biscale_env.hardware import bench, doctor, latency, owner, wire
-from biscale_env.hardware.clocks import ObserveOnly
+from biscale_env.hardware.clocks import ClockDenied, ObserveOnly
 from biscale_env.hardware.fake import FakeBackend, FakeState, create_state
 from biscale_env.hardware.gpm import Gpm, open_gpm
 from biscale_env.hardware.latency import Switch
@@ -32,12 +36,48 @@ from biscale_env.models import load_model
 pytest_plugins = ["hardware_fixtures"]
 
 
+@contextlib.contextmanager
+def site_that_says(body):
+    """A loopback site that answers every path with the same."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
 @pytest.fixture
 def machine(tmp_path, hw_state):
     return create_state(tmp_path / "gpus", 2, delay_s=0.03)
 
 
 # --- doctor ---------------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_does_not_take_an_emulated_engine_for_vllm():
+    body = b"biscale_emulated:engine 1\nvllm:num_requests_running 0\n"
+    with site_that_says(body) as url:
+        assert "biscale_emulated" in doctor.check_endpoint(url).text
+
+
+def test_doctor_without_a_driver_says_how_to_go_on(monkeypatch):
+    def none(name):
+        raise BiscaleError("no NVIDIA driver was found on this machine")
+
+    monkeypatch.setattr(doctor, "open_backend", none)
+    (finding,) = doctor.check_clocks("nvml")
+    assert finding.status == "fail"
+    assert "biscale hw emulate" in finding.text
 
 
 def test_doctor_lists_gpus_and_changes_nothing(machine):
@@ -162,6 +202,25 @@ def test_clock_latency_command(machine, tmp_path):
     assert done.exit_code == 0, done.output
     assert len(pd.read_csv(tmp_path / "l.csv")) == 2
     assert "--delay 0.03" in done.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_clock_latency_cut_off_gives_the_clock_back(machine, hw_state, number):
+    process = spawn("hw", "clock-latency", "--backend", f"fake:{machine}", "--repeats", "50")
+    read_until(process, "MHz: call")
+    assert gpus_of(machine)[0]["locked"] == 1
+    process.send_signal(number)
+    assert process.wait(10) == 130
+    process.communicate()
+    assert gpus_of(machine)[0]["locked"] == 0
+    assert not list(hw_state.glob("*.json"))
+
+
+def test_clock_latency_without_privilege_is_one_sentence_and_leaves_nothing(tmp_path, hw_state):
+    machine = create_state(tmp_path / "gpus", 1, privileged=False)
+    done = CliRunner().invoke(build(), ["hw", "clock-latency", "--backend", f"fake:{machine}"])
+    assert isinstance(done.exception, ClockDenied)
+    assert not list(hw_state.glob("*.json"))
 
 
 # --- restore --------------------------------------------------------------------------------------------------------------

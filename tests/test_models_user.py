@@ -8,6 +8,7 @@ from biscale_env.errors import BiscaleError
 from biscale_env.models import fit_user as module
 from biscale_env.models import load_model, physics
 from biscale_env.models.files import draws_path, write_text
+from biscale_env.models.fit_tables import ONE_GPU_LACKS
 from biscale_env.models.fit_user import fit_user
 
 CLOCKS = (600, 810, 1005, 1200, 1395, 1605, 1800, 1980)
@@ -117,6 +118,47 @@ def test_same_table_same_file(tmp_path):
     path = save(tmp_path, table(noise=0.01))
     first, second = fit_user(path)[0], fit_user(path)[0]
     assert first.files(tmp_path / "x.yaml") == second.files(tmp_path / "x.yaml")
+
+
+def shard_table(phase="decode"):
+    """What `biscale profile` measures on such a machine: one GPU's share of the work, without all-reduce and host."""
+    frame, c = table(phase), truth(phase)._replace(**ONE_GPU_LACKS)
+    batch, new = frame.batch.astype(float), frame.new_tokens.astype(float)
+    work = (
+        (batch, 0.0 * batch, batch * frame.context, batch)
+        if phase == "decode"
+        else (batch * new, batch * new * new / 2, 0.0 * batch, batch)
+    )
+    clock = frame.freq_mhz / 1e3
+    return frame.assign(
+        latency_s=physics.latency_s(c, *work, clock), power_w=physics.power_w(c, *work, clock), scope="shard"
+    )
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_table_of_shards_keeps_all_reduce_and_host_of_the_start(tmp_path, phase):
+    (fit,) = fit_user(save(tmp_path, shard_table(phase)))
+    found, true, start = fit.content.as_tuple(), truth(phase), load_model(phase, 4).coefficients
+    for name in (*ONE_GPU_LACKS, "e_link_j"):
+        assert getattr(found, name) == pytest.approx(getattr(start, name), rel=1e-6), name
+        assert "fitted to table.csv" not in fit.content.coefficients[name].source
+    assert start.comm0_s + start.host0_s > 1e-3  # what would be lost is worth keeping
+    assert found.weights_s == pytest.approx(true.weights_s, rel=0.1)
+    assert found.e_flop_j == pytest.approx(true.e_flop_j, rel=0.05)
+    assert fit.latency_mape < 0.003
+    assert fit.power_mape < 0.003
+    assert not set(ONE_GPU_LACKS) & set(fit.draws.columns)
+    assert "all-reduce" in fit.content.fit["scope"]
+
+
+def test_shards_and_whole_iterations_do_not_mix(tmp_path):
+    mixed = pd.concat([shard_table(), table().assign(scope="iteration")])
+    with pytest.raises(BiscaleError, match="mixes whole iterations and shards"):
+        fit_user(save(tmp_path, mixed))
+    with pytest.raises(BiscaleError, match="must both hold"):
+        fit_user(save(tmp_path, shard_table(), "a.csv"), save(tmp_path, table(), "b.csv"))
+    with pytest.raises(BiscaleError, match="scope must be iteration or shard"):
+        fit_user(save(tmp_path, table().assign(scope="half")))
 
 
 def test_power_may_stand_in_its_own_table(tmp_path):

@@ -32,8 +32,10 @@ def build() -> typer.Typer:
 
 def main() -> None:
     """Entry point: errors of the user are one sentence on stderr and exit code 2, Ctrl-C is 130."""
-    # a polite kill ends like Ctrl-C: what is finished is kept
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # a polite kill ends like Ctrl-C, and so does a closed terminal (but not under nohup): what is finished is kept, clocks are given back
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
         build()()
     except BiscaleError as error:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from biscale_env.cli import hw_profile, hw_replay
-from biscale_env.cli.hw_options import SOCKETS, need_extra, parse_groups
+from biscale_env.cli.hw_options import SOCKETS, need_extra, open_log, parse_groups
 
 group = typer.Typer(no_args_is_help=True, help="Real GPUs and engines: check, measure, actuate, emulate, restore.")
 
@@ -36,13 +36,13 @@ def doctor_command(
 ) -> None:
     """Show GPUs, clocks, privileges and engines, and what will not work and why. Changes nothing."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from biscale_env.errors import BiscaleError
     from biscale_env.hardware.doctor import examine
 
     findings = examine(backend, endpoint or [])
-    table = Table("", "what", "finding", title="biscale hw doctor")
+    table = Table("", Column("what", overflow="fold"), "finding", title="biscale hw doctor")
     marks = {"ok": "[green]ok[/]", "warn": "[yellow]look[/]", "fail": "[red]no[/]"}
     for finding in findings:
         table.add_row(marks[finding.status], finding.subject, finding.text)
@@ -71,6 +71,10 @@ def clock_latency_command(
 
     if clocks < 2 or repeats < 1:
         raise BiscaleError("--clocks must be at least 2 and --repeats at least 1")
+    if (table := open_log(out)) is not None:  # said before anything is measured
+        table.close()
+    if into:
+        latency.coefficient_files(into)
     limits = load_gpu()
     with open_backend(backend) as device:
         uuid = device.device(gpu).uuid
@@ -116,24 +120,18 @@ def actuate_command(
 ) -> None:
     """Own the clocks of these GPUs until a signal; needs root with NVML. Every clock is reset on any way out."""
     from biscale_env.config import load_gpu
-    from biscale_env.errors import BiscaleError
     from biscale_env.hardware.actuator import Actuator, ActuatorConfig, serve
     from biscale_env.hardware.clocks import open_backend
-    from biscale_env.hardware.processes import go_first
 
-    go_first()  # before any thread is made: threads inherit it
     limits = load_gpu()
     config = ActuatorConfig(
         groups=parse_groups(gpus), sockets=sockets, backend=backend, freq_min_mhz=limits.freq_min_mhz,
         freq_max_mhz=limits.freq_max_mhz, lease_s=lease, hot_c=hot, lower_bound=lower_bound,
     )  # fmt: skip
-    try:
-        stream = log.open("ab") if log else None
-    except OSError as error:
-        raise BiscaleError(f"cannot write the log {log}: {error.strerror}") from None
     with open_backend(backend, observe_only) as device:
+        stream = open_log(log)
         try:
-            serve(Actuator(config, device, stream))
+            serve(Actuator(config, device, stream, first=True))
         finally:
             if stream:
                 stream.close()
@@ -199,7 +197,8 @@ def emulate_command(
         prefill, decode = emulation.urls
         typer.echo(f"emulated engines at {prefill} (prefill) and {decode} (decode), {2 * tp} fake GPUs in {state}")
         typer.echo(
-            f"in another terminal: biscale replay --backend fake:{state} --prefill {prefill} --decode {decode} --trace ..."
+            f"in another terminal: biscale replay --backend fake:{state} --sockets {sockets} --engine emulated --policy biscale "
+            f"--prefill {prefill} --decode {decode} --trace azure-conv-like --rate 3 --duration 60 --out runs/emulated"
         )
         emulation.wait()
 
@@ -226,9 +225,7 @@ def control_command(
     from biscale_env.hardware.clocks import open_backend
     from biscale_env.hardware.control import ControlLoop, PowerMeter, serve
     from biscale_env.hardware.policies import load_policy
-    from biscale_env.hardware.processes import go_first
 
-    go_first()  # before any thread is made: threads inherit it
     settings = WorldSettings.of(
         phase,
         model=model,
@@ -244,9 +241,13 @@ def control_command(
     reader = open_backend(backend, observe_only=True) if backend else None
     keys = parse_groups([f"x={gpus}"])["x"] if gpus else ()
     meter = PowerMeter(reader, [reader.device(k).uuid for k in keys]) if reader else None
-    stream = log.open("ab") if log else None
+    stream = open_log(log)
     try:
-        serve(ControlLoop(world, chosen, sockets, delay_s=world.delay_s(-1), lease_s=lease, log=stream, meter=meter))
+        serve(
+            ControlLoop(
+                world, chosen, sockets, delay_s=world.delay_s(-1), lease_s=lease, log=stream, meter=meter, first=True
+            )
+        )
     finally:
         if stream:
             stream.close()

@@ -1,6 +1,7 @@
 """What the hardware commands share."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 SOCKETS = Path("/tmp/biscale")
 EXTRA = {"zmq": "pyzmq", "msgspec": "msgspec", "aiohttp": "aiohttp", "pynvml": "nvidia-ml-py"}
@@ -19,6 +20,20 @@ def need_extra() -> None:
     for module, package in EXTRA.items():
         if find_spec(module) is None:
             raise BiscaleError(f"the hardware commands need {package}: pip install 'biscale-env[hw]'")
+
+
+def open_log(path: Path | None) -> BinaryIO | None:
+    """Open a log for appending; None for none.
+
+    Raises:
+        BiscaleError: it cannot be written.
+    """
+    from biscale_env.errors import BiscaleError
+
+    try:
+        return path.open("ab") if path else None
+    except OSError as error:
+        raise BiscaleError(f"cannot write {path}: {error.strerror}") from None
 
 
 def parse_groups(items: list[str]) -> dict[str, tuple[str, ...]]:

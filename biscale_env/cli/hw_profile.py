@@ -28,6 +28,9 @@ def profile_command(
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the command.")] = "cuda",
     layers: Annotated[int | None, typer.Option(help="Run fewer layers and scale up; default all.")] = None,
     quick: Annotated[bool, typer.Option(help="A coarse grid.")] = False,
+    tiny: Annotated[
+        bool, typer.Option(help="A rehearsal with a miniature model, on a CPU too; measures nothing of use.")
+    ] = False,
     measure_s: Annotated[float, typer.Option(help="Seconds per point.")] = 3.0,
     model: Annotated[str, typer.Option(help="Fitted model to compare with.")] = "h100-llama70b",
 ) -> None:
@@ -41,6 +44,7 @@ def profile_command(
         Profiler,
         ProfileSettings,
         decode_points,
+        miniature_points,
         predictions,
         prefill_points,
         provenance,
@@ -52,28 +56,54 @@ def profile_command(
     if importlib.util.find_spec("torch") is None:
         raise BiscaleError("the profiler needs torch: pip install 'biscale-env[hw,rl]'")
     wanted = parse_clocks(clocks)
-    settings = ProfileSettings(device=device, layers=layers, measure_s=measure_s, clocks_mhz=wanted)
+    if device != "cuda" and not tiny:
+        raise BiscaleError(
+            f"70B shapes on {device} would take hours and tell nothing: add --tiny to rehearse the command"
+        )
+    settings = ProfileSettings(
+        device=device,
+        layers=layers,
+        warm_s=0.05 if tiny else 1.0,
+        measure_s=0.1 if tiny else measure_s,
+        clocks_mhz=wanted,
+        miniature=tiny,
+    )
+    _need_device(device)
     reader = None if backend == "none" else open_backend(backend, observe_only=not wanted)
     profiler = Profiler(settings, reader, gpu)
     points = []
     for degree in tp or [4, 8]:
-        points += prefill_points(degree, quick) if phase != "decode" else []
-        points += decode_points(degree, quick) if phase != "prefill" else []
+        grid = miniature_points(degree) if tiny else prefill_points(degree, quick) + decode_points(degree, quick)
+        points += [point for point in grid if phase in ("both", point.phase)]
     rows = []
     try:
         for row in profiler.measure(points):
             rows.append(row)
             write_table(out, rows, provenance(profiler))
             said = predictions(pd.DataFrame([row]), model).iloc[0]
+            beside = (
+                ("", "") if tiny else (f" (model {said['latency_s'] * 1e3:8.2f})", f" (model {said['power_w']:6.1f})")
+            )
             typer.echo(
                 f"{row['phase']:7} tp{row['tp']} batch {row['batch']:3} new {row['new_tokens']:5} context {row['context']:6}: "
-                f"{row['latency_s'] * 1e3:8.2f} ms (model {said['latency_s'] * 1e3:8.2f}), {row['power_w']:6.1f} W "
-                f"(model {said['power_w']:6.1f}), {row['freq_mhz']:6.0f} MHz"
+                f"{row['latency_s'] * 1e3:8.2f} ms{beside[0]}, {row['power_w']:6.1f} W{beside[1]}, {row['freq_mhz']:6.0f} MHz"
             )
     finally:
         if reader:
             reader.close()
-    typer.echo(f"{len(rows)} points in {out}; fit them: biscale fit --profile {out}")
+    typer.echo(f"{len(rows)} points in {out}; fit them: biscale fit --profile {out} --out models/mine")
+
+
+def _need_device(device: str) -> None:
+    """Said before the driver is looked for: without a GPU it is the first thing to know."""
+    import torch
+
+    from biscale_env.errors import BiscaleError
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BiscaleError(
+            "there is no CUDA device here: profile on a machine with an NVIDIA GPU, or rehearse with --device cpu --tiny --backend none"
+        )
 
 
 def parse_clocks(text: str) -> tuple[float, ...]:

@@ -1,5 +1,6 @@
 """``biscale replay`` and ``biscale validate``."""
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,10 +54,13 @@ def replay_command(
     lease: float = 1.5,
     vocabulary: Annotated[int, typer.Option(help="Token ids are drawn below this.")] = 32_000,
     stall: Annotated[float, typer.Option(help="Seconds of silence after which the engine counts as gone.")] = 30.0,
+    wait: Annotated[
+        float, typer.Option(help="Wait so many seconds at most for engines that are still starting.")
+    ] = 0.0,
 ) -> None:
     """Replay a trace against a running engine while a policy controls the clocks; write a run directory."""
     need_extra()
-    from biscale_env.hardware.replay import ReplaySettings, policies_by_phase
+    from biscale_env.hardware.replay import ReplaySettings, policies_by_phase, wait_for_engines
 
     phases = ("prefill", "decode") if prefill else ("decode",)
     groups = parse_groups(gpus or [f"prefill=0-{tp - 1}", f"decode={tp}-{2 * tp - 1}"])
@@ -67,6 +71,8 @@ def replay_command(
         vocabulary=vocabulary, stall_s=stall,
     )  # fmt: skip
     load = _load_of(trace, duration, rate, seed)
+    _must_be_free(out)
+    wait_for_engines([url for url in (prefill, decode) if url], wait)
     outcome, raw = run_replay(settings, load, out)
     _tell(raw, outcome, out)
 
@@ -78,6 +84,15 @@ def _groups_of(groups: dict[str, tuple[str, ...]], phases: tuple[str, ...]) -> d
     if missing:
         raise BiscaleError(f"--gpus names no GPUs for {missing[0]}: add --gpus {missing[0]}=...")
     return {phase: groups[phase] for phase in phases}
+
+
+def _must_be_free(out: Path) -> None:
+    """A replay measures once: it cannot take up what an earlier one left behind."""
+    from biscale_env.errors import BiscaleError
+    from biscale_env.evaluation.files import CONFIG
+
+    if (out / CONFIG).is_file():
+        raise BiscaleError(f"{out} holds a run already; choose another --out")
 
 
 def _load_of(name: str, duration: float | None, rate: float | None, seed: int) -> "Trace":
@@ -130,11 +145,20 @@ def run_replay(settings: "ReplaySettings", trace: "Trace", out: Path) -> "tuple[
         }
         raw_folder = out / "raw"
         replay = Replay(settings, trace, raw_folder, tell)
-        with RunDirectory(out, config) as run:
-            outcome = replay.run()
-            raw = read_raw(raw_folder)
-            for phase in raw.phases:
-                run.add(run_record(raw, phase, replay.worlds[phase].gpu.freq_max_mhz))
+        empty = not (out.is_dir() and any(out.iterdir()))
+        try:
+            with RunDirectory(out, config) as run:
+                outcome = replay.run()
+                raw = read_raw(raw_folder)
+                for phase in raw.phases:
+                    run.add(run_record(raw, phase, replay.worlds[phase].gpu.freq_max_mhz))
+        except BaseException:
+            log = raw_folder / "requests.jsonl"
+            if empty and not (
+                log.is_file() and log.stat().st_size
+            ):  # nothing was measured: the same command may be given again
+                shutil.rmtree(out, ignore_errors=True)
+            raise
     write_report(load_run(out))
     return outcome, raw
 
@@ -145,16 +169,15 @@ def _tell(raw: "Raw", outcome: "Outcome", out: Path) -> None:
 
     from biscale_env.errors import BiscaleError
     from biscale_env.evaluation.run import load_run
+    from biscale_env.hardware.replay import INTERRUPTED
 
-    table = Table(
-        "phase", "policy", "requests", "P50", "P99", "SLO met", "energy [J]", "J / output token", title=str(out)
-    )
+    table = Table("phase", "policy", "sent", "P50", "P99", "SLO met", "energy", "per output token", title=str(out))
     for row in load_run(out).results.to_dict("records"):
         metric = "ttft" if row["phase"] == "prefill" else "tpot"
         table.add_row(
             row["phase"], row["policy"], str(len(raw.requests)), f"{row[f'{metric}_p50_s'] * 1e3:.1f} ms",
-            f"{row[f'{metric}_p99_s'] * 1e3:.1f} ms", f"{row['attainment']:.2%}", f"{row['energy_j']:,.0f}",
-            f"{row['energy_per_output_token_j']:.3f}",
+            f"{row[f'{metric}_p99_s'] * 1e3:.1f} ms", f"{row['attainment']:.2%}", f"{row['energy_j']:,.0f} J",
+            f"{row['energy_per_output_token_j']:.3f} J",
         )  # fmt: skip
     console = Console()
     console.print(table)
@@ -168,6 +191,9 @@ def _tell(raw: "Raw", outcome: "Outcome", out: Path) -> None:
         console.print(told, highlight=False)
     for problem in outcome.problems:
         console.print(f"[yellow]{problem}[/]")
+    if outcome.gone == INTERRUPTED:
+        console.print(f"interrupted; clocks are restored, what was measured is in {out}")
+        raise KeyboardInterrupt
     if outcome.gone:
         raise BiscaleError(f"{outcome.gone}; clocks are restored, what was measured is in {out}")
     if outcome.failed:

@@ -21,9 +21,9 @@ import zmq
 from biscale_env.errors import BiscaleError
 from biscale_env.hardware import owner, wire
 from biscale_env.hardware.clocks import ClockBackend, ClockError
+from biscale_env.hardware.processes import go_first
 from biscale_env.hardware.wire import ClockChange, Command
 
-RESET_ATTEMPTS = 3
 POLL_S = 0.1  # longest wait: signals, leases and the guard are looked at this often
 READBACK_POLL_S = 0.002
 NAN = math.nan
@@ -91,8 +91,19 @@ class Group:
 class Actuator:
     """Owns the clocks of its groups from :meth:`start` to :meth:`stop`."""
 
-    def __init__(self, config: ActuatorConfig, backend: ClockBackend, log: IO[bytes] | None = None) -> None:
+    def __init__(
+        self, config: ActuatorConfig, backend: ClockBackend, log: IO[bytes] | None = None, first: bool = False
+    ) -> None:
+        """Prepare; nothing is touched before :meth:`start`.
+
+        Args:
+            config: GPUs, bounds, lease.
+            backend: reads and locks.
+            log: JSON lines of every change.
+            first: run before other processes, where that is allowed.
+        """
         self.config = config
+        self.first = first
         self.backend = backend
         self.log = log
         self.stopping = False
@@ -129,6 +140,8 @@ class Actuator:
                 bounds = f"{self.config.freq_min_mhz:g} to {self.config.freq_max_mhz:g} MHz"
                 raise BiscaleError(f"the GPUs of group '{name}' support no clock within {bounds}")
             self._take(Group(name, uuids, clocks))
+        if self.first:
+            go_first()
         self._listen()
         return recovered
 
@@ -194,14 +207,10 @@ class Actuator:
         if not self.backend.can_lock:
             return failures
         for uuid in group.uuids:
-            for attempt in range(RESET_ATTEMPTS):
-                try:
-                    self.backend.reset(uuid)
-                    owner.remove_note(uuid)
-                    break
-                except ClockError as error:
-                    if attempt == RESET_ATTEMPTS - 1:
-                        failures.append(str(error))
+            try:
+                owner.give_back(self.backend, uuid)
+            except ClockError as error:
+                failures.append(str(error))
         self._changed(group, cause, 0.0, 0.0, -1, NAN, time.monotonic(), " ".join(failures))
         return failures
 

@@ -18,7 +18,7 @@ from biscale_env.hardware import records, wire
 from biscale_env.hardware.builder import ObservationBuilder
 from biscale_env.hardware.clocks import ClockBackend, ClockError
 from biscale_env.hardware.clockview import ClockView
-from biscale_env.hardware.processes import quick_threads
+from biscale_env.hardware.processes import go_first, quick_threads
 from biscale_env.hardware.sender import alive_endpoint
 
 POWER_PERIOD_S = 0.05
@@ -93,6 +93,7 @@ class ControlLoop:
         group: str | None = None,
         log: IO[bytes] | None = None,
         meter: PowerMeter | None = None,
+        first: bool = False,
     ) -> None:
         """Open the sockets and warm everything up.
 
@@ -105,6 +106,7 @@ class ControlLoop:
             group: the actuator's name for these GPUs; default the phase.
             log: JSON lines of all decisions.
             meter: source of the mean power per GPU.
+            first: run before other processes, where that is allowed.
 
         Raises:
             BiscaleError: an address is taken, or the policy does not fit the observation.
@@ -124,6 +126,8 @@ class ControlLoop:
         self._sent_s = -math.inf
         self._flushed_s = 0.0
         self._warm_up()
+        if first:
+            go_first()
         self._open(sockets, group or world.phase)
 
     def _warm_up(self) -> None:

@@ -84,7 +84,8 @@ def check_clocks(name: str) -> list[Finding]:
     try:
         backend = open_backend(name)
     except BiscaleError as error:
-        return [Finding("fail", f"backend {name}", str(error))]
+        hint = "; to try everything without a GPU: `biscale hw emulate`" if name == "nvml" else ""
+        return [Finding("fail", f"backend {name}", f"{error}{hint}")]
     with backend:
         found = [Finding("ok", f"backend {name}", f"{len(backend.devices())} GPUs")]
         for device in backend.devices():
@@ -121,7 +122,7 @@ def check_endpoint(url: str, timeout_s: float = 3.0) -> Finding:
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         return Finding("fail", url, f"does not answer ({reason}): start the engine, or correct the address")
-    kinds = [kind for kind in ("vllm:", "sglang:", "biscale_emulated:") if kind in metrics]
+    kinds = [kind for kind in ("biscale_emulated:", "vllm:", "sglang:") if kind in metrics]
     return Finding("ok", url, f"answers; metrics of {kinds[0].rstrip(':') if kinds else 'an unknown engine'}")
 
 

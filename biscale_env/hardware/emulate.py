@@ -1,6 +1,8 @@
 """`biscale hw emulate`: fake GPUs, an emulated prefill engine and an emulated decode engine, each its own process."""
 
 import asyncio
+import hashlib
+import os
 import signal
 import threading
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from biscale_env.hardware import wire
 from biscale_env.hardware.emulator import Instance
 from biscale_env.hardware.emulator_http import Server, serve
 from biscale_env.hardware.fake import FakeState, create_state
+from biscale_env.hardware.owner import hold
 from biscale_env.hardware.processes import Child, quick_threads
 from biscale_env.hardware.sender import Sender
 
@@ -101,11 +104,18 @@ class Emulation:
         """Make the fake GPUs and start both engines; returns when both answer.
 
         Raises:
-            BiscaleError: a port is taken, or the settings make no sense.
+            BiscaleError: a port or the file is taken, or the settings make no sense.
         """
         self.settings = settings
         settings.world("prefill")  # mistakes are said here, not by a child
         settings.state.parent.mkdir(parents=True, exist_ok=True)
+        self._held = hold(
+            "emulation-" + hashlib.blake2b(os.fsencode(settings.state.absolute()), digest_size=16).hexdigest()
+        )
+        if self._held is None:  # its engines would go on with a file that nobody else sees any more
+            raise BiscaleError(
+                f"another emulation runs on the fake GPUs in {settings.state}: stop it or choose another --state"
+            )
         create_state(settings.state, 2 * settings.tp, delay_s=settings.delay_s)
         self.children = [Child(f"emulated {phase}", settings.arguments(phase)) for phase in PHASES]
         try:
@@ -139,6 +149,8 @@ class Emulation:
         """End both engines."""
         for child in self.children:
             child.stop()
+        if self._held is not None:
+            self._held.close()
 
     def __enter__(self) -> "Emulation":
         return self

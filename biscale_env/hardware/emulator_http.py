@@ -216,7 +216,9 @@ async def serve(server: Server, host: str, port: int) -> None:
         try:
             await web.TCPSite(runner, host, port, backlog=1024).start()
         except OSError as error:
-            raise BiscaleError(f"cannot serve at {host}:{port} ({error.strerror}): choose another --port") from None
+            raise BiscaleError(
+                f"cannot serve at {host}:{port} ({error.strerror}): choose another --{server.phase}-port"
+            ) from None
         print(f"emulated {server.phase} ready at http://{host}:{port}", flush=True)
         waiting = asyncio.create_task(stop.wait())
         await asyncio.wait({waiting, engine}, return_when=asyncio.FIRST_COMPLETED)

@@ -76,17 +76,11 @@ def measure(
     """
     if not backend.can_lock:
         raise BiscaleError("observe-only cannot measure clock changes: choose a backend that locks")
-    claim = owner.Claim(uuid)
-    owner.write_note(uuid, backend_name)
-    try:
-        found = []
+    found = []
+    with owner.alone(backend, backend_name, uuid):
         for switch in _sweep(backend, uuid, pairs, repeats, timeout_s, settle_s):
             found.append(switch)
             tell(switch)
-    finally:
-        backend.reset(uuid)
-        owner.remove_note(uuid)
-        claim.release()
     if not any(np.isfinite(s.seen_s) for s in found):
         raise BiscaleError(
             f"{uuid} never showed a clock it was locked at: keep it busy while measuring, and look for power or thermal limits"
@@ -132,6 +126,18 @@ def as_frame(switches: Sequence[Switch]) -> pd.DataFrame:
     return pd.DataFrame([asdict(s) for s in switches])
 
 
+def coefficient_files(folder: Path) -> list[Path]:
+    """Coefficient files of a folder.
+
+    Raises:
+        BiscaleError: it has none.
+    """
+    paths = sorted(folder.glob("*-tp*.yaml"))
+    if not paths:
+        raise BiscaleError(f"{folder} holds no coefficient files: give the folder that `biscale fit --out` wrote")
+    return paths
+
+
 def write_delays(folder: Path, switches: Sequence[Switch], seed: int = 0) -> list[Path]:
     """Put the measured delays into every coefficient file of a folder: the median as nominal, a sample into each draw.
 
@@ -147,9 +153,7 @@ def write_delays(folder: Path, switches: Sequence[Switch], seed: int = 0) -> lis
         BiscaleError: no coefficient file in the folder, or nothing was measured.
     """
     known = np.array([s.seen_s for s in switches if np.isfinite(s.seen_s)])
-    paths = sorted(folder.glob("*-tp*.yaml"))
-    if not paths:
-        raise BiscaleError(f"{folder} holds no coefficient files: give the folder that `biscale fit --out` wrote")
+    paths = coefficient_files(folder)
     if not known.size:
         raise ClockError("no clock change was seen, so there is no delay to write")
     rng = np.random.default_rng(seed)

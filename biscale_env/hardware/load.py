@@ -48,6 +48,12 @@ class LoadSettings:
     timeout_s: float = 600.0
     stall_s: float = 30.0
 
+    def __post_init__(self) -> None:
+        if self.vocabulary <= FIRST_ID:
+            raise BiscaleError(
+                f"a vocabulary of {self.vocabulary} token ids is too small: {FIRST_ID} are left to special tokens"
+            )
+
 
 class RequestRecord(msgspec.Struct):
     """One request, as the client saw it. Times are CLOCK_MONOTONIC seconds, NaN (null) where something did not happen.

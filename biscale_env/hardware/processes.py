@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from biscale_env.errors import BiscaleError
 
@@ -34,9 +34,30 @@ def quick_threads() -> None:
 
 
 def go_first() -> None:
-    """Ask to run before others; granted to root, silently refused to others."""
-    with contextlib.suppress(PermissionError):
+    """Ask for this thread to run before others, in real time if possible; granted to root, silently refused to others.
+
+    Threads made afterwards inherit it. So call it after loading and warming up (real time is for short answers, not for start-up, and not
+    for the threads of a policy's library) and before ZeroMQ makes its threads. Never set it on ZeroMQ's threads from outside: one that is
+    just starting sets its own scheduling again, and the library aborts the process when that fails.
+    """
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, FIRST)
+
+
+@contextlib.contextmanager
+def hurried() -> Iterator[None]:
+    """This thread is scheduled before ordinary ones, but not in real time; granted to root, silently refused to others."""
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, FIRST)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, before)
 
 
 class Child:

@@ -1,5 +1,6 @@
 """`biscale profile`: latency and power of iterations on this machine's GPU, as the table that `biscale fit --profile` reads."""
 
+import contextlib
 import io
 import math
 import time
@@ -19,9 +20,32 @@ from biscale_env.hardware.clocks import ClockBackend
 from biscale_env.hardware.recorder import Telemetry
 from biscale_env.models import IterationModel, load_model, physics
 from biscale_env.models.files import write_text
+from biscale_env.models.fit_tables import ONE_GPU_LACKS
 
-COLUMNS = ("phase", "tp", "dtype", "batch", "new_tokens", "prefix", "context", "latency_s", "power_w", "freq_mhz")
+COLUMNS = (
+    "phase",
+    "tp",
+    "dtype",
+    "batch",
+    "new_tokens",
+    "prefix",
+    "context",
+    "latency_s",
+    "power_w",
+    "freq_mhz",
+    "scope",
+)
 MIN_REPEATS = 32
+MINIATURE = {
+    "layers": 2,
+    "hidden": 256,
+    "heads": 16,
+    "kv_heads": 8,
+    "head_dim": 16,
+    "intermediate": 1024,
+    "vocabulary": 512,
+}
+"""Shapes of a rehearsal: the smallest Llama that TP 8 divides and that a CPU runs in milliseconds."""
 MEMORY_SHARE = 0.85  # of the device that weights and caches may fill
 
 
@@ -74,6 +98,12 @@ def decode_points(tp: int, quick: bool = False) -> list[Point]:
     return [Point("decode", tp, b, 0, 0, c) for b in batches for c in contexts]
 
 
+def miniature_points(tp: int) -> list[Point]:
+    """A grid that a CPU goes through in seconds, and just enough for the fit with two clocks."""
+    prompts = [Point("prefill", tp, b, n, 0, 0) for n in (16, 64, 256) for b in (1, 4)]
+    return prompts + [Point("decode", tp, b, 0, 0, c) for b in (1, 4, 16, 64) for c in (64, 256)]
+
+
 @dataclass(frozen=True)
 class ProfileSettings:
     """How to measure.
@@ -87,6 +117,7 @@ class ProfileSettings:
         repeats: fewest repetitions.
         clocks_mhz: clocks to lock in turn; empty leaves the clock alone.
         graphs: replay CUDA graphs, as engines do.
+        miniature: run a tiny model in place of ``llm``: a rehearsal of the command, evidence about nothing.
     """
 
     llm: str = "llama-3.3-70b"
@@ -97,6 +128,7 @@ class ProfileSettings:
     repeats: int = MIN_REPEATS
     clocks_mhz: tuple[float, ...] = ()
     graphs: bool = True
+    miniature: bool = False
 
 
 class Profiler:
@@ -130,6 +162,8 @@ class Profiler:
             raise BiscaleError(f"power needs at least {MIN_REPEATS} repetitions, got {settings.repeats}")
         self.settings, self.backend = settings, backend
         self.llm = llm or load_llm(settings.llm)
+        if settings.miniature:
+            self.llm = self.llm.model_copy(update={"name": "miniature", **MINIATURE})
         self.uuid = backend.device(gpu).uuid if backend else ""
         self._torch = torch
         self._shards: dict[int, Any] = {}
@@ -137,26 +171,15 @@ class Profiler:
     def measure(self, points: Sequence[Point]) -> Iterator[dict[str, Any]]:
         """One row per clock and point, as they are measured; clocks are reset whatever happens."""
         clocks = self.settings.clocks_mhz or (None,)
-        claimed: owner.Claim | None = None
-        assert self.backend is not None or clocks == (None,)
-        try:
+        with contextlib.ExitStack() as stack:
+            if self.settings.clocks_mhz:
+                assert self.backend is not None  # checked at the start
+                stack.enter_context(owner.alone(self.backend, self.backend.name, self.uuid))
             for clock in clocks:
                 if clock is not None and self.backend is not None:
-                    claimed = claimed or self._claim()
                     self.backend.lock(self.uuid, clock, clock)
                 for point in points:
                     yield self._point(point)
-        finally:
-            if claimed is not None and self.backend is not None:
-                self.backend.reset(self.uuid)
-                owner.remove_note(self.uuid)
-                claimed.release()
-
-    def _claim(self) -> owner.Claim:
-        assert self.backend is not None
-        claim = owner.Claim(self.uuid)
-        owner.write_note(self.uuid, self.backend.name)
-        return claim
 
     def _shard(self, tp: int) -> Any:
         from biscale_env.hardware.shard import Shard, ShardShape
@@ -236,6 +259,7 @@ class Profiler:
             "latency_s": took / repeats * scale,
             "power_w": energy_j / took,
             "freq_mhz": freq,
+            "scope": "shard",
         }
         return {name: row[name] for name in COLUMNS}
 
@@ -248,6 +272,8 @@ def provenance(profiler: Profiler) -> dict[str, Any]:
         if s.device == "cuda"
         else "CPU (a rehearsal of the command; not evidence about any GPU)"
     )
+    if s.miniature:
+        device = f"{device.split(' (')[0]} (a rehearsal with a miniature model; not evidence about any GPU or model)"
     driver = getattr(profiler.backend, "driver_version", lambda: "none")()
     return {
         "device": device, "driver": driver, "torch": str(torch.__version__), "cuda": str(torch.version.cuda), "settings": asdict(s),
@@ -297,9 +323,10 @@ def predictions(frame: pd.DataFrame, name: str = "h100-llama70b", hbm_ratio: flo
 
 def _predict(model: IterationModel, row: dict[Any, Any], hbm_ratio: float) -> tuple[float, float, float]:
     c = model.coefficients._replace(
-        comm0_s=0.0, comm_s_per_token=0.0, host0_s=0.0, host_s_per_seq=0.0, link_bytes_per_token=0.0,
-        weights_s=model.coefficients.weights_s / hbm_ratio, attn_decode_s=model.coefficients.attn_decode_s / hbm_ratio,
-    )  # fmt: skip
+        **ONE_GPU_LACKS,
+        weights_s=model.coefficients.weights_s / hbm_ratio,
+        attn_decode_s=model.coefficients.attn_decode_s / hbm_ratio,
+    )
     batch, new, prefix = float(row["batch"]), float(row["new_tokens"]), float(row["prefix"])
     prefill = row["phase"] == "prefill"
     tokens, attn = (batch * new, batch * new * (new / 2 + prefix)) if prefill else (batch, 0.0)

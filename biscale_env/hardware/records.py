@@ -2,8 +2,8 @@
 
 The base is the schema that NVIDIA Dynamo and SGLang publish (field names and meaning theirs, version 1, msgpack maps): sums over a batch.
 Deadlines need single requests, so our own hooks add :class:`Detail`; readers of plain ForwardPassMetrics skip it, and records without it
-are completed by estimates (:mod:`biscale_env.hardware.estimate`). This module is imported inside engines: msgspec and the standard library
-only.
+are completed by estimates (:mod:`biscale_env.hardware.estimate`). Our own hooks leave the variances at 0: nobody here reads them.
+This module is imported inside engines: msgspec and the standard library only.
 """
 
 from array import array
@@ -124,12 +124,3 @@ def decode(data: bytes) -> EngineRecord:
 def table(rows: Iterable[float]) -> bytes:
     """Pack numbers as float64."""
     return array("d", rows).tobytes()
-
-
-def variance(values: Iterable[float]) -> float:
-    """Population variance; 0 of nothing."""
-    numbers = list(values)
-    if not numbers:
-        return 0.0
-    mean = sum(numbers) / len(numbers)
-    return sum((x - mean) ** 2 for x in numbers) / len(numbers)

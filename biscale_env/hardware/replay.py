@@ -5,7 +5,7 @@ import contextlib
 import json
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from biscale_env.hardware.clocks import open_backend
 from biscale_env.hardware.emulate import all_records_endpoint
 from biscale_env.hardware.load import EngineGone, LoadSettings, Replayer, RequestRecord
 from biscale_env.hardware.policies import load_policy, phases_of
-from biscale_env.hardware.processes import Child, quick_threads
+from biscale_env.hardware.processes import Child, hurried, quick_threads
 from biscale_env.hardware.recorder import IterationLog, Telemetry
 from biscale_env.hardware.sources import parse_prometheus
 from biscale_env.traces import Trace
@@ -28,6 +28,8 @@ from biscale_env.traces import Trace
 PHASES = ("prefill", "decode")
 FIRST_RECORD_S = 30.0
 GAVE_UP = 2  # exit code of our own sentences; a process that was killed has another
+BISCALE = {"prefill": "mpc", "decode": "slack"}
+INTERRUPTED = "interrupted"
 SETTLE_S = 0.5  # after the controllers are ready: sockets connect
 
 
@@ -139,7 +141,7 @@ def policies_by_phase(names: list[str], phases: tuple[str, ...] = PHASES) -> dic
                 raise BiscaleError(f"--policy {name}: there is no {phase} engine in this replay")
             chosen[phase] = policy
         elif name == "biscale":
-            bare += ["mpc", "slack"]
+            bare += [rule for phase, rule in BISCALE.items() if phase in phases]
         else:
             bare.append(name)
     for name in bare:
@@ -247,12 +249,14 @@ class Replay:
         )
         gone = ""
         quick_threads()
-        with (self.raw / "requests.jsonl").open("wb") as out:
+        with (self.raw / "requests.jsonl").open("wb") as out, hurried():
             replayer = Replayer(self.trace, load, out, self.tell)
             try:
                 asyncio.run(replayer.run())
             except EngineGone as error:
                 gone = str(error)
+            except KeyboardInterrupt:  # what was measured is worth as much as after a lost engine
+                gone = INTERRUPTED
         ended_s = max(
             (r.last_chunk_s for r in replayer.records if r.last_chunk_s == r.last_chunk_s), default=time.monotonic()
         )
@@ -278,6 +282,18 @@ class Replay:
             "problems": outcome.problems, "gone": outcome.gone, "failed": outcome.failed, "lateness_p99_s": outcome.lateness_s,
         }  # fmt: skip
         (self.raw / "replay.yaml").write_text(yaml.safe_dump(facts, sort_keys=False), encoding="utf-8")
+
+
+def wait_for_engines(urls: Sequence[str], wait_s: float) -> None:
+    """Wait until every engine lists its models, or until time is up: what is missing then is said when the replay starts."""
+    deadline = time.monotonic() + wait_s
+    for url in urls:
+        while time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(f"{url.rstrip('/').removesuffix('/v1')}/v1/models", timeout=2).close()
+                break
+            except (OSError, ValueError):
+                time.sleep(0.3)
 
 
 def lateness_p99_s(url: str) -> float | None:

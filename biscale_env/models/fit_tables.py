@@ -16,7 +16,10 @@ from biscale_env.models.files import Phase
 KEY_COLUMNS = ("phase", "tp", "dtype")
 WORK_COLUMNS = ("batch", "new_tokens", "prefix", "context")
 COMPONENT_COLUMNS = ("gemm_s", "attn_s", "comm_s", "elem_s")
-OPTIONAL_COLUMNS = (*COMPONENT_COLUMNS, "latency_s", "power_w", "freq_mhz")
+SCOPES = ("iteration", "shard")
+OPTIONAL_COLUMNS = (*COMPONENT_COLUMNS, "latency_s", "power_w", "freq_mhz", "scope")
+ONE_GPU_LACKS = dict.fromkeys(("comm0_s", "comm_s_per_token", "host0_s", "host_s_per_seq", "link_bytes_per_token"), 0.0)
+"""Coefficients of what a shard on a GPU of its own does not do: all-reduce between GPUs, the engine's host work."""
 Floats = NDArray[np.float64]
 
 
@@ -43,12 +46,14 @@ class ProfileTable:
         tp: GPUs per instance.
         dtype: ``bf16`` or ``fp8``.
         rows: the rows of the file, sorted by work and clock.
+        shard: the rows are of one GPU's share of the work alone, as `biscale profile` measures it, not of whole iterations.
     """
 
     phase: Phase
     tp: int
     dtype: Dtype
     rows: pd.DataFrame
+    shard: bool = False
 
     @property
     def work(self) -> Work:
@@ -87,11 +92,13 @@ def _check(path: Path, table: pd.DataFrame, header_lines: int) -> pd.DataFrame:
         raise BiscaleError(f"{path}: unknown column {', '.join(sorted(unknown))}; known: {known}")
     if table.empty:
         raise BiscaleError(f"{path}: the table has no rows")
-    for column, allowed in (("phase", ("prefill", "decode")), ("dtype", ("bf16", "fp8"))):
+    if "scope" not in table.columns:
+        table["scope"] = "iteration"
+    for column, allowed in (("phase", ("prefill", "decode")), ("dtype", ("bf16", "fp8")), ("scope", SCOPES)):
         if (bad := ~table[column].isin(allowed)).any():
             line = _first_line(table, bad, header_lines)
             raise BiscaleError(f"{path} line {line}: {column} must be {' or '.join(allowed)}")
-    for column in table.columns.drop(["phase", "dtype"]):
+    for column in table.columns.drop(["phase", "dtype", "scope"]):
         values = pd.to_numeric(table[column], errors="coerce")
         low = 0.0 if column in ("prefix", "context", "new_tokens", "comm_s") else 1e-12
         if (bad := ~(np.isfinite(values) & (values >= low))).any():
@@ -108,8 +115,9 @@ def read_profile(path: Path) -> list[ProfileTable]:
 
     Columns: ``phase`` (prefill, decode), ``tp``, ``dtype`` (bf16, fp8), ``batch`` (requests), ``new_tokens`` (prompt tokens per request;
     0 in decode), ``prefix`` (tokens per request already cached; 0 in decode), ``context`` (KV tokens per request in decode; 0 in
-    prefill); then any of ``latency_s`` (iteration), ``power_w`` (mean per GPU), ``freq_mhz`` (mean SM clock while it ran) and kernel times
-    ``gemm_s``, ``attn_s``, ``comm_s``, ``elem_s``. Lines that start with ``#`` are comments.
+    prefill); then any of ``latency_s`` (iteration), ``power_w`` (mean per GPU), ``freq_mhz`` (mean SM clock while it ran), kernel times
+    ``gemm_s``, ``attn_s``, ``comm_s``, ``elem_s``, and ``scope``: ``iteration`` (the default), or ``shard`` where one GPU ran its share of
+    the work alone, without all-reduce and host. Lines that start with ``#`` are comments.
 
     Returns:
         One table per (phase, tp, dtype), in that order.
@@ -133,6 +141,11 @@ def read_profile(path: Path) -> list[ProfileTable]:
     for key, rows in table.groupby(list(KEY_COLUMNS)):
         phase, tp, dtype = cast(tuple[Phase, int, Dtype], key)
         order = [c for c in (*WORK_COLUMNS, "freq_mhz") if c in rows]
-        kept = rows.drop(columns=list(KEY_COLUMNS)).sort_values(order, kind="stable").reset_index(drop=True)
-        tables.append(ProfileTable(phase, int(tp), dtype, kept))
+        if rows["scope"].nunique() > 1:
+            raise BiscaleError(
+                f"{path}: {phase} {dtype} tp{tp} mixes whole iterations and shards; give each a table of its own"
+            )
+        shard = bool(rows["scope"].iloc[0] == "shard")
+        kept = rows.drop(columns=[*KEY_COLUMNS, "scope"]).sort_values(order, kind="stable").reset_index(drop=True)
+        tables.append(ProfileTable(phase, int(tp), dtype, kept, shard))
     return tables

@@ -1,7 +1,8 @@
 """`biscale fit --profile TABLE.csv`: coefficient files from measurements of one's own hardware.
 
 A table of whole iterations cannot tell apart terms of equal form: host time from the constant part of communication, static from busy
-power. Their sums are fitted; how they are shared stays near the start model.
+power. Their sums are fitted; how they are shared stays near the start model. A table of shards (``scope``, as `biscale profile` writes it)
+knows nothing of all-reduce and host: both are left out while it is fitted, and come from the start model afterwards.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from biscale_env.models.files import Coefficient, ModelFile, draws_path, dump_mo
 from biscale_env.models.fit import DRAW_DIGITS, GEOMETRY_FIELDS, box_of
 from biscale_env.models.fit_latency import LATENCY_FIELDS, WORK_FIELD, Rows, mape, predict_s, refine
 from biscale_env.models.fit_power import SCALE, LinearSystem, energy_columns, geometry
-from biscale_env.models.fit_tables import ProfileTable, read_profile, sha256
+from biscale_env.models.fit_tables import ONE_GPU_LACKS, ProfileTable, read_profile, sha256
 from biscale_env.models.model import DEFAULT_NAME, IterationModel, load_model
 from biscale_env.models.physics import Coefficients
 
@@ -153,7 +154,8 @@ def fit_table(table: ProfileTable, power: ProfileTable | None, model: IterationM
         path: the file, for messages and provenance.
         name: name of the new model family.
     """
-    start = model.coefficients._replace(**geometry(model.llm, table.tp, table.dtype, model.gpu.power_cap_w))
+    whole = model.coefficients._replace(**geometry(model.llm, table.tp, table.dtype, model.gpu.power_cap_w))
+    start = whole._replace(**ONE_GPU_LACKS) if table.shard else whole
     held_out = table.held_out()
     c = _fit_latency(start, table, ~held_out)
     power_mape = float("nan")
@@ -171,9 +173,17 @@ def fit_table(table: ProfileTable, power: ProfileTable | None, model: IterationM
         "held_out_mape": rounded(latency_mape, 4),
         "power_held_out_mape": rounded(power_mape, 4) if power is not None else "no power measured",
     }
-    moved = {n for n in Coefficients._fields if getattr(c, n) != getattr(start, n)}
-    content = _content(c, moved, table, model, path, name, record)
+    if table.shard:
+        record["scope"] = f"one shard on one GPU; all-reduce, its energy and host time are those of {model.name}"
+    kept = _kept_of(whole) if table.shard else {}
+    moved = {n for n in Coefficients._fields if n not in kept and getattr(c, n) != getattr(start, n)}
+    content = _content(c._replace(**kept), moved, table, model, path, name, record)
     return UserFit(content, _bootstrap(c, start, table, power, moved, model), latency_mape, power_mape)
+
+
+def _kept_of(whole: Coefficients) -> dict[str, float]:
+    """What a table of shards cannot tell, as the start model has it."""
+    return {n: getattr(whole, n) for n in (*ONE_GPU_LACKS, "e_link_j")}
 
 
 def _content(
@@ -243,6 +253,10 @@ def fit_user(profile: Path, power: Path | None = None, base: str = DEFAULT_NAME,
             raise BiscaleError(f"{profile}: {what} has {len(table.rows)} rows; a fit needs at least {MIN_ROWS}")
         joined = _join_power(table, power_tables)
         if joined is not None:
+            if joined.shard != table.shard:
+                raise BiscaleError(
+                    f"{profile} and {power} must both hold whole iterations or both hold shards of {what}"
+                )
             for column in ("power_w", "freq_mhz"):
                 _need(joined, column, power or profile)
         fits.append(fit_table(table, joined, _start(table, base), profile, name or profile.stem))

@@ -1,5 +1,5 @@
 #!/bin/bash
-# `make test-engine`: set the engine environment up (once, about 3 GB) and run the tests against a real vLLM prefill/decode pair on the CPU.
+# `make test-engine`: set the engine environment up (once, 3.7 GB) and run the tests against a real vLLM prefill/decode pair on the CPU.
 set -eu
 root=$(cd "$(dirname "$0")/../.." && pwd)
 bash "$root/tests/engine/setup.sh"

@@ -1,8 +1,11 @@
 """Tier 3 (`make test-engine`): the real vLLM prefill/decode pair on the CPU, our hook, the actuator on the C stand-in for NVML.
 
-Needs ``tests/engine/setup.sh`` once. Not part of the ordinary suite: it takes minutes and its environment is 3 GB.
+Needs ``tests/engine/setup.sh`` once. Not part of the ordinary suite: it takes minutes and its environment is 3.7 GB. However it ends, by
+itself, by a signal or by ``kill -9``, no engine is left behind.
 """
 
+import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -28,6 +31,19 @@ pytestmark = [
     pytest.mark.skipif(not MODEL.is_dir(), reason="no engine environment: run tests/engine/setup.sh"),
     pytest.mark.skipif(not shutil.which("gcc"), reason="no C compiler on this machine"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _orderly():
+    """A polite kill (of `timeout`, of CI) ends like Ctrl-C: with the fixtures' clean-up."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def die_with_parent():
+    """Runs in the child: SIGTERM when the tests die without clean-up (PR_SET_PDEATHSIG = 1, linux/prctl.h)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def free_port():
@@ -64,6 +80,7 @@ class Engine:
             stdout=self.log.open("wb"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=die_with_parent,
         )
 
     def wait(self):
@@ -87,12 +104,14 @@ class Engine:
             return json.loads(answer.read())
 
     def stop(self):
-        os.killpg(self.process.pid, signal.SIGTERM)
-        try:
+        """End the server and whatever it has started: they are one process group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(30)
-        except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +135,15 @@ def site(tmp_path_factory):
         engines["decode"].ask()
         yield folder, engines, env, state
     finally:
+        for process in replays:
+            if process.poll() is None:
+                process.kill()  # its own children end with it
+                process.wait()
         for engine in engines.values():
             engine.stop()
+
+
+replays: list[subprocess.Popen] = []
 
 
 def write_trace(folder, n, rate):
@@ -143,14 +169,17 @@ def start_replay(site, name, n):
         "--decode", engines["decode"].url, "--backend", "nvml", "--sockets", folder / "s", "--out", folder / name, "--policy", "biscale",
         "--vocabulary", "1000",
     ]  # fmt: skip
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [str(c) for c in command],
         env={**os.environ, **env},
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=die_with_parent,
     )
+    replays.append(process)
+    return process
 
 
 def locked(state):
