@@ -5,10 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from agents.config import AgentConfig
-from agents.train import EVALUATIONS, set_up, train, write_atomically
+from agents.records import write_atomically
+from agents.train import EVALUATIONS, set_up, train
 from biscale_env.config.loader import validate
 from biscale_env.errors import BiscaleError
 
@@ -43,6 +45,21 @@ def suggest(trial: Any, config: AgentConfig, steps: int) -> AgentConfig:
     return validate(data | {"evaluation": data["evaluation"] | every}, AgentConfig, "trial")
 
 
+def starting_point(config: AgentConfig) -> dict[str, Any]:
+    """The config's own values as parameters of a trial, as far as it gives them."""
+    values: dict[str, Any] = {name: config.hyper[name] for name in SPACES[config.algo] if name in config.hyper}
+    if "gamma" in values:
+        values["one_minus_gamma"] = 1.0 - values.pop("gamma")
+    return values | ({"log_std_init": config.log_std_init} if "ppo" in config.algo else {})
+
+
+def trials_table(study: Any) -> pd.DataFrame:
+    """One row per trial, best first: its number, state, score and parameters."""
+    frame = study.trials_dataframe(attrs=("number", "state", "value", "params"))
+    frame = frame.rename(columns=lambda name: name.removeprefix("params_")).rename(columns={"value": "score"})
+    return frame.sort_values("score").round(5)
+
+
 def run_study(config: AgentConfig, trials: int, steps: int, out: Path) -> tuple[float, Path]:
     """Run trials in a stored study; returns the best score and the path of its config.
 
@@ -75,7 +92,10 @@ def run_study(config: AgentConfig, trials: int, steps: int, out: Path) -> tuple[
         trial.set_user_attr("evaluations", (folder / EVALUATIONS).read_text())
         return run.evaluate.best
 
+    if not study.trials:  # the config as it is stands in every study, so that the search shows what it is worth
+        study.enqueue_trial(starting_point(config))
     study.optimize(objective, n_trials=trials)
+    write_atomically(out / "trials.csv", trials_table(study).to_csv(index=False))
     try:
         best = study.best_trial
     except ValueError:
