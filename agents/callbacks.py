@@ -11,7 +11,7 @@ from agents.env import AgentVecEnv, Tally
 from agents.heldout import SHORTFALL_PRICE, Act, Figures, HeldOut
 from biscale_env.errors import BiscaleError
 
-EVALUATED_PRICES = 4
+EVALUATED_PRICES = 6
 MIN_REQUESTS = 200  # per group, on average, before a multiplier moves
 
 

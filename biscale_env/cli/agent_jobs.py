@@ -13,7 +13,7 @@ from biscale_env.evaluation.compare import Job
 
 SHIPPED = Path(find_spec("agents").submodule_search_locations[0]) / "checkpoints"  # type: ignore[union-attr, index]
 AGENT = "agent"
-N_PRICES = 6
+N_PRICES = 9
 SUFFIXES = (".npz", ".zip")
 PARAMETERS = ("price", "margin")
 BISCALE_OWN = {"prefill": "mpc", "decode": "slack"}
