@@ -80,9 +80,12 @@ def gap_closed(parts: Mapping[str, pd.DataFrame], own: str) -> float:
     return float((theirs - mine) / (theirs - bound.mean()))
 
 
-def _percent(interval: Interval) -> str:
+def percent(interval: Interval) -> str:
+    """A difference of energy ratios in points of max clock's energy, with its interval where there is one."""
     if not np.isfinite(interval.estimate):
         return "-"
+    if not np.isfinite(interval.low):
+        return f"{100 * interval.estimate:+.1f}"
     return f"{100 * interval.estimate:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
 
 
@@ -98,7 +101,7 @@ def point_row(rows: pd.DataFrame, phase: str, shipped: int | None) -> list[str]:
     own, parts = BISCALE_OWN[phase], split(rows, shipped)
     nothing = rows.iloc[:0]
     cells = [str(shown(parts.get(name, nothing)) or "-") for name in ("max", STATIC, own, AGENT)]
-    against = [_percent(saving(parts[AGENT], parts[name])) if name in parts else "-" for name in (own, STATIC)]
+    against = [percent(saving(parts[AGENT], parts[name])) if name in parts else "-" for name in (own, STATIC)]
     closed = gap_closed(parts, own)
     oracle = str(shown(parts.get(ORACLE, nothing)) or "-")
     return [*cells, *against, oracle, f"{closed:.0%}" if np.isfinite(closed) else "-", *_seeds(parts["seeds"])]
