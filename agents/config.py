@@ -87,6 +87,8 @@ class WarmStart(Config):
         rounds: 1 is behaviour cloning; more is DAgger: later rounds run the student and ask the teacher.
         epochs: passes over the data after every round.
         learning_rate: of Adam.
+        oracle_workloads: training workloads per group whose plan with hindsight is cloned too; the plan knows no delay, so it is
+            data beside the teacher's, not a teacher (a student cannot ask it in states of its own).
     """
 
     teacher: str
@@ -94,6 +96,7 @@ class WarmStart(Config):
     rounds: int = Field(default=3, gt=0)
     epochs: int = Field(default=8, gt=0)
     learning_rate: float = Field(default=1e-3, gt=0)
+    oracle_workloads: int = Field(default=0, ge=0)
 
 
 class EvaluationConfig(Config):

@@ -19,11 +19,12 @@ COMMON: dict[str, Suggest] = {
     "learning_rate": lambda t: t.suggest_float("learning_rate", 1e-4, 3e-3, log=True),
     "gamma": lambda t: 1.0 - t.suggest_float("one_minus_gamma", 0.003, 0.1, log=True),
 }
+CHOICES = {"n_steps": [32, 64, 128, 256], "batch_size": [1024, 2048, 4096]}
 SPACES: dict[str, dict[str, Suggest]] = {
     "ppo": COMMON
     | {
-        "n_steps": lambda t: t.suggest_categorical("n_steps", [32, 64, 128, 256]),
-        "batch_size": lambda t: t.suggest_categorical("batch_size", [1024, 2048, 4096]),
+        "n_steps": lambda t: t.suggest_categorical("n_steps", CHOICES["n_steps"]),
+        "batch_size": lambda t: t.suggest_categorical("batch_size", CHOICES["batch_size"]),
         "n_epochs": lambda t: t.suggest_int("n_epochs", 2, 8),
         "gae_lambda": lambda t: t.suggest_float("gae_lambda", 0.8, 0.98),
         "clip_range": lambda t: t.suggest_float("clip_range", 0.1, 0.3),
@@ -46,8 +47,9 @@ def suggest(trial: Any, config: AgentConfig, steps: int) -> AgentConfig:
 
 
 def starting_point(config: AgentConfig) -> dict[str, Any]:
-    """The config's own values as parameters of a trial, as far as it gives them."""
+    """The config's own values as parameters of a trial, as far as it gives them and the space holds them."""
     values: dict[str, Any] = {name: config.hyper[name] for name in SPACES[config.algo] if name in config.hyper}
+    values = {name: v for name, v in values.items() if v in CHOICES.get(name, [v])}
     if "gamma" in values:
         values["one_minus_gamma"] = 1.0 - values.pop("gamma")
     return values | ({"log_std_init": config.log_std_init} if "ppo" in config.algo else {})
