@@ -6,7 +6,9 @@ from typing import Any
 from biscale_env.contract import Policy
 
 
-def load_agent(path: Path, world: Any, draw: int = -1, price: float | None = None) -> Policy:
+def load_agent(
+    path: Path, world: Any, draw: int = -1, price: float | None = None, margin: float | None = None
+) -> Policy:
     """Policy of a checkpoint for a world: ``.npz`` without torch, ``.zip`` (a run's SB3 model) through SB3.
 
     Args:
@@ -14,6 +16,7 @@ def load_agent(path: Path, world: Any, draw: int = -1, price: float | None = Non
         world: gives phase, observation, clocks and model (`biscale_env.envs.settings.World` or a controller's context).
         draw: coefficients that the features believe in; -1 nominal.
         price: price of a lost request, for networks that are told one; None takes their own.
+        margin: share of the TTFT bound that is kept free (prefill only); None takes the checkpoint's own.
 
     Raises:
         BiscaleError: missing, corrupt, or made for another phase or observation.
@@ -21,7 +24,7 @@ def load_agent(path: Path, world: Any, draw: int = -1, price: float | None = Non
     if Path(path).suffix == ".zip":
         from agents.sb3_policy import Sb3Policy
 
-        return Sb3Policy.load(Path(path), world, draw, price)
+        return Sb3Policy.load(Path(path), world, draw, price, margin)
     from agents.numpy_policy import NumpyPolicy
 
-    return NumpyPolicy.load(Path(path), world, draw, price)
+    return NumpyPolicy.load(Path(path), world, draw, price, margin)

@@ -1,7 +1,6 @@
 """Callbacks of SB3: the Lagrangian, held-out evaluation with checkpoints, and a stop at the first value that is not finite."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,14 +11,14 @@ from agents.env import AgentVecEnv, Tally
 from agents.heldout import SHORTFALL_PRICE, Act, Figures, HeldOut
 from biscale_env.errors import BiscaleError
 
-EVALUATED_PRICES = 4
+EVALUATED_PRICES = 6
 MIN_REQUESTS = 200  # per group, on average, before a multiplier moves
 
 
 class Lagrangian(BaseCallback):
     """Moves one multiplier per group by plain SGD on (target - measured attainment), clamped at 0 and at a maximum.
 
-    It also measures each group's cost rate, which the reward is relative to (see :mod:`agents.env`).
+    It also measures the cost rate of each group (and price), which the reward is relative to (see :mod:`agents.env`).
 
     Attributes:
         attainment: running mean per group; NaN before the first measurement.
@@ -50,7 +49,7 @@ class Lagrangian(BaseCallback):
         tally = self.env.tally
         if tally.finished.sum() >= MIN_REQUESTS * len(self.targets):
             self.update(tally)
-            self.env.tally = Tally(len(self.targets))
+            self.env.tally = self.env.new_tally()
             for group, m, a in zip(self.env.groups, self.env.multipliers, self.attainment, strict=True):
                 self.logger.record(f"multiplier/{group.name}", float(m))
                 self.logger.record(f"attainment/{group.name}", float(a))
@@ -86,6 +85,7 @@ class Evaluate(BaseCallback):
     Attributes:
         history: ``(env step, Figures, score)`` of every evaluation.
         best: lowest score so far.
+        reached: the SLO is met everywhere at the energy that was aimed at: training ends.
     """
 
     def __init__(
@@ -118,25 +118,35 @@ class Evaluate(BaseCallback):
         )
         self.history: list[tuple[int, Figures, float]] = []
         self.price: float | None = None
+        self.margin = 0.0
         self.best, self.worse, self._next = float("inf"), 0, 0
+        self.reached = False
 
-    def at_best_prices(self) -> tuple[Figures, float | None]:
-        """Figures with, per group, the cheapest price that meets its target (the free parameter, tuned), and the best common price."""
-        if self.config.price is None:
-            return self.held_out(self.act), None
-        prices = np.geomspace(*self.config.price, EVALUATED_PRICES)
-        tried = []
-        for price in prices:
-            self.act.price = price  # type: ignore[attr-defined]
+    def _settings(self) -> list[tuple[float, float]]:
+        """``(price, margin)`` pairs to choose among: margins at the default price, else prices, else the only one there is."""
+        config = self.config
+        if config.margins:
+            return [(config.default_price, m) for m in config.margins]
+        return (
+            [(float(p), 0.0) for p in np.geomspace(*config.price, EVALUATED_PRICES)] if config.price else [(0.0, 0.0)]
+        )
+
+    def at_best_setting(self) -> Figures:
+        """Figures with, per group, the cheapest setting of the free parameter that meets its target; keeps the best common one."""
+        settings, tried = self._settings(), []
+        for price, margin in settings:
+            self.act.price, self.act.margin = price, margin  # type: ignore[attr-defined]
             tried.append(self.held_out(self.act))
         energy, attained = np.stack([f.energy_ratio for f in tried]), np.stack([f.attainment for f in tried])
         value = energy + SHORTFALL_PRICE * np.maximum(self.targets - attained, 0.0)
         at, groups = value.argmin(axis=0), np.arange(energy.shape[1])
-        return Figures(energy[at, groups], attained[at, groups]), float(prices[value.mean(axis=1).argmin()])
+        price, self.margin = settings[int(value.mean(axis=1).argmin())]
+        self.price = price if self.config.price else None
+        return Figures(energy[at, groups], attained[at, groups])
 
     def evaluate(self) -> Figures:
         """Evaluate now, log, save."""
-        figures, self.price = self.at_best_prices()
+        figures = self.at_best_setting()
         score = figures.score(self.targets)
         self.history.append((self.num_timesteps, figures, score))
         better = score < self.best
@@ -146,8 +156,14 @@ class Evaluate(BaseCallback):
         for name, ratio, attained in zip(self.names, figures.energy_ratio, figures.attainment, strict=True):
             self.logger.record(f"held_out/energy_ratio/{name}", float(ratio))
             self.logger.record(f"held_out/attainment/{name}", float(attained))
+        goal, met = self.config.evaluation.goal, bool((figures.attainment >= self.targets).all())
+        self.reached = goal is not None and met and float(figures.energy_ratio.mean()) <= goal
         self.save(better, self.num_timesteps, figures)
         return figures
+
+    def take_up(self, best: float, worse: int, history: list[tuple[int, Figures, float]]) -> None:
+        """Go on where an interrupted run stood; its last evaluation is made again."""
+        self.best, self.worse, self.history = best, worse, history[:-1]
 
     def _on_rollout_start(self) -> None:
         if self.num_timesteps >= self._next:
@@ -156,13 +172,4 @@ class Evaluate(BaseCallback):
 
     def _on_step(self) -> bool:
         patience = self.config.evaluation.patience
-        return not (patience and self.worse >= patience)
-
-
-def write_path(lagrangian: Lagrangian, names: list[str], path: Path) -> None:
-    """Write the multipliers' path as CSV: env step, one column per group."""
-    rows = ["step," + ",".join(names)]
-    rows += [f"{step}," + ",".join(f"{v:.4g}" for v in values) for step, values in lagrangian.path]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    temporary.replace(path)
+        return not (self.reached or (patience and self.worse >= patience))

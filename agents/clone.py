@@ -8,7 +8,11 @@ from numpy.typing import NDArray
 
 from agents.config import WarmStart
 from agents.env import AgentVecEnv
+from agents.features import with_price
+from biscale_env.envs.core import Batch, Pool
 from biscale_env.errors import BiscaleError
+from biscale_env.traces import Trace
+from controllers.oracle import make_oracle, oracle_world
 
 Teacher = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """Actions in [-1, 1], (n,), of encoded observations (n, dim)."""
@@ -43,9 +47,46 @@ def output_for(env: AgentVecEnv, action: NDArray[np.float32]) -> NDArray[np.floa
     flat = np.asarray(action, dtype=np.float32).reshape(env.num_envs)
     if env.config.action == "levels":
         return np.abs(flat[:, None] - env.levels[None]).argmin(axis=1).astype(np.float32)
+    return to_output(env, flat, env.rule)
+
+
+def oracle_data(env: AgentVecEnv, per_group: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """States and network outputs of the plans with hindsight of some training workloads, in the world they are made for (no delay).
+
+    Args:
+        env: the training environment.
+        per_group: workloads per group, the same as training uses.
+    """
+    kept = [
+        _planned(env, g, env.groups[g].source.workload(k)) for g in range(len(env.groups)) for k in range(per_group)
+    ]
+    return np.concatenate([k[0] for k in kept]), np.concatenate([k[1] for k in kept])
+
+
+def _planned(env: AgentVecEnv, number: int, workload: Trace) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    group, zero = env.groups[number], np.zeros(1, dtype=np.int64)
+    policy, _ = make_oracle(group.world, workload, group.attainment)
+    world = oracle_world(group.world)
+    batch, state, seen = Batch(world, 1, Pool.of(world, [workload])), None, []
+    batch.reset(zero, zero, zero - 1)
+    while not batch.done.all():
+        observation = batch.obs.copy()
+        action, state = policy.predict(observation, state=state)
+        seen.append((observation[0], np.float32(np.ravel(action)[0])))
+        batch.step(np.asarray(action, dtype=np.float32).reshape(1))
+    observations, actions = np.stack([s[0] for s in seen]), np.array([s[1] for s in seen])
+    coefs, cheapest = env.features.belief(group.world.model, [-1])
+    features, rule, _ = env.features(observations, coefs, cheapest)
+    if env.config.price is not None:
+        features = with_price(features, np.exp(env.rng.uniform(*np.log(env.config.price), size=len(features))))
+    return features, to_output(env, actions, rule)
+
+
+def to_output(env: AgentVecEnv, action: NDArray[np.float32], rule: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Network output of actions (n,), where the rule says (n,)."""
     if env.config.action == "rule":
-        flat = (flat - env.rule) / np.float32(2.0 * env.config.span)
-    return np.clip(flat, -1.0, 1.0)
+        action = (action - rule) / np.float32(2.0 * env.config.span)
+    return np.clip(action, -1.0, 1.0)
 
 
 def warm_start(
@@ -71,6 +112,9 @@ def warm_start(
         [*policy.mlp_extractor.policy_net.parameters(), *policy.action_net.parameters()], lr=plan.learning_rate
     )
     features, outputs = np.empty((0, env.dim), np.float32), np.empty(0, np.float32)
+    if plan.oracle_workloads:
+        features, outputs = oracle_data(env, plan.oracle_workloads)
+        report(f"warm start: {len(outputs)} decisions of plans with hindsight")
     losses = []
     for k in range(plan.rounds):
         more = collect(env, teacher, plan.steps, None if k == 0 else act)

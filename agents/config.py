@@ -1,10 +1,12 @@
 """What a training run is made of, as one validated object; shipped ones are ``configs/agents/*.yaml``."""
 
+import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from agents.features import check_margin
 from agents.hyper import ALGORITHMS, check_hyper
 from biscale_env.config.loader import Config, load_named, load_yaml
 from biscale_env.errors import BiscaleError
@@ -85,6 +87,8 @@ class WarmStart(Config):
         rounds: 1 is behaviour cloning; more is DAgger: later rounds run the student and ask the teacher.
         epochs: passes over the data after every round.
         learning_rate: of Adam.
+        oracle_workloads: training workloads per group whose plan with hindsight is cloned too; the plan knows no delay, so it is
+            data beside the teacher's, not a teacher (a student cannot ask it in states of its own).
     """
 
     teacher: str
@@ -92,6 +96,7 @@ class WarmStart(Config):
     rounds: int = Field(default=3, gt=0)
     epochs: int = Field(default=8, gt=0)
     learning_rate: float = Field(default=1e-3, gt=0)
+    oracle_workloads: int = Field(default=0, ge=0)
 
 
 class EvaluationConfig(Config):
@@ -101,11 +106,13 @@ class EvaluationConfig(Config):
         every_steps: env steps between evaluations.
         workloads: held-out workloads per group.
         patience: stop after this many evaluations without a better policy; 0 never stops early.
+        goal: stop as soon as every group meets its attainment target and the mean energy ratio is at most this; None never does.
     """
 
     every_steps: int = Field(default=500_000, gt=0)
     workloads: int = Field(default=4, gt=0)
     patience: int = Field(default=0, ge=0)
+    goal: float | None = Field(default=None, gt=0)
 
 
 class AgentConfig(Config):
@@ -128,10 +135,14 @@ class AgentConfig(Config):
         constraint: see :class:`Constraint`.
         warm_start: see :class:`WarmStart`.
         evaluation: see :class:`EvaluationConfig`.
-        price: range of the price of a lost request (reference energies), drawn log-uniformly per episode and told to the network,
-            instead of multipliers: one network then holds the whole trade-off, and the price is its free parameter, like the margin of MPC.
+        price: range of the price of a lost request (unit: the mean energy of a request at max clock in its group), drawn log-uniformly
+            per episode and told to the network, instead of multipliers: one network then holds the whole trade-off, and the price is its
+            free parameter, like the margin of MPC.
+        margins: settings of the margin (share of the TTFT bound kept free, as in MPC) among which evaluation and tuning choose; the
+            network is not told, it is shown the tighter bound (prefill only; train with a wide ``slo_scale``). Empty: the price is chosen.
         decision_interval_s: in training, a decision stands at least this long; 0 decides at every iteration.
         reward_scale: factor on the reward.
+        anneal: let the learning rate fall linearly to 0 over the run.
         tp: GPUs per instance.
         dtype: ``bf16`` or ``fp8``.
         seed: seed of everything.
@@ -155,13 +166,20 @@ class AgentConfig(Config):
     warm_start: WarmStart | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
     price: tuple[float, float] | None = None
+    margins: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()
     decision_interval_s: float = Field(default=0.0, ge=0)
     reward_scale: float = Field(default=0.2, gt=0)
+    anneal: bool = False
     tp: int = Field(default=4, gt=0)
     dtype: Literal["bf16", "fp8"] = "bf16"
     seed: int = Field(default=0, ge=0)
     device: str = "cpu"
     evidence: str = ""
+
+    @property
+    def default_price(self) -> float:
+        """Price that the network is told unless another is asked for: the middle of the range, 0 where it takes none."""
+        return math.sqrt(self.price[0] * self.price[1]) if self.price else 0.0
 
 
 def load_config(name: str | Path | None, phase: str, algo: str | None = None) -> AgentConfig:
@@ -185,6 +203,8 @@ def load_config(name: str | Path | None, phase: str, algo: str | None = None) ->
     if algo is not None and algo != config.algo:
         raise BiscaleError(f"config {name} is for {config.algo}, but --algo {algo} was given: leave one of them out")
     check_hyper(config.algo, config.hyper, str(name))
+    for margin in config.margins:
+        check_margin(margin, phase)
     if (config.algo == "dqn") != (config.action == "levels"):
         raise BiscaleError(
             f"config {name}: action 'levels' and algorithm dqn belong together, got {config.action} and {config.algo}"

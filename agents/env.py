@@ -5,8 +5,9 @@ marginal energy per token and idle power per second at the cheapest clock; witho
 (b) Potential-based shaping: a request is charged when it is lost even at the highest clock, not when it completes late. (c) Prefill:
 requests that max clock loses on the same workload are refunded when they arrive. They are the same for every policy, and most of all
 violations.
-(d) Every second earns the group's average cost rate: decisions differ in length, and without it a discounted sum prefers short steps, that
-is high clocks (the differential reward of average-reward learning). (e) Rewards are divided by the spread of their group.
+(d) Every second earns the average cost rate of its group (and price): decisions differ in length, and without it a discounted sum
+prefers short steps, that is high clocks (the differential reward of average-reward learning). (e) Rewards are divided by the spread of
+their group.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from agents.config import AgentConfig
 from agents.features import FeatureMap, with_price
-from agents.mixture import HELD_OUT, Group, lost_at_max, world_of
+from agents.mixture import HELD_OUT, Group, run_at_max, world_of
 from biscale_env.envs.core import Batch, Pool
 from biscale_env.models.physics import idle_power_w
 
@@ -34,15 +35,20 @@ MARGINAL_WORK = {  # two typical iterations of each phase (assumed); their diffe
 
 
 class Tally:
-    """Sums per group since the last reading: requests finished and lost in the nominal world; cost (in reference energies), time."""
+    """Sums since the last reading: per group, requests finished and lost in the nominal world; per cell, cost and time.
 
-    def __init__(self, n_groups: int) -> None:
+    Cost is in reference energies, time in s.
+    """
+
+    def __init__(self, n_groups: int, n_cells: int) -> None:
         """Start from nothing."""
-        self.finished, self.lost, self.cost, self.time_s = (np.zeros(n_groups) for _ in range(4))
+        self.finished, self.lost = np.zeros(n_groups), np.zeros(n_groups)
+        self.cost, self.time_s = np.zeros(n_cells), np.zeros(n_cells)
 
     def add(
         self,
         group: NDArray[np.int64],
+        cell: NDArray[np.int64],
         counted: NDArray[np.bool_],
         finished: Floats,
         lost: Floats,
@@ -50,11 +56,11 @@ class Tally:
         time_s: Floats,
     ) -> None:
         """Count one step of all rows; requests only of the rows that are counted."""
-        n = len(self.cost)
+        n, cells = len(self.finished), len(self.cost)
         self.finished += np.bincount(group[counted], finished[counted], n)
         self.lost += np.bincount(group[counted], lost[counted], n)
-        self.cost += np.bincount(group, cost, n)
-        self.time_s += np.bincount(group, time_s, n)
+        self.cost += np.bincount(cell, cost, cells)
+        self.time_s += np.bincount(cell, time_s, cells)
 
 
 class Spread:
@@ -76,8 +82,9 @@ class AgentVecEnv(VecEnv):
     """n randomised worlds of one phase, stepped by one compiled call.
 
     Attributes:
-        multipliers: reward lost per violation, one per group; the Lagrangian moves them.
-        cost_rate: average cost per second, one per group; the Lagrangian measures it.
+        multipliers: reward lost per violation, one per group; the Lagrangian moves them (unless there is a price).
+        cost_rate: average cost per second, one per cell (group and bin of prices); the Lagrangian measures it.
+        request_cost: unit of the price per group.
         tally: what happened per group since it was last replaced, in episodes of the nominal world if there are any: the constraint
             is stated there, other draws may be slower than any policy can make up for.
     """
@@ -99,18 +106,20 @@ class AgentVecEnv(VecEnv):
         first = HELD_OUT if held_out else 0
         owned = [(g, g.source.workload(first + k)) for g, n in zip(groups, counts, strict=True) for k in range(n)]
         self.pool = Pool.of(self.world, [trace for _, trace in owned])
-        lost = [lost_at_max(g, trace) for g, trace in owned]
+        at_max = [run_at_max(g, trace) for g, trace in owned]
+        lost = [late for late, _ in at_max]
         self.lost_at_max = [
             np.concatenate([x for (h, _), x in zip(owned, lost, strict=True) if h is g]) for g in self.groups
         ]
         refunds = np.concatenate(lost) if config.phase == "prefill" else np.zeros(len(self.pool.arrival_s))
+        self.request_cost = self._request_cost([g for g, _ in owned], at_max)
         self._refunds = np.concatenate([[0.0], np.cumsum(refunds)])
         self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self.batch = Batch(self.world, config.n_envs, self.pool)
         self.features = FeatureMap(config.phase, self.world.spec, self.world.clocks)
         self.multipliers = np.full(len(self.groups), config.constraint.start)
-        self.cost_rate = np.zeros(len(self.groups))
-        self.tally = Tally(len(self.groups))
+        self.cost_rate = np.zeros(len(self.groups) * PRICE_BINS)
+        self.tally = self.new_tally()
         self._draws = np.arange(-1, self.world.model.n_draws)
         beliefs = [self.features.belief(g.world.model, self._draws) for g in self.groups]
         self._coefs = np.stack([b[0] for b in beliefs])
@@ -134,6 +143,24 @@ class AgentVecEnv(VecEnv):
         space = gym.spaces.Box(-np.inf, np.inf, (self.dim,), dtype=np.float32)
         action: gym.Space[Any] = gym.spaces.Box(-1.0, 1.0, (1,), dtype=np.float32)
         super().__init__(n, space, gym.spaces.Discrete(len(self.levels)) if config.action == "levels" else action)
+
+    def new_tally(self) -> Tally:
+        """An empty tally of this environment."""
+        return Tally(len(self.groups), len(self.groups) * PRICE_BINS)
+
+    def _request_cost(self, owners: list[Group], at_max: list[tuple[NDArray[np.bool_], float]]) -> Floats:
+        """Mean energy of a request at max clock per group, idle included, in reference energies: the unit of the price."""
+        energy, requests = np.zeros(len(self.groups)), np.zeros(len(self.groups))
+        for group, (late, energy_j) in zip(owners, at_max, strict=True):
+            energy[self.groups.index(group)] += energy_j
+            requests[self.groups.index(group)] += len(late)
+        return energy / np.maximum(requests, 1.0) / self.world.energy_ref_j
+
+    def violation_weight(self) -> Floats:
+        """Reward lost per violation, in reference energies, one per row: the price of the episode, or the multiplier of its group."""
+        if self.config.price is None:
+            return self.multipliers[self.group]
+        return self.price * self.request_cost[self.group]
 
     def _baseline_of(self, group: Group, draw: int, freq_ghz: float) -> tuple[float, float]:
         """Marginal energy per token (J) and idle power (W) of a group at the cheapest clock in a world of this draw."""
@@ -198,9 +225,10 @@ class AgentVecEnv(VecEnv):
         features = self._observe()
         gamma = float(self.config.hyper.get("gamma", 0.99))
         refund = self._refunds[st["tail"]] - self._refunds[tail]
-        weight = self.multipliers[self.group]
+        weight, cell = self.violation_weight(), self._cells()
         self.tally.add(
             self.group,
+            cell,
             counted,
             st["step_finished"].astype(np.float64),
             violations,
@@ -208,8 +236,8 @@ class AgentVecEnv(VecEnv):
             elapsed,
         )
         charged = violations + gamma * self._lost - lost_before - refund
-        reward = self.cost_rate[self.group] * elapsed - excess - weight * charged
-        reward = self.config.reward_scale * reward / self._spread(self._cells(), reward)
+        reward = self.cost_rate[cell] * elapsed - excess - weight * charged
+        reward = self.config.reward_scale * reward / self._spread(cell, reward)
         infos = [NOTHING] * self.num_envs
         if done.any():
             features = self._restart(np.flatnonzero(done), features, infos)

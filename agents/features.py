@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.features_decode import DECODE_NAMES, decode_features
-from agents.features_prefill import PREFILL_NAMES, prefill_features
+from agents.features_prefill import NO_DEADLINE, PREFILL_NAMES, prefill_features
 from biscale_env.contract import ClockRange, ObservationSpec
+from biscale_env.contract.observation import HORIZON
 from biscale_env.errors import BiscaleError
 from biscale_env.models import COEFFICIENT_DTYPE, IterationModel
 
@@ -37,6 +38,36 @@ def with_price(features: Floats32, price: Any) -> Floats32:
     """Features with one more column: the price of a lost request, a number or one per row, on a logarithmic scale."""
     column = np.broadcast_to(0.5 * np.log(np.asarray(price, dtype=np.float32) / PRICE_SCALE), len(features))
     return np.concatenate([features, column[:, None].astype(np.float32)], axis=1)
+
+
+def tighten(obs: Floats32, spec: ObservationSpec, margin: float) -> Floats32:
+    """The prefill observation that a world with the TTFT bound ``(1 - margin)`` times as long would give, ``(n, dim)``.
+
+    The same deadlines come earlier by ``margin`` SLOs, as with the margin of MPC. One thing stays as it was: which requests count as
+    not lost yet. Those between the tighter bound and the real one show negative slack, so that the rule hurries for them.
+    """
+    if margin == 0.0:
+        return obs
+    out, rest = obs.copy(), np.float32(1.0 - margin)
+    for name in ("batch_slack", "batch_slack_alive"):
+        at = slice(spec.index(name), spec.index(name) + HORIZON)
+        out[:, at] = np.where(obs[:, at] < NO_DEADLINE, (obs[:, at] - np.float32(margin)) / rest, obs[:, at])
+    out[:, spec.index("oldest_wait")] /= rest
+    out[:, spec.index("slo")] *= rest
+    return np.clip(out, spec.low, spec.high)
+
+
+def check_margin(margin: float, phase: str) -> float:
+    """The margin, if the phase can have it.
+
+    Raises:
+        BiscaleError: outside 0 to 1, or in decode, where the observation does not say how many intervals a request has had.
+    """
+    if margin != 0.0 and phase != "prefill":
+        raise BiscaleError("a margin is for prefill agents: leave it out, decode agents have a price")
+    if not 0.0 <= margin < 1.0:
+        raise BiscaleError(f"the margin must be at least 0 and below 1 of the TTFT bound, got {margin}")
+    return float(margin)
 
 
 class FeatureMap:

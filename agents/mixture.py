@@ -101,9 +101,10 @@ def make_groups(config: AgentConfig) -> tuple[list[Group], list[int]]:
     return groups, counts
 
 
-def lost_at_max(group: Group, workload: Trace) -> NDArray[np.bool_]:
-    """Which requests of a workload max clock loses in the nominal world, one per request that the phase sees."""
-    return run_static(group.world, workload, group.world.clocks.freq_max_mhz).latency_s > group.slo_s
+def run_at_max(group: Group, workload: Trace) -> tuple[NDArray[np.bool_], float]:
+    """Which requests of a workload max clock loses in the nominal world, one per request that the phase sees; its energy, J."""
+    run = run_static(group.world, workload, group.world.clocks.freq_max_mhz)
+    return run.latency_s > group.slo_s, run.energy_j
 
 
 def targets(config: AgentConfig, groups: list[Group], lost: list[NDArray[np.bool_]]) -> NDArray[np.float64]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.features import FeatureMap, feature_id, with_price
+from agents.features import FeatureMap, check_margin, feature_id, tighten, with_price
 from biscale_env.contract import ClockRange, ObservationSpec, spec_for
 from biscale_env.errors import BiscaleError
 
@@ -114,6 +114,7 @@ class NumpyPolicy:
         model: Any,
         draw: int = -1,
         price: float | None = None,
+        margin: float | None = None,
     ) -> None:
         """Bind the network to a world.
 
@@ -125,6 +126,7 @@ class NumpyPolicy:
             model: latency model that the features believe in.
             draw: coefficients of that model; -1 nominal.
             price: price of a lost request, in reference energies; None takes the checkpoint's own.
+            margin: share of the TTFT bound that is kept free (prefill); None takes the checkpoint's own.
 
         Raises:
             BiscaleError: a checkpoint of the other phase or of another observation.
@@ -137,15 +139,18 @@ class NumpyPolicy:
         if price is not None and not price > 0:
             raise BiscaleError(f"the price of a lost request must be positive, got {price}")
         self.price = network.price if price is None else float(price)
+        self.margin = check_margin(network.card.get("margin", 0.0) if margin is None else margin, phase)
         self.network, self.spec = network, spec
         self._features = FeatureMap(phase, spec, clocks)
         self._coefs, self._cheapest = self._features.belief(model, [draw])
         self._levels = clocks.to_action(np.array(clocks.levels_mhz))
 
     @classmethod
-    def load(cls, path: Path, world: Any, draw: int = -1, price: float | None = None) -> "NumpyPolicy":
+    def load(
+        cls, path: Path, world: Any, draw: int = -1, price: float | None = None, margin: float | None = None
+    ) -> "NumpyPolicy":
         """Load a checkpoint for a world (an object with ``phase``, ``spec``, ``clocks``, ``model``)."""
-        return cls(load_network(path), world.phase, world.spec, world.clocks, world.model, draw, price)
+        return cls(load_network(path), world.phase, world.spec, world.clocks, world.model, draw, price, margin)
 
     def predict(
         self,
@@ -164,7 +169,8 @@ class NumpyPolicy:
             raise BiscaleError(
                 f"observation has {rows.shape[-1]} values, but {self.spec.id} has {self.spec.dim}: wrong phase?"
             )
-        features, rule, _ = self._features(np.ascontiguousarray(rows, dtype=np.float32), self._coefs, self._cheapest)
+        rows = tighten(np.ascontiguousarray(rows, dtype=np.float32), self.spec, self.margin)
+        features, rule, _ = self._features(rows, self._coefs, self._cheapest)
         if self.price is not None:
             features = with_price(features, self.price)
         action = decode_output(self.network, self.network.forward(features), rule, self._levels)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.config import AgentConfig
-from agents.features import FeatureMap, with_price
+from agents.features import FeatureMap, check_margin, tighten, with_price
 from agents.hyper import algorithm
 from biscale_env.config.loader import load_yaml
 from biscale_env.contract import spec_for
@@ -33,7 +33,15 @@ def config_beside(path: Path) -> AgentConfig:
 class Sb3Policy:
     """``predict`` of an SB3 model on encoded observations; recurrent models keep their memory in ``state``."""
 
-    def __init__(self, model: Any, config: AgentConfig, world: Any, draw: int = -1, price: float | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: AgentConfig,
+        world: Any,
+        draw: int = -1,
+        price: float | None = None,
+        margin: float | None = None,
+    ) -> None:
         """Bind a model to a world.
 
         Raises:
@@ -41,7 +49,8 @@ class Sb3Policy:
         """
         if config.phase != world.phase:
             raise BiscaleError(f"the checkpoint is for {config.phase}, but the environment is {world.phase}")
-        self._model, self._config = model, config
+        self._model, self._config, self._spec = model, config, world.spec
+        self.margin = check_margin(margin or 0.0, world.phase)
         self._features = FeatureMap(world.phase, world.spec, world.clocks)
         dim = self._features.dim + (config.price is not None)
         if model.observation_space.shape != (dim,):
@@ -55,7 +64,9 @@ class Sb3Policy:
         self._levels = world.clocks.to_action(np.array(world.clocks.levels_mhz))
 
     @classmethod
-    def load(cls, path: Path, world: Any, draw: int = -1, price: float | None = None) -> "Sb3Policy":
+    def load(
+        cls, path: Path, world: Any, draw: int = -1, price: float | None = None, margin: float | None = None
+    ) -> "Sb3Policy":
         """Load ``best.zip`` or ``last.zip`` of a run directory.
 
         Raises:
@@ -72,7 +83,7 @@ class Sb3Policy:
         except Exception as error:  # SB3 raises many kinds here: bad zip, pickle, missing parts
             reason = str(error).splitlines()[0] if str(error) else "corrupt"
             raise BiscaleError(f"checkpoint {path} cannot be loaded: {reason}") from None
-        return cls(model, config, world, draw, price)
+        return cls(model, config, world, draw, price, margin)
 
     def predict(
         self,
@@ -83,6 +94,7 @@ class Sb3Policy:
     ) -> tuple[NDArray[np.float32], Any]:
         """Choose clocks; see :class:`biscale_env.contract.Policy`."""
         rows = np.ascontiguousarray(observation[None] if observation.ndim == 1 else observation, dtype=np.float32)
+        rows = tighten(rows, self._spec, self.margin)
         features, rule, _ = self._features(rows, self._coefs, self._cheapest)
         if self.price is not None:
             features = with_price(features, self.price)

@@ -11,28 +11,30 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from agents.callbacks import Evaluate, FiniteGuard, Lagrangian, write_path
+from agents.callbacks import Evaluate, FiniteGuard, Lagrangian
 from agents.clone import warm_start
 from agents.config import AgentConfig
 from agents.env import AgentVecEnv
 from agents.export import to_network
-from agents.features import FeatureMap, with_price
+from agents.features import FeatureMap, tighten, with_price
 from agents.heldout import Figures, HeldOut
 from agents.hyper import algorithm
 from agents.mixture import make_groups, targets
+from agents.records import read_evaluations, read_path, write_atomically, write_evaluations, write_path
 from agents.sb3_policy import SPEC_FILE
 from biscale_env.contract import spec_for
 from biscale_env.errors import BiscaleError
 from controllers.base import context_of
 from controllers.registry import make_policy
 
-CONFIG, STATE, LAST, BEST, BEST_ZIP, EVALUATIONS = (
+CONFIG, STATE, LAST, BEST, BEST_ZIP, EVALUATIONS, MULTIPLIERS = (
     "config.yaml",
     "state.json",
     "last.zip",
     "best.npz",
     "best.zip",
     "evaluations.csv",
+    "multipliers.csv",
 )
 Report = Callable[[str], None]
 
@@ -56,13 +58,6 @@ class Run:
     model: Any
     lagrangian: Lagrangian
     evaluate: Evaluate
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file in one piece."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def open_folder(folder: Path, config: AgentConfig, resume: bool) -> None:
@@ -96,6 +91,7 @@ def make_model(config: AgentConfig, env: AgentVecEnv, folder: Path | None) -> An
         BiscaleError: SB3 refuses a hyper-parameter's value.
     """
     import torch
+    from stable_baselines3.common.utils import LinearSchedule
 
     torch.set_num_threads(1)
     activation = torch.nn.Tanh if config.activation == "tanh" else torch.nn.ReLU
@@ -107,7 +103,10 @@ def make_model(config: AgentConfig, env: AgentVecEnv, folder: Path | None) -> An
         }
     policy = "MlpLstmPolicy" if config.algo == "recurrent_ppo" else "MlpPolicy"
     log = None if folder is None else str(folder / "tensorboard")
+    hyper = dict(config.hyper)
     try:
+        if config.anneal:
+            hyper["learning_rate"] = LinearSchedule(float(hyper.get("learning_rate", 3e-4)), 0.0, 1.0)
         return algorithm(config.algo)(
             policy,
             env,
@@ -115,7 +114,7 @@ def make_model(config: AgentConfig, env: AgentVecEnv, folder: Path | None) -> An
             device=config.device,
             policy_kwargs=kwargs,
             tensorboard_log=log,
-            **config.hyper,
+            **hyper,
         )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise BiscaleError(f"{config.algo} refuses its hyper-parameters: {str(error).splitlines()[0]}") from None
@@ -126,6 +125,7 @@ class ActOf:
 
     Attributes:
         price: price of a lost request that a price-conditioned network is told.
+        margin: share of the TTFT bound that is kept free.
     """
 
     def __init__(self, model: Any, config: AgentConfig, held_out: HeldOut) -> None:
@@ -135,11 +135,12 @@ class ActOf:
         self._features = FeatureMap(config.phase, world.spec, world.clocks)
         self._levels = world.clocks.to_action(np.array(world.clocks.levels_mhz))
         self._state: Any = None
-        self.price = 0.0
+        self.price, self.margin = config.default_price, 0.0
 
     def __call__(self, obs: NDArray[np.float32], start: bool) -> NDArray[np.float32]:
         """Actions (n,)."""
         config, held_out = self._config, self._held_out
+        obs = tighten(obs, held_out.world.spec, self.margin)
         x, rule, _ = self._features(obs, held_out.coefs, held_out.cheapest_ghz)
         x = x if config.price is None else with_price(x, self.price)
         begins = np.full(len(obs), start)
@@ -175,7 +176,9 @@ def set_up(config: AgentConfig, folder: Path, resume: bool = False) -> Run:
         lagrangian,
         Evaluate(config, held_out, held_out.targets, names, ActOf(model, config, held_out), _nothing),
     )
-    run.evaluate.best = state.get("best", float("inf"))
+    if state:
+        run.evaluate.take_up(state["best"], state.get("worse", 0), read_evaluations(folder / EVALUATIONS))
+        lagrangian.path = read_path(folder / MULTIPLIERS)
     run.evaluate.save = lambda best, step, figures: save(run, best, step, figures)
     return run
 
@@ -209,18 +212,14 @@ def save(run: Run, best: bool, step: int, figures: Figures) -> None:
     state = {
         "step": step,
         "best": run.evaluate.best,
+        "worse": run.evaluate.worse,
         "multipliers": run.env.multipliers.tolist(),
         "cost_rate": run.env.cost_rate.tolist(),
         "groups": names,
     }
     write_atomically(folder / STATE, json.dumps(state, indent=1))
-    write_path(run.lagrangian, names, folder / "multipliers.csv")
-    header = "step,score," + ",".join(f"energy_ratio:{n},attainment:{n}" for n in names)
-    rows = [
-        f"{s},{score:.5f}," + ",".join(f"{e:.5f},{a:.5f}" for e, a in zip(f.energy_ratio, f.attainment, strict=True))
-        for s, f, score in run.evaluate.history
-    ]
-    write_atomically(folder / EVALUATIONS, "\n".join([header, *rows]) + "\n")
+    write_path(run.lagrangian.path, names, folder / MULTIPLIERS)
+    write_evaluations(run.evaluate.history, names, folder / EVALUATIONS)
     if best:
         run.model.save(temporary)
         os.replace(temporary, folder / BEST_ZIP)
@@ -239,6 +238,7 @@ def _card(run: Run, step: int, figures: Figures) -> dict[str, Any]:
         "algo": run.config.algo,
         "seed": run.config.seed,
         "steps": step,
+        "margin": run.evaluate.margin,
         "held_out": held_out,
         "config": run.config.model_dump(mode="json"),
     }
@@ -271,4 +271,4 @@ def train(run: Run, report: Report, progress: bool = False) -> Figures:
             f"interrupted at step {model.num_timesteps}: the state of the last evaluation is in {run.folder}, go on with --resume"
         )
         raise
-    return run.evaluate.evaluate() if left > 0 else run.evaluate.at_best_prices()[0]
+    return run.evaluate.evaluate() if left > 0 else run.evaluate.at_best_setting()

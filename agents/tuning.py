@@ -5,10 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from agents.config import AgentConfig
-from agents.train import EVALUATIONS, set_up, train, write_atomically
+from agents.records import write_atomically
+from agents.train import EVALUATIONS, set_up, train
 from biscale_env.config.loader import validate
 from biscale_env.errors import BiscaleError
 
@@ -17,11 +19,12 @@ COMMON: dict[str, Suggest] = {
     "learning_rate": lambda t: t.suggest_float("learning_rate", 1e-4, 3e-3, log=True),
     "gamma": lambda t: 1.0 - t.suggest_float("one_minus_gamma", 0.003, 0.1, log=True),
 }
+CHOICES = {"n_steps": [32, 64, 128, 256], "batch_size": [1024, 2048, 4096]}
 SPACES: dict[str, dict[str, Suggest]] = {
     "ppo": COMMON
     | {
-        "n_steps": lambda t: t.suggest_categorical("n_steps", [32, 64, 128, 256]),
-        "batch_size": lambda t: t.suggest_categorical("batch_size", [1024, 2048, 4096]),
+        "n_steps": lambda t: t.suggest_categorical("n_steps", CHOICES["n_steps"]),
+        "batch_size": lambda t: t.suggest_categorical("batch_size", CHOICES["batch_size"]),
         "n_epochs": lambda t: t.suggest_int("n_epochs", 2, 8),
         "gae_lambda": lambda t: t.suggest_float("gae_lambda", 0.8, 0.98),
         "clip_range": lambda t: t.suggest_float("clip_range", 0.1, 0.3),
@@ -41,6 +44,22 @@ def suggest(trial: Any, config: AgentConfig, steps: int) -> AgentConfig:
     changes = {"hyper": hyper, "log_std_init": log_std, "total_timesteps": steps}
     data = config.model_dump() | changes
     return validate(data | {"evaluation": data["evaluation"] | every}, AgentConfig, "trial")
+
+
+def starting_point(config: AgentConfig) -> dict[str, Any]:
+    """The config's own values as parameters of a trial, as far as it gives them and the space holds them."""
+    values: dict[str, Any] = {name: config.hyper[name] for name in SPACES[config.algo] if name in config.hyper}
+    values = {name: v for name, v in values.items() if v in CHOICES.get(name, [v])}
+    if "gamma" in values:
+        values["one_minus_gamma"] = 1.0 - values.pop("gamma")
+    return values | ({"log_std_init": config.log_std_init} if "ppo" in config.algo else {})
+
+
+def trials_table(study: Any) -> pd.DataFrame:
+    """One row per trial, best first: its number, state, score and parameters."""
+    frame = study.trials_dataframe(attrs=("number", "state", "value", "params"))
+    frame = frame.rename(columns=lambda name: name.removeprefix("params_")).rename(columns={"value": "score"})
+    return frame.sort_values("score").round(5)
 
 
 def run_study(config: AgentConfig, trials: int, steps: int, out: Path) -> tuple[float, Path]:
@@ -75,7 +94,10 @@ def run_study(config: AgentConfig, trials: int, steps: int, out: Path) -> tuple[
         trial.set_user_attr("evaluations", (folder / EVALUATIONS).read_text())
         return run.evaluate.best
 
+    if not study.trials:  # the config as it is stands in every study, so that the search shows what it is worth
+        study.enqueue_trial(starting_point(config))
     study.optimize(objective, n_trials=trials)
+    write_atomically(out / "trials.csv", trials_table(study).to_csv(index=False))
     try:
         best = study.best_trial
     except ValueError:

@@ -1,6 +1,7 @@
 """Regenerate the figures that README.md and docs/ state, between their markers, from the commands that measure them.
 
 Usage: python docs/update.py [models] [bench] [bench-cluster] [observation] [compare=RUN_DIRECTORY] [experiment:NAME=RUN_DIRECTORY ...]
+       [agents=EVALUATION,EVALUATION] [curves:PHASE=TRAINING_DIRECTORY]
 `make docs` runs the parts that need no long experiment.
 """
 
@@ -13,6 +14,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from agents.curves import draw, learning_curves
+from biscale_env.cli.agent_jobs import shipped_seeds
+from biscale_env.cli.agent_table import HEAD, markdown, point_rows, summary
 from biscale_env.contract import DECODE_SPEC, PREFILL_SPEC
 from biscale_env.evaluation.results import scenario_label
 from biscale_env.evaluation.run import load_run
@@ -203,14 +207,55 @@ def experiment(name: str, folder: str) -> None:
     )
 
 
+IN_README = (
+    "scenario",
+    "load",
+    "max clock",
+    "best static",
+    "BiScale's own",
+    "agent",
+    "agent - own",
+    "agent - static",
+    "that meet the SLO",
+)
+
+
+def agents(folders: str) -> None:
+    """The table of learned agents, from the run directories of `biscale evaluate`: whole into docs/, the main columns into the README."""
+    results = pd.concat([load_run(folder).results for folder in folders.split(",")], ignore_index=True)
+    shipped, parts = shipped_seeds(), []
+    (ROOT / "docs" / "agents-table.md").write_text(
+        "# Learned agents on workloads not used in training\n\nMade by the commands in [agents.md](agents.md).\n\n"
+        + markdown(results, shipped)
+    )
+    keep = [HEAD.index(name) for name in IN_README]
+    for phase in dict.fromkeys(results["phase"]):
+        rows = [[row[i] for i in keep] for row in point_rows(results, phase, shipped.get(phase))]
+        lines = ["| " + " | ".join(IN_README) + " |", "|---|" + "---:|" * (len(IN_README) - 1)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        parts.append(f"**{phase}**\n\n" + "\n".join(lines) + f"\n\n{summary(results, phase)}")
+    replace_block(ROOT / "README.md", "agents", "\n\n".join(parts))
+
+
+def curves(phase: str, folder: str) -> None:
+    """Learning curves of all training seeds of a phase as CSV, and the figure of both phases."""
+    home = ROOT / "docs" / "agents"
+    home.mkdir(exist_ok=True)
+    learning_curves(Path(folder)).to_csv(home / f"curves-{phase}.csv", index=False)
+    both = {p: home / f"curves-{p}.csv" for p in ("prefill", "decode")}
+    draw({p: pd.read_csv(path) for p, path in both.items() if path.is_file()}, home / "curves.svg")
+
+
 def main(arguments: list[str]) -> None:
     """Run the parts asked for; all but the long ones without arguments."""
     for argument in arguments or ["models", "observation", "bench"]:
         part, _, folder = argument.partition("=")
         if part.startswith("experiment:"):
             experiment(part.partition(":")[2], folder)
-        elif part == "compare":
-            compare(folder)
+        elif part.startswith("curves:"):
+            curves(part.partition(":")[2], folder)
+        elif part in ("compare", "agents"):
+            {"compare": compare, "agents": agents}[part](folder)
         else:
             parts = {"models": models, "bench": bench, "bench-cluster": bench_cluster, "observation": observation}
             parts[part]()

@@ -87,6 +87,19 @@ def test_violations_cost_the_multiplier():
     assert np.isfinite(fast).all()
 
 
+def test_violations_cost_the_price_that_the_network_is_told():
+    """The price of each row's episode, in energies of a request at max clock, not one constant for all."""
+    env = make(price=[1.0, 100.0], n_envs=32, randomise={"nominal_share": 1.0})
+    observed = env.reset()
+    assert env.violation_weight() == pytest.approx(env.price * env.request_cost[0])
+    assert len(np.unique(env.price)) == 32
+    told = 30.0 * np.exp(2.0 * observed[:, -1])
+    assert told == pytest.approx(env.price, rel=1e-4)
+    cheap, dear = (make(price=[p, p * 1.001], seed=3) for p in (1.0, 100.0))
+    cheap._spread = dear._spread = lambda cell, values: np.ones(len(values))
+    assert (run_at(cheap, -1.0, 60) - run_at(dear, -1.0, 60)).sum() > 0
+
+
 def test_refunds_are_the_requests_that_max_clock_loses():
     env = make()
     lost = np.concatenate(env.lost_at_max)
@@ -134,12 +147,12 @@ def test_targets_never_ask_more_than_max_clock_gives():
 
 
 def test_tally_counts_requests_of_counted_rows_only():
-    tally = Tally(2)
+    tally = Tally(2, 4)
     ones = np.ones(3)
-    tally.add(np.array([0, 0, 1]), np.array([True, False, True]), ones, ones, ones, 2 * ones)
+    tally.add(np.array([0, 0, 1]), np.array([0, 1, 3]), np.array([True, False, True]), ones, ones, ones, 2 * ones)
     assert tally.finished.tolist() == [1.0, 1.0]
-    assert tally.cost.tolist() == [2.0, 1.0]
-    assert tally.time_s.tolist() == [4.0, 2.0]
+    assert tally.cost.tolist() == [1.0, 1.0, 0.0, 1.0]
+    assert tally.time_s.tolist() == [2.0, 2.0, 0.0, 2.0]
 
 
 def world_with(phase, prompts, arrivals, delay_s=0.0):

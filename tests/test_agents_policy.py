@@ -9,10 +9,12 @@ import time
 import numpy as np
 import pytest
 
-from agents.features import NAMES, feature_id
+from agents.features import NAMES, feature_id, tighten
 from agents.numpy_policy import Network, NumpyPolicy, load_network
+from biscale_env.envs.core import Batch, Pool
 from biscale_env.envs.settings import World, WorldSettings
 from biscale_env.errors import BiscaleError
+from biscale_env.traces import Trace
 
 
 def network(phase="prefill", price=None, seed=0, **changes):
@@ -87,6 +89,46 @@ def test_price_is_a_free_parameter(world):
         NumpyPolicy(made, "prefill", world.spec, world.clocks, world.model, price=0.0)
     with pytest.raises(BiscaleError, match="takes no price"):
         NumpyPolicy(network(), "prefill", world.spec, world.clocks, world.model, price=2.0)
+
+
+def queued(world, slo_s):
+    """Observation of a short queue under a bound."""
+    arrivals, prompts = np.array([0.2, 0.21, 0.3]), np.array([900, 1500, 700], np.int32)
+    trace = Trace("t", arrivals, prompts, np.full(3, 20, np.int32), "test")
+    batch = Batch(world, 1, Pool.of(world, [trace]))
+    batch.reset(np.zeros(1, int), np.zeros(1, int), np.full(1, -1), {"slo_s": np.full(1, slo_s)})
+    batch.step(np.zeros(1, np.float32))
+    return batch.obs.copy()
+
+
+def test_margin_shows_the_network_a_tighter_bound(world):
+    """What a margin of m shows is what the same queue gives under a bound (1 - m) times as long."""
+    batch_of = {slo_s: queued(world, slo_s) for slo_s in (0.6, 0.45)}
+    assert np.allclose(tighten(batch_of[0.6], world.spec, 0.25), batch_of[0.45], atol=1e-5)
+    assert not np.allclose(batch_of[0.6], batch_of[0.45], atol=1e-3)
+    assert tighten(batch_of[0.6], world.spec, 0.0) is batch_of[0.6]
+
+
+def test_margin_makes_the_agent_faster_and_is_checked(world):
+    made, obs = network(), queued(world, 0.6)
+    flat = Network(
+        **{
+            **made.__dict__,
+            "weights": [np.zeros_like(w) for w in made.weights],
+            "biases": [np.zeros_like(b) for b in made.biases],
+        }
+    )
+    mean = [
+        NumpyPolicy(flat, "prefill", world.spec, world.clocks, world.model, margin=m).predict(obs)[0].mean()
+        for m in (0.0, 0.5, 0.7)
+    ]
+    assert mean[0] <= mean[1] < mean[2]
+    assert NumpyPolicy(made, "prefill", world.spec, world.clocks, world.model).margin == 0.0
+    with pytest.raises(BiscaleError, match="below 1 of the TTFT bound"):
+        NumpyPolicy(made, "prefill", world.spec, world.clocks, world.model, margin=1.0)
+    other = World(WorldSettings.of("decode"))
+    with pytest.raises(BiscaleError, match="a margin is for prefill agents"):
+        NumpyPolicy(network("decode"), "decode", other.spec, other.clocks, other.model, margin=0.1)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Training end to end on tiny runs: equal export, resume, refusals, the Lagrangian, cloning, tuning."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
@@ -8,19 +9,21 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("stable_baselines3")
 
 from agents.callbacks import Lagrangian  # noqa: E402
-from agents.clone import collect, output_for, warm_start  # noqa: E402
+from agents.clone import collect, oracle_data, output_for, warm_start  # noqa: E402
 from agents.config import AgentConfig, WarmStart, load_config  # noqa: E402
 from agents.dataset import export_dataset  # noqa: E402
-from agents.env import AgentVecEnv, Tally  # noqa: E402
+from agents.env import AgentVecEnv  # noqa: E402
 from agents.export import to_network  # noqa: E402
+from agents.features_prefill import PREFILL_NAMES  # noqa: E402
 from agents.hyper import ALGORITHMS, check_hyper  # noqa: E402
 from agents.mixture import make_groups  # noqa: E402
 from agents.numpy_policy import NumpyPolicy, load_network  # noqa: E402
 from agents.sb3_policy import Sb3Policy  # noqa: E402
 from agents.train import make_model, set_up, train  # noqa: E402
-from agents.tuning import run_study  # noqa: E402
+from agents.tuning import run_study, starting_point  # noqa: E402
 from biscale_env.config.loader import list_names  # noqa: E402
 from biscale_env.errors import BiscaleError  # noqa: E402
+from controllers.oracle import make_oracle  # noqa: E402
 
 HYPER = {
     "ppo": {"n_steps": 16, "batch_size": 64, "n_epochs": 1},
@@ -103,6 +106,9 @@ def test_runs_resume_and_refuse_changes(tmp_path):
     again = set_up(tiny(), folder, resume=True)
     assert again.model.num_timesteps == first.model.num_timesteps == 256
     assert np.array_equal(again.env.multipliers, first.env.multipliers)
+    steps = [step for step, _, _ in again.evaluate.history]
+    assert steps == [step for step, _, _ in first.evaluate.history][:-1]  # the last evaluation is made again
+    assert len(again.lagrangian.path) == len(first.lagrangian.path)
     (folder / "last.zip").write_bytes(b"PK\x03\x04 broken")
     with pytest.raises(BiscaleError, match="cannot be loaded"):
         set_up(tiny(), folder, resume=True)
@@ -123,6 +129,34 @@ def test_ctrl_c_leaves_the_last_good_state(tmp_path):
         train(run, print)
     again = set_up(tiny(total_timesteps=100_000), tmp_path / "run", resume=True)
     assert 0 < again.model.num_timesteps <= 300
+
+
+@pytest.mark.slow
+def test_training_ends_when_the_slo_is_met_at_the_energy_aimed_at(tmp_path):
+    run = set_up(
+        tiny(total_timesteps=4000, evaluation={"every_steps": 128, "workloads": 1, "goal": 1.1}), tmp_path / "run"
+    )
+    train(run, print)
+    assert run.evaluate.reached
+    assert run.model.num_timesteps < 1000
+    missed = set_up(tiny(evaluation={"every_steps": 128, "workloads": 1, "goal": 0.1}), tmp_path / "other")
+    train(missed, print)
+    assert not missed.evaluate.reached
+    assert missed.model.num_timesteps == 256
+
+
+@pytest.mark.slow
+def test_margins_are_evaluated_and_the_best_common_one_is_the_default(tmp_path):
+    run = set_up(tiny(margins=[0.0, 0.5], anneal=True), tmp_path / "run")
+    train(run, print)
+    network = load_network(tmp_path / "run" / "best.npz")
+    assert network.card["margin"] in (0.0, 0.5)
+    assert (
+        NumpyPolicy(network, "prefill", run.env.world.spec, run.env.world.clocks, run.env.world.model).margin
+        == network.card["margin"]
+    )
+    assert run.model.lr_schedule(1.0) == pytest.approx(3e-4)
+    assert run.model.lr_schedule(0.0) == 0.0
 
 
 @pytest.mark.slow
@@ -161,7 +195,7 @@ def test_multipliers_follow_sgd_and_stop_at_their_bounds():
     callback.num_timesteps = 1
 
     def update(lost):
-        tally = Tally(1)
+        tally = env.new_tally()
         tally.finished[:], tally.lost[:], tally.cost[:], tally.time_s[:] = 1000, lost, 50.0, 100.0
         callback.update(tally)
         return float(env.multipliers[0])
@@ -189,6 +223,20 @@ def test_cloning_recovers_a_teacher_that_a_network_can_hold():
     assert losses[-1] < 0.01
     out = model.policy.predict(env.reset(), deterministic=True)[0]
     assert np.abs(out - 0.5).max() < 0.3
+
+
+def test_plans_with_hindsight_are_data_to_clone():
+    """The cloned outputs, added to the rule again, are the clocks of the plan."""
+    env = env_of(tiny(span=1.0))
+    features, outputs = oracle_data(env, 1)
+    group = env.groups[0]
+    policy, report = make_oracle(group.world, group.source.workload(0), group.attainment)
+    assert features.shape == (len(outputs), env.dim)
+    assert report["feasible"] == 1.0
+    rule = features[:, PREFILL_NAMES.index("rule")]
+    plan = env.world.clocks.to_action(policy.plan_mhz)[: len(outputs)]
+    assert len(np.unique(plan)) > 1
+    assert np.allclose(np.clip(rule + 2.0 * outputs, -1, 1)[: len(plan)], plan, atol=1e-4)
 
 
 def test_outputs_invert_actions():
@@ -230,6 +278,13 @@ def test_bad_configs_are_one_sentence(tmp_path):
         load_config(path, "prefill")
     with pytest.raises(BiscaleError, match="refuses its hyper-parameters"):
         make_model(tiny(hyper={"n_steps": 16, "batch_size": 64, "learning_rate": "fast"}), env_of(tiny()), None)
+    with pytest.raises(BiscaleError, match="refuses its hyper-parameters"):
+        make_model(
+            tiny(hyper={"n_steps": 16, "batch_size": 64, "learning_rate": "fast"}, anneal=True), env_of(tiny()), None
+        )
+    path.write_text(yaml.safe_dump(data | {"phase": "decode", "margins": [0.2]}))
+    with pytest.raises(BiscaleError, match="a margin is for prefill agents"):
+        load_config(path, "decode")
 
 
 @pytest.mark.parametrize("name", list_names("agents"))
@@ -244,6 +299,11 @@ def test_study_is_stored_and_taken_up(tmp_path):
     again, _ = run_study(config, 1, 128, tmp_path)
     assert again <= best
     assert load_config(path, "prefill").total_timesteps == 256
+    trials = pd.read_csv(tmp_path / "trials.csv")
+    assert trials["score"].is_monotonic_increasing
+    assert trials["number"].tolist() in ([0, 1], [1, 0])
+    start = starting_point(config.model_copy(update={"hyper": {"n_steps": 64, "batch_size": 7, "gamma": 0.95}}))
+    assert start == {"n_steps": 64, "one_minus_gamma": pytest.approx(0.05), "log_std_init": config.log_std_init}
     assert "2 trials" in yaml.safe_load(path.read_text())["evidence"]
     with pytest.raises(BiscaleError, match="holds the study 'prefill-ppo'"):
         run_study(tiny("sac"), 1, 128, tmp_path)

@@ -180,3 +180,19 @@ def test_energy_ratio_interval_covers_when_blocks_are_paired():
         )
     assert 0.90 <= _coverage(0.7, intervals) <= 0.98
     assert np.mean([i.high - i.low for i in intervals]) < 0.05  # unpaired energies alone spread by 18 %
+
+
+def test_crossed_bootstrap_is_wide_when_training_seeds_differ():
+    """Ten workloads per seed do not make up for two training seeds: the seeds are what is drawn."""
+    rng = np.random.default_rng(0)
+    seeds = np.repeat([[0.0], [1.0]], 10, axis=1)
+    crossed = s.crossed_bootstrap([seeds, seeds], rng)
+    assert crossed.estimate == 0.5
+    assert (crossed.low, crossed.high) == (0.0, 1.0)
+    alike = rng.normal(0.5, 0.1, (8, 10))
+    narrow = s.crossed_bootstrap([alike], rng)
+    assert narrow.low < alike.mean() < narrow.high
+    assert narrow.high - narrow.low < 0.2
+    with pytest.raises(BiscaleError, match="same training seeds"):
+        s.crossed_bootstrap([seeds, seeds[:1]], rng)
+    assert math.isnan(s.crossed_bootstrap([], rng).estimate)

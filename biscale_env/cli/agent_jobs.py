@@ -15,29 +15,34 @@ SHIPPED = Path(find_spec("agents").submodule_search_locations[0]) / "checkpoints
 AGENT = "agent"
 N_PRICES = 14  # as many settings as a margin has in `controllers.base.MARGINS`
 SUFFIXES = (".npz", ".zip")
+PARAMETERS = ("price", "margin")
 BISCALE_OWN = {"prefill": "mpc", "decode": "slack"}
 
 
-def split_build(build: str) -> tuple[str, float | None]:
-    """Checkpoint (``agent`` or a path) and price of a build string such as ``agent:price=40``.
+def split_build(build: str) -> tuple[str, dict[str, float]]:
+    """Checkpoint (``agent`` or a path) and settings of a build string such as ``agent:price=40`` or ``agent:margin=0.2``.
 
     Raises:
-        BiscaleError: another parameter, or a price that is no number.
+        BiscaleError: another parameter, or a value that is no number.
     """
-    name, _, rest = build.rpartition(":") if ":price" in build or build.startswith(f"{AGENT}:") else (build, "", "")
-    if not rest:
-        return name, None
-    key, _, value = rest.partition("=")
-    try:
-        if key != "price":
-            raise ValueError
-        return name, float(value)
-    except ValueError:
-        raise BiscaleError(f"'{build}': a learned agent has one parameter, price=<number>") from None
+    at = next((build.rfind(f":{key}=") for key in PARAMETERS if f":{key}=" in build), -1)
+    name, rest = (build[:at], build[at + 1 :]) if at >= 0 else (build, "")
+    if at < 0 and build.startswith(f"{AGENT}:"):
+        name, _, rest = build.partition(":")
+    settings: dict[str, float] = {}
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        try:
+            if key not in PARAMETERS:
+                raise ValueError
+            settings[key] = float(value)
+        except ValueError:
+            raise BiscaleError(f"'{build}': a learned agent takes price=<number> and margin=<number>") from None
+    return name, settings
 
 
 def is_checkpoint(build: str) -> bool:
-    """Whether a build string names a learned agent: ``agent``, or the path of a checkpoint; a price may follow."""
+    """Whether a build string names a learned agent: ``agent``, or the path of a checkpoint; settings may follow."""
     name = split_build(build)[0]
     return name == AGENT or Path(name).suffix in SUFFIXES
 
@@ -48,18 +53,21 @@ def is_file(build: str) -> bool:
     return Path(name).suffix in SUFFIXES and Path(name).is_file()
 
 
-def price_grid(build: str, phase: str) -> list[dict[str, float]]:
-    """Prices that tuning may try: those that the network was trained on; none when it takes none or the price is given."""
+def setting_grid(build: str, phase: str) -> list[dict[str, float]]:
+    """Settings that tuning may try: the checkpoint's margins, else prices it was trained on; none when there are none or one is given."""
     name, given = split_build(build)
     path = checkpoint_path(name, phase)
-    if given is not None or path.suffix != ".npz":
+    if given or path.suffix != ".npz":
         return []
     from agents.numpy_policy import load_network
 
     network = load_network(path)
+    config = network.card.get("config", {})
+    if config.get("margins"):
+        return [{"margin": float(m)} for m in config["margins"]]
     if network.price is None:
         return []
-    low, high = network.card.get("config", {}).get("price", (1.0, 100.0))
+    low, high = config.get("price") or (1.0, 100.0)
     return [{"price": float(f"{p:.3g}")} for p in np.geomspace(low, high, N_PRICES)]
 
 
@@ -90,8 +98,8 @@ def load_agent(build: str, context: Any) -> Policy:
     """
     from agents import load_agent as load
 
-    name, price = split_build(build)
-    return load(checkpoint_path(name, context.phase), context, context.draw, price)
+    name, settings = split_build(build)
+    return load(checkpoint_path(name, context.phase), context, context.draw, **settings)
 
 
 def phase_of(path: Path) -> str:
@@ -114,6 +122,11 @@ def training_seed(path: Path) -> int:
     from agents.numpy_policy import load_network
 
     return int(load_network(path).card.get("seed", -1))
+
+
+def shipped_seeds() -> dict[str, int]:
+    """Training seed of the shipped agent per phase."""
+    return {phase: training_seed(SHIPPED / f"{phase}.npz") for phase in BISCALE_OWN if ships(phase)}
 
 
 def checkpoints_of(target: str) -> list[tuple[int, Path]]:
@@ -140,7 +153,13 @@ def checkpoints_of(target: str) -> list[tuple[int, Path]]:
 
 
 def scenario_jobs(
-    name: str, phase: str, found: list[tuple[int, Path]], policies: str | None, changes: Mapping[str, Any], tuned: bool
+    name: str,
+    phase: str,
+    found: list[tuple[int, Path]],
+    policies: str | None,
+    changes: Mapping[str, Any],
+    tuned: bool,
+    oracle_seeds: int | None = None,
 ) -> list[Job]:
     """Jobs of one scenario and phase: the references, and every checkpoint of that phase under the name ``agent``."""
     from biscale_env.cli.policies import parse, plan
@@ -150,7 +169,7 @@ def scenario_jobs(
     scenario = validate(load_scenario(name).model_dump() | dict(changes), Scenario, f"scenario {name}")
     case = resolve(scenario, phase)
     chosen = parse(policies or f"max,static-best,{BISCALE_OWN[phase]}", (phase,))[phase]
-    jobs = plan(scenario, case, chosen, tuned)
+    jobs = plan(scenario, case, chosen, tuned, oracle_seeds)
     seeds = tuple(range(scenario.seeds))
     return jobs + [
         Job(
@@ -161,7 +180,7 @@ def scenario_jobs(
             draw,
             seeds,
             training_seed=seed,
-            variant="tuned" if tuned and price_grid(str(path), phase) else "",
+            variant="tuned" if tuned and setting_grid(str(path), phase) else "",
         )
         for seed, path in found
         if phase_of(path) == phase

@@ -32,6 +32,36 @@ def _decisions() -> "Iterator[Figure]":
         yield measure_decision(make_policy(name, context_of(world)), world, key, name)
 
 
+def _agents() -> "Iterator[Figure]":
+    """Decisions of the shipped agents, and PPO's learning with the shipped prefill config (where torch is installed)."""
+    from importlib.util import find_spec
+
+    from biscale_env.cli.agent_jobs import AGENT, load_agent, ships
+    from biscale_env.envs.settings import World, WorldSettings
+    from biscale_env.evaluation.bench import cpu_seconds, figure, measure_decision
+    from controllers.base import context_of
+
+    for phase in filter(ships, ("prefill", "decode")):
+        world = World(WorldSettings.of(phase))
+        yield measure_decision(load_agent(AGENT, context_of(world)), world, "agent_us", f"agent, {phase},")
+    if find_spec("stable_baselines3") is None:
+        return
+    from agents.config import load_config
+    from agents.env import AgentVecEnv
+    from agents.mixture import make_groups
+    from agents.train import make_model
+
+    config = load_config(None, "prefill")
+    generated = tuple(part.model_copy(update={"workloads": 4}) for part in config.mixture if part.trace is None)
+    config = config.model_copy(update={"mixture": generated, "anneal": False})
+    model = make_model(config, AgentVecEnv(config, *make_groups(config), config.seed), None)
+    steps = config.n_envs * int(config.hyper["n_steps"])
+    best, median = cpu_seconds(lambda: model.learn(steps, reset_num_timesteps=False), windows=8)
+    yield figure(
+        "ppo_steps", f"PPO learns, prefill, {config.n_envs} copies, one core", "steps/s", steps / best, steps / median
+    )
+
+
 def _measure(trace_file: Path | None) -> "Iterator[Figure]":
     from biscale_env.evaluation import bench
     from biscale_env.traces import read_trace
@@ -43,6 +73,7 @@ def _measure(trace_file: Path | None) -> "Iterator[Figure]":
     for phase in ("prefill", "decode"):
         yield bench.measure_single(phase)
     yield from _decisions()
+    yield from _agents()
 
 
 def _line(figure: "Figure") -> str:

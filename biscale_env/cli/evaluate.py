@@ -35,13 +35,24 @@ def evaluate(
     table: Annotated[
         Path | None, typer.Option(help="Also write the table with intervals to this Markdown file.")
     ] = None,
+    robustness: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of --scenario: conditions in distribution, shifted and unseen, see configs/robustness."
+        ),
+    ] = None,
     tuned: Annotated[bool, typer.Option(help="Tune the references' free parameters on other workloads first.")] = False,
+    oracle_seeds: Annotated[
+        int | None, typer.Option(help="Workload seeds that the oracle gets, if it is among the policies.")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted evaluation.")] = False,
     jobs: Annotated[int | None, typer.Option(help="Processes; default: all cores.")] = None,
 ) -> None:
     """Evaluate an agent on scenarios, on the same workloads as the references; table, run directory and report as of compare."""
     from biscale_env.cli.agent_jobs import checkpoints_of, phase_of, scenario_jobs
+    from biscale_env.cli.robustness import robustness_jobs
     from biscale_env.cli.run_comparison import conclude, run_all
+    from biscale_env.evaluation.compare import Job
     from biscale_env.evaluation.rundir import RunDirectory
     from biscale_env.evaluation.scenarios import Infeasible
 
@@ -50,11 +61,16 @@ def evaluate(
     shares = [_share(text) for text in loads.split(",")] if loads else [None]
     names = [name.strip() for name in scenario.split(",") if name.strip()]
     changes = {key: value for key, value in {"seeds": seeds, "delay_s": delay}.items() if value is not None}
-    planned, infeasible = [], list[Infeasible]()
-    for name, share, each in itertools.product(names, shares, phases):
+    planned: list[Job] = []
+    infeasible: list[Infeasible] = []
+    if robustness is not None:
+        names = [f"robustness {robustness}"]
+        for each in phases:
+            planned += robustness_jobs(robustness, each, found, changes, tuned, infeasible)
+    for name, share, each in itertools.product([] if robustness else names, shares, phases):
         point = changes if share is None else changes | {"load": share}
         try:
-            planned += scenario_jobs(name, each, found, policies, point, tuned)
+            planned += scenario_jobs(name, each, found, policies, point, tuned, oracle_seeds)
         except Infeasible as error:
             infeasible.append(error)
     if not planned:
@@ -76,7 +92,7 @@ def evaluate(
         run_all(run, planned, jobs, infeasible)
     conclude(folder)
     if table is not None:
-        _write_table(folder, table)
+        _write_table(folder, table, robustness is not None)
 
 
 def _share(text: str) -> float:
@@ -86,10 +102,12 @@ def _share(text: str) -> float:
         raise BiscaleError(f"--loads takes numbers such as 0.5,0.75, got '{text}'") from None
 
 
-def _write_table(folder: Path, path: Path) -> None:
-    from biscale_env.cli.agent_table import markdown
+def _write_table(folder: Path, path: Path, by_split: bool) -> None:
+    from biscale_env.cli import agent_table, robustness
+    from biscale_env.cli.agent_jobs import shipped_seeds
     from biscale_env.evaluation import files
     from biscale_env.evaluation.run import load_run
 
-    files.write_text(path, markdown(load_run(folder).results))
+    results = load_run(folder).results
+    files.write_text(path, robustness.markdown(results) if by_split else agent_table.markdown(results, shipped_seeds()))
     print(f"table:         {path}")

@@ -8,11 +8,12 @@ from typing import Any
 
 from biscale_env.cli.agent_jobs import (
     AGENT,
+    SUFFIXES,
     is_checkpoint,
     is_file,
     load_agent,
     phase_of,
-    price_grid,
+    setting_grid,
     ships,
     split_build,
 )
@@ -71,7 +72,7 @@ class Policies:
 
         if name.split(":", 1)[0] in UNTUNED:
             return []
-        return price_grid(name, phase) if is_checkpoint(name) else policy_settings(name, phase)
+        return setting_grid(name, phase) if is_checkpoint(name) else policy_settings(name, phase)
 
 
 def names_for(phase: str) -> list[str]:
@@ -107,7 +108,11 @@ def split_list(text: str) -> list[str]:
     parts: list[str] = []
     for part in (p.strip() for p in text.split(",")):
         continues = (
-            parts and "=" in part and ":" not in part and ":" in parts[-1] and not Path(part.partition("=")[2]).suffix
+            parts
+            and "=" in part
+            and ":" not in part
+            and ":" in parts[-1]
+            and Path(part.partition("=")[2]).suffix not in SUFFIXES
         )
         known = part.partition("=")[2].split(":", 1)[0] in set(itertools.chain(*(names_for(p) for p in PHASES), GROUPS))
         if part and continues and not known:
@@ -137,6 +142,9 @@ def parse(policies: str | None, phases: Sequence[str]) -> dict[str, list[tuple[s
         if not known and not is_file(build):
             everything = sorted({name for phase in PHASES for name in names_for(phase)})
             raise BiscaleError(f"unknown policy '{entry}'; known: {', '.join(everything)}")
+        made_for: list[str] = list(known) or [phase_of(Path(split_build(build)[0]))]
+        if is_checkpoint(build) and not set(made_for) & set(phases):
+            raise BiscaleError(f"policy '{label}': the checkpoint is for {made_for[0]}, which is not compared here")
         for phase in phases:
             if phase in known or (not known and phase_of(Path(split_build(build)[0])) == phase):
                 chosen[phase].append((label, build))

@@ -31,6 +31,8 @@ TARGETS = {
     "import_s": (1.0, "lower"),
     "mpc_ms": (4.0, "lower"),
     "slack_us": (20.0, "lower"),
+    "agent_us": (100.0, "lower"),
+    "ppo_steps": (30e3, "higher"),
 }
 
 
@@ -80,7 +82,8 @@ def cpu_seconds(work: Callable[[], object], windows: int = WINDOWS) -> tuple[flo
     return min(spent), float(np.median(spent))
 
 
-def _figure(key: str, name: str, unit: str, best: float, median: float) -> Figure:
+def figure(key: str, name: str, unit: str, best: float, median: float) -> Figure:
+    """A figure with the target of its key."""
     target, better = TARGETS[key]
     return Figure(name, best, median, unit, target, better)
 
@@ -112,8 +115,8 @@ def measure_hour(trace: Trace) -> list[Figure]:
     alone_best, alone_median = cpu_seconds(lambda: run_static(decode, ready, top))
     n = last.iterations
     return [
-        _figure("hour_ms", f"{trace.name} ({len(trace)} requests), prefill + decode", "ms", best * 1e3, median * 1e3),
-        _figure("decode_iterations", f"decode iterations ({n})", "1/s", n / alone_best, n / alone_median),
+        figure("hour_ms", f"{trace.name} ({len(trace)} requests), prefill + decode", "ms", best * 1e3, median * 1e3),
+        figure("decode_iterations", f"decode iterations ({n})", "1/s", n / alone_best, n / alone_median),
     ]
 
 
@@ -134,7 +137,7 @@ def measure_vector(phase: str, num_envs: int = 1024, steps: int = 50) -> Figure:
         window()
     best, median = cpu_seconds(window)
     n = num_envs * steps
-    return _figure("vector_steps", f"vector env, {phase}, {num_envs} copies", "steps/s", n / best, n / median)
+    return figure("vector_steps", f"vector env, {phase}, {num_envs} copies", "steps/s", n / best, n / median)
 
 
 def measure_single(phase: str, steps: int = 2000) -> Figure:
@@ -151,7 +154,7 @@ def measure_single(phase: str, steps: int = 2000) -> Figure:
                 env.reset()
 
     best, median = cpu_seconds(window)
-    return _figure("single_steps", f"gymnasium.make, {phase}", "steps/s", steps / best, steps / median)
+    return figure("single_steps", f"gymnasium.make, {phase}", "steps/s", steps / best, steps / median)
 
 
 def measure_import(runs: int = 5) -> Figure:
@@ -161,7 +164,7 @@ def measure_import(runs: int = 5) -> Figure:
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
         for _ in range(runs)
     ]
-    return _figure("import_s", "import biscale_env", "s", min(spent), float(np.median(spent)))
+    return figure("import_s", "import biscale_env", "s", min(spent), float(np.median(spent)))
 
 
 def busy_observations(world: World, n: int = 200, rate_rps: float = 4.0) -> np.ndarray:

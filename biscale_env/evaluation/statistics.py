@@ -97,6 +97,44 @@ def stratified_bootstrap(
     return _percentile(float(statistic(np.concatenate(groups))), statistic(np.concatenate(draws, axis=1)), level)
 
 
+def crossed_bootstrap(
+    strata: Sequence[ArrayLike],
+    rng: np.random.Generator,
+    statistic: Callable[[Floats], Any] = np.mean,
+    n_resamples: int = N_RESAMPLES,
+    level: float = LEVEL,
+) -> Interval:
+    """Interval of a statistic of all values together, where every stratum is a matrix of training seeds by workloads.
+
+    A resample draws training seeds once for all strata (a lucky seed is lucky everywhere) and workloads within each stratum.
+
+    Args:
+        strata: one matrix per scenario, the same training seeds in the same order in each.
+        rng: source of randomness.
+        statistic: function of the pooled flat values.
+        n_resamples: number of resamples.
+        level: confidence level.
+
+    Raises:
+        BiscaleError: the strata have different numbers of training seeds.
+    """
+    tables = [np.atleast_2d(np.asarray(s, dtype=np.float64)) for s in strata]
+    if not tables:
+        return Interval(math.nan, math.nan, math.nan)
+    n_seeds = tables[0].shape[0]
+    if any(t.shape[0] != n_seeds for t in tables):
+        raise BiscaleError("the crossed bootstrap needs the same training seeds in every scenario")
+    drawn = []
+    for _ in range(n_resamples):
+        seeds: Ints = rng.integers(0, n_seeds, n_seeds)
+        drawn.append(float(statistic(np.concatenate([_crossed(t, seeds, rng) for t in tables]))))
+    return _percentile(float(statistic(np.concatenate([t.ravel() for t in tables]))), drawn, level)
+
+
+def _crossed(table: Floats, seeds: Any, rng: np.random.Generator) -> Floats:
+    return table[np.ix_(seeds, rng.integers(0, table.shape[1], table.shape[1]))].ravel()
+
+
 def _wins(a: Floats, b: Floats) -> float:
     difference = a[:, None] - b[None, :]
     return float(np.mean((difference > 0) + 0.5 * (difference == 0)))
