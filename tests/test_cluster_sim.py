@@ -255,8 +255,10 @@ def test_shortest_queue_counts_tokens_over_speed():
     np.testing.assert_array_equal(prefill.requests["prefill"], [0, 1, 1, 1])  # 1500/4 against 0, 1000/8, 2000/8
     decode = run_cluster(world(), placement((4,), (4, 8)), trace([0.0, 1.0, 2.0, 3.0], [1500, 1000, 1000, 100], 500))
     np.testing.assert_array_equal(decode.requests["decode"], [0, 1, 1, 1])
-    plain = run_cluster(world(), placement((4, 4), (4,)), trace([0.0, 1e-4, 2e-4, 3e-4], [300, 100, 100, 200], 2))
-    np.testing.assert_array_equal(plain.requests["prefill"], [0, 1, 1, 1])  # 300 against 0, 100, 200
+    plain = run_cluster(
+        world(), placement((4, 4), (4,)), trace([0.0, 1e-4, 2e-4, 3e-4, 4e-4], [300, 100, 100, 200, 9], 2)
+    )
+    np.testing.assert_array_equal(plain.requests["prefill"], [0, 1, 1, 1, 0])  # 300 against 0, 100, 200, 400
 
 
 def test_round_robin_takes_turns():
