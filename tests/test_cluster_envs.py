@@ -165,17 +165,19 @@ def test_policies_of_single_instances_run_in_the_cluster():
     pairs = {"slack": "static", "ecofreq": "ecofreq"}
     for decode, prefill in pairs.items():
         compiled = run_cluster(
-            world(prefill_policy=prefill, decode_policy=decode, decode_margin=0.7, prefill_margin=0.3), placement(), t
+            world(prefill_policy=prefill, decode_policy=decode, decode_margin=0.8, prefill_margin=0.3), placement(), t
         )
         w = world(
             prefill_policy="external" if prefill != "static" else "static", decode_policy="external", prefill_margin=0.3
         )
         policies = {}
-        for phase, margin in (("decode", 0.7), ("prefill", 0.3)):
+        for phase, margin in (("decode", 0.8), ("prefill", 0.3)):
             name = decode if phase == "decode" else "ecofreq"
             policies[phase] = make_policy(name, context_of(w.world(phase, 4)), margin=margin)
         asked = run_cluster(w, placement(), t, policies=policies)
         np.testing.assert_allclose(asked.requests["finish_s"], compiled.requests["finish_s"], rtol=1e-4)
+        careless = run_cluster(world(prefill_policy=prefill, decode_policy=decode, prefill_margin=0.3), placement(), t)
+        assert np.median(compiled.tpot_s) < 0.9 * np.median(careless.tpot_s)  # the margin binds
         assert asked.energy.decode_j == pytest.approx(compiled.energy.decode_j, rel=2e-3)
         assert (
             len({round(x, 3) for x in (compiled.energy.decode_j, run_cluster(world(), placement(), t).energy.decode_j)})

@@ -18,6 +18,7 @@ from biscale_env.errors import BiscaleError
 from biscale_env.evaluation.paper import PaperExperiment, draw_indices, load_paper
 from biscale_env.evaluation.paper_tables import headline, percent, span, summarise, t_interval, tier2_gain, with_ratios
 from biscale_env.evaluation.paper_verdict import gap, verdict
+from controllers import cluster_systems
 from controllers.cluster_day import run_day
 from controllers.cluster_systems import SYSTEMS, Bench, Tuned, planner_of, run_system, tune
 from controllers.placement_table import TableRequest, capacity_table
@@ -54,6 +55,35 @@ def test_tuning_takes_what_meets_the_slo(bench):
     assert (wide.prefill_margin, wide.decode_margin) <= (narrow.prefill_margin, narrow.decode_margin)
     clocks = [tune(SYSTEMS["static-best"], b, WORK[:1]).freq_mhz for b in (bench, tight)]
     assert clocks[0]["prefill"] <= clocks[1]["prefill"]
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Tuning on a rule for what meets the SLO instead of runs."""
+
+    def install(rule):
+        monkeypatch.setattr(cluster_systems, "_runs", lambda system, tuned, bench, workloads: tuned)
+        monkeypatch.setattr(cluster_systems, "meets", rule)
+
+    return install
+
+
+def test_tuning_takes_the_smallest_that_meets_the_slo(pretend, bench):
+    need = {"prefill": 0.2, "decode": 0.4}
+
+    pretend(lambda tuned, phase: tuned.alpha >= 0.3)
+    assert tune(SYSTEMS["placeonly"], bench, WORK[:1]) == Tuned(alpha=0.3)
+    pretend(lambda tuned, phase: getattr(tuned, f"{phase}_margin") >= need[phase])
+    found = tune(SYSTEMS["tier2-only"], bench, WORK[:1])
+    assert (found.prefill_margin, found.decode_margin, found.met) == (0.2, 0.4, True)
+
+
+def test_where_nothing_meets_the_slo_the_safest_is_taken_and_said(pretend, bench):
+    pretend(lambda tuned, phase: False)
+    found = tune(SYSTEMS["placeonly"], bench, WORK[:1])
+    assert (found.alpha, found.met) == (max(cluster_systems.ALPHAS), False)
+    found = tune(SYSTEMS["ecofreq"], bench, WORK[:1])
+    assert (found.prefill_margin, found.decode_margin, found.met) == (0.6, 0.6, False)
 
 
 def test_a_fixed_head_room_is_not_tuned(bench):

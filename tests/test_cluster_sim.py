@@ -104,6 +104,17 @@ def test_energy_of_a_window_from_its_timeline():
     assert made - running <= cluster.state[0]["produced_tokens"] <= made
 
 
+def test_each_stage_divides_by_its_own_tokens():
+    """The trace ends while decode is at work: prefill answers for all tokens asked for, decode for those that are out."""
+    run = run_cluster(world(), placement(), trace([1.0], 1000, 400, duration_s=2.0))
+    assert run.prefilled_tokens == 400
+    assert 1 < run.produced_tokens < 100
+    row = run.row()
+    assert row["prefill_j_per_token"] == pytest.approx(run.energy.prefill_j / 400)
+    assert row["decode_j_per_token"] == pytest.approx(run.energy.decode_j / run.produced_tokens)
+    assert row["total_j_per_token"] == pytest.approx(run.energy.total_j / run.produced_tokens)
+
+
 def test_prefill_pool_of_one_is_the_single_instance():
     """With nothing after prefill, a pool of one does exactly what the single-instance simulator does."""
     w = world()
@@ -236,6 +247,18 @@ def test_seeded_weighted_routing_is_reproducible_and_proportional():
     assert (runs[0].requests["prefill"] != runs[2].requests["prefill"]).any()
     share = np.mean(runs[0].requests["prefill"] == 1)
     assert abs(share - 2 / 3) < 4 * np.sqrt(2 / 9 / 3000)
+
+
+def test_shortest_queue_counts_tokens_over_speed():
+    """The default router, by hand: tokens waiting over the weight, which is 4 and 8 here."""
+    prefill = run_cluster(world(), placement((4, 8), (4,)), trace([0.0, 1e-4, 2e-4, 3e-4], [1500, 1000, 1000, 100], 2))
+    np.testing.assert_array_equal(prefill.requests["prefill"], [0, 1, 1, 1])  # 1500/4 against 0, 1000/8, 2000/8
+    decode = run_cluster(world(), placement((4,), (4, 8)), trace([0.0, 1.0, 2.0, 3.0], [1500, 1000, 1000, 100], 500))
+    np.testing.assert_array_equal(decode.requests["decode"], [0, 1, 1, 1])
+    plain = run_cluster(
+        world(), placement((4, 4), (4,)), trace([0.0, 1e-4, 2e-4, 3e-4, 4e-4], [300, 100, 100, 200, 9], 2)
+    )
+    np.testing.assert_array_equal(plain.requests["prefill"], [0, 1, 1, 1, 0])  # 300 against 0, 100, 200, 400
 
 
 def test_round_robin_takes_turns():

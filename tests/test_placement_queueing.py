@@ -7,7 +7,7 @@ import pytest
 from cluster_support import random_trace, trace
 
 from biscale_env.envs.cluster_options import fitting_tps
-from biscale_env.envs.cluster_settings import ClusterSettings
+from biscale_env.envs.cluster_settings import ClusterSettings, ClusterWorld
 from biscale_env.envs.settings import World, WorldSettings
 from biscale_env.envs.static import run_static
 from biscale_env.errors import BiscaleError
@@ -106,6 +106,15 @@ def test_capacity_rises_with_the_slo(phase):
     assert rates[0] <= rates[1] * 1.02
     assert rates[1] <= rates[2] * 1.02
     assert rates[0] < rates[2]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_energy_of_an_entry_is_that_of_a_request_at_capacity(phase):
+    entry = measure(TableRequest(SETTINGS, seeds=(1,)), SAMPLE, phase, 4, 1200.0)
+    load = SAMPLE.scaled_to(entry.rate_rps, 1)
+    run = run_static(ClusterWorld(SETTINGS).world(phase, 4), load, 1200.0)
+    assert entry.energy_j == pytest.approx(run.energy_j / len(load))
+    assert entry.power_w == pytest.approx(run.energy_j / SAMPLE.duration_s, rel=0.05)  # what the programme adds up
 
 
 def test_tables_are_kept_by_content(tmp_path, monkeypatch):
