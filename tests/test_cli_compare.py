@@ -213,11 +213,22 @@ def test_bad_trace_row_names_file_line_and_field(call, tmp_path):
     assert_refused(call("compare", "--quick", "--trace", trace), ["bad.csv", "line 3", "ContextTokens"], tmp_path)
 
 
-def test_prompt_longer_than_the_kv_room(call, tmp_path):
-    trace = tmp_path / "long.csv"
-    rows = [f"2023-11-16 18:{15 + k // 60:02d}:{k % 60:02d}.0,{374 if k != 150 else 900_000},44" for k in range(300)]
-    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]) + "\n")
-    assert_refused(call("compare", "--phase", "decode", "--trace", trace), ["900000", "KV"], tmp_path)
+@pytest.mark.parametrize(
+    "command", [("compare", "--phase", "decode"), ("compare", "--load", "0.3"), ("capacity", "prefill")]
+)
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_prompt_longer_than_the_kv_room(command, kind, call, tmp_path):
+    """Named by file, line and field, although the workload is a choice of requests from a part of the file."""
+    prompts = [374 if k != 250 else 900_000 for k in range(300)]
+    trace = tmp_path / f"long.{kind}"
+    if kind == "csv":
+        rows = [f"2023-11-16 18:{15 + k // 60:02d}:{k % 60:02d}.0,{n},44" for k, n in enumerate(prompts)]
+        rows.insert(0, "TIMESTAMP,ContextTokens,GeneratedTokens")
+    else:
+        rows = [f'{{"timestamp": {1000 * k}, "input_length": {n}, "output_length": 44}}' for k, n in enumerate(prompts)]
+    trace.write_text("\n".join(rows) + "\n")
+    words = [f"long.{kind}, line {252 if kind == 'csv' else 251}: prompt_tokens 900000", "KV room"]
+    assert_refused(call(*command, "--trace", trace), words, tmp_path)
 
 
 def test_capacity_command(call):

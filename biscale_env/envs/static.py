@@ -109,8 +109,9 @@ def find_capacity(
         tolerance: relative width at which the search stops.
 
     Raises:
-        BiscaleError: the trace is too short to make loads of (fewer than 100 requests).
+        BiscaleError: the trace is too short to make loads of (fewer than 100 requests), or a request cannot fit.
     """
+    world.check_fits(trace)  # before requests are chosen, while their lines in the file are known
     if len(trace) < 100:
         raise BiscaleError(f"{trace.name} has {len(trace)} requests: a capacity search needs at least 100")
     freq = world.gpu.freq_max_mhz if freq_mhz is None else freq_mhz
