@@ -144,6 +144,10 @@ def test_interrupted_run_keeps_rows_and_resumes(scenario, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
+    said = process.stderr.read()
+    assert "of 31 are finished and kept in run" in said
+    assert "--resume" in said
+    assert "Traceback" not in said
     kept = pd.read_parquet(tmp_path / "run" / "results.parquet")
     assert 4 <= len(kept) < 31 * 2
     done = run(*command[3:], "--resume", cwd=tmp_path, timeout=300)
