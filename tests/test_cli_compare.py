@@ -243,7 +243,19 @@ def test_capacity_command(call):
     assert found["capacity_rps"] == max(rate for rate, attainment in by_rate if attainment >= 0.99)
 
 
-INFEASIBLE = {"conv": (), "code": ("prefill",)}  # at TP4 the code trace's bursts defeat even max clock (TTFT 600 ms)
+def test_a_trace_without_capacity_is_named_infeasible(call, tmp_path):
+    trace = tmp_path / "long.csv"
+    rows = [f"{20 * k},9000,10" for k in range(400)]
+    trace.write_text("\n".join(["arrival_s,prompt_tokens,output_tokens", *rows]) + "\n")
+    code, out, _ = call("capacity", "prefill", "--trace", trace)
+    assert code == 0
+    assert "infeasible: no load meets SLO 'biscale'" in out
+    assert "of 600 ms" in out
+    refused = call("compare", "--phase", "prefill", "--trace", trace)
+    assert_refused(refused, ["infeasible", "of 600 ms", "wider SLO"], tmp_path)
+
+
+INFEASIBLE = {"conv": (), "code": ("prefill",)}  # at TP4 the longest code prompts take 599 of 600 ms even alone
 
 
 @pytest.mark.slow
@@ -261,6 +273,7 @@ def test_real_traces(name, shared_data, tmp_path):
         for point in opened.infeasible:
             assert f"infeasible, so without a table: {trace.stem}, {point['phase']}, 50 % of capacity" in done.stdout
             assert point["reason"] in done.stdout.replace("\n", " ")
+            assert "the slowest request takes 599 of 600 ms" in point["reason"]
             assert f"<li>{point['phase'].capitalize()}: {trace.stem} at 50 % load" in report
             assert html.escape(point["reason"], quote=False).replace("'", "&#39;") in report
         assert ("infeasible, so without" in done.stdout) == bool(INFEASIBLE[name])

@@ -1,7 +1,7 @@
 """Whole runs at one clock in a single compiled call, and the capacity search made of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,8 @@ from biscale_env.sim.rollout import decode_static, prefill_static
 from biscale_env.traces import Trace
 
 MIN_JUDGED = 300  # requests, pooled over the choices, below which a P99 is not taken for one (three may miss); assumed
+
+ALONE_S = 3600.0  # between requests that shall not meet
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,17 @@ def run_static(world: World, trace: Trace, freq_mhz: float, draw: int = -1) -> S
         latency, float(st["energy_j"]), float(st["time_s"]), float(st["busy_s"]), int(st["iterations"]),
         int(pool.output.sum(dtype=np.int64)),
     )  # fmt: skip
+
+
+def slowest_alone_s(world: World, trace: Trace) -> float:
+    """Greatest latency (TTFT or TPOT) of any request that has the instance to itself at max clock, s.
+
+    Args:
+        world: phase, hardware and engine settings.
+        trace: the requests; their times do not matter.
+    """
+    apart = replace(trace, arrival_s=np.arange(len(trace), dtype=np.float64) * ALONE_S, duration_s=len(trace) * ALONE_S)
+    return float(run_static(world, apart, world.gpu.freq_max_mhz).latency_s.max())
 
 
 @dataclass(frozen=True)
