@@ -43,7 +43,7 @@ def models() -> None:
         "# Model against measurement\n\nMade by `biscale fit --report`.\n\n" + to_markdown(frame) + "\n"
     )
     quantity, evidence = frame.columns[2], frame.columns[0]
-    keep = frame[frame[evidence].isin(["held-out kernel sums", "serving, fitted", "sustained GEMMs"])]
+    keep = frame[frame[evidence].isin(["held-out kernel sums", "beyond the box", "serving, fitted", "sustained GEMMs"])]
     keep = keep[~keep[quantity].str.contains("mean interval|rate, TFLOP")]
     keep = keep[~keep.iloc[:, 1].str.contains("bf16 TP2")]  # too small for the weights and a cache worth having
     replace_block(ROOT / "README.md", "models", to_markdown(keep))

@@ -144,6 +144,10 @@ def test_interrupted_run_keeps_rows_and_resumes(scenario, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
+    said = process.stderr.read()
+    assert "of 31 are finished and kept in run" in said
+    assert "--resume" in said
+    assert "Traceback" not in said
     kept = pd.read_parquet(tmp_path / "run" / "results.parquet")
     assert 4 <= len(kept) < 31 * 2
     done = run(*command[3:], "--resume", cwd=tmp_path, timeout=300)
@@ -213,11 +217,22 @@ def test_bad_trace_row_names_file_line_and_field(call, tmp_path):
     assert_refused(call("compare", "--quick", "--trace", trace), ["bad.csv", "line 3", "ContextTokens"], tmp_path)
 
 
-def test_prompt_longer_than_the_kv_room(call, tmp_path):
-    trace = tmp_path / "long.csv"
-    rows = [f"2023-11-16 18:{15 + k // 60:02d}:{k % 60:02d}.0,{374 if k != 150 else 900_000},44" for k in range(300)]
-    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]) + "\n")
-    assert_refused(call("compare", "--phase", "decode", "--trace", trace), ["900000", "KV"], tmp_path)
+@pytest.mark.parametrize(
+    "command", [("compare", "--phase", "decode"), ("compare", "--load", "0.3"), ("capacity", "prefill")]
+)
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_prompt_longer_than_the_kv_room(command, kind, call, tmp_path):
+    """Named by file, line and field, although the workload is a choice of requests from a part of the file."""
+    prompts = [374 if k != 250 else 900_000 for k in range(300)]
+    trace = tmp_path / f"long.{kind}"
+    if kind == "csv":
+        rows = [f"2023-11-16 18:{15 + k // 60:02d}:{k % 60:02d}.0,{n},44" for k, n in enumerate(prompts)]
+        rows.insert(0, "TIMESTAMP,ContextTokens,GeneratedTokens")
+    else:
+        rows = [f'{{"timestamp": {1000 * k}, "input_length": {n}, "output_length": 44}}' for k, n in enumerate(prompts)]
+    trace.write_text("\n".join(rows) + "\n")
+    words = [f"long.{kind}, line {252 if kind == 'csv' else 251}: prompt_tokens 900000", "KV room"]
+    assert_refused(call(*command, "--trace", trace), words, tmp_path)
 
 
 def test_capacity_command(call):
@@ -228,7 +243,19 @@ def test_capacity_command(call):
     assert found["capacity_rps"] == max(rate for rate, attainment in by_rate if attainment >= 0.99)
 
 
-INFEASIBLE = {"conv": (), "code": ("prefill",)}  # at TP4 the code trace's bursts defeat even max clock (TTFT 600 ms)
+def test_a_trace_without_capacity_is_named_infeasible(call, tmp_path):
+    trace = tmp_path / "long.csv"
+    rows = [f"{20 * k},9000,10" for k in range(400)]
+    trace.write_text("\n".join(["arrival_s,prompt_tokens,output_tokens", *rows]) + "\n")
+    code, out, _ = call("capacity", "prefill", "--trace", trace)
+    assert code == 0
+    assert "infeasible: no load meets SLO 'biscale'" in out
+    assert "of 600 ms" in out
+    refused = call("compare", "--phase", "prefill", "--trace", trace)
+    assert_refused(refused, ["infeasible", "of 600 ms", "wider SLO"], tmp_path)
+
+
+INFEASIBLE = {"conv": (), "code": ("prefill",)}  # at TP4 the longest code prompts take 599 of 600 ms even alone
 
 
 @pytest.mark.slow
@@ -246,6 +273,7 @@ def test_real_traces(name, shared_data, tmp_path):
         for point in opened.infeasible:
             assert f"infeasible, so without a table: {trace.stem}, {point['phase']}, 50 % of capacity" in done.stdout
             assert point["reason"] in done.stdout.replace("\n", " ")
+            assert "the slowest request takes 599 of 600 ms" in point["reason"]
             assert f"<li>{point['phase'].capitalize()}: {trace.stem} at 50 % load" in report
             assert html.escape(point["reason"], quote=False).replace("'", "&#39;") in report
         assert ("infeasible, so without" in done.stdout) == bool(INFEASIBLE[name])

@@ -11,7 +11,7 @@ from hypothesis import strategies as some
 from biscale_env.config import load_slo
 from biscale_env.envs.core import Batch, Pool
 from biscale_env.envs.settings import World, WorldSettings
-from biscale_env.envs.static import attainment_at, find_capacity, run_static
+from biscale_env.envs.static import attainment_at, find_capacity, run_static, slowest_alone_s
 from biscale_env.errors import BiscaleError
 from biscale_env.models import physics
 from biscale_env.traces import Trace, generate
@@ -142,3 +142,15 @@ def test_lower_loads_only_choose_requests(share: float, seed: int) -> None:
     assert scaled.duration_s == trace.duration_s
     deviation = np.sqrt(len(trace) * share * (1 - share)) + 1e-9
     assert abs(len(scaled) - share * len(trace)) <= 5 * deviation + 1
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_slowest_alone_is_the_closed_form_of_the_longest_request(phase):
+    world = World(WorldSettings.of(phase, token_budget=1000, drain=True))
+    trace = Trace("t", np.zeros(3), np.array([500, 2500, 100]), np.array([2, 2, 2]), "made")
+    if phase == "prefill":
+        chunks = [(1000, 1000 * 500), (1000, 1000 * 1500), (500, 500 * 2250)]
+        expected = sum(float(world.model.latency_s(n, a, 0, 1, 1980.0)) for n, a in chunks)
+    else:
+        expected = float(world.model.latency_s(1, 0, 2500, 1, 1980.0))
+    assert slowest_alone_s(world, trace) == pytest.approx(expected, rel=1e-3)

@@ -1,5 +1,6 @@
 """The wheel: complete, and enough by itself."""
 
+import os
 import subprocess
 import sys
 import venv
@@ -50,17 +51,21 @@ def test_wheel_alone_compares_from_an_empty_folder(wheel, tmp_path):
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
     install = [python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wheel]
-    subprocess.run(install, check=True, timeout=900)
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # the wheel, not this checkout
+    subprocess.run(install, check=True, timeout=900, env=alone)
     empty = tmp_path / "empty"
     empty.mkdir()
     biscale = tmp_path / "env" / "bin" / "biscale"
-    done = subprocess.run([biscale, "compare", "--quick"], cwd=empty, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [biscale, "compare", "--quick"], cwd=empty, capture_output=True, text=True, timeout=300, env=alone
+    )
     assert done.returncode == 0, done.stderr
     (results,) = empty.rglob("results.parquet")
     assert set(pd.read_parquet(results).phase) == {"prefill", "decode"}
     (report,) = empty.rglob("report.html")
     assert report.stat().st_size > 1_000_000  # the plotting library is inside
-    probe = subprocess.run(
-        [python, "-c", "import biscale_env, sys; print('torch' in sys.modules)"], capture_output=True, text=True
-    )
-    assert probe.stdout.strip() == "False"
+    asked = "import biscale_env, sys; print('torch' in sys.modules, biscale_env.__file__)"
+    probe = subprocess.run([python, "-c", asked], cwd=empty, capture_output=True, text=True, env=alone)
+    loaded, place = probe.stdout.split(maxsplit=1)
+    assert loaded == "False"
+    assert Path(place).is_relative_to(tmp_path / "env")

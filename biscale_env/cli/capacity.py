@@ -25,7 +25,7 @@ def capacity(
 ) -> None:
     """Bisect for the highest load within the SLO; loads are made by choosing requests, time is never stretched."""
     from biscale_env.envs.settings import World, WorldSettings
-    from biscale_env.envs.static import find_capacity
+    from biscale_env.envs.static import find_capacity, slowest_alone_s
     from biscale_env.envs.workloads import capacity_sample
     from biscale_env.traces import load_named
 
@@ -42,6 +42,13 @@ def capacity(
     for rate, attainment in sorted(found.tried):
         verdict = "met" if attainment >= world.slo.attainment else "missed"
         print(f"{rate:9.3f} req/s   attainment {attainment:8.3%}   {verdict}")
+    if found.rate_rps <= 0:
+        print(
+            f"infeasible: no load meets SLO '{slo}' on one {phase} instance (TP {tp}, {dtype}, {freq:g} MHz) with {sample.name}; at max "
+            f"clock, with the instance to itself, its slowest request takes {1e3 * slowest_alone_s(world, sample):.0f} of "
+            f"{1e3 * world.slo.bound_s(phase):.0f} ms"
+        )
+        return
     print(
         f"capacity of one {phase} instance (TP {tp}, {dtype}, {freq:g} MHz) on {sample.name}: {found.rate_rps:.3f} req/s"
     )

@@ -31,7 +31,7 @@ def _text(p: "Prediction") -> str:
             f"{p.phase} {p.dtype} TP {p.tp} on {p.model}, {p.tokens} tokens, {box}",
             f"  latency          {p.latency_s * 1e3:9.2f} ms{_band(p, 'latency_s', 1e3, 2)}",
             f"  power per GPU    {p.power_w:9.1f} W{_band(p, 'power_w', 1.0, 1)}",
-            f"  energy           {p.energy_j:9.2f} J{_band(p, 'energy_j', 1.0, 2)}",
+            f"  energy, {p.tp} GPUs   {p.energy_j:9.2f} J{_band(p, 'energy_j', 1.0, 2)}",
             f"  energy per token {p.energy_per_token_j:9.4f} J",
             f"  effective clock  {p.freq_effective_mhz:9.0f} MHz{_band(p, 'freq_effective_mhz', 1.0, 0)}",
             f"  requested clock  {p.freq_requested_mhz:9.0f} MHz",

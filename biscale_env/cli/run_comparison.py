@@ -67,13 +67,20 @@ def run_all(run: RunDirectory, jobs: Sequence[Job], n_jobs: int | None, infeasib
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("runs", total=len(jobs), completed=len(jobs) - len(todo))
-        for outcome in run_jobs(todo, Policies(), n_jobs or os.cpu_count() or 1):
-            for record in outcome.records:
-                run.add(record, keep_timeline=record.workload_seed == 0)
-            keep_tuning(run.path, outcome)
-            progress.update(task, advance=1, description=f"{outcome.job.phase} {outcome.job.policy}")
+    done = len(jobs) - len(todo)
+    try:
+        with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+            task = progress.add_task("runs", total=len(jobs), completed=done)
+            for outcome in run_jobs(todo, Policies(), n_jobs or os.cpu_count() or 1):
+                for record in outcome.records:
+                    run.add(record, keep_timeline=record.workload_seed == 0)
+                keep_tuning(run.path, outcome)
+                done += 1
+                progress.update(task, completed=done, description=f"{outcome.job.phase} {outcome.job.policy}")
+    except KeyboardInterrupt:
+        kept = f"{done} of {len(jobs)} are finished and kept in {run.path}"
+        print(f"biscale: interrupted; {kept}: the same command with --out {run.path} --resume goes on", file=sys.stderr)
+        raise
 
 
 def keep_tuning(folder: Path, outcome: Outcome) -> None:

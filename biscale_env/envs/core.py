@@ -41,7 +41,7 @@ class Pool:
         decode = world.phase == "decode"
         parts = []
         for w in workloads:
-            w.check_fits(world.kv_capacity_tokens, with_output=decode)
+            world.check_fits(w)
             keep = w.output_tokens >= 2 if decode else np.ones(len(w), dtype=bool)
             parts.append((w.arrival_s[keep], w.prompt_tokens[keep], w.output_tokens[keep]))
         sizes = np.array([len(a) for a, _, _ in parts], dtype=np.int64)

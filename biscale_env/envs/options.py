@@ -97,6 +97,8 @@ def make_options(
     named = slo if isinstance(slo, str) else slo.name
     world = World(WorldSettings.of(phase, slo=named, **settings), None if isinstance(slo, str) else slo)
     loaded = trace if isinstance(trace, Trace) or trace is None else read_trace(trace)
+    if loaded is not None:
+        world.check_fits(loaded)
     if rate_rps is None:
         share = DEFAULT_LOAD if load is None else load
         if not share > 0:

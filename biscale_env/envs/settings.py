@@ -12,6 +12,7 @@ from biscale_env.contract import ClockRange, ObservationSpec, spec_for
 from biscale_env.errors import BiscaleError
 from biscale_env.models import IterationModel, load_model
 from biscale_env.sim.state import PARAMS_DTYPE
+from biscale_env.traces import Trace
 
 REFERENCE_PROMPT_TOKENS = (
     1024  # one unit of energy in the reward: a prompt of this length, near the Azure conversation mean (1155)
@@ -93,6 +94,14 @@ class World:
     def kv_capacity_tokens(self) -> int:
         """Tokens of KV cache of the instance."""
         return int(self.model.kv_capacity_tokens)
+
+    def check_fits(self, trace: Trace) -> None:
+        """Refuse a workload with a request that can never fit into the KV cache; in decode its output counts too.
+
+        Raises:
+            BiscaleError: names the request, by file and line where the trace is (a window of) a file.
+        """
+        trace.check_fits(self.kv_capacity_tokens, with_output=self.phase == "decode")
 
     def _reference_energy_j(self) -> float:
         top = self.gpu.freq_max_mhz

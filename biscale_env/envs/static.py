@@ -1,7 +1,7 @@
 """Whole runs at one clock in a single compiled call, and the capacity search made of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,8 @@ from biscale_env.sim.rollout import decode_static, prefill_static
 from biscale_env.traces import Trace
 
 MIN_JUDGED = 300  # requests, pooled over the choices, below which a P99 is not taken for one (three may miss); assumed
+
+ALONE_S = 3600.0  # between requests that shall not meet
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,17 @@ def run_static(world: World, trace: Trace, freq_mhz: float, draw: int = -1) -> S
     )  # fmt: skip
 
 
+def slowest_alone_s(world: World, trace: Trace) -> float:
+    """Greatest latency (TTFT or TPOT) of any request that has the instance to itself at max clock, s.
+
+    Args:
+        world: phase, hardware and engine settings.
+        trace: the requests; their times do not matter.
+    """
+    apart = replace(trace, arrival_s=np.arange(len(trace), dtype=np.float64) * ALONE_S, duration_s=len(trace) * ALONE_S)
+    return float(run_static(world, apart, world.gpu.freq_max_mhz).latency_s.max())
+
+
 @dataclass(frozen=True)
 class Capacity:
     """Highest load that one instance serves within its SLO at a clock.
@@ -109,8 +122,9 @@ def find_capacity(
         tolerance: relative width at which the search stops.
 
     Raises:
-        BiscaleError: the trace is too short to make loads of (fewer than 100 requests).
+        BiscaleError: the trace is too short to make loads of (fewer than 100 requests), or a request cannot fit.
     """
+    world.check_fits(trace)  # before requests are chosen, while their lines in the file are known
     if len(trace) < 100:
         raise BiscaleError(f"{trace.name} has {len(trace)} requests: a capacity search needs at least 100")
     freq = world.gpu.freq_max_mhz if freq_mhz is None else freq_mhz

@@ -1,6 +1,7 @@
 """Comparing policies on a scenario: the jobs, run in parallel over cores, every finished run kept at once."""
 
 import gc
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -172,6 +173,8 @@ def run_jobs(jobs: Sequence[Job], factory: PolicyFactory, n_jobs: int) -> Iterat
             yield run_job(job, factory)
             gc.collect()
         return
+    # an interruption is no surprise to whoever caused it
+    warnings.filterwarnings("ignore", message=".*tasks which were still being processed", category=UserWarning)
     with joblib.parallel_config("loky", inner_max_num_threads=1, idle_worker_timeout=IDLE_WORKER_S):
         parallel = joblib.Parallel(n_jobs=min(n_jobs, len(jobs)), return_as="generator_unordered", batch_size=1)
         yield from parallel(joblib.delayed(run_job)(job, factory) for job in jobs)

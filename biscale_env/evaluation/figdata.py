@@ -158,17 +158,23 @@ def label_positions(
     taken = [_box(px, py, "middle center", 0, width, height) for px, py in zip(x, y, strict=True)]
     thick = (1.5 / width, 1.5 / height)
     taken += [(b[0] - thick[0], b[1] - thick[1], b[2] + thick[0], b[3] + thick[1]) for b in bars]
-    chosen = [""] * len(lengths)
-    for i in np.argsort(-np.asarray(y), kind="stable"):
-        if not lengths[i]:
-            chosen[i] = _PLACES[0]
-            continue
+    orders = (-np.asarray(y), -np.asarray(lengths), np.asarray(x))  # who chooses first; the best of three attempts
+    attempts = [_greedy(x, y, lengths, width, height, taken, np.argsort(o, kind="stable")) for o in orders]
+    return min(attempts, key=lambda attempt: attempt[0])[1]
+
+
+def _greedy(
+    x: Floats, y: Floats, lengths: list[int], width: float, height: float, taken: list[Box], order: NDArray[np.intp]
+) -> tuple[float, list[str]]:
+    """Each label in turn takes its cheapest place: (area covered twice or outside, the places)."""
+    chosen, taken, spent = [_PLACES[0]] * len(lengths), list(taken), 0.0
+    for i in (k for k in order if lengths[k]):
         boxes = {place: _box(float(x[i]), float(y[i]), place, lengths[i], width, height) for place in _PLACES}
         cost = {place: sum(_overlap(box, other) for other in taken) + _outside(box) for place, box in boxes.items()}
-        best = min(_PLACES, key=lambda place: cost[place])
-        chosen[i] = best
-        taken.append(boxes[best])
-    return chosen
+        chosen[i] = min(_PLACES, key=lambda place: cost[place])
+        taken.append(boxes[chosen[i]])
+        spent += cost[chosen[i]]
+    return spent, chosen
 
 
 _PLACES: Final = ("top right", "bottom right", "top left", "bottom left", "top center", "bottom center")

@@ -11,7 +11,7 @@ from biscale_env.config import load_slo
 from biscale_env.config.hardware import Dtype
 from biscale_env.config.loader import Config, load_named
 from biscale_env.envs.settings import World, WorldSettings
-from biscale_env.envs.static import Capacity, find_capacity
+from biscale_env.envs.static import Capacity, find_capacity, slowest_alone_s
 from biscale_env.envs.workloads import capacity_sample, generated
 from biscale_env.errors import BiscaleError
 from biscale_env.traces import Trace
@@ -161,9 +161,12 @@ def resolve(scenario: Scenario, phase: str) -> Case:
     )  # fmt: skip
     if capacity.rate_rps <= 0:
         rate_rps, attainment = capacity.tried[-1]
+        world = World(settings)
+        alone_s = slowest_alone_s(world, capacity_sample(scenario.profile) if part is None else part)
         reason = (
             f"even {rate_rps:.3g} req/s on one TP{scenario.tp} {scenario.dtype} instance misses SLO '{scenario.slo}' at max "
-            f"clock (attainment {attainment:.2%}); use a wider SLO or a larger TP"
+            f"clock (attainment {attainment:.2%}; with the instance to itself, the slowest request takes {1e3 * alone_s:.0f} of "
+            f"{1e3 * world.slo.bound_s(phase):.0f} ms); use a wider SLO or a larger TP"
         )
         raise Infeasible(scenario, phase, reason)
     return Case(scenario, World(settings), capacity, scenario.load * capacity.rate_rps, part, tune)

@@ -25,7 +25,7 @@ class Prediction:
         freq_effective_mhz: clock under the power cap, MHz.
         latency_s: duration, s.
         power_w: mean power per GPU, W.
-        energy_j: energy of the instance, J.
+        energy_j: energy of the instance, all ``tp`` GPUs: ``tp * power_w * latency_s``, J.
         energy_per_token_j: energy per new prompt token or per output token, J.
         freq_best_mhz: clock at which this iteration takes the least energy, MHz.
         inside_box: whether the fitted points cover this work.

@@ -13,7 +13,14 @@ from biscale_env.errors import BiscaleError
 from biscale_env.traces.checks import check_lengths, check_times
 from biscale_env.traces.layouts import NS_PER_UNIT, FileFormat, file_format
 from biscale_env.traces.schema import Trace
-from biscale_env.traces.tables import Batch, csv_batches, jsonl_batches, parquet_batches, parquet_duration_s
+from biscale_env.traces.tables import (
+    Batch,
+    count_lines,
+    csv_batches,
+    jsonl_batches,
+    parquet_batches,
+    parquet_duration_s,
+)
 
 UNIX_TIME_S = 1e8
 READERS: dict[FileFormat, Callable[..., Iterator[Batch]]] = {
@@ -94,6 +101,13 @@ def _trace(rows: list[_Rows], path: Path, name: str | None, first_line: int, sor
     return Trace(name or path.name.split(".")[0], arrival_s, prompt, output, source, first_line=first_line)
 
 
+def _first_line(path: Path, form: FileFormat, n_rows: int) -> int:
+    """Line of the first request where every line behind it holds one request, else 0."""
+    if form == "jsonl":
+        return 1 if count_lines(path) == n_rows else 0
+    return 2 if form == "csv" else 0
+
+
 def read_trace(path: str | Path, name: str | None = None, sort: bool = False, **columns: Any) -> Trace:
     """Read a trace file; its format follows from the suffix (else the first bytes) and the header.
 
@@ -114,7 +128,7 @@ def read_trace(path: str | Path, name: str | None = None, sort: bool = False, **
     if not rows:
         raise BiscaleError(f"{path} holds a header but no request")
     form = file_format(path, path.open("rb").read(4))
-    trace = _trace(rows, path, name, 2 if form == "csv" and not sort else 0, sort)
+    trace = _trace(rows, path, name, 0 if sort else _first_line(path, form, sum(len(r.arrival_s) for r in rows)), sort)
     duration_s = parquet_duration_s(path) if form == "parquet" else 0.0
     return replace(trace, duration_s=max(duration_s, trace.duration_s))
 

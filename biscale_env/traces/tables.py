@@ -155,6 +155,12 @@ def jsonl_batches(path: Path, **columns: Any) -> Iterator[Batch]:
         raise BiscaleError(f"{path} is not a readable JSON-lines file: {str(error).splitlines()[0]}") from None
 
 
+def count_lines(path: Path) -> int:
+    """Lines of a text file, which may be compressed."""
+    with _open(path) as file:
+        return sum(1 for _ in file)
+
+
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with _open(path) as file:
         for line, text in enumerate(file, start=1):
