@@ -259,13 +259,43 @@ def test_a_clock_that_never_comes_is_logged_as_such(bench):
     assert row["seen_mhz"] == 1980.0
 
 
+def test_a_clock_is_seen_only_when_every_gpu_of_the_group_shows_it(bench):
+    b = bench(readback_s=0.1)
+    with FakeState(b.path).locked() as gpus:
+        gpus[1]["effective_mhz"] = 600.0  # something holds it down
+    b.command("prefill", 900.0)
+    b.wait(lambda: b.lines("command"))
+    (row,) = b.lines("command")
+    assert row["seen_s"] is None
+    assert row["seen_mhz"] == 750.0
+
+
+def test_cap_locks_from_the_lowest_clock_up(bench):
+    class Spy(FakeBackend):
+        pairs = ()
+
+        def lock_all(self, uuids, low_mhz, high_mhz):
+            self.pairs = (*self.pairs, (low_mhz, high_mhz))
+            super().lock_all(uuids, low_mhz, high_mhz)
+
+    for lower_bound, low in (("fixed", 900.0), ("cap", 510.0)):
+        b = bench(lower_bound=lower_bound)
+        spy = b.actuator.backend = Spy(b.path)
+        b.command("prefill", 900.0)
+        b.wait(lambda b=b: b.applied()["prefill"] == 900.0)
+        assert spy.pairs == ((low, 900.0),)
+        b.close()
+
+
 def test_one_gpu_has_one_owner(bench, tmp_path, hw_state):
     b = bench()
     config = ActuatorConfig({"other": ("3",)}, tmp_path / "s2", f"fake:{b.path}")
     rival = Actuator(config, FakeBackend(b.path))
-    with pytest.raises(BiscaleError, match="owner already"):
-        rival.start()
-    assert rival.stop() == []
+    try:
+        with pytest.raises(BiscaleError, match="owner already"):
+            rival.start()
+    finally:
+        assert rival.stop() == []
     assert len(list(hw_state.glob("*.json"))) == 4  # the rival left the owner's notes alone
 
 
