@@ -52,6 +52,23 @@ def free_port():
         return probe.getsockname()[1]
 
 
+# Stands over an engine as the leader of its process group. vLLM does not always heed a polite signal while it starts, so when this process
+# is told to end, or the tests have died, the whole group gets ten seconds and then no choice.
+GUARDIAN = """
+import os, signal, subprocess, sys
+def end(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.killpg(0, signal.SIGTERM)
+    try:
+        engine.wait(10)
+    finally:
+        os.killpg(0, signal.SIGKILL)
+signal.signal(signal.SIGTERM, end)
+engine = subprocess.Popen(sys.argv[1:])
+sys.exit(engine.wait())
+"""
+
+
 class Engine:
     """One real vLLM server with our hook."""
 
@@ -74,7 +91,7 @@ class Engine:
             "--scheduler-cls", "biscale_env.hardware.vllm_hook.BiscaleScheduler", "--kv-transfer-config", json.dumps(transfer),
         ]  # fmt: skip
         self.process = subprocess.Popen(
-            [str(c) for c in command],
+            [sys.executable, "-c", GUARDIAN, *map(str, command)],
             cwd=folder,
             env=env,
             stdout=self.log.open("wb"),
