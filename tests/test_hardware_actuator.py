@@ -79,7 +79,7 @@ class Bench:
         return failures
 
 
-def refused(actuator, kind, words=""):
+def refused(actuator, kind, words=None):
     """It does not start, and what it had taken is free again; sockets that stay open would make a failing test hang."""
     try:
         with pytest.raises(kind, match=words):
