@@ -115,7 +115,7 @@ def test_signals_reset_before_the_end(machine, number, hw_state):
     machine.controller()
     wait_until(lambda: machine.clocks()[0] == 900.0)
     actuator.send_signal(number)
-    assert actuator.wait(5) == 0
+    assert actuator.wait(20) == 0
     assert machine.locked() == [0, 0]
     assert not list(hw_state.glob("*.json"))
 
