@@ -127,7 +127,7 @@ def gpus_of(path: Path) -> np.ndarray:
         return gpus.copy()
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> float:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> float:
     """Seconds until the condition held; fails when it does not in time."""
     start = time.monotonic()
     while not condition():

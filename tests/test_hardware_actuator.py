@@ -79,6 +79,15 @@ class Bench:
         return failures
 
 
+def refused(actuator, kind, words=None):
+    """It does not start, and what it had taken is free again; sockets that stay open would make a failing test hang."""
+    try:
+        with pytest.raises(kind, match=words):
+            actuator.start()
+    finally:
+        assert actuator.stop() == []
+
+
 @pytest.fixture
 def bench(tmp_path, hw_state):
     made = []
@@ -259,29 +268,52 @@ def test_a_clock_that_never_comes_is_logged_as_such(bench):
     assert row["seen_mhz"] == 1980.0
 
 
+def test_a_clock_is_seen_only_when_every_gpu_of_the_group_shows_it(bench):
+    b = bench(readback_s=0.1)
+    with FakeState(b.path).locked() as gpus:
+        gpus[1]["effective_mhz"] = 600.0  # something holds it down
+    b.command("prefill", 900.0)
+    b.wait(lambda: b.lines("command"))
+    (row,) = b.lines("command")
+    assert row["seen_s"] is None
+    assert row["seen_mhz"] == 750.0
+
+
+def test_cap_locks_from_the_lowest_clock_up(bench):
+    class Spy(FakeBackend):
+        pairs = ()
+
+        def lock_all(self, uuids, low_mhz, high_mhz):
+            self.pairs = (*self.pairs, (low_mhz, high_mhz))
+            super().lock_all(uuids, low_mhz, high_mhz)
+
+    for lower_bound, low in (("fixed", 900.0), ("cap", 510.0)):
+        b = bench(lower_bound=lower_bound)
+        spy = b.actuator.backend = Spy(b.path)
+        b.command("prefill", 900.0)
+        b.wait(lambda b=b: b.applied()["prefill"] == 900.0)
+        assert spy.pairs == ((low, 900.0),)
+        b.close()
+
+
 def test_one_gpu_has_one_owner(bench, tmp_path, hw_state):
     b = bench()
     config = ActuatorConfig({"other": ("3",)}, tmp_path / "s2", f"fake:{b.path}")
     rival = Actuator(config, FakeBackend(b.path))
-    with pytest.raises(BiscaleError, match="owner already"):
-        rival.start()
-    assert rival.stop() == []
+    refused(rival, BiscaleError, "owner already")
     assert len(list(hw_state.glob("*.json"))) == 4  # the rival left the owner's notes alone
 
 
 def test_a_gpu_in_two_groups_is_refused(tmp_path, hw_state):
     path = create_state(tmp_path / "gpus", 2)
     config = ActuatorConfig({"a": ("0",), "b": ("1", "0")}, tmp_path / "s", "fake")
-    with pytest.raises(BiscaleError, match="twice"):
-        Actuator(config, FakeBackend(path)).start()
+    refused(Actuator(config, FakeBackend(path)), BiscaleError, "twice")
 
 
 def test_without_privilege_it_refuses_and_leaves_no_note(tmp_path, hw_state):
     path = create_state(tmp_path / "gpus", 2, privileged=False)
     actuator = Actuator(ActuatorConfig({"a": ("0",)}, tmp_path / "s", "fake"), FakeBackend(path))
-    with pytest.raises(ClockDenied):
-        actuator.start()
-    assert actuator.stop() == []
+    refused(actuator, ClockDenied)
     assert not list(hw_state.glob("*.json"))
 
 
@@ -290,9 +322,7 @@ def test_without_a_place_for_the_note_nothing_is_touched(tmp_path, monkeypatch):
     monkeypatch.setenv("BISCALE_HW_STATE", str(tmp_path / "file" / "below"))
     path = create_state(tmp_path / "gpus", 1)
     actuator = Actuator(ActuatorConfig({"a": ("0",)}, tmp_path / "s", "fake"), FakeBackend(path))
-    with pytest.raises(BiscaleError, match="BISCALE_HW_STATE"):
-        actuator.start()
-    actuator.stop()
+    refused(actuator, BiscaleError, "BISCALE_HW_STATE")
     assert gpus_of(path)[0]["n_sets"] + gpus_of(path)[0]["n_resets"] == 0
 
 
@@ -377,6 +407,4 @@ def test_a_socket_folder_of_somebody_else_is_refused(tmp_path, hw_state):
     (tmp_path / "s").mkdir()
     os.chown(tmp_path / "s", 12345, -1)
     actuator = Actuator(ActuatorConfig({"a": ("0",)}, tmp_path / "s", "fake"), FakeBackend(path))
-    with pytest.raises(BiscaleError, match="belongs to somebody else"):
-        actuator.start()
-    assert actuator.stop() == []
+    refused(actuator, BiscaleError, "belongs to somebody else")

@@ -115,7 +115,7 @@ def test_signals_reset_before_the_end(machine, number, hw_state):
     machine.controller()
     wait_until(lambda: machine.clocks()[0] == 900.0)
     actuator.send_signal(number)
-    assert actuator.wait(5) == 0
+    assert actuator.wait(20) == 0
     assert machine.locked() == [0, 0]
     assert not list(hw_state.glob("*.json"))
 
@@ -197,6 +197,24 @@ def test_a_second_actuator_is_refused_and_the_first_goes_on(machine):
     assert second.returncode == 2
     assert "owner already" in err
     wait_until(lambda: machine.clocks()[0] == 900.0)
+
+
+def test_of_actuators_started_at_once_exactly_one_becomes_the_owner(machine, hw_state):
+    rivals = [machine.actuator("--sockets", str(machine.folder / f"s{k}")) for k in range(4)]
+
+    def settled():
+        return sum(p.poll() is not None for p in rivals) == 3 and len(list(hw_state.glob("*.json"))) == 2
+
+    wait_until(settled, 60)
+    (winner,) = [p for p in rivals if p.poll() is None]
+    read_until(winner, "actuator ready")
+    for loser in rivals:
+        if loser is not winner:
+            assert loser.returncode == 2
+            assert "owner already" in loser.stderr.read()
+    winner.terminate()
+    assert winner.wait(10) == 0
+    assert not list(hw_state.glob("*.json"))
 
 
 def test_a_gpu_that_falls_off_the_bus_ends_it_with_the_rest_reset(machine):

@@ -170,6 +170,11 @@ def test_a_trace_beyond_the_context_is_refused_before_anything_is_sent(engine):
     assert engine.seen == []
 
 
+def test_a_vocabulary_of_special_tokens_only_is_refused():
+    with pytest.raises(BiscaleError, match="too small"):
+        LoadSettings("http://x", vocabulary=10)
+
+
 def test_nobody_there_is_said_plainly(engine):
     url = engine.url
     engine.close()

@@ -69,6 +69,17 @@ def test_a_gpu_of_another_backend_is_left_alone(machine):
     assert owner.noted() == ["GPU-elsewhere"]
 
 
+def test_fake_gpus_whose_file_was_made_anew_are_forgotten(machine):
+    backend, (one, *_) = machine
+    name = f"fake:{backend.state.path}"
+    owner.write_note(one, name)
+    owner.write_note("GPU-real", "nvml")
+    again = FakeBackend(create_state(backend.state.path, 3))
+    outcomes = dict(owner.recover(again, name))
+    assert "gone" in outcomes[one]
+    assert owner.noted() == ["GPU-real"]  # a real GPU that is not seen may come back
+
+
 def test_a_gpu_that_cannot_be_reset_keeps_its_note(machine):
     backend, (one, *_) = machine
     owner.write_note(one, "fake")

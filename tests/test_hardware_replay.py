@@ -24,7 +24,7 @@ from biscale_env.errors import BiscaleError
 from biscale_env.evaluation.run import load_run
 from biscale_env.hardware.assemble import at_step, read_raw
 from biscale_env.hardware.emulate import Emulation, EmulatorSettings
-from biscale_env.hardware.fake import FakeState
+from biscale_env.hardware.fake import FakeBackend, FakeState
 from biscale_env.hardware.policies import load_policy
 from biscale_env.hardware.replay import policies_by_phase, read_lines, wait_for_engines
 from biscale_env.hardware.validate import compare
@@ -146,6 +146,28 @@ def test_closed_loop_and_validation(lab, tmp_path, hw_state):
     _, stderr = again.communicate(timeout=60)
     assert again.returncode == 2
     assert "holds no replay" in stderr
+
+
+@pytest.mark.slow
+def test_a_second_emulation_does_not_take_the_fake_gpus_from_the_first(lab):
+    before = [d.uuid for d in FakeBackend(lab.gpus).devices()]
+    with pytest.raises(BiscaleError, match="another emulation runs on the fake GPUs"):
+        Emulation(lab.settings)
+    assert [d.uuid for d in FakeBackend(lab.gpus).devices()] == before
+    lab.emulation.stop()
+    lab.emulation = Emulation(lab.settings)  # the place is free again
+    assert [d.uuid for d in FakeBackend(lab.gpus).devices()] != before
+
+
+@pytest.mark.slow
+def test_a_replay_that_measured_nothing_leaves_its_place_free(lab, tmp_path):
+    trace, out = write_trace(tmp_path / "t.jsonl", 3, 5.0), tmp_path / "run"
+    code, _, stderr = lab.run(trace, out, "--decode", "http://127.0.0.1:9")
+    assert code == 2
+    assert "no engine answers" in stderr
+    assert not out.exists()
+    code, stdout, stderr = lab.run(trace, out)
+    assert code == 0, stderr + stdout
 
 
 @pytest.mark.slow

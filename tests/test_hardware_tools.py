@@ -216,6 +216,28 @@ def test_clock_latency_cut_off_gives_the_clock_back(machine, hw_state, number):
     assert not list(hw_state.glob("*.json"))
 
 
+@pytest.mark.parametrize(
+    ("option", "words"), [(["--out", "/no/where.csv"], "cannot write"), (["--into", "/no"], "no coefficient files")]
+)
+def test_clock_latency_says_before_it_measures_that_there_is_no_place_for_the_result(machine, option, words):
+    done = CliRunner().invoke(build(), ["hw", "clock-latency", "--backend", f"fake:{machine}", *option])
+    assert isinstance(done.exception, BiscaleError)
+    assert words in str(done.exception)
+    assert all(g["n_sets"] + g["n_resets"] == 0 for g in gpus_of(machine))
+
+
+def test_a_log_that_cannot_be_written_is_one_sentence(machine, tmp_path, hw_state):
+    for command in (
+        ["actuate", "--gpus", "x=0", "--backend", f"fake:{machine}"],
+        ["control", "--phase", "decode", "--policy", "max"],
+    ):
+        done = CliRunner().invoke(
+            build(), ["hw", *command, "--sockets", str(tmp_path / "s"), "--log", "/no/where.jsonl"]
+        )
+        assert isinstance(done.exception, BiscaleError)
+        assert "cannot write /no/where.jsonl" in str(done.exception)
+
+
 def test_clock_latency_without_privilege_is_one_sentence_and_leaves_nothing(tmp_path, hw_state):
     machine = create_state(tmp_path / "gpus", 1, privileged=False)
     done = CliRunner().invoke(build(), ["hw", "clock-latency", "--backend", f"fake:{machine}"])

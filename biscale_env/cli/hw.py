@@ -298,7 +298,9 @@ def bridge_command(
 
 @group.command("bench")
 def bench_command(
-    seconds: Annotated[float, typer.Option(help="Length of the closed-loop run; 0 leaves it out.")] = 20.0,
+    seconds: Annotated[
+        float, typer.Option(help="Length of each of the two closed-loop runs; 0 leaves them out.")
+    ] = 20.0,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Measure the hook's cost, the loop's latency and the replayer's punctuality on emulated engines."""
@@ -307,7 +309,11 @@ def bench_command(
 
     from biscale_env.hardware import bench
 
-    figures = bench.hook_figures() + (bench.loop_figures(seconds) if seconds > 0 else [])
+    figures = bench.hook_figures()
+    if seconds > 0:
+        figures += bench.loop_figures(seconds)
+        agents = bench.loop_figures(seconds, policies={"prefill": "agent", "decode": "agent"})
+        figures += [figure for figure in agents if figure.name.startswith("record")]
     if as_json:
         typer.echo(bench.as_json(figures))
         return

@@ -214,7 +214,6 @@ class Replayer:
             await until(due_s)
             if self._gone is not None:
                 return
-            record.dispatched_s = time.monotonic()
             task = asyncio.create_task(self._one(session, record, *bodies))
             self._under_way.add(task)
             task.add_done_callback(self._under_way.discard)
@@ -234,6 +233,9 @@ class Replayer:
         self, session: aiohttp.ClientSession, record: RequestRecord, prefill: bytes | None, decode: bytes
     ) -> None:
         headers = {"Content-Type": "application/json", "X-Request-Id": uuid.uuid4().hex}
+        record.dispatched_s = (
+            time.monotonic()
+        )  # here and not where the task was made: answers that had come may have been served first
         try:
             if prefill is not None:
                 params = await self._prefill(session, record, prefill, headers)
