@@ -65,7 +65,7 @@ def tuning_curves(run: Run, point: Mapping[str, Any]) -> go.Figure:
         annotations=[
             limit_note(
                 f"target of tuning: {100 * target:.2f} %",
-                x=at, y=1, yref="paper", xanchor="right", yanchor="bottom",
+                x=at, y=1, yref="paper", yanchor="top", xanchor="left" if at < 0.5 * sum(x_axis["range"]) else "right",
             )
         ],
     )  # fmt: skip
