@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SHELL  := /bin/bash
 
-.PHONY: compare test test-slow test-all lint types bench fit install docs test-engine clean
+.PHONY: compare test test-slow test-all lint types bench fit install docs tables test-engine clean
 
 compare: $(READY)            ## the main job on the embedded default scenario
 	$(BIN)/biscale compare
@@ -34,6 +34,14 @@ fit: $(READY)                ## regenerate the coefficient files and the model-a
 
 docs: $(READY)               ## regenerate the figures of README and docs that need no long experiment
 	$(BIN)/python docs/update.py
+
+EXPERIMENTS := main delay slo draws ablation mismatch
+
+tables: $(READY)             ## every experiment and its tables; half an hour on two cores, resumes where it was broken off
+	$(BIN)/biscale traces fetch azure-conv-2023 azure-code-2023
+	set -e; for name in $(EXPERIMENTS); do \
+	  $(BIN)/biscale compare --experiment $$name --resume --out runs/tables-$$name; \
+	  $(BIN)/python docs/update.py experiment:$$name=runs/tables-$$name; done
 
 test-engine:                 ## a real vLLM prefill/decode pair on CPU, in an environment of its own
 	bash tests/engine/run.sh

@@ -32,6 +32,8 @@ def test_every_experiment_names_policies_and_scenarios_that_exist(name: str) -> 
     assert len(experiment.scenarios()) == len(experiment.workloads) * len(experiment.loads) * len(
         experiment.slos
     ) * len(experiment.delays_s)
+    assert set(experiment.oracle_seeds_by_phase) == set(experiment.phases)
+    assert all(0 <= n <= experiment.seeds for n in experiment.oracle_seeds_by_phase.values())
     for pairs in parse(",".join(experiment.policies), experiment.phases).values():
         assert len(pairs) >= 3
 

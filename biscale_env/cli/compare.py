@@ -61,11 +61,12 @@ def compare(
     changes = {"trace": trace, "slo": slo, "load": load, "seeds": seeds, "tp": tp, "dtype": dtype, "delay_s": delay}
     if experiment is None:
         phases = _phases(phase, PHASES)
-        points, oracle_seeds = [_scenario(scenario, changes, quick)], None
+        points = [_scenario(scenario, changes, quick)]
+        oracle_seeds: dict[str, int] | None = None
         name, chosen, tuned = points[0].name, parse(policies, phases), tune
     else:
         frozen, points = _experiment(experiment, changes, phase, quick)
-        phases, oracle_seeds = frozen.phases, frozen.oracle_seeds
+        phases, oracle_seeds = frozen.phases, frozen.oracle_seeds_by_phase
         name, chosen, tuned = frozen.name, parse(policies or ",".join(frozen.policies), phases), frozen.tune
     folder = _folder(out, name, resume)
     config = {

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def prepare(
     phases: Sequence[str],
     policies: dict[str, list[tuple[str, str]]],
     tuned: bool,
-    oracle_seeds: int | None,
+    oracle_seeds: Mapping[str, int] | None,
 ) -> Prepared:
     """Resolve every point and phase; one that max clock cannot serve at any load is named, not hidden.
 
@@ -50,7 +50,7 @@ def prepare(
                 continue
             s = case.world.settings
             model_files.add(find_file(s.model, s.phase, s.dtype, s.tp))
-            jobs += plan(point, case, policies[phase], tuned, oracle_seeds)
+            jobs += plan(point, case, policies[phase], tuned, None if oracle_seeds is None else oracle_seeds[phase])
     if not jobs:
         raise infeasible[0]
     return Prepared(jobs, sorted(model_files), infeasible)

@@ -25,7 +25,7 @@ class Experiment(Config):
         policies: build strings; ``all`` for the default ones of the phase, ``ablations``, ``beliefs``.
         tune: choose the free parameters of every policy on tuning workloads.
         seeds: workload seeds.
-        oracle_seeds: the optimum is computed for the first few workloads only.
+        oracle_seeds: workloads for which the optimum is computed, the first few; a number, or one per phase (the decode search is slow).
     """
 
     name: str
@@ -39,7 +39,13 @@ class Experiment(Config):
     policies: tuple[str, ...] = ("all",)
     tune: bool = True
     seeds: int = Field(default=5, gt=0)
-    oracle_seeds: int = Field(default=2, ge=0)
+    oracle_seeds: int | dict[Literal["prefill", "decode"], int] = 2
+
+    @property
+    def oracle_seeds_by_phase(self) -> dict[str, int]:
+        """Workloads of each phase for which the optimum is computed."""
+        given = self.oracle_seeds
+        return {phase: given if isinstance(given, int) else given.get(phase, 0) for phase in self.phases}
 
     def scenarios(self, traces: dict[str, str] | None = None) -> list[Scenario]:
         """All operating points; a delay that varies becomes part of the scenario's name.

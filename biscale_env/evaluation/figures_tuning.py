@@ -55,6 +55,7 @@ def tuning_curves(run: Run, point: Mapping[str, Any]) -> go.Figure:
     shown = rows[rows["attainment"].ge(LOWEST) & rows["energy_ratio"].le(HIGHEST_RATIO)]
     bottom = float(shown["energy_ratio"].min()) if len(shown) else 0.5
     at = float(figdata.nines(target))
+    side, shift = ("left", 4) if at < 0.5 * sum(x_axis["range"]) else ("right", -4)
     layout = base_layout(
         height=470,
         showlegend=True,
@@ -65,7 +66,7 @@ def tuning_curves(run: Run, point: Mapping[str, Any]) -> go.Figure:
         annotations=[
             limit_note(
                 f"target of tuning: {100 * target:.2f} %",
-                x=at, y=1, yref="paper", xanchor="right", yanchor="bottom",
+                x=at, y=1, yref="paper", yanchor="top", xanchor=side, xshift=shift,
             )
         ],
     )  # fmt: skip
