@@ -267,8 +267,8 @@ def train(run: Run, report: Report, progress: bool = False) -> Figures:
         guard.check()
         raise
     except KeyboardInterrupt:
-        report(
-            f"interrupted at step {model.num_timesteps}: the state of the last evaluation is in {run.folder}, go on with --resume"
-        )
+        saved = (run.folder / LAST).is_file()
+        what = "the state of the last evaluation is kept" if saved else "nothing is saved before the first evaluation"
+        report(f"interrupted at step {model.num_timesteps}: {what}; go on with --resume --out {run.folder}")
         raise
     return run.evaluate.evaluate() if left > 0 else run.evaluate.at_best_setting()

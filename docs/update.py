@@ -216,7 +216,7 @@ IN_README = (
     "agent",
     "agent - own",
     "agent - static",
-    "that meet the SLO",
+    "that hold",
 )
 
 

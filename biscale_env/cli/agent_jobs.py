@@ -14,6 +14,7 @@ from biscale_env.evaluation.compare import Job
 SHIPPED = Path(find_spec("agents").submodule_search_locations[0]) / "checkpoints"  # type: ignore[union-attr, index]
 AGENT = "agent"
 N_PRICES = 14  # as many settings as a margin has in `controllers.base.MARGINS`
+PRICE_FLOOR = 2.5  # times the lowest trained price: at the edge of what it knows an agent loses requests faster than energy (assumed)
 SUFFIXES = (".npz", ".zip")
 PARAMETERS = ("price", "margin")
 BISCALE_OWN = {"prefill": "mpc", "decode": "slack"}
@@ -68,7 +69,7 @@ def setting_grid(build: str, phase: str) -> list[dict[str, float]]:
     if network.price is None:
         return []
     low, high = config.get("price") or (1.0, 100.0)
-    return [{"price": float(f"{p:.3g}")} for p in np.geomspace(low, high, N_PRICES)]
+    return [{"price": float(f"{p:.3g}")} for p in np.geomspace(PRICE_FLOOR * low, high, N_PRICES)]
 
 
 def checkpoint_path(name: str, phase: str) -> Path:

@@ -8,7 +8,7 @@ import pandas as pd
 from pydantic import Field
 
 from biscale_env.cli.agent_jobs import AGENT, BISCALE_OWN, scenario_jobs
-from biscale_env.cli.agent_table import STATIC, percent, saving, shown
+from biscale_env.cli.agent_table import STATIC, percent, saving, shown, target
 from biscale_env.config.loader import Config, load_named
 from biscale_env.evaluation.compare import Job
 from biscale_env.evaluation.scenarios import Infeasible
@@ -69,7 +69,7 @@ def markdown(results: pd.DataFrame) -> str:
         own = BISCALE_OWN[str(phase)]
         policies = ("max", STATIC, own, AGENT)
         parts = {policy: rows[rows["policy"] == policy] for policy in policies}
-        cells = [str(shown(parts[policy]) or "-") for policy in policies]
+        cells = [str(shown(parts[policy], target(rows)) or "-") for policy in policies]
         cells.append(percent(saving(parts[AGENT], parts[own])))
         lines.append("| " + " | ".join([str(phase), split, name, *cells]) + " |")
     return "\n".join(lines) + "\n"
