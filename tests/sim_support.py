@@ -10,6 +10,7 @@ from reference_sim import DecodeInstance, Instance, PrefillInstance, Request, Se
 
 from biscale_env.contract import spec_for
 from biscale_env.envs.core import Batch, Pool
+from biscale_env.envs.settings import World
 from biscale_env.models.physics import Coefficients
 from biscale_env.sim.state import PARAMS_DTYPE
 from biscale_env.traces import Trace
@@ -34,6 +35,8 @@ def plain(**changes: float) -> Coefficients:
 
 class StubWorld:
     """The part of a World that a Batch needs."""
+
+    check_fits = World.check_fits
 
     def __init__(self, phase: str, c: Coefficients, settings: Settings) -> None:
         self.phase, self.spec = phase, spec_for(phase)
