@@ -177,6 +177,13 @@ def test_records_of_another_schema_end_the_loop_with_a_sentence(bench):
         b.next_command()
 
 
+def test_an_idle_heartbeat_is_a_sign_of_life_and_no_decision(bench):
+    b = bench(Constant())
+    b.sender.send(EngineRecord())
+    assert b.next_command(0.5) is None
+    assert b.loop.heard_s > 0
+
+
 def test_one_controller_per_phase(bench, tmp_path):
     b = bench(Constant())
     with pytest.raises(BiscaleError, match="another process listens"):

@@ -178,6 +178,16 @@ def test_of_many_that_want_a_gpu_at_once_exactly_one_gets_it():
         won[0].release()
 
 
+def test_a_lost_gpu_does_not_keep_the_others_from_being_reset(machine):
+    backend, uuids = machine
+    backend.lock_all(uuids, 900, 900)
+    with FakeState(backend.state.path).locked() as gpus:
+        gpus[0]["lost"] = 1
+    with pytest.raises(ClockError, match="lost"):
+        backend.reset_all(uuids)
+    assert gpus_of(backend.state.path)["locked"].tolist() == [1, 0, 0]
+
+
 def test_a_claim_excludes_and_is_freed():
     first = owner.Claim("GPU-test-claim")
     with pytest.raises(BiscaleError, match="owner already"):

@@ -225,8 +225,8 @@ async def serve(server: Server, host: str, port: int) -> None:
         if engine.done():
             engine.result()
     finally:
-        engine.cancel()
+        while not engine.done():  # Python 3.11's wait_for may swallow a cancellation that meets its time-out
+            engine.cancel()
+            await asyncio.wait({engine}, timeout=0.2)
         server.engine.sender.close()
-        with contextlib.suppress(asyncio.CancelledError):
-            await engine
         await runner.cleanup()
