@@ -78,7 +78,8 @@ def _planned(env: AgentVecEnv, number: int, workload: Trace) -> tuple[NDArray[np
     coefs, cheapest = env.features.belief(group.world.model, [-1])
     features, rule, _ = env.features(observations, coefs, cheapest)
     if env.config.price is not None:
-        features = with_price(features, np.exp(env.rng.uniform(*np.log(env.config.price), size=len(features))))
+        low, high = np.log(env.config.price)
+        features = with_price(features, np.exp(env.rng.uniform(low, high, size=len(features))))
     return features, to_output(env, actions, rule)
 
 

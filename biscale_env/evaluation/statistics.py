@@ -126,7 +126,7 @@ def crossed_bootstrap(
         raise BiscaleError("the crossed bootstrap needs the same training seeds in every scenario")
     drawn = []
     for _ in range(n_resamples):
-        seeds: Ints = rng.integers(0, n_seeds, n_seeds)
+        seeds = rng.integers(0, n_seeds, size=(n_seeds,))
         drawn.append(float(statistic(np.concatenate([_crossed(t, seeds, rng) for t in tables]))))
     return _percentile(float(statistic(np.concatenate([t.ravel() for t in tables]))), drawn, level)
 
