@@ -11,7 +11,6 @@ from agents.env import AgentVecEnv, Tally
 from agents.heldout import SHORTFALL_PRICE, Act, Figures, HeldOut
 from biscale_env.errors import BiscaleError
 
-EVALUATED_PRICES = 6
 MIN_REQUESTS = 200  # per group, on average, before a multiplier moves
 
 
@@ -128,7 +127,9 @@ class Evaluate(BaseCallback):
         if config.margins:
             return [(config.default_price, m) for m in config.margins]
         return (
-            [(float(p), 0.0) for p in np.geomspace(*config.price, EVALUATED_PRICES)] if config.price else [(0.0, 0.0)]
+            [(float(p), 0.0) for p in np.geomspace(*config.price, config.evaluation.prices)]
+            if config.price
+            else [(0.0, 0.0)]
         )
 
     def at_best_setting(self) -> Figures:

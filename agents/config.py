@@ -105,12 +105,14 @@ class EvaluationConfig(Config):
     Attributes:
         every_steps: env steps between evaluations.
         workloads: held-out workloads per group.
+        prices: prices that are tried, spread over the config's range; every group counts at its best.
         patience: stop after this many evaluations without a better policy; 0 never stops early.
         goal: stop as soon as every group meets its attainment target and the mean energy ratio is at most this; None never does.
     """
 
     every_steps: int = Field(default=500_000, gt=0)
     workloads: int = Field(default=4, gt=0)
+    prices: int = Field(default=6, gt=0)
     patience: int = Field(default=0, ge=0)
     goal: float | None = Field(default=None, gt=0)
 

@@ -2,6 +2,7 @@
 
 Usage: python docs/update.py [models] [bench] [bench-cluster] [observation] [compare=RUN_DIRECTORY] [experiment:NAME=RUN_DIRECTORY ...]
        [agents=EVALUATION,EVALUATION] [curves:PHASE=TRAINING_DIRECTORY]
+       [algorithms=DIRECTORY_OF_RUNS] [robustness=EVALUATION]
 `make docs` runs the parts that need no long experiment.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from agents.curves import draw, learning_curves
+from biscale_env.cli import robustness as splits
 from biscale_env.cli.agent_jobs import shipped_seeds
 from biscale_env.cli.agent_table import HEAD, markdown, point_rows, summary
 from biscale_env.contract import DECODE_SPEC, PREFILL_SPEC
@@ -246,6 +248,30 @@ def curves(phase: str, folder: str) -> None:
     draw({p: pd.read_csv(path) for p, path in both.items() if path.is_file()}, home / "curves.svg")
 
 
+def algorithms(folder: str) -> None:
+    """Training runs of all algorithms below a folder: first and best held-out score, energy and lowest attainment at the best."""
+    lines = [
+        "| phase | algorithm | env steps | score untrained | best score | energy ratio | lowest attainment |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for path in sorted(
+        Path(folder).glob("*/evaluations.csv"), key=lambda p: (p.parent.name.split("-")[0] != "prefill", p.parent.name)
+    ):
+        phase, _, name = path.parent.name.partition("-")
+        frame = pd.read_csv(path)
+        best = frame.loc[frame["score"].idxmin()]
+        energy, attained = best.filter(like="energy_ratio:").mean(), best.filter(like="attainment:").min()
+        first = frame["score"].iloc[0]
+        figures = f"{first:.4f} | {best['score']:.4f} | {energy:.4f} | {attained:.4f}"
+        lines.append(f"| {phase} | {name} | {int(frame['step'].max()):,} | {figures} |")
+    replace_block(ROOT / "docs" / "agents.md", "algorithms", "\n".join(lines))
+
+
+def robustness(folder: str) -> None:
+    """The shipped agents in distribution, shifted and on unseen workloads."""
+    replace_block(ROOT / "docs" / "agents.md", "robustness", splits.markdown(load_run(folder).results))
+
+
 def main(arguments: list[str]) -> None:
     """Run the parts asked for; all but the long ones without arguments."""
     for argument in arguments or ["models", "observation", "bench"]:
@@ -254,8 +280,8 @@ def main(arguments: list[str]) -> None:
             experiment(part.partition(":")[2], folder)
         elif part.startswith("curves:"):
             curves(part.partition(":")[2], folder)
-        elif part in ("compare", "agents"):
-            {"compare": compare, "agents": agents}[part](folder)
+        elif folder:
+            {"compare": compare, "agents": agents, "algorithms": algorithms, "robustness": robustness}[part](folder)
         else:
             parts = {"models": models, "bench": bench, "bench-cluster": bench_cluster, "observation": observation}
             parts[part]()
