@@ -5,7 +5,8 @@ that a search finds (:mod:`controllers.oracle_decode_search`) and a bound that n
 
 Plans are made for, and must be run in, :func:`controllers.oracle_replay.oracle_world`: clocks change at once and every iteration is a
 decision. In prefill a world with delay can do a little better than that one (its clock may change while idle), so a comparison at a delay
-should show ``lower_bound_any_delay_j`` beside the oracle's row. The decode bound holds at any delay.
+should show ``lower_bound_any_delay_j`` beside the oracle's row. The decode bound holds at any delay. The prefill bound prunes nothing
+(except where ``bound_pruned`` says so); the plan does.
 """
 
 import time
@@ -35,6 +36,8 @@ def make_oracle(
         The policy, to be run in ``oracle_world(world)``, and a dictionary of floats: ``replay_j`` (energy of the plan, J), ``violations``,
         ``attainment``, ``feasible`` (1: the target is met), ``lower_bound_j`` (no policy without delay and with no more violations than
         allowed uses less, J), ``lower_bound_any_delay_j`` (nor at any delay), ``gap`` (``replay_j / lower_bound_j - 1``),
+        ``bound_pruned`` (1: a prefill workload far too large for a bound without pruning; it is then checked, not proven), ``dropped``
+        (labels that the prefill bound had to leave out; unless 0, there is no bound and it is NaN),
         ``violations_allowed`` (the target's; without one, the plan's own), ``price`` (reference energies per violation), ``seconds``.
     """
     begin = time.perf_counter()
@@ -49,6 +52,8 @@ def make_oracle(
             "lower_bound_any_delay_j": found.energy_bound_any_delay_j,
             "violations_allowed": float(found.violations_allowed),
             "price": found.price,
+            "bound_pruned": float(found.bound_pruned),
+            "dropped": float(found.dropped),
         }
         plan_mhz = found.plan_mhz
     else:
@@ -66,6 +71,8 @@ def make_oracle(
             "lower_bound_any_delay_j": bound_j,
             "violations_allowed": float(allowed),
             "price": plan.price,
+            "bound_pruned": 0.0,
+            "dropped": 0.0,
         }
         plan_mhz = plan.clocks_mhz
     info["gap"] = info["replay_j"] / info["lower_bound_j"] - 1.0

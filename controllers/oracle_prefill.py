@@ -20,10 +20,12 @@ Method. Forward dynamic programming over batch starts ``(request, tokens of it d
   lies on or above it), and waiting costs the idle power of the lowest clock. No delay, constant or random, and no decision interval can do
   better: a lower bound for every policy in every delayed world.
 
-Pruning. A label is dropped when it is dearer, energy counted above the lowest idle power, by ``margin`` reference energies than an earlier
-label of the same position. Being later can only help by having more requests to batch, which saves fixed parts of batches (a sixth of a
-reference energy each). This is checked (other margins give the same plans; brute force), not proven. Labels that fall out of the window
-of their position are dropped too and counted (``dropped``; 0 in every feasible scenario).
+Pruning. In plans a label is dropped when it is dearer, energy counted above the lowest idle power, by ``margin`` reference energies than
+an earlier label of the same position. Being later rarely helps (more requests to batch, an end of the episode before the next batch), but
+it can: pruning may cost a plan a little, and would take the proof from a bound. Bounds therefore keep every label, and widen the window of
+cells that a position has when one falls out of it. Only for workloads far beyond what the instance can serve this is too much work; their
+bounds are pruned, too, which is checked, not proven, and said (``bound_pruned``). If even then labels fall out of the widest window,
+``dropped`` counts them and there is no bound (NaN).
 
 Attainment. Minimum energy subject to at most ``m`` violations is bounded from below by ``L(price) - price * m`` for every price, where L is
 the bound above (weak duality); the plan is the cheapest one met by bisection that satisfies the constraint.
@@ -71,7 +73,8 @@ class PrefillOracle:
         gap: ``upper_bound / lower_bound - 1``: the discretisation error.
         duality_gap: ``energy of the plan / energy_bound_j - 1``.
         cell_s: width of the time cells, s.
-        dropped: transitions that fell out of the window of their position.
+        bound_pruned: the workload was too much for a bound without pruning: it is checked, not proven.
+        dropped: transitions of the bounding programmes that fell out of the widest window; the bounds are NaN unless it is 0.
         programmes: dynamic programmes solved.
         seconds: wall time.
     """
@@ -89,6 +92,7 @@ class PrefillOracle:
     gap: float
     duality_gap: float
     cell_s: float
+    bound_pruned: bool
     dropped: int
     programmes: int
     seconds: float
@@ -104,7 +108,7 @@ class _Search:
     def __init__(self, problem: PrefillProblem, cell_s: float, margin: float) -> None:
         self.problem, self.cell_s, self.margin = problem, cell_s, margin
         self.coarse = 1
-        self.programmes, self.dropped = 0, 0
+        self.programmes, self.dropped, self.pruned = 0, 0, False
         self.best: tuple[float, Replay, NDArray[np.float64]] | None = None
 
     def plan(self, price: float) -> tuple[Replay, NDArray[np.float64]]:
@@ -114,20 +118,28 @@ class _Search:
             self.programmes += 1
             run, plan = self.problem.run(kernels.EXACT, price, cell_s, self.margin, self.coarse)
             if run["status"] == kernels.OK:
-                self.dropped = int(run["late"])
                 return replay(self.problem.world, self.problem.trace, plan, self.problem.draw), plan
             cell_s *= 2.0
 
     def bound(self, mode: int, price: float) -> float:
-        """Lower bound at a price."""
-        self.programmes += 1
-        run, _ = self.problem.run(mode, price, self.cell_s, self.margin)
+        """Lower bound at a price, without pruning if it can be done; NaN when labels fell out of the widest window."""
+        margin = np.inf
+        while True:
+            self.programmes += 1
+            run, _ = self.problem.run(mode, price, self.cell_s, margin)
+            if run["status"] == kernels.OK and not run["late"]:
+                return float(run["best_cost"])
+            if run["status"] == kernels.OK and self.problem.widen():
+                continue
+            if not np.isinf(margin):
+                break
+            margin, self.pruned = self.margin, True
         if run["status"] != kernels.OK:
             raise BiscaleError(
                 f"the oracle ran out of room for {self.problem.trace.name}: use wider cells than {self.cell_s:g} s"
             )
         self.dropped = max(self.dropped, int(run["late"]))
-        return float(run["best_cost"])
+        return float("nan")
 
     def keep(self, price: float, allowed: int) -> int:
         """Plan at a price; remember it if it is allowed and needs less energy. Returns its violations."""
@@ -197,7 +209,7 @@ def solve_prefill_oracle(
         draw: model draw, None that of the world.
         cell_s: width of the time cells, s; must be less than the shortest batch. A plan that needs too many labels doubles it for itself.
         clock_step_mhz: clock grid of the plan; None is every supported clock.
-        margin: see the module's paragraph on pruning.
+        margin: of pruning plans, reference energies; see the module's paragraph.
     """
     begin = time.perf_counter()
     problem = PrefillProblem(world, trace, draw, clock_step_mhz)
@@ -218,5 +230,5 @@ def solve_prefill_oracle(
     energy, energy_any = ((x - price * allowed) * ref + problem.energy_before_j for x in (lower, lower_any))
     return PrefillOracle(
         plan, done, price, upper, lower, lower_any, energy, energy_any, allowed, feasible, upper / lower - 1.0,
-        done.energy_j / energy - 1.0, search.cell_s, search.dropped, search.programmes, time.perf_counter() - begin,
+        done.energy_j / energy - 1.0, search.cell_s, search.pruned, search.dropped, search.programmes, time.perf_counter() - begin,
     )  # fmt: skip

@@ -33,6 +33,7 @@ RUN_DTYPE = np.dtype(
         ("free_slot", np.int64),
         ("n_labels", np.int64),
         ("expanded", np.int64),
+        ("most_expanded", np.int64),  # labels after which a bounding programme gives up
         ("late", np.int64),  # transitions dropped because they fall behind the window of their position
         ("best_cost", np.float64),  # cheapest way to the end
         ("best_parent", np.int64),
@@ -290,6 +291,8 @@ def add_label(run: Any, labels: Any, parent: int, clock: int) -> int:
     """Remember a label that is about to be expanded, for the way back; only exact plans need it."""
     run.expanded += 1
     if run.mode != EXACT:
+        if run.expanded > run.most_expanded:
+            run.status = OUT_OF_LABELS
         return 0
     n = run.n_labels
     if n == labels.size:

@@ -15,6 +15,10 @@ from controllers import oracle_prefill_kernels as kernels
 from controllers.oracle_replay import draw_of, oracle_world
 
 WINDOW_CELLS = 4096
+MOST_WINDOW_CELLS = 65_536
+MOST_EXPANDED = (
+    4_000_000  # labels of a bounding programme: about 10 s, ten times what the busiest evaluation workload needs
+)
 SLOTS = 4096
 MAX_LABELS = 8_000_000  # beyond, the cells of that programme are doubled: an overloaded hour would take minutes
 
@@ -79,6 +83,13 @@ class PrefillProblem:
             earliest[r + 1] = now
         return earliest
 
+    def widen(self) -> bool:
+        """Give every position a window four times as wide for the next programmes; False when it has the widest already."""
+        if self.window_cells >= MOST_WINDOW_CELLS:
+            return False
+        self.window_cells, self._cells = min(4 * self.window_cells, MOST_WINDOW_CELLS), None
+        return True
+
     def run(
         self, mode: int, price: float, cell_s: float, margin: float, stride: int = 1
     ) -> tuple[Any, NDArray[np.float64]]:
@@ -88,12 +99,13 @@ class PrefillProblem:
             mode: ``kernels.EXACT`` or one of the bounds.
             price: cost of a violation, reference energies.
             cell_s: width of the time cells, s.
-            margin: pruning, reference energies.
+            margin: pruning, reference energies; infinite for none, and then a bound gives up on a workload that is far too much.
             stride: plan with every so-many-th clock of the plan's grid, counted from the highest.
         """
         n = len(self.pool.prompt)
         run = np.zeros((), kernels.RUN_DTYPE)
         run["mode"], run["cell_s"], run["price"], run["margin"] = mode, cell_s, price, margin
+        run["most_expanded"] = MOST_EXPANDED if np.isinf(margin) else np.iinfo(np.int64).max
         run["floor_w"], run["best_cost"] = self.floor_w, np.inf
         slots = np.zeros(self.slots, kernels.SLOT_DTYPE)
         slots["next"] = np.append(np.arange(1, self.slots), -1)

@@ -30,28 +30,35 @@ def trace_of(gaps_s: Any, prompts: Any, outputs: Any = None, tail_s: float = 0.0
     return Trace("tiny", arrival, np.asarray(prompts), np.asarray(outputs), "test", float(arrival[-1]) + tail_s)
 
 
-def brute_force(world: World, trace: Trace, clocks_mhz: Any, price: float) -> float:
-    """Least cost over every sequence of clocks, in the real simulator, by trying them; states are restored from copies."""
+def every_outcome(world: World, trace: Trace, clocks_mhz: Any) -> dict[int, float]:
+    """Least energy (J) per number of violations over every sequence of clocks, by trying them in the real simulator."""
     batch = Batch(world, 1, Pool.of(world, [trace]))
     batch.reset(ROW, ROW, np.array([-1]))
     actions = world.clocks.to_action(np.asarray(clocks_mhz))
     decode = (batch.slots, batch.ring, batch.tree, batch.stack) if world.phase == "decode" else ()
     memory = (batch.states, *decode)
+    least: dict[int, float] = {}
 
-    def least(cost: float) -> float:
+    def visit(energy: float) -> None:
         if batch.done[0]:
-            return cost
+            violations = int(batch.states["violations"][0])
+            least[violations] = min(energy, least.get(violations, np.inf))
+            return
         saved = [array.copy() for array in memory]
-        best = np.inf
         for k in range(len(actions)):
             for array, copy in zip(memory, saved, strict=True):
                 array[:] = copy
             batch.step(actions[k : k + 1])
-            step = -batch.terms[0, 0] + price * batch.states["step_violations"][0]
-            best = min(best, least(cost + float(step)))
-        return best
+            visit(energy - float(batch.terms[0, 0]) * world.energy_ref_j)
 
-    return least(0.0)
+    visit(0.0)
+    return least
+
+
+def brute_force(world: World, trace: Trace, clocks_mhz: Any, price: float) -> float:
+    """Least cost over every sequence of clocks, in reference energies."""
+    outcomes = every_outcome(world, trace, clocks_mhz)
+    return min(energy_j / world.energy_ref_j + price * missed for missed, energy_j in outcomes.items())
 
 
 def run_policy(world: World, trace: Trace, policy: Any) -> tuple[float, int]:

@@ -6,19 +6,22 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle_helpers import brute_force, run_policy, trace_of, world_of
+from oracle_helpers import brute_force, every_outcome, run_policy, trace_of, world_of
 
 from biscale_env.errors import BiscaleError
+from biscale_env.evaluation.rollout import rollout
 from biscale_env.traces import generate
 from controllers import oracle_prefill_kernels as kernels
+from controllers import oracle_prefill_problem
 from controllers.base import context_of
-from controllers.oracle_prefill import solve_prefill_oracle
+from controllers.oracle_prefill import _Search, solve_prefill_oracle
 from controllers.oracle_prefill_problem import PrefillProblem
 from controllers.oracle_replay import OraclePolicy, oracle_world, replay
 from controllers.registry import make_policy, policy_names
 
 PLAN_MHZ = (990.0, 1485.0, 1980.0)  # every 495 MHz below the highest clock
 STEP_MHZ = 495.0
+STATIC = ("static:1110", "static:1215", "static:1395", "static:1605")
 GAPS_S = st.sampled_from([0.0, 0.003, 0.07, 0.2, 0.5, 3.0])
 
 
@@ -54,7 +57,7 @@ def worlds(delays_s=(0.0,)):
 PRICES = st.sampled_from([0.0, 0.3, 5.0, 30.0])
 
 
-def solve(world, trace, mode, price, cell_s, margin=1.0):
+def solve(world, trace, mode, price, cell_s, margin=np.inf):
     problem = PrefillProblem(world, trace, clock_step_mhz=STEP_MHZ, slots=64, window_cells=1 << 18)
     run, plan = problem.run(mode, price, cell_s, margin)
     assert run["status"] == kernels.OK
@@ -80,6 +83,17 @@ def test_no_delay_beats_the_bound_for_any_delay(world, trace, price):
     assert bound <= best + 1e-9
 
 
+@settings(max_examples=30, deadline=None)
+@given(worlds((0.0, 0.02, 0.08, 0.3)), traces(3), st.sampled_from([0.0, 0.5, 0.7, 1.0]))
+def test_no_delay_uses_less_energy_than_the_bound_at_an_attainment(world, trace, attainment):
+    """The lower bound of the README: every sequence of clocks that misses no more requests than allowed, in the delayed world."""
+    oracle = solve_prefill_oracle(world, trace, attainment, clock_step_mhz=STEP_MHZ)
+    before_j = PrefillProblem(world, trace).energy_before_j
+    outcomes = every_outcome(world, trace, (510.0, 1110.0, 1980.0))
+    allowed = [energy_j for missed, energy_j in outcomes.items() if missed <= oracle.violations_allowed]
+    assert oracle.energy_bound_any_delay_j <= min(allowed, default=np.inf) + before_j + 1e-6
+
+
 def test_delay_can_help():
     """Why the second bound is needed: a clock that lands in an idle period saves idle power.
 
@@ -96,6 +110,10 @@ def test_delay_can_help():
     at_once, delayed = best.values()
     assert delayed < at_once
     assert solve(world, trace, kernels.CELLS_ANY_DELAY, 30.0, 1e-3)[0] <= delayed
+    oracle = solve_prefill_oracle(world, trace, 1.0)
+    least_j = every_outcome(world, trace, PLAN_MHZ)[0] + PrefillProblem(world, trace).energy_before_j
+    assert oracle.violations_allowed == 0
+    assert oracle.energy_bound_any_delay_j <= least_j < oracle.energy_bound_j
 
 
 @settings(max_examples=25, deadline=None)
@@ -114,10 +132,55 @@ def test_bounds_are_ordered_and_the_replay_is_the_programmes(world, trace, price
 
 @settings(max_examples=25, deadline=None)
 @given(worlds(), traces(8), PRICES)
-def test_a_wider_margin_of_pruning_changes_nothing(world, trace, price):
-    for mode in (kernels.EXACT, kernels.CELLS):
-        narrow, wide = (solve(world, trace, mode, price, 1e-3, margin)[0] for margin in (0.5, 1e6))
-        assert narrow == pytest.approx(wide, rel=1e-12)
+def test_pruning_a_plan_never_undercuts_the_one_without(world, trace, price):
+    """A pruned plan is still a plan: it may be dearer than the one without pruning, never cheaper, and never below the bound."""
+    narrow, wide = (solve(world, trace, kernels.EXACT, price, 1e-3, margin)[0] for margin in (0.5, np.inf))
+    assert narrow >= wide - 1e-9
+    assert solve(world, trace, kernels.CELLS, price, 1e-3, np.inf)[0] <= wide + 1e-9
+
+
+SLACK_OF_BEING_LATE = (  # (drain, token budget, requests per batch, SLO in s, price, gaps, prompts): found by a search at random
+    (True, 1024, 2, 0.25, 30.0, [0.07, 0.0, 0.5, 0.5, 0.07, 0.0, 0.07, 0.07], [1992, 2933, 2599, 384, 1897, 330, 2432, 1250], 0.0),
+    (False, 2048, 256, 0.1, 5.0, [0.003, 0.07, 0.0, 0.5, 0.0, 0.0, 0.5, 0.003, 0.0],
+     [2825, 2836, 2986, 2346, 1933, 1111, 1929, 577, 206], 1.0),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SLACK_OF_BEING_LATE)
+def test_bounds_keep_labels_that_pruning_would_drop(case):
+    """Two workloads on which being later helps: a pruned "bound" lies above the true one there."""
+    drain, budget, most, slo_s, price, gaps_s, prompts, tail_s = case
+    world = world_of("prefill", slo_s, drain=drain, token_budget=budget, max_seqs=most)
+    trace = trace_of(gaps_s, prompts, tail_s=tail_s)
+    search = _Search(PrefillProblem(world, trace), 1e-3, 0.5)
+    for mode in (kernels.CELLS, kernels.CELLS_ANY_DELAY):
+        kept, pruned = (solve(world, trace, mode, price, 1e-3, margin)[0] for margin in (np.inf, 0.5))
+        assert kept < pruned - 1e-3
+        assert search.bound(mode, price) == pytest.approx(kept, rel=1e-12)
+    assert not search.pruned
+
+
+def test_a_bound_widens_its_windows_and_says_when_it_had_to_prune_or_found_none(monkeypatch):
+    trace = generate("azure-conv-like", rate_rps=4.0, duration_s=30.0, seed=0)
+    world = world_of("prefill", drain=True)
+
+    def bound(**limits):
+        search = _Search(PrefillProblem(world, trace, window_cells=limits.pop("window_cells", 4096)), 1e-3, 1.0)
+        for name, value in limits.items():
+            monkeypatch.setattr(oracle_prefill_problem, name, value)
+        return search.bound(kernels.CELLS, 1.0), search
+
+    proven, search = bound()
+    assert not search.pruned
+    narrow, search = bound(window_cells=16)
+    assert narrow == pytest.approx(proven, rel=1e-12)
+    assert search.programmes > 1
+    checked, search = bound(MOST_EXPANDED=10)
+    assert search.pruned
+    assert checked >= proven - 1e-9
+    none, search = bound(window_cells=16, MOST_WINDOW_CELLS=16)
+    assert np.isnan(none)
+    assert search.dropped > 0
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +244,23 @@ def test_nobody_beats_the_oracle(seed, delay_s):
             assert oracle.upper_bound <= cost + 1e-9, name
 
 
+@pytest.mark.parametrize("attainment", [0.8, 0.95])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_delayed_controller_that_attains_the_target_uses_less_than_the_bound(seed, attainment):
+    """`energy_bound_any_delay_j`, which the README prints as the lower bound, workload by workload at 50 ms."""
+    trace = generate("azure-conv-like", rate_rps=1.0 + 0.75 * seed, duration_s=60.0, seed=seed)
+    world = world_of("prefill", 0.6, actuation_delay_s=0.05, drain=True)
+    oracle = solve_prefill_oracle(world, trace, attainment)
+    spent_j = {}
+    for name in ("max", "mpc", "mpc-plus", "mpc-plus:margin=0.2", "ecofreq", "throttllem", "greenllm", *STATIC):
+        (run,) = rollout(make_policy(name, context_of(world)), world, [trace], time_probe=False)
+        if 1.0 - run.totals["n_violations"] / len(trace) >= attainment:
+            spent_j[name] = run.totals["energy_j"]
+            assert oracle.energy_bound_any_delay_j <= run.totals["energy_j"], name
+    assert len(spent_j) > 3
+    assert oracle.energy_bound_any_delay_j > 0.8 * min(spent_j.values())  # a bound of nothing would pass the rest
+
+
 def test_the_policy_repeats_the_plan(workload):
     world = world_of("prefill", actuation_delay_s=0.1)
     oracle = solve_prefill_oracle(world, workload)
@@ -223,3 +303,4 @@ def test_the_azure_hour_takes_less_than_a_minute(shared_data):
     assert oracle.feasible
     assert oracle.gap < 0.01
     assert oracle.dropped == 0
+    assert not oracle.bound_pruned
