@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from biscale_env.jit import compiled, inlined
-from controllers.base import Controller, Floats, PolicyContext
+from controllers.base import Amount, Controller, Floats, PolicyContext, Positive
 
 D = 3  # context: 1, load, backlog
 BUSY, ENERGY, TOKENS, LATE, PENDING, ARM, SCALE, CONTEXT = 0, 1, 2, 3, 4, 5, 6, 7  # columns of the memory of one row
@@ -95,7 +95,7 @@ class Agft(Controller):
     }
 
     def __init__(
-        self, context: PolicyContext, window_s: float = 0.5, explore: float = 0.3, penalty: float = 2.0
+        self, context: PolicyContext, window_s: Positive = 0.5, explore: Amount = 0.3, penalty: Amount = 2.0
     ) -> None:
         """Prepare the learner.
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
 
 from biscale_env.config import Slo
 from biscale_env.contract import ClockRange, ObservationSpec
@@ -13,6 +14,12 @@ from biscale_env.errors import BiscaleError
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+# Ranges of parameters, written beside each in its constructor; the registry refuses what lies outside.
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0)]
 MARGINS: Mapping[str, tuple[Any, ...]] = {
     "margin": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8)
 }

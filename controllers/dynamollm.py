@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from biscale_env.jit import compiled, inlined
-from controllers.base import MARGINS, Controller, Floats, PolicyContext
+from controllers.base import MARGINS, Amount, Controller, Floats, PolicyContext, Positive, Share
 from controllers.belief import Belief
 
 TAIL = 4.6  # ln(100): the 99th percentile of an exponential tail in means
@@ -59,10 +59,10 @@ class DynamoWindows(Controller):
     def __init__(
         self,
         context: PolicyContext,
-        margin: float = 0.0,
-        window_s: float = 5.0,
-        headroom: float = 0.2,
-        kv_guard: float = 0.9,
+        margin: Share = 0.0,
+        window_s: Positive = 5.0,
+        headroom: Amount = 0.2,
+        kv_guard: Amount = 0.9,
     ) -> None:
         """Prepare the profiles.
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from biscale_env.jit import compiled
-from controllers.base import MARGINS, Controller, Floats, PolicyContext
+from controllers.base import MARGINS, Controller, Count, Floats, PolicyContext, Share
 from controllers.belief import Belief, NextWork
 from controllers.slack import lowest_meeting
 
@@ -31,7 +31,7 @@ class EcoFreq(Controller):
 
     TUNABLE: ClassVar[Mapping[str, tuple[Any, ...]]] = MARGINS
 
-    def __init__(self, context: PolicyContext, margin: float = 0.0, bin_requests: float = 8.0) -> None:
+    def __init__(self, context: PolicyContext, margin: Share = 0.0, bin_requests: Count = 8.0) -> None:
         """Prepare the scan.
 
         Args:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from biscale_env.jit import compiled
-from controllers.base import MARGINS, Controller, Floats, PolicyContext
+from controllers.base import MARGINS, Controller, Floats, PolicyContext, Share
 from controllers.belief import Belief, NextWork
 
 BAND_S, STEP_S = 0.2, 0.02  # periods of the source
@@ -72,7 +72,7 @@ class GreenPrefill(Controller):
     phases: ClassVar[tuple[str, ...]] = ("prefill",)
     TUNABLE: ClassVar[Mapping[str, tuple[Any, ...]]] = MARGINS
 
-    def __init__(self, context: PolicyContext, margin: float = 0.0) -> None:
+    def __init__(self, context: PolicyContext, margin: Share = 0.0) -> None:
         """Prepare the classes.
 
         Args:
@@ -109,7 +109,7 @@ class GreenDecode(Controller):
     TUNABLE: ClassVar[Mapping[str, tuple[Any, ...]]] = MARGINS
     memory_size = 6  # clock, seconds since band, seconds since step, P95 estimate (s), band low, band high (MHz)
 
-    def __init__(self, context: PolicyContext, margin: float = 0.0, down: float = 0.8) -> None:
+    def __init__(self, context: PolicyContext, margin: Share = 0.0, down: Share = 0.8) -> None:
         """Prepare the loops.
 
         Args:

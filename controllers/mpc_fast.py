@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from biscale_env.jit import compiled, inlined
 from biscale_env.models.physics import idle_power_w, iteration_energy_j, latency_s
-from controllers.base import MARGINS, Controller, Floats, PolicyContext
+from controllers.base import MARGINS, Amount, Controller, Floats, PolicyContext, Share
 from controllers.mpc_model import LATE_W, MpcProblem
 from controllers.mpc_options import MpcOptions
 
@@ -178,12 +178,12 @@ class FastMpcController(Controller):
     def __init__(
         self,
         context: PolicyContext,
-        margin: float = 0.0,
+        margin: Share = 0.0,
         give_up: bool = False,
-        forecast: float = 0.0,
+        forecast: Amount = 0.0,
         delay_aware: bool = False,
-        idle_credit: float = 0.0,
-        idle_clock: float = 0.0,
+        idle_credit: Amount = 0.0,
+        idle_clock: Amount = 0.0,
     ) -> None:
         """Prepare the problem; the parameters are those of :class:`MpcOptions`."""
         super().__init__(context)

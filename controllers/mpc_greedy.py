@@ -7,7 +7,7 @@ import numpy as np
 
 from biscale_env.contract.observation import HORIZON
 from biscale_env.jit import compiled, inlined
-from controllers.base import MARGINS, Controller, Floats, PolicyContext
+from controllers.base import MARGINS, Controller, Floats, PolicyContext, Share
 from controllers.belief import Belief
 from controllers.mpc_options import FAR_S, NO_DEADLINE
 
@@ -106,7 +106,7 @@ class GreedyMpc(Controller):
     phases: ClassVar[tuple[str, ...]] = ("prefill",)
     TUNABLE: ClassVar[Mapping[str, tuple[Any, ...]]] = MARGINS
 
-    def __init__(self, context: PolicyContext, margin: float = 0.0, give_up: bool = False) -> None:
+    def __init__(self, context: PolicyContext, margin: Share = 0.0, give_up: bool = False) -> None:
         """Prepare the tables.
 
         Args:

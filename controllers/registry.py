@@ -6,11 +6,15 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any, get_type_hints
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from biscale_env.contract import Policy
 from biscale_env.errors import BiscaleError
 from controllers.base import PolicyContext
+
+Draw = Annotated[int, Field(ge=-1)]
 
 
 @dataclass(frozen=True)
@@ -122,13 +126,29 @@ def _entry(name: str, phase: str) -> tuple[Entry, dict[str, Any]]:
     return entry, named
 
 
-def _check(entry: Entry, phase: str, name: str, params: Mapping[str, Any]) -> None:
-    known = [] if name.startswith("max") else list(inspect.signature(entry.load(phase)).parameters)[1:]
+def _checked(entry: Entry, phase: str, name: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters in the types and ranges that the class's constructor declares beside each.
+
+    Raises:
+        BiscaleError: an unknown parameter, or a value that is not of its type or out of its range.
+    """
+    policy = entry.load(phase)
+    known = [] if name.startswith("max") else list(inspect.signature(policy).parameters)[1:]
+    hints = get_type_hints(policy.__init__, include_extras=True)
     for key in params:
         if key not in known:
             raise BiscaleError(
                 f"policy '{name}' has no parameter '{key}'; it has: {', '.join([*known, 'draw', 'model'])}"
             )
+    return {key: _in_range(name, key, value, hints.get(key, Any)) for key, value in params.items()}
+
+
+def _in_range(name: str, key: str, value: Any, kind: Any) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        wanted = error.errors()[0]["msg"].removeprefix("Input ").split(",")[0]
+        raise BiscaleError(f"policy '{name}': {key} {wanted}, got {value}") from None
 
 
 def named_model(model: Any, context: PolicyContext) -> Any:
@@ -163,13 +183,13 @@ def make_policy(name: str, context: PolicyContext, model: Any = None, **params: 
     entry, named = _entry(name, context.phase)
     merged = {**entry.preset, **named, **params}
     if "draw" in merged:
-        context = replace(context, draw=int(merged.pop("draw")))
+        context = replace(context, draw=_in_range(name, "draw", merged.pop("draw"), Draw))
     believed = merged.pop("model", None) if model is None else model
     if believed is not None:
         context = replace(context, model=named_model(believed, context))
-    _check(entry, context.phase, name, merged)
+    checked = _checked(entry, context.phase, name, merged)
     try:
-        return entry.load(context.phase)(context, **merged)  # type: ignore[no-any-return]
+        return entry.load(context.phase)(context, **checked)  # type: ignore[no-any-return]
     except BiscaleError:
         raise
     except (TypeError, ValueError) as error:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from biscale_env.jit import compiled, inlined
-from controllers.base import MARGINS, Controller, Floats, PolicyContext
+from controllers.base import MARGINS, Amount, Controller, Floats, PolicyContext, Positive, Share
 from controllers.belief import Belief, NextWork, search_grid
 
 
@@ -124,15 +124,15 @@ class SlackRule(Controller):
     def __init__(
         self,
         context: PolicyContext,
-        margin: float = 0.0,
-        kv_guard: float = 0.9,
+        margin: Share = 0.0,
+        kv_guard: Amount = 0.9,
         energy_floor: bool = False,
         load_floor: bool = False,
         fine: bool = False,
         accumulated: bool = False,
-        lookahead: float = 16.0,
+        lookahead: Positive = 16.0,
         delay_aware: bool = False,
-        hysteresis: float = 0.05,
+        hysteresis: Share = 0.05,
     ) -> None:
         """Prepare the scan.
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from biscale_env.errors import BiscaleError
-from controllers.base import Controller, Floats, PolicyContext
+from controllers.base import Controller, Floats, PolicyContext, Seed
 
 
 class StaticClock(Controller):
@@ -44,7 +44,7 @@ class StaticClock(Controller):
 class RandomClock(Controller):
     """A uniformly random clock of the grid at every decision: what any controller must beat, and a test of every loop."""
 
-    def __init__(self, context: PolicyContext, seed: int = 0) -> None:
+    def __init__(self, context: PolicyContext, seed: Seed = 0) -> None:
         """Seed its own generator."""
         super().__init__(context)
         self._rng = np.random.default_rng(seed)

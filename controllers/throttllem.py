@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from biscale_env.jit import compiled, inlined
-from controllers.base import MARGINS, Controller, Floats, PolicyContext
+from controllers.base import MARGINS, Controller, Count, Floats, PolicyContext, Share
 from controllers.belief import Belief, search_grid
 from controllers.mpc_greedy import QueueTables
 from controllers.slack import lowest_meeting
@@ -71,7 +71,7 @@ class ThrottllEm(Controller):
 
     TUNABLE: ClassVar[Mapping[str, tuple[Any, ...]]] = MARGINS
 
-    def __init__(self, context: PolicyContext, margin: float = 0.0, steps: float = 32.0) -> None:
+    def __init__(self, context: PolicyContext, margin: Share = 0.0, steps: Count = 32.0) -> None:
         """Prepare the projection.
 
         Args:

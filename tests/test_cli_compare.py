@@ -4,6 +4,7 @@ import html
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -278,3 +279,42 @@ def test_real_traces(name, shared_data, tmp_path):
             assert html.escape(point["reason"], quote=False).replace("'", "&#39;") in report
         assert ("infeasible, so without" in done.stdout) == bool(INFEASIBLE[name])
         assert ("Infeasible scenarios." in report) == bool(INFEASIBLE[name])
+
+
+@pytest.mark.parametrize(
+    ("policy", "phase", "words"),
+    [
+        ("mpc:draw=abc", "prefill", "draw should be a valid integer, got abc"),
+        ("mpc:draw=1.5", "prefill", "draw should be a valid integer, got 1.5"),
+        ("mpc:margin=nan", "prefill", "margin should be a finite number, got nan"),
+        ("mpc:margin=5", "prefill", "margin should be less than 1, got 5"),
+        ("mpc:forecast=-3", "prefill", "forecast should be greater than or equal to 0, got -3"),
+        ("throttllem:margin=-2", "decode", "margin should be greater than or equal to 0, got -2"),
+        ("ecofreq:bin_requests=0", "decode", "bin_requests should be greater than or equal to 1, got 0"),
+        ("slack:fine=maybe", "decode", "fine should be a valid boolean, got maybe"),
+    ],
+)
+def test_nonsense_in_a_policys_name_is_refused(call, policy, phase, words):
+    code, _, error = call("compare", "--quick", "--phase", phase, "--policies", policy, "--out", "run")
+    assert code == 2
+    assert error.strip() == f"biscale: policy '{policy}': {words}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "traces generate file/x.csv --duration 60",
+        "compare --quick --policies static:1200 --out file/run",
+        "train prefill --out file/run",
+        "place --rate 10 --out file/x.yaml",
+        "hw clock-latency --out file/x.csv",
+    ],
+)
+def test_a_folder_that_is_a_file_is_one_sentence(call, tmp_path, arguments):
+    (tmp_path / "file").write_text("")
+    code, _, error = call(*arguments.split())
+    assert code == 2
+    assert re.fullmatch(
+        r"biscale: cannot [^\n]+ file/[^\n]*: [^\n]*directory[^\n]*", error.strip().splitlines()[-1].lower()
+    )
+    assert "Traceback" not in error

@@ -109,7 +109,7 @@ def test_random_covers_the_grid_and_repeats_with_its_seed():
         ("max:1200", "decode", "no key"),
         ("max:freq_mhz=1200", "decode", "no parameter 'freq_mhz'"),
         ("static:5000", "decode", "static clock 5000 MHz is impossible: choose 510 to 1980"),
-        ("slack:margin=much", "decode", "could not convert"),
+        ("slack:margin=much", "decode", "margin should be a valid number, got much"),
         ("slack:draw=100000", "decode", "model draw 100000 does not exist"),
     ],
 )

@@ -31,7 +31,7 @@ def build() -> typer.Typer:
 
 
 def main() -> None:
-    """Entry point: errors of the user are one sentence on stderr and exit code 2, Ctrl-C is 130."""
+    """Entry point: errors of the user and files that cannot be used are one sentence on stderr and exit code 2, Ctrl-C is 130."""
     # a polite kill ends like Ctrl-C, and so does a closed terminal (but not under nohup): what is finished is kept, clocks are given back
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -40,6 +40,11 @@ def main() -> None:
         build()()
     except BiscaleError as error:
         print(f"biscale: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:  # not about a file that was named
+            raise
+        print(f"biscale: cannot use {error.filename}: {(error.strerror or 'it failed').lower()}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("biscale: interrupted", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Writing traces: CSV, Mooncake JSON lines or Parquet, by the suffix; a file appears whole or not at all."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -66,5 +67,6 @@ def write_trace(trace: Trace, path: str | Path) -> Path:
     except OSError as error:
         raise BiscaleError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # such as a folder that is a file: told above
+            temporary.unlink(missing_ok=True)
     return path
