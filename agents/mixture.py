@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from agents.config import AgentConfig, Part
 from biscale_env.config import load_slo
+from biscale_env.config.slo import within
 from biscale_env.envs.options import capacity_rps
 from biscale_env.envs.settings import World, WorldSettings
 from biscale_env.envs.static import run_static
@@ -104,7 +105,7 @@ def make_groups(config: AgentConfig) -> tuple[list[Group], list[int]]:
 def run_at_max(group: Group, workload: Trace) -> tuple[NDArray[np.bool_], float]:
     """Which requests of a workload max clock loses in the nominal world, one per request that the phase sees; its energy, J."""
     run = run_static(group.world, workload, group.world.clocks.freq_max_mhz)
-    return run.latency_s > group.slo_s, run.energy_j
+    return ~within(run.latency_s, group.slo_s), run.energy_j
 
 
 def targets(config: AgentConfig, groups: list[Group], lost: list[NDArray[np.bool_]]) -> NDArray[np.float64]:

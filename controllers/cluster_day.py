@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from biscale_env.envs.cluster_run import TIME_RESOLUTION_S, Window, WindowedRun
+from biscale_env.config.slo import within
+from biscale_env.envs.cluster_run import Window, WindowedRun
 from biscale_env.traces import Trace
 from controllers.cluster_systems import Bench, System, Tuned, planner_of
 
@@ -49,8 +50,8 @@ def day_row(window: Window, ttft_s: float, tpot_s: float) -> dict[str, Any]:
     """Figures of a window; requests count where they end."""
     r = window.finished
     intervals = r["output_tokens"] - 1
-    late = r["first_token_s"] - r["arrival_s"] > ttft_s + TIME_RESOLUTION_S
-    slow = (r["finish_s"] - r["first_token_s"] > tpot_s * intervals + TIME_RESOLUTION_S) & (intervals > 0)
+    late = ~within(r["first_token_s"] - r["arrival_s"], ttft_s)
+    slow = ~within(r["finish_s"] - r["first_token_s"], tpot_s * intervals) & (intervals > 0)
     length = max(window.duration_s, 1e-9)
     return {
         "index": window.index,

@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biscale_env.config.placement import Placement
+from biscale_env.config.slo import within
 from biscale_env.envs.cluster_options import (
     DEFAULT_FREQS_MHZ,
     ClusterOptions,
     enumerate_placements,
     make_cluster_options,
 )
-from biscale_env.envs.cluster_run import TIME_RESOLUTION_S, Window, WindowedRun, cut
+from biscale_env.envs.cluster_run import Window, WindowedRun, cut
 from biscale_env.errors import BiscaleError
 from biscale_env.traces import Trace
 
@@ -164,9 +165,9 @@ class ClusterEnv(gym.Env[NDArray[np.float32], Any]):
     def _costs(self, window: Window) -> tuple[int, int]:
         """Requests that ended in the window and missed TTFT, and TPOT."""
         r, slo = window.finished, self.world.slo
-        late = r["first_token_s"] - r["arrival_s"] > slo.ttft_s + TIME_RESOLUTION_S
+        late = ~within(r["first_token_s"] - r["arrival_s"], slo.ttft_s)
         intervals = r["output_tokens"] - 1
-        slow = r["finish_s"] - r["first_token_s"] > slo.tpot_s * intervals + TIME_RESOLUTION_S
+        slow = ~within(r["finish_s"] - r["first_token_s"], slo.tpot_s * intervals)
         return int(late.sum()), int((slow & (intervals > 0)).sum())
 
     def _observe(self, window: Window | None) -> NDArray[np.float32]:

@@ -8,14 +8,13 @@ from numpy.typing import NDArray
 
 from biscale_env.config import Slo
 from biscale_env.config.placement import Placement
+from biscale_env.config.slo import within
 from biscale_env.contract import Policy
 from biscale_env.envs.cluster_core import Cluster, Energies
 from biscale_env.envs.cluster_observe import ClusterObserver
 from biscale_env.envs.cluster_settings import ClusterWorld
 from biscale_env.errors import BiscaleError
 from biscale_env.traces import Trace
-
-TIME_RESOLUTION_S = 1e-9  # rounding of instants is no violation
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,7 @@ class ClusterRun:
     def attainment(self, phase: str) -> float:
         """Share of requests within the bound of a phase; 1 without requests."""
         latency = self.ttft_s if phase == "prefill" else self.tpot_s
-        met = latency <= self.slo.bound_s(phase) + TIME_RESOLUTION_S
-        return float(np.mean(met)) if met.size else 1.0
+        return self.slo.attained(latency, phase)
 
     @property
     def meets_slo(self) -> bool:
@@ -71,8 +69,8 @@ class ClusterRun:
             return min(self.attainment("prefill"), self.attainment("decode")) >= self.slo.attainment
         r = self.requests
         intervals = np.maximum(r["output_tokens"] - 1, 1)
-        tpot_met = (r["finish_s"] - r["first_token_s"]) / intervals <= self.slo.tpot_s + TIME_RESOLUTION_S
-        both = tpot_met & (self.ttft_s <= self.slo.ttft_s + TIME_RESOLUTION_S)
+        tpot_met = within((r["finish_s"] - r["first_token_s"]) / intervals, self.slo.tpot_s)
+        both = tpot_met & within(self.ttft_s, self.slo.ttft_s)
         return bool(np.mean(both) >= self.slo.attainment) if both.size else True
 
     def row(self) -> dict[str, float]:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from biscale_env.config.slo import within
 from biscale_env.errors import BiscaleError
 from biscale_env.evaluation import figdata
 from biscale_env.evaluation.figures import LIMIT_LINE, axis, base_layout, limit_note
@@ -176,7 +177,7 @@ def _latencies(run: Run, row: dict[str, Any], metric: str, style: Style, window:
         return []
     latency_s, arrival_s = found
     inside = (arrival_s >= window[0]) & (arrival_s < window[1])
-    late = latency_s[inside] > row[f"slo_{metric}_s"]
+    late = ~within(latency_s[inside], row[f"slo_{metric}_s"])
     x, y = figdata.thin(arrival_s[inside], 1e3 * latency_s[inside], late)
     return [
         {

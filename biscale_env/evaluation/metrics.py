@@ -19,13 +19,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from biscale_env.config.slo import Slo
+from biscale_env.config.slo import Slo, within
 from biscale_env.evaluation.frame import Column, RunRecord
 
 Floats = NDArray[np.float64]
 QUANTILES: Final = (0.50, 0.90, 0.99)
-TIME_RESOLUTION_S: Final = 1e-9
-"""Differences of float64 instants carry rounding: 1.6 s - 1.0 s is more than 0.6 s. A nanosecond is no violation."""
 
 
 def ttft_s(requests: Mapping[str, Column]) -> Floats:
@@ -61,7 +59,7 @@ def verdicts(
     finished = np.isfinite(latency_s)
     deadline_s = started_s + bound_s * intervals
     counted = finished | (deadline_s <= end_s)
-    return counted, finished & (latency_s <= bound_s + TIME_RESOLUTION_S)
+    return counted, within(latency_s, bound_s)
 
 
 def judge(
