@@ -16,7 +16,6 @@ from biscale_env.contract import ClockRange, ObservationSpec, spec_for
 from biscale_env.errors import BiscaleError
 
 FORMAT = 1
-ACTIONS = ("rule", "clock", "levels")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Running the headline experiment: one job is one operating point (or variation of it) in one world, with every system on the same work."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,8 +101,3 @@ def oracle_figures(job: Job, requests: np.ndarray, placement: Any) -> dict[str, 
         tokens += int(mine["output_tokens"].sum())
         gap = max(gap, found.duality_gap)
     return {"prefill_j_per_token": energy / tokens, "oracle_gap": gap}
-
-
-def reference_rate(workloads: Sequence[Trace]) -> float:
-    """Mean rate of several workloads, requests/s."""
-    return float(np.mean([w.rate_rps for w in workloads]))

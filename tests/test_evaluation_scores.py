@@ -54,17 +54,3 @@ def test_infeasible_scenarios_do_not_count():
     table = scores.score_table(frame(late={("max", 0.75), ("mpc", 0.75)})).set_index("policy")
     assert table.loc["mpc", ["scenarios", "scenarios_met"]].tolist() == [1, 1]
     assert table.loc["mpc", "score_iqm"] == pytest.approx(0.75)
-
-
-def test_tuning_takes_the_cheapest_variant_that_reaches_the_target():
-    rows = [
-        tiny(policy="mpc", variant="margin=0.0", totals={"energy_j": 300.0}),
-        tiny(policy="mpc", variant="margin=0.1", totals={"energy_j": 400.0}, requests=GOOD),
-        tiny(policy="mpc", variant="margin=0.2", totals={"energy_j": 500.0}, requests=GOOD),
-        tiny(policy="slack", variant="a", totals={"energy_j": 300.0}),
-    ]
-    summary = results.summarise(results.results_frame(results_row(r) for r in rows))
-    chosen = scores.cheapest_meeting(summary).set_index("policy")
-    assert chosen.loc["mpc", "variant"] == "margin=0.1"
-    assert not chosen.loc["slack", "slo_met"]
-    assert scores.cheapest_meeting(summary, 0.5).set_index("policy").loc["mpc", "variant"] == "margin=0.0"

@@ -124,12 +124,6 @@ _RANGED: Final = ("energy_ratio", "energy_per_output_token_j", "attainment")
 _SIDES: Final = (("low", "min"), ("high", "max"))
 
 
-def infeasible_scenarios(frame: pd.DataFrame) -> list[str]:
-    """Names of the scenarios, with phase and load, that max clock itself cannot serve."""
-    bad = frame[frame["feasible"].fillna(True).eq(False)].drop_duplicates(list(SCENARIO_COLUMNS))
-    return [scenario_label(row) for row in bad.to_dict("records")]
-
-
 def scenario_label(row: Mapping[Any, Any]) -> str:
     """One line that names an operating point: scenario, phase, load, placement, SLO."""
     load = row["load"]

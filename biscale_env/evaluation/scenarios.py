@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -170,21 +169,3 @@ def resolve(scenario: Scenario, phase: str) -> Case:
         )
         raise Infeasible(scenario, phase, reason)
     return Case(scenario, World(settings), capacity, scenario.load * capacity.rate_rps, part, tune)
-
-
-def scenario_of(
-    trace: str | None, profile: str, load: float, slo: str, tp: int, dtype: Dtype, seeds: int, duration_s: float | None
-) -> Scenario:
-    """Scenario of a command line."""
-    name = Path(trace).stem if trace else profile
-    return Scenario(
-        name=name,
-        trace=trace,
-        profile=profile,
-        load=load,
-        slo=slo,
-        tp=tp,
-        dtype=dtype,
-        seeds=seeds,
-        duration_s=duration_s,
-    )

@@ -87,20 +87,3 @@ def _against(runs: pd.DataFrame, rival: pd.DataFrame) -> dict[str, float]:
         "energy_ratio_difference_ci_low": less.low,
         "energy_ratio_difference_ci_high": less.high,
     }
-
-
-def cheapest_meeting(summary: pd.DataFrame, attainment: float | None = None) -> pd.DataFrame:
-    """For each operating point and policy the variant with least energy that reaches the attainment.
-
-    This is how free parameters are set: on the tuning part of a trace, to the target, and then used on the rest. Where
-    no variant reaches it, the one with the highest attainment is taken (and stays marked by its ``slo_met``).
-
-    Args:
-        summary: of the tuning runs, one row per policy and variant.
-        attainment: the target; the SLO's own by default.
-    """
-    target = summary["slo_attainment"] if attainment is None else attainment
-    ranked = summary.assign(_short=(target - summary["attainment"]).clip(lower=0.0))
-    by = ["_short", "energy_per_output_token_j", "variant"]
-    keys = [*SCENARIO_COLUMNS, "policy"]
-    return ranked.sort_values(by, kind="stable").drop_duplicates(keys).drop(columns="_short").sort_index()

@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +85,6 @@ class IterationLog(threading.Thread):
         """Stop listening."""
         self._halt.set()
         self.join(2.0)
-
-
-@dataclass(frozen=True)
-class EnergyReading:
-    """Energy counter of one GPU at two instants, J."""
-
-    start_j: float
-    end_j: float
 
 
 class Telemetry(threading.Thread):

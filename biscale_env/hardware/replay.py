@@ -26,7 +26,6 @@ from biscale_env.hardware.sources import parse_prometheus
 from biscale_env.traces import Trace
 
 PHASES = ("prefill", "decode")
-FIRST_RECORD_S = 30.0
 GAVE_UP = 2  # exit code of our own sentences; a process that was killed has another
 BISCALE = {"prefill": "mpc", "decode": "slack"}
 INTERRUPTED = "interrupted"
