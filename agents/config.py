@@ -100,7 +100,7 @@ class WarmStart(Config):
 
 
 class EvaluationConfig(Config):
-    """Evaluation while training, on workloads that training never sees.
+    """Evaluation while training, on the held-out workloads (see :mod:`agents.heldout`).
 
     Attributes:
         every_steps: env steps between evaluations.

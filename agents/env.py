@@ -99,7 +99,7 @@ class AgentVecEnv(VecEnv):
             groups: families at loads.
             counts: workloads per group.
             seed: of the choice of episodes.
-            held_out: take workloads that training never sees.
+            held_out: take the held-out workloads (see :mod:`agents.heldout`).
         """
         self.config, self.groups = config, list(groups)
         self.world = world_of(config)

@@ -1,4 +1,8 @@
-"""Held-out evaluation: a policy on workloads that training never sees, per group: energy against max clock, and attainment."""
+"""Held-out evaluation: a policy on workloads other than those of training, per group: energy against max clock, and attainment.
+
+Generated workloads share no request with those of training. Windows of a trace are others, of the same half: most of their time lies
+inside some training window too. Only the second half, which tables are made of, is never seen.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,7 +45,7 @@ class HeldOut:
     """A fixed set of held-out workloads in the nominal world; the run at max clock is made once.
 
     Attributes:
-        targets: attainment that each group is held to here, by the rule of training (see ``Constraint``).
+        targets: attainment that each group is held to here, by the rule of training (see ``Constraint``; not quite that of tuning).
         coefs: coefficients of every row, and ``cheapest_ghz`` its energy-optimal clock: what features of these rows need.
     """
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from biscale_env.config import load_slo
+from biscale_env.config.slo import within
 from biscale_env.envs.settings import World, WorldSettings
 from biscale_env.envs.static import run_static
 from biscale_env.errors import BiscaleError
@@ -13,7 +14,7 @@ from biscale_env.evaluation.compare import Job, run_job
 from biscale_env.evaluation.rollout import PROBE_DECISIONS, _Samples, rollout, time_decisions
 from biscale_env.evaluation.scenarios import Scenario, resolve
 from biscale_env.evaluation.tuning import Setting, best_static, choose, tune
-from biscale_env.traces import generate
+from biscale_env.traces import Trace, generate, write_trace
 
 
 class Constant:
@@ -217,6 +218,36 @@ def test_tuning_and_table_workloads_are_different():
     assert case.workload(0) != case.tuning_workload(0)
     assert case.workload(0) == case.workload(0)
     assert case.workload(0) != case.workload(1)
+
+
+@pytest.mark.parametrize(("phase", "bound_s"), [("prefill", 0.15), ("decode", 0.0172)])
+def test_compiled_code_counts_the_violations_that_the_slo_names(phase, bound_s, workloads):
+    """The simulator counts while it runs, the evaluation judges what was recorded: one verdict on every request."""
+    slo = load_slo().model_copy(update={"ttft_s": bound_s, "tpot_s": bound_s})
+    world = World(WorldSettings.of(phase, drain=True), slo)
+    for run, workload in zip(rollout(Constant(1.0), world, workloads), workloads, strict=True):
+        latency_s = run_static(world, workload, world.clocks.freq_max_mhz).latency_s
+        missed = int((~within(latency_s, bound_s)).sum())
+        assert run.totals["n_violations"] == missed
+        assert 0.05 < missed / len(latency_s) < 0.95
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_tuning_sees_the_first_part_of_a_trace_only_and_tables_the_rest(phase, tmp_path):
+    """The two parts of the file are told apart by their prompts: under 500 tokens in the first quarter, over 500 after it."""
+    rng, n = np.random.default_rng(0), 4000
+    arrival_s = np.sort(rng.uniform(0.0, 1000.0, n))
+    first = arrival_s < 0.25 * arrival_s[-1]
+    prompt = np.where(first, rng.integers(100, 500, n), rng.integers(501, 900, n)).astype(np.int32)
+    file = write_trace(Trace("halves", arrival_s, prompt, np.full(n, 20, np.int32), "test"), tmp_path / "halves.csv")
+    scenario = Scenario(name="halves", trace=str(file), load=0.3, tune_fraction=0.25, duration_s=300.0)
+    case = resolve(scenario, phase)
+    for seed in range(2):
+        tuned, shown = case.tuning_workload(seed), case.workload(seed)
+        assert tuned.prompt_tokens.max() < 500
+        assert shown.prompt_tokens.min() > 500
+        assert min(len(tuned), len(shown)) > 100
+        assert shown.duration_s == pytest.approx(300.0)  # of the 750 s that there are
 
 
 def test_load_is_a_share_of_capacity():

@@ -1,5 +1,8 @@
 """The attainment that a controller is tuned to, and the one it is judged by: one rule for everybody, learned agents too.
 
+(What an agent aims at *while it is trained* is its own affair, as a margin is that of a rule: ``agents.config.Constraint``, by default with
+half the reserve that tuning keeps at P99.)
+
 Both are the SLO's own wherever max clock leaves room for it. Where max clock itself has none to give, nobody can be asked for more than
 max clock attains less a small allowance: otherwise only "always the highest clock" is left, and the table shows no controller at all.
 """
