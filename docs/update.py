@@ -78,7 +78,7 @@ def observation() -> None:
 
 def compare(folder: str) -> None:
     """The table of a plain `biscale compare`."""
-    replace_block(ROOT / "README.md", "compare", summary_markdown(load_run(folder).results))
+    replace_block(ROOT / "README.md", "compare", summary_markdown(load_run(folder).summary()))
 
 
 def cell(row: pd.Series) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from agents.curves import draw, learning_curves, spread
 from biscale_env.cli import agent_table, robustness
-from biscale_env.cli.agent_jobs import SHIPPED, setting_grid, split_build
+from biscale_env.cli.agent_jobs import SHIPPED, is_checkpoint, setting_grid, split_build
 from biscale_env.cli.policies import parse, split_list
 from biscale_env.config.loader import list_names, load_named
 from biscale_env.config.loader import validate as check
@@ -75,6 +75,9 @@ def test_build_strings_have_a_price_and_a_margin():
     assert split_build("agent:price=40") == ("agent", {"price": 40.0})
     assert split_build("runs/a:b/x.zip:price=4,margin=0.2") == ("runs/a:b/x.zip", {"price": 4.0, "margin": 0.2})
     assert split_build("runs/a:b/x.zip") == ("runs/a:b/x.zip", {})
+    assert is_checkpoint("agent:margin=0.2")
+    assert is_checkpoint("runs/a:b/x.zip:price=4,margin=0.2")
+    assert not is_checkpoint("mpc-plus:margin=0.0,forecast=4.0,idle_clock=0.5")  # a reference has a margin, too
     for bad in ("agent:cost=3", "agent:price=dear", "agent:price=3,x=1"):
         with pytest.raises(BiscaleError, match="takes price=<number> and margin=<number>"):
             split_build(bad)

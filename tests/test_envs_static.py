@@ -11,7 +11,7 @@ from hypothesis import strategies as some
 from biscale_env.config import load_slo
 from biscale_env.envs.core import Batch, Pool
 from biscale_env.envs.settings import World, WorldSettings
-from biscale_env.envs.static import attainment_at, find_capacity, run_static, slowest_alone_s
+from biscale_env.envs.static import attainment_at, find_capacity, profile_capacity, run_static, slowest_alone_s
 from biscale_env.errors import BiscaleError
 from biscale_env.models import physics
 from biscale_env.traces import Trace, generate
@@ -104,6 +104,24 @@ def test_found_capacity_meets_the_target_and_more_does_not(searched: tuple[World
     assert attainment_at(world, trace, 1.05 * found.rate_rps, 1980.0, (0, 1, 2), -1) < target
     rates = [r for r, a in found.tried if a < target]
     assert min(rates) <= 1.0101 * found.rate_rps, "the search stopped before its tolerance"
+
+
+@pytest.mark.parametrize(("phase", "too_much"), [("prefill", 1.5), ("decode", 1.1)])  # decode breaks down suddenly
+def test_fresh_workloads_of_a_profile_hold_the_slo_up_to_its_capacity_and_not_beyond(
+    phase: str, too_much: float
+) -> None:
+    """A load is a share of what workloads made at that rate can bear, as evaluation makes them: not of shifted copies."""
+    world = World(WorldSettings.of(phase, drain=True))
+    rate = profile_capacity(world, "azure-conv-like").rate_rps
+
+    def attained(share: float) -> float:
+        made = [generate("azure-conv-like", share * rate, 900.0, seed) for seed in range(100, 116)]
+        fresh = [trace.scaled_to(share * rate, seed) for seed, trace in enumerate(made)]
+        return world.slo.attained(np.concatenate([run_static(world, w, 1980.0).latency_s for w in fresh]), phase)
+
+    assert attained(0.7) >= world.slo.attainment
+    assert attained(0.95) >= world.slo.attainment - 0.005
+    assert attained(too_much) < world.slo.attainment - 0.005
 
 
 def test_capacity_rises_with_clock_and_slo(searched: tuple[World, Trace, Any]) -> None:

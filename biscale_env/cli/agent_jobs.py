@@ -26,10 +26,8 @@ def split_build(build: str) -> tuple[str, dict[str, float]]:
     Raises:
         BiscaleError: another parameter, or a value that is no number.
     """
-    at = next((build.rfind(f":{key}=") for key in PARAMETERS if f":{key}=" in build), -1)
-    name, rest = (build[:at], build[at + 1 :]) if at >= 0 else (build, "")
-    if at < 0 and build.startswith(f"{AGENT}:"):
-        name, _, rest = build.partition(":")
+    name = _name(build)
+    rest = build[len(name) + 1 :]
     settings: dict[str, float] = {}
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")
@@ -42,16 +40,20 @@ def split_build(build: str) -> tuple[str, dict[str, float]]:
     return name, settings
 
 
+def _name(build: str) -> str:
+    """Build string without the settings behind it; they need not be an agent's."""
+    at = next((build.rfind(f":{key}=") for key in PARAMETERS if f":{key}=" in build), len(build))
+    return AGENT if build.startswith(f"{AGENT}:") else build[:at]
+
+
 def is_checkpoint(build: str) -> bool:
     """Whether a build string names a learned agent: ``agent``, or the path of a checkpoint; settings may follow."""
-    name = split_build(build)[0]
-    return name == AGENT or Path(name).suffix in SUFFIXES
+    return _name(build) == AGENT or Path(_name(build)).suffix in SUFFIXES
 
 
 def is_file(build: str) -> bool:
     """Whether a build string is a checkpoint's path, and the file is there."""
-    name = split_build(build)[0]
-    return Path(name).suffix in SUFFIXES and Path(name).is_file()
+    return Path(_name(build)).suffix in SUFFIXES and Path(_name(build)).is_file()
 
 
 def setting_grid(build: str, phase: str) -> list[dict[str, float]]:

@@ -24,15 +24,18 @@ def capacity(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Bisect for the highest load within the SLO; loads are made by choosing requests, time is never stretched."""
+    from biscale_env.envs.options import DEFAULT_PROFILE
     from biscale_env.envs.settings import World, WorldSettings
-    from biscale_env.envs.static import find_capacity, slowest_alone_s
+    from biscale_env.envs.static import find_capacity, profile_capacity, slowest_alone_s
     from biscale_env.envs.workloads import capacity_sample
     from biscale_env.traces import load_named
 
     world = World(WorldSettings.of(phase, slo=slo, tp=tp, dtype=dtype, drain=True))
-    sample = load_named(trace) if trace else capacity_sample("azure-conv-like")
+    sample = load_named(trace) if trace else capacity_sample(DEFAULT_PROFILE)
     freq = world.gpu.freq_max_mhz if clock is None else world.gpu.check_clock(clock)
-    found = find_capacity(world, sample, freq, draw=draw)
+    found = (
+        find_capacity(world, sample, freq, draw=draw) if trace else profile_capacity(world, DEFAULT_PROFILE, freq, draw)
+    )
     if as_json:
         print(json.dumps({
             "phase": phase, "trace": sample.name, "slo": slo, "freq_mhz": freq, "capacity_rps": found.rate_rps,

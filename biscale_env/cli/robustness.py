@@ -69,6 +69,8 @@ def markdown(results: pd.DataFrame) -> str:
         own = BISCALE_OWN[str(phase)]
         policies = ("max", STATIC, own, AGENT)
         parts = {policy: rows[rows["policy"] == policy] for policy in policies}
+        if parts[AGENT].empty:  # a run that was broken off
+            continue
         cells = [str(shown(parts[policy], target(rows)) or "-") for policy in policies]
         cells.append(percent(saving(parts[AGENT], parts[own])))
         lines.append("| " + " | ".join([str(phase), split, name, *cells]) + " |")

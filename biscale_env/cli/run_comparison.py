@@ -117,7 +117,7 @@ def conclude(folder: Path) -> None:
     run = load_run(folder)
     if run.results.empty:
         raise BiscaleError(f"{folder} holds no finished run: add --resume to continue it")
-    print_table(run.results)
+    print_table(run.summary())
     for point in run.infeasible:
         print(f"infeasible, so without a table: {scenario_label(point)}: {point['reason']}")
     print(f"\nrun directory: {folder}\nreport:        {write_report(run)}")

@@ -8,8 +8,8 @@ import numpy as np
 
 from biscale_env.config import Slo
 from biscale_env.envs.settings import World, WorldSettings
-from biscale_env.envs.static import find_capacity
-from biscale_env.envs.workloads import WorkloadSource, capacity_sample, generated, trace_windows
+from biscale_env.envs.static import find_capacity, profile_capacity
+from biscale_env.envs.workloads import WorkloadSource, generated, trace_windows
 from biscale_env.errors import BiscaleError
 from biscale_env.traces import Trace, read_trace
 
@@ -51,8 +51,8 @@ def capacity_rps(world: World, trace: Trace | None, profile: str) -> float:
     settings = world.settings.model_dump(exclude={"violation_weight", "drain", "model_draw", "min_decision_interval_s"})
     key = (str(sorted(settings.items(), key=str)), world.slo, trace.sha256 if trace is not None else profile)
     if key not in _capacities:
-        sample = trace if trace is not None else capacity_sample(profile)
-        _capacities[key] = find_capacity(world, sample).rate_rps
+        found = find_capacity(world, trace) if trace is not None else profile_capacity(world, profile)
+        _capacities[key] = found.rate_rps
     if _capacities[key] <= 0:
         what = trace.name if trace is not None else profile
         raise BiscaleError(

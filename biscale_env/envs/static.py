@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from biscale_env.envs.core import Batch, Pool
 from biscale_env.envs.settings import World
+from biscale_env.envs.workloads import Maker, capacity_sample, generated
 from biscale_env.errors import BiscaleError
 from biscale_env.sim.rollout import decode_static, prefill_static
 from biscale_env.traces import Trace
@@ -95,11 +96,33 @@ class Capacity:
     tried: tuple[tuple[float, float], ...]
 
 
+def loaded(trace: Trace, rate_rps: float, seed: int, make: Maker | None = None) -> Trace:
+    """The workload at a load: requests chosen from the trace; above the trace's own rate made anew, or shifted copies of it.
+
+    Copies that are shifted against each other smooth the swings of the rate out: a generated workload of the same mean rate is harder.
+
+    Args:
+        trace: the workload's shape.
+        rate_rps: wanted mean rate, requests/s.
+        seed: every choice follows from it.
+        make: generator behind the trace; None where there is none (a real trace).
+    """
+    if make is not None and rate_rps > trace.rate_rps:
+        trace = make(rate_rps, trace.duration_s, seed)
+    return trace.scaled_to(rate_rps, seed)
+
+
 def attainment_at(
-    world: World, trace: Trace, rate_rps: float, freq_mhz: float, seeds: Sequence[int], draw: int
+    world: World,
+    trace: Trace,
+    rate_rps: float,
+    freq_mhz: float,
+    seeds: Sequence[int],
+    draw: int,
+    make: Maker | None = None,
 ) -> float:
     """Share of requests within the SLO at a load, over several choices of requests."""
-    runs = [run_static(world, trace.scaled_to(rate_rps, seed), freq_mhz, draw).latency_s for seed in seeds]
+    runs = [run_static(world, loaded(trace, rate_rps, seed, make), freq_mhz, draw).latency_s for seed in seeds]
     return world.slo.attained(np.concatenate(runs), world.phase)
 
 
@@ -110,8 +133,9 @@ def find_capacity(
     seeds: Sequence[int] = (0, 1, 2),
     draw: int = -1,
     tolerance: float = 0.01,
+    make: Maker | None = None,
 ) -> Capacity:
-    """Bisect for the highest load within the SLO; loads are made by choosing requests, never by stretching time.
+    """Bisect for the highest load within the SLO; loads are made as in :func:`loaded`, never by stretching time.
 
     Args:
         world: phase, hardware and engine settings.
@@ -120,6 +144,7 @@ def find_capacity(
         seeds: choices of requests that are pooled, so that one unlucky choice does not decide.
         draw: model draw.
         tolerance: relative width at which the search stops.
+        make: generator behind the trace, for loads above its rate; None where there is none.
 
     Raises:
         BiscaleError: the trace is too short to make loads of (fewer than 100 requests), or a request cannot fit.
@@ -131,7 +156,7 @@ def find_capacity(
     tried: list[tuple[float, float]] = []
 
     def meets(rate: float) -> bool:
-        tried.append((rate, attainment_at(world, trace, rate, freq, seeds, draw)))
+        tried.append((rate, attainment_at(world, trace, rate, freq, seeds, draw, make)))
         return tried[-1][1] >= world.slo.attainment
 
     low, high = 0.0, trace.rate_rps
@@ -145,3 +170,15 @@ def find_capacity(
         low, high = (middle, high) if meets(middle) else (low, middle)
     best = max((t for t in tried if t[0] == low), default=(0.0, 0.0))
     return Capacity(best[0], best[1], tuple(tried))
+
+
+def profile_capacity(world: World, profile: str, freq_mhz: float | None = None, draw: int = -1) -> Capacity:
+    """Capacity of a generator profile, wherever a load is a share of it.
+
+    Args:
+        world: phase, hardware and engine settings.
+        profile: generator profile.
+        freq_mhz: clock; None is the highest.
+        draw: model draw.
+    """
+    return find_capacity(world, capacity_sample(profile), freq_mhz, draw=draw, make=generated(profile))

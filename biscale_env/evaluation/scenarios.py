@@ -10,7 +10,7 @@ from biscale_env.config import load_slo
 from biscale_env.config.hardware import Dtype
 from biscale_env.config.loader import Config, load_named
 from biscale_env.envs.settings import World, WorldSettings
-from biscale_env.envs.static import Capacity, find_capacity, slowest_alone_s
+from biscale_env.envs.static import Capacity, find_capacity, profile_capacity, slowest_alone_s
 from biscale_env.envs.workloads import capacity_sample, generated
 from biscale_env.errors import BiscaleError
 from biscale_env.traces import Trace
@@ -135,7 +135,7 @@ def _capacity(phase: str, scenario_key: str) -> tuple[World, Capacity, Trace | N
     )  # fmt: skip
     world = World(settings)
     if scenario.trace is None:
-        return world, find_capacity(world, capacity_sample(scenario.profile)), None, None
+        return world, profile_capacity(world, scenario.profile), None, None
     tune, part = _trace(scenario.trace).split(scenario.tune_fraction)
     if scenario.duration_s is not None and scenario.duration_s < part.duration_s:
         part = part.window(0.0, scenario.duration_s)
