@@ -55,8 +55,10 @@ def test_nobody_beats_the_prefill_oracle_on_any_evaluation_seed(workload, load, 
     world, weight = at_once.world, at_once.world.settings.violation_weight
     found = [solve_prefill_oracle(world, trace) for trace in traces]
     before = [PrefillProblem(world, trace).energy_before_j for trace in traces]  # spent before the first decision
-    for o in found:  # what cells of time and late arrivals within them leave open: 1 %, or one request more or less
-        assert o.upper_bound - o.lower_bound <= max(0.01 * o.lower_bound, weight)
+    for (
+        o
+    ) in found:  # near capacity plan and bound may differ by one late request (its price); the cells of time add little
+        assert o.upper_bound - o.lower_bound <= weight + 0.002 * o.lower_bound
     for name in PREFILL:
         for case in (at_once, delayed):
             runs = rollout(make_policy(name, context_of(case.world)), case.world, traces, time_probe=False)
