@@ -189,6 +189,21 @@ def test_one_clock_keeps_the_frequency_behaviour(tmp_path):
     assert fit.latency_mape < 0.01
 
 
+def test_an_energy_at_its_bound_is_zero_and_not_a_rounding_error_below(tmp_path, monkeypatch):
+    """The bounded least squares may return -1e-15 there, and a file with that could not be read again."""
+    solved = module.lsq_linear
+
+    def below(*given, **named):
+        found = solved(*given, **named)
+        found.x = np.where(np.arange(found.x.size) == 2, -1e-15, found.x)
+        return found
+
+    monkeypatch.setattr(module, "lsq_linear", below)
+    (fit,) = fit_user(save(tmp_path, table()))
+    assert min(fit.content.as_tuple()) >= 0.0
+    assert fit.draws.min(axis=None) >= 0.0
+
+
 def test_several_configurations_in_one_table(tmp_path):
     both = pd.concat([table("prefill"), table("decode")])
     fits = fit_user(save(tmp_path, both))

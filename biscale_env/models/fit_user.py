@@ -106,7 +106,9 @@ def _energies(c: Coefficients, start: Coefficients, table: ProfileTable, time: F
         mean = max(getattr(start, name) / SCALE.get(name, 1.0), 1e-3)
         system.add(np.eye(len(ENERGY_NAMES))[i], mean, ENERGY_PULL * mean * np.sqrt(len(target)))
     matrix, right = system.weighted()
-    x = lsq_linear(matrix, right, bounds=(0.0, np.inf), method="bvls", tol=1e-13).x
+    x = np.maximum(
+        lsq_linear(matrix, right, bounds=(0.0, np.inf), method="bvls", tol=1e-13).x, 0.0
+    )  # -1e-15 does occur
     return c._replace(**{n: float(v) * SCALE.get(n, 1.0) for n, v in zip(ENERGY_NAMES, x, strict=True)})
 
 
