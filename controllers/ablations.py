@@ -39,7 +39,7 @@ BELIEVERS = {
     "decode": ("slack", "slack-plus", "throttllem"),
 }
 # The paper's own controllers with the paper's own predictor. MPC over continuous clocks needs the formula itself, hence the greedy search.
-# In decode trees answer too slowly to try fourteen margins on a million iterations: the margin is given (assumed; at 100 ms it hardly matters).
+# In decode trees answer too slowly to try fourteen margins on a million iterations: the margin is given (assumed).
 TREES = {
     "prefill": ("mpc-greedy, fitted predictors", "mpc-greedy:model=boosted"),
     "decode": ("slack, fitted predictors, margin 0.1", "slack:model=boosted,margin=0.1"),
