@@ -185,6 +185,15 @@ def test_points_that_cannot_be_served_outlive_interruption_and_resume(tmp_path):
     assert len(load_run(tmp_path).results) == 2
 
 
+def test_results_of_an_older_version_are_refused_in_a_sentence(tmp_path):
+    with RunDirectory(tmp_path, CONFIG) as run:
+        run.add(tiny())
+    results = tmp_path / files.RESULTS
+    pd.read_parquet(results).drop(columns="target").to_parquet(results)
+    with pytest.raises(BiscaleError, match="'target': an older version wrote it"):
+        load_run(tmp_path)
+
+
 def test_resume_may_add_policies_but_not_change_them(tmp_path):
     first = CONFIG | {"policies": {"prefill": [("max", "max"), ("mine", "mpc")]}}
     RunDirectory(tmp_path, first)

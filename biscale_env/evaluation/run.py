@@ -175,9 +175,14 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     """Open a run directory.
 
     Raises:
-        BiscaleError: there are no merged results in it.
+        BiscaleError: there are no merged results in it, or an older version wrote them.
     """
     folder = Path(path)
     if not (folder / files.RESULTS).is_file():
         raise BiscaleError(f"{folder} holds no {files.RESULTS}: give the folder that a comparison wrote")
-    return Run(folder, pd.read_parquet(folder / files.RESULTS))
+    frame = pd.read_parquet(folder / files.RESULTS)
+    if "target" not in frame:
+        raise BiscaleError(
+            f"{folder / files.RESULTS} has no column 'target': an older version wrote it; run the comparison again"
+        )
+    return Run(folder, frame)
