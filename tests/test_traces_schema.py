@@ -21,7 +21,10 @@ def poisson(n=2000, rate=4.0, seed=0):
     return make(np.cumsum(rng.exponential(1 / rate, n)), rng.integers(1, 9000, n), rng.integers(1, 900, n))
 
 
-traces = st.lists(st.floats(0, 1e4), min_size=1, max_size=60).map(lambda gaps: make(np.cumsum(gaps)))
+# no subnormal gaps: half of 5e-324 s is zero, and a trace that short has no halves
+traces = st.lists(st.floats(0, 1e4, allow_subnormal=False), min_size=1, max_size=60).map(
+    lambda gaps: make(np.cumsum(gaps))
+)
 
 
 def requests(trace):
