@@ -35,7 +35,7 @@ fit: $(READY)                ## regenerate the coefficient files and the model-a
 docs: $(READY)               ## regenerate the figures of README and docs that need no long experiment
 	$(BIN)/python docs/update.py
 
-EXPERIMENTS := main delay slo draws ablation mismatch
+EXPERIMENTS := main delay slo members ablation mismatch
 
 tables: $(READY)             ## every experiment and its tables; half an hour on two cores, resumes where it was broken off
 	$(BIN)/biscale traces fetch azure-conv-2023 azure-code-2023

@@ -1,4 +1,6 @@
-"""Learned agents: training on Stable-Baselines3, and shipped policies that need neither it nor torch."""
+"""Learned agents: training on Stable-Baselines3, and shipped policies that need neither it nor
+torch.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -7,24 +9,32 @@ from biscale_env.contract import Policy
 
 
 def load_agent(
-    path: Path, world: Any, draw: int = -1, price: float | None = None, margin: float | None = None
+    path: Path,
+    plant: Any,
+    member: int = -1,
+    price: float | None = None,
+    margin: float | None = None,
 ) -> Policy:
-    """Policy of a checkpoint for a world: ``.npz`` without torch, ``.zip`` (a run's SB3 model) through SB3.
+    """Policy of a checkpoint for a plant.
+
+    ``.npz`` without torch, ``.zip`` (a run's SB3 model) through SB3.
 
     Args:
         path: checkpoint.
-        world: gives phase, observation, clocks and model (`biscale_env.envs.settings.World` or a controller's context).
-        draw: coefficients that the features believe in; -1 nominal.
+        plant: gives phase, observation, clocks and model (`biscale_env.envs.plant.Plant` or a
+            controller's context).
+        member: coefficients that the features believe in; -1 nominal.
         price: price of a lost request, for networks that are told one; None takes their own.
-        margin: share of the TTFT bound that is kept free (prefill only); None takes the checkpoint's own.
+        margin: share of the TTFT bound that is kept free (prefill only); None takes the
+            checkpoint's own.
 
     Raises:
         BiscaleError: missing, corrupt, or made for another phase or observation.
     """
     if Path(path).suffix == ".zip":
-        from agents.sb3_policy import Sb3Policy
+        from agents.policy.sb3_policy import Sb3Policy
 
-        return Sb3Policy.load(Path(path), world, draw, price, margin)
-    from agents.numpy_policy import NumpyPolicy
+        return Sb3Policy.load(Path(path), plant, member, price, margin)
+    from agents.policy.numpy_policy import NumpyPolicy
 
-    return NumpyPolicy.load(Path(path), world, draw, price, margin)
+    return NumpyPolicy.load(Path(path), plant, member, price, margin)

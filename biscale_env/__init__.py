@@ -1,7 +1,7 @@
 """Environments, models and evaluation of energy control in disaggregated LLM serving.
 
-Importing the package registers the Gymnasium ids ``BiScale/Prefill-v0``, ``BiScale/Decode-v0`` and their discrete twins; everything
-heavy is imported when it is used.
+Importing the package registers the Gymnasium ids ``BiScale/Prefill-v0``, ``BiScale/Decode-v0`` and
+their discrete twins; everything heavy is imported when it is used.
 """
 
 from biscale_env.envs.registration import register_envs

@@ -1,4 +1,6 @@
-"""Reference controllers: every one is a policy on the observation alone (the oracles excepted, which know the future)."""
+"""Reference controllers: every one is a policy on the observation alone (the oracles excepted,
+which know the future).
+"""
 
 from controllers.base import Controller, LatencyModel, PolicyContext, context_of
 from controllers.registry import default_policies, make_policy, policy_names, policy_tunables

@@ -1,9 +1,12 @@
-"""Named variants of the controllers for tables: what each extra is worth, one switch at a time; what a wrong model costs.
+"""Named variants of the controllers for tables: what each extra is worth, one switch at a time.
 
-Each variant is a policy name that :func:`controllers.make_policy` understands; the free margin is left to tuning unless it is given.
+What a wrong model costs.
+
+Each variant is a policy name that :func:`controllers.make_policy` understands; the free margin is
+left to tuning unless it is given.
 """
 
-from biscale_env.errors import BiscaleError
+from biscale_env.core.errors import BiscaleError
 
 PREFILL: dict[str, str] = {
     "MPC (paper)": "mpc",
@@ -33,13 +36,19 @@ DECODE: dict[str, str] = {
     "slack + fine, load floor, accumulated": "slack-plus",
     "slack + everything": "slack:fine=true,load_floor=true,accumulated=true,delay_aware=true",
 }
-WRONG_DRAWS = (1, 2, 3, 4)  # of the model ensemble: consistent with the evidence, and none is the world's nominal model
+WRONG_DRAWS = (
+    1,
+    2,
+    3,
+    4,
+)  # of the model ensemble: consistent with the evidence, and none is the plant's nominal model
 BELIEVERS = {
     "prefill": ("mpc", "mpc-plus", "mpc-greedy", "throttllem"),
     "decode": ("slack", "slack-plus", "throttllem"),
 }
-# The paper's own controllers with the paper's own predictor. MPC over continuous clocks needs the formula itself, hence the greedy search.
-# In decode trees answer too slowly to try fourteen margins on a million iterations: the margin is given (assumed).
+# The paper's own controllers with the paper's own predictor. MPC over continuous clocks needs the
+# formula itself, hence the greedy search. In decode trees answer too slowly to try fourteen margins
+# on a million iterations: the margin is given (assumed).
 TREES = {
     "prefill": ("mpc-greedy, fitted predictors", "mpc-greedy:model=boosted"),
     "decode": ("slack, fitted predictors, margin 0.1", "slack:model=boosted,margin=0.1"),
@@ -58,7 +67,8 @@ def variants(phase: str) -> dict[str, str]:
 
 
 def beliefs(phase: str) -> dict[str, str]:
-    """Controllers that believe in the world's model, in fitted trees, and in other draws of the ensemble: name -> policy name.
+    """Controllers that believe in the plant's model, in fitted trees, and in other members of the
+    ensemble: name -> policy name.
 
     Raises:
         BiscaleError: an unknown phase.
@@ -68,5 +78,5 @@ def beliefs(phase: str) -> dict[str, str]:
     found = dict((TREES[phase],))
     for name in BELIEVERS[phase]:
         found[name] = name
-        found |= {f"{name}, draw {draw}": f"{name}:draw={draw}" for draw in WRONG_DRAWS}
+        found |= {f"{name}, member {member}": f"{name}:member={member}" for member in WRONG_DRAWS}
     return found

@@ -1,4 +1,6 @@
-"""What a controller may know (`PolicyContext`) and how it answers (`Controller`, the `predict` of Stable-Baselines3)."""
+"""What a controller may know (`PolicyContext`) and how it answers (`Controller`, the `predict` of
+Stable-Baselines3).
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,11 +12,12 @@ from pydantic import Field
 
 from biscale_env.config import Slo
 from biscale_env.contract import ClockRange, ObservationSpec
-from biscale_env.errors import BiscaleError
+from biscale_env.core.errors import BiscaleError
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
-# Ranges of parameters, written beside each in its constructor; the registry refuses what lies outside.
+# Ranges of parameters, written beside each in its constructor; the registry refuses what lies
+# outside.
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -27,9 +30,12 @@ MARGINS: Mapping[str, tuple[Any, ...]] = {
 
 
 class LatencyModel(Protocol):
-    """What a level-scanning controller asks of its model; `IterationModel` and the fitted predictors offer it.
+    """What a level-scanning controller asks of its model.
 
-    Work arguments broadcast: ``tokens`` (GEMM rows), ``attn_work`` (token^2), ``cached`` (KV tokens), ``n_seq`` (requests), ``freq_mhz``.
+    `IterationModel` and the fitted predictors offer it.
+
+    Work arguments broadcast: ``tokens`` (GEMM rows), ``attn_work`` (token^2), ``cached`` (KV
+    tokens), ``n_seq`` (requests), ``freq_mhz``.
     """
 
     def latency_s(
@@ -39,7 +45,7 @@ class LatencyModel(Protocol):
         cached: ArrayLike,
         n_seq: ArrayLike,
         freq_mhz: ArrayLike,
-        draw: int | None = None,
+        member: int | None = None,
     ) -> Floats:
         """Duration of an iteration, s."""
         ...
@@ -51,7 +57,7 @@ class LatencyModel(Protocol):
         cached: ArrayLike,
         n_seq: ArrayLike,
         freq_mhz: ArrayLike,
-        draw: int | None = None,
+        member: int | None = None,
     ) -> Floats:
         """Energy of an iteration over all GPUs of the instance, J."""
         ...
@@ -65,12 +71,12 @@ class PolicyContext:
         phase: ``prefill`` or ``decode``.
         spec: observation of that phase.
         clocks: clocks it may ask for.
-        model: what it believes about latency and energy; not necessarily the world's model.
+        model: what it believes about latency and energy; not necessarily the plant's model.
         slo: the objective.
         token_budget: new tokens per prefill batch.
         max_seqs: requests per batch.
         kv_capacity_tokens: KV cache of the instance, tokens.
-        draw: which coefficients of ``model`` it believes in; -1 nominal.
+        member: which coefficients of ``model`` it believes in; -1 nominal.
     """
 
     phase: str
@@ -81,30 +87,33 @@ class PolicyContext:
     token_budget: int
     max_seqs: int
     kv_capacity_tokens: int
-    draw: int = -1
+    member: int = -1
 
 
-def context_of(world: Any, draw: int = -1) -> PolicyContext:
-    """Context of a world (any object with the attributes of `biscale_env.envs.settings.World`).
+def context_of(plant: Any, member: int = -1) -> PolicyContext:
+    """Context of a plant (any object with the attributes of `biscale_env.envs.plant.Plant`).
 
     Args:
-        world: gives phase, observation, clocks, model, SLO, engine limits.
-        draw: coefficients that the controllers believe in; -1 nominal.
+        plant: gives phase, observation, clocks, model, SLO, engine limits.
+        member: coefficients that the controllers believe in; -1 nominal.
     """
     return PolicyContext(
-        world.phase, world.spec, world.clocks, world.model, world.slo, world.settings.token_budget, world.settings.max_seqs,
-        world.kv_capacity_tokens, draw,
+        plant.phase, plant.spec, plant.clocks, plant.model, plant.slo, plant.settings.token_budget, plant.settings.max_seqs,
+        plant.kv_capacity_tokens, member,
     )  # fmt: skip
 
 
 class Controller:
-    """Base of the controllers: decodes the observation, keeps memory per row, turns clocks into actions.
+    """Base of the controllers: decodes the observation, keeps memory per row, turns clocks into
+    actions.
 
-    A subclass implements :meth:`decide`; one that remembers something sets ``memory_size`` and may override :meth:`first_memory`.
+    A subclass implements :meth:`decide`; one that remembers something sets ``memory_size`` and may
+    override :meth:`first_memory`.
 
     Class attributes:
         phases: phases it can run.
-        TUNABLE: free parameters and the values that equal-attainment tuning may try; the first is the default.
+        TUNABLE: free parameters and the values that equal-attainment tuning may try; the first is
+            the default.
         memory_size: float64 values remembered per row; 0 for none.
     """
 
@@ -127,12 +136,15 @@ class Controller:
         self._action_offset = context.clocks.freq_min_mhz
         self._action_gain = 2.0 / (context.clocks.freq_max_mhz - context.clocks.freq_min_mhz)
 
-    def decide(self, x: Floats, memory: Floats | None, deterministic: bool) -> tuple[Floats, Floats | None]:
+    def decide(
+        self, x: Floats, memory: Floats | None, deterministic: bool
+    ) -> tuple[Floats, Floats | None]:
         """Choose clocks.
 
         Args:
             x: physical observation, (n, dim), units of the spec.
-            memory: what it returned last time, (n, memory_size), first_memory() where an episode begins; None if memory_size is 0.
+            memory: what it returned last time, (n, memory_size), first_memory() where an episode
+                begins; None if memory_size is 0.
             deterministic: False lets it sample.
 
         Returns:
@@ -145,7 +157,10 @@ class Controller:
         return np.zeros(self.memory_size)
 
     def stats(self) -> dict[str, float]:
-        """Counters since it was made (e.g. solver_failures, iterations); empty when there is nothing to count."""
+        """Counters since it was made (e.g. solver_failures, iterations).
+
+        Empty when there is nothing to count.
+        """
         return {}
 
     def predict(

@@ -11,21 +11,22 @@ from typing import Annotated, Any, get_type_hints
 from pydantic import Field, TypeAdapter, ValidationError
 
 from biscale_env.contract import Policy
-from biscale_env.errors import BiscaleError
+from biscale_env.core.errors import BiscaleError
 from controllers.base import PolicyContext
 
-Draw = Annotated[int, Field(ge=-1)]
+Member = Annotated[int, Field(ge=-1)]
 
 
 @dataclass(frozen=True)
-class Entry:
+class PolicyEntry:
     """Where a policy lives and how it differs from its class's defaults.
 
     Attributes:
         paths: per phase ``module:Class``, imported when asked for.
         positional: parameter that a bare value after the colon sets.
         preset: parameters that differ from the class's defaults; the name's own parameters win.
-        joint: values of preset parameters that tuning tries together with every value of the free ones.
+        joint: values of preset parameters that tuning tries together with every value of the free
+            ones.
     """
 
     paths: Mapping[str, str]
@@ -39,33 +40,47 @@ class Entry:
         return getattr(import_module(f"controllers.{module}"), name)
 
 
-def both(path: str, positional: str | None = None) -> Entry:
+def both(path: str, positional: str | None = None) -> PolicyEntry:
     """An entry for both phases."""
-    return Entry({"prefill": path, "decode": path}, positional)
+    return PolicyEntry({"prefill": path, "decode": path}, positional)
 
 
 # What helped at equal attainment in the ablations (`controllers.ablations`), together.
-MPC_PLUS: dict[str, Any] = {"delay_aware": True, "forecast": 4.0, "idle_credit": 1.0, "idle_clock": 0.5}
-# Near capacity more room for arrivals costs less than a wider margin, under which even large prompts that just came look lost, and a low
-# clock to wait at costs attainment, since it takes the delay to leave it.
-MPC_PLUS_JOINT: dict[str, tuple[Any, ...]] = {"forecast": (4.0, 8.0, 16.0), "idle_clock": (0.5, 0.0)}
+MPC_PLUS: dict[str, Any] = {
+    "delay_aware": True,
+    "forecast": 4.0,
+    "idle_credit": 1.0,
+    "idle_clock": 0.5,
+}
+# Near capacity more room for arrivals costs less than a wider margin, under which even large
+# prompts that just came look lost, and a low clock to wait at costs attainment, since it takes the
+# delay to leave it.
+MPC_PLUS_JOINT: dict[str, tuple[Any, ...]] = {
+    "forecast": (4.0, 8.0, 16.0),
+    "idle_clock": (0.5, 0.0),
+}
 SLACK_PLUS: dict[str, Any] = {"fine": True, "load_floor": True, "accumulated": True}
 
-ENTRIES: dict[str, Entry] = {
-    "max": both("static:StaticClock"),
-    "static": both("static:StaticClock", "freq_mhz"),
-    "random": both("static:RandomClock", "seed"),
-    "slack": Entry({"decode": "slack:SlackRule"}, "margin"),
-    "slack-plus": Entry({"decode": "slack:SlackRule"}, "margin", SLACK_PLUS),
-    "mpc": Entry({"prefill": "mpc_fast:FastMpcController"}, "margin"),
-    "mpc-plus": Entry({"prefill": "mpc_fast:FastMpcController"}, "margin", MPC_PLUS, MPC_PLUS_JOINT),
-    "mpc-dompc": Entry({"prefill": "mpc:DoMpcController"}, "margin"),
-    "mpc-greedy": Entry({"prefill": "mpc_greedy:GreedyMpc"}, "margin"),
-    "ecofreq": both("ecofreq:EcoFreq", "margin"),
-    "throttllem": both("throttllem:ThrottllEm", "margin"),
-    "greenllm": Entry({"prefill": "greenllm:GreenPrefill", "decode": "greenllm:GreenDecode"}, "margin"),
-    "dynamollm": both("dynamollm:DynamoWindows", "margin"),
-    "agft": both("agft:Agft"),
+ENTRIES: dict[str, PolicyEntry] = {
+    "max": both("rivals.constant:StaticClock"),
+    "static": both("rivals.constant:StaticClock", "freq_mhz"),
+    "random": both("rivals.constant:RandomClock", "seed"),
+    "slack": PolicyEntry({"decode": "decode.slack:SlackRule"}, "margin"),
+    "slack-plus": PolicyEntry({"decode": "decode.slack:SlackRule"}, "margin", SLACK_PLUS),
+    "mpc": PolicyEntry({"prefill": "prefill.mpc_dual:FastMpcController"}, "margin"),
+    "mpc-plus": PolicyEntry(
+        {"prefill": "prefill.mpc_dual:FastMpcController"}, "margin", MPC_PLUS, MPC_PLUS_JOINT
+    ),
+    "mpc-dompc": PolicyEntry({"prefill": "prefill.mpc_dompc:DoMpcController"}, "margin"),
+    "mpc-greedy": PolicyEntry({"prefill": "prefill.mpc_greedy:GreedyMpc"}, "margin"),
+    "ecofreq": both("rivals.ecofreq:EcoFreq", "margin"),
+    "throttllem": both("rivals.throttllem:ThrottllEm", "margin"),
+    "greenllm": PolicyEntry(
+        {"prefill": "rivals.greenllm:GreenPrefill", "decode": "rivals.greenllm:GreenDecode"},
+        "margin",
+    ),
+    "dynamollm": both("rivals.dynamollm:DynamoWindows", "margin"),
+    "agft": both("rivals.agft:Agft"),
 }
 
 
@@ -75,7 +90,10 @@ def policy_names(phase: str) -> list[str]:
 
 
 def default_policies(phase: str) -> list[str]:
-    """Names that a comparison runs when none are given: everything but the plain search of `mpc` in other clothes, and bare ``static``."""
+    """Names that a comparison runs when none are given.
+
+    Everything but the plain search of `mpc` in other clothes, and bare ``static``.
+    """
     left_out = {"static", "mpc-greedy"} if phase == "prefill" else {"static"}
     return [name for name in policy_names(phase) if name not in left_out]
 
@@ -110,13 +128,15 @@ def parse_name(name: str) -> tuple[str, dict[str, Any]]:
         if not equals:
             positional = ENTRIES[base].positional
             if positional is None or positional in params:
-                raise BiscaleError(f"policy '{name}': write parameters as key=value, '{part}' has no key")
+                raise BiscaleError(
+                    f"policy '{name}': write parameters as key=value, '{part}' has no key"
+                )
             key, value = positional, part
         params[key.strip()] = parse_value(value.strip())
     return base, params
 
 
-def _entry(name: str, phase: str) -> tuple[Entry, dict[str, Any]]:
+def _entry(name: str, phase: str) -> tuple[PolicyEntry, dict[str, Any]]:
     base, named = parse_name(name)
     entry = ENTRIES[base]
     if phase not in entry.paths:
@@ -126,7 +146,9 @@ def _entry(name: str, phase: str) -> tuple[Entry, dict[str, Any]]:
     return entry, named
 
 
-def _checked(entry: Entry, phase: str, name: str, params: Mapping[str, Any]) -> dict[str, Any]:
+def _checked(
+    entry: PolicyEntry, phase: str, name: str, params: Mapping[str, Any]
+) -> dict[str, Any]:
     """The parameters in the types and ranges that the class's constructor declares beside each.
 
     Raises:
@@ -138,7 +160,7 @@ def _checked(entry: Entry, phase: str, name: str, params: Mapping[str, Any]) -> 
     for key in params:
         if key not in known:
             raise BiscaleError(
-                f"policy '{name}' has no parameter '{key}'; it has: {', '.join([*known, 'draw', 'model'])}"
+                f"policy '{name}' has no parameter '{key}'; it has: {', '.join([*known, 'member', 'model'])}"
             )
     return {key: _in_range(name, key, value, hints.get(key, Any)) for key, value in params.items()}
 
@@ -160,8 +182,10 @@ def named_model(model: Any, context: PolicyContext) -> Any:
     if not isinstance(model, str):
         return model
     if model != "boosted":
-        raise BiscaleError(f"unknown model '{model}' for a policy: give 'boosted' or a model object")
-    from controllers.predictors import boosted
+        raise BiscaleError(
+            f"unknown model '{model}' for a policy: give 'boosted' or a model object"
+        )
+    from controllers.surrogates.gbt import boosted
 
     return boosted(context)
 
@@ -170,20 +194,23 @@ def make_policy(name: str, context: PolicyContext, model: Any = None, **params: 
     """Make a policy.
 
     Args:
-        name: a name of :func:`policy_names`, optionally with parameters: ``static:1200``, ``slack:margin=0.1,energy_floor=true``. The
-            parameter ``draw`` (which coefficients it believes in) is taken by every policy.
+        name: a name of :func:`policy_names`, optionally with parameters: ``static:1200``,
+            ``slack:margin=0.1,energy_floor=true``. The parameter ``member`` (which coefficients it
+            believes in) is taken by every policy.
         context: what the policy may know.
-        model: what it believes about latency and energy instead of ``context.model``: an object, or ``boosted`` for the paper's
-            predictors fitted on noisy measurements (also as ``slack:model=boosted``).
+        model: what it believes about latency and energy instead of ``context.model``: an object, or
+            ``boosted`` for the paper's predictors fitted on noisy measurements (also as
+            ``slack:model=boosted``).
         **params: parameters of the policy; they win over those in the name.
 
     Raises:
-        BiscaleError: unknown policy or parameter, an impossible value, or a policy of the other phase.
+        BiscaleError: unknown policy or parameter, an impossible value, or a policy of the other
+            phase.
     """
     entry, named = _entry(name, context.phase)
     merged = {**entry.preset, **named, **params}
-    if "draw" in merged:
-        context = replace(context, draw=_in_range(name, "draw", merged.pop("draw"), Draw))
+    if "member" in merged:
+        context = replace(context, member=_in_range(name, "member", merged.pop("member"), Member))
     believed = merged.pop("model", None) if model is None else model
     if believed is not None:
         context = replace(context, model=named_model(believed, context))
@@ -197,19 +224,32 @@ def make_policy(name: str, context: PolicyContext, model: Any = None, **params: 
 
 
 def policy_tunables(name: str, phase: str) -> dict[str, tuple[Any, ...]]:
-    """Free parameters of a policy and the values that tuning may try (the default first), without those that its name already fixes."""
+    """Free parameters of a policy and the values that tuning may try (the default first), without
+    those that its name already fixes.
+    """
     entry, named = _entry(name, phase)
     if name == "max":
         return {}
-    free = {k: tuple(v) for k, v in getattr(entry.load(phase), "TUNABLE", {}).items() if k not in entry.preset}
+    free = {
+        k: tuple(v)
+        for k, v in getattr(entry.load(phase), "TUNABLE", {}).items()
+        if k not in entry.preset
+    }
     return {k: v for k, v in {**free, **entry.joint}.items() if k not in named}
 
 
 def policy_settings(name: str, phase: str) -> list[dict[str, Any]]:
-    """Settings that tuning tries: one free parameter varied at a time from the defaults, each with every value of the joint ones."""
+    """Settings that tuning tries.
+
+    One free parameter varied at a time from the defaults, each with every value of the joint ones.
+    """
     entry, _ = _entry(name, phase)
     tunables = policy_tunables(name, phase)
     joint = {k: v for k, v in tunables.items() if k in entry.joint}
-    varied = [{key: value} for key, values in tunables.items() if key not in joint for value in values] or [{}]
-    combined = [dict(zip(joint, values, strict=True)) for values in itertools.product(*joint.values())]
+    varied = [
+        {key: value} for key, values in tunables.items() if key not in joint for value in values
+    ] or [{}]
+    combined = [
+        dict(zip(joint, values, strict=True)) for values in itertools.product(*joint.values())
+    ]
     return [{**one, **together} for one in varied for together in combined if one or together]

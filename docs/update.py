@@ -1,8 +1,9 @@
-"""Regenerate the figures that README.md and docs/ state, between their markers, from the commands that measure them.
+"""Regenerate the figures that README.md and docs/ state, between their markers, from the commands
+that measure them.
 
-Usage: python docs/update.py [models] [bench] [bench-cluster] [observation] [compare=RUN_DIRECTORY] [experiment:NAME=RUN_DIRECTORY ...]
-       [agents=EVALUATION,EVALUATION] [curves:PHASE=TRAINING_DIRECTORY]
-       [algorithms=DIRECTORY_OF_RUNS] [robustness=EVALUATION]
+Usage: python docs/update.py [models] [bench] [bench-cluster] [observation] [compare=RUN_DIRECTORY]
+       [experiment:NAME=RUN_DIRECTORY ...] [agents=EVALUATION,EVALUATION]
+       [curves:PHASE=TRAINING_DIRECTORY] [algorithms=DIRECTORY_OF_RUNS] [robustness=EVALUATION]
 `make docs` runs the parts that need no long experiment.
 """
 
@@ -15,15 +16,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from agents.curves import draw, learning_curves
-from biscale_env.cli import robustness as splits
-from biscale_env.cli.agent_jobs import shipped_seeds
-from biscale_env.cli.agent_table import HEAD, markdown, point_rows, summary
+from agents.training.curves import draw, learning_curves
 from biscale_env.contract import DECODE_SPEC, PREFILL_SPEC
-from biscale_env.evaluation.results import scenario_label
-from biscale_env.evaluation.run import load_run
-from biscale_env.evaluation.tables import summary_markdown
-from biscale_env.models.validation import to_markdown, validation_frame
+from biscale_env.evaluation.experiment import robustness as splits
+from biscale_env.evaluation.experiment.agent_jobs import shipped_seeds
+from biscale_env.evaluation.report.agent_table import HEAD, markdown, point_rows, summary
+from biscale_env.evaluation.report.tables import summary_markdown
+from biscale_env.evaluation.runs.results import scenario_label
+from biscale_env.evaluation.runs.run_view import load_run
+from biscale_env.models.fit.validation import to_markdown, validation_frame
 
 ROOT = Path(__file__).resolve().parent.parent
 BISCALE = [sys.executable, "-m", "biscale_env.cli"]
@@ -32,7 +33,9 @@ BISCALE = [sys.executable, "-m", "biscale_env.cli"]
 def replace_block(path: Path, name: str, text: str) -> None:
     """Put text between ``<!-- begin:name -->`` and ``<!-- end:name -->``."""
     content = path.read_text()
-    pattern = re.compile(rf"(<!-- begin:{re.escape(name)} -->\n).*?(<!-- end:{re.escape(name)} -->)", re.DOTALL)
+    pattern = re.compile(
+        rf"(<!-- begin:{re.escape(name)} -->\n).*?(<!-- end:{re.escape(name)} -->)", re.DOTALL
+    )
     if not pattern.search(content):
         raise SystemExit(f"{path} has no block '{name}'")
     path.write_text(pattern.sub(lambda m: m.group(1) + text.strip() + "\n" + m.group(2), content))
@@ -42,24 +45,36 @@ def models() -> None:
     """The whole table into docs/models.md, a digest into the README."""
     frame = validation_frame("h100-llama70b")
     (ROOT / "docs" / "models.md").write_text(
-        "# Model against measurement\n\nMade by `biscale fit --report`.\n\n" + to_markdown(frame) + "\n"
+        "# Model against measurement\n\nMade by `biscale fit --report`.\n\n"
+        + to_markdown(frame)
+        + "\n"
     )
     quantity, evidence = frame.columns[2], frame.columns[0]
-    keep = frame[frame[evidence].isin(["held-out kernel sums", "beyond the box", "serving, fitted", "sustained GEMMs"])]
+    keep = frame[
+        frame[evidence].isin(
+            ["held-out kernel sums", "beyond the box", "serving, fitted", "sustained GEMMs"]
+        )
+    ]
     keep = keep[~keep[quantity].str.contains("mean interval|rate, TFLOP")]
-    keep = keep[~keep.iloc[:, 1].str.contains("bf16 TP2")]  # too small for the weights and a cache worth having
+    keep = keep[
+        ~keep.iloc[:, 1].str.contains("bf16 TP2")
+    ]  # too small for the weights and a cache worth having
     replace_block(ROOT / "README.md", "models", to_markdown(keep))
 
 
 def bench(*options: str, page: str = "README.md", block: str = "bench") -> None:
     """Speed figures of this machine."""
-    done = subprocess.run([*BISCALE, "bench", *options, "--json"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*BISCALE, "bench", *options, "--json"], capture_output=True, text=True, check=True
+    )
     figures = json.loads(done.stdout)
     figures = figures["figures"] if isinstance(figures, dict) else figures
     lines = ["| what | measured | target | ratio |", "|---|---:|---:|---:|"]
     for f in figures:
         bound = "≤" if f["better"] == "lower" else "≥"
-        lines.append(f"| {f['name']} | {f['value']:,.3g} {f['unit']} | {bound} {f['target']:,.3g} | {f['ratio']:.2f} |")
+        lines.append(
+            f"| {f['name']} | {f['value']:,.3g} {f['unit']} | {bound} {f['target']:,.3g} | {f['ratio']:.2f} |"
+        )
     replace_block(ROOT / page, block, "\n".join(lines))
 
 
@@ -82,7 +97,10 @@ def compare(folder: str) -> None:
 
 
 def cell(row: pd.Series) -> str:
-    """Energy ratio of one controller at one point, with attainment (never rounded up); struck through where the target is missed."""
+    """Energy ratio of one controller at one point, with attainment (never rounded up).
+
+    Struck through where the target is missed.
+    """
     attainment = math.floor(1e4 * row["attainment"] + 1e-9) / 100
     half = 0.5 * (row["energy_ratio_ci_high"] - row["energy_ratio_ci_low"])
     spread = f" ±{1e3 * half:.0f}" if row["policy"] != "max" and math.isfinite(half) else ""
@@ -93,20 +111,26 @@ def cell(row: pd.Series) -> str:
 def table(cells: pd.DataFrame, heads: list[str]) -> str:
     """Markdown of policies (index) by operating points (columns)."""
     lines = ["| controller | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
-    lines += [f"| {policy} | " + " | ".join(str(v) for v in row) + " |" for policy, row in cells.fillna("").iterrows()]
+    lines += [
+        f"| {policy} | " + " | ".join(str(v) for v in row) + " |"
+        for policy, row in cells.fillna("").iterrows()
+    ]
     return "\n".join(lines)
 
 
 def bounds(results: pd.DataFrame, column: str) -> dict[str, str]:
-    """Energy below which no controller can go at any delay, relative to max clock on the same workload, per point."""
+    """Energy below which no controller can go at any delay, relative to max clock on the same
+    workload, per point.
+    """
     found = {}
     if "oracle_lower_bound_any_delay_j" in results:
-        tops = results[results["policy"] == "max"].set_index([column, "phase", "workload_seed", "model_draw"])[
-            "energy_j"
-        ]
+        tops = results[results["policy"] == "max"].set_index(
+            [column, "phase", "workload_seed", "ensemble_member"]
+        )["energy_j"]
         for point, rows in results[results["policy"] == "oracle"].groupby(column, sort=False):
             ratios = [
-                r["oracle_lower_bound_any_delay_j"] / tops[(point, r["phase"], r["workload_seed"], r["model_draw"])]
+                r["oracle_lower_bound_any_delay_j"]
+                / tops[(point, r["phase"], r["workload_seed"], r["ensemble_member"])]
                 for _, r in rows.iterrows()
             ]
             found[str(point)] = f"{sum(ratios) / len(ratios):.3f}"
@@ -128,14 +152,21 @@ def matrix(summary: pd.DataFrame, results: pd.DataFrame, column: str) -> str:
     for phase, rows in summary.groupby("phase", sort=False):
         heads = sorted(dict.fromkeys(rows[column]), key=natural)
         blocked = set(rows.loc[rows["feasible"].eq(False), column])
-        order = list(rows.groupby("policy")["energy_ratio"].mean().sort_values(ascending=False).index)
+        order = list(
+            rows.groupby("policy")["energy_ratio"].mean().sort_values(ascending=False).index
+        )
         cells = pd.DataFrame(
-            {p: {r["policy"]: cell(r) for _, r in rows[rows[column] == p].iterrows()} for p in heads}
+            {
+                p: {r["policy"]: cell(r) for _, r in rows[rows[column] == p].iterrows()}
+                for p in heads
+            }
         ).reindex(order)
         low = bounds(results[results["phase"] == phase], column)
         if low:
             cells.loc["*lower bound*"] = [low.get(p, "") for p in heads]
-        parts.append(f"**{phase}**\n\n" + table(cells, [f"{p} †" if p in blocked else str(p) for p in heads]))
+        parts.append(
+            f"**{phase}**\n\n" + table(cells, [f"{p} †" if p in blocked else str(p) for p in heads])
+        )
     return "\n\n".join(parts)
 
 
@@ -147,13 +178,17 @@ def busy_matrix(results: pd.DataFrame, column: str) -> str:
         sums = rows.groupby(["policy", column], sort=False)["busy_j"].mean().unstack()
         ratios = (sums / sums.loc["max"]).round(3)[sorted(sums.columns, key=natural)]
         parts.append(
-            f"**{phase}**\n\n" + table(ratios.sort_values(ratios.columns[0], ascending=False), list(ratios.columns))
+            f"**{phase}**\n\n"
+            + table(ratios.sort_values(ratios.columns[0], ascending=False), list(ratios.columns))
         )
     return "\n\n".join(parts)
 
 
 def oracle_facts(results: pd.DataFrame, column: str) -> str:
-    """How far plan and bound of the optimum lie apart, per phase and point; empty where no optimum was computed."""
+    """How far plan and bound of the optimum lie apart, per phase and point.
+
+    Empty where no optimum was computed.
+    """
     rows = results[results["policy"] == "oracle"]
     if rows.empty:
         return ""
@@ -174,7 +209,9 @@ def oracle_facts(results: pd.DataFrame, column: str) -> str:
 
 
 def experiment(name: str, folder: str) -> None:
-    """An experiment: the whole table into docs/, a matrix of energy ratios into docs/results.md and, for `main`, the README."""
+    """An experiment: the whole table into docs/, a matrix of energy ratios into docs/results.md
+    and, for `main`, the README.
+    """
     run = load_run(folder)
     summary, results = pd.read_csv(Path(folder) / "summary.csv"), run.results.copy()
     columns = [c for c in summary if c.endswith(("_ci_low", "_ci_high"))]
@@ -198,14 +235,19 @@ def experiment(name: str, folder: str) -> None:
     (ROOT / "docs" / f"experiment-{name}.md").write_text(
         f"# Experiment `{name}`\n\nMade by `biscale compare --experiment {name}`; 95 % intervals are in `experiment-{name}.csv`.\n\n"
         + summary_markdown(summary)
-        + "".join(f"\n**{scenario_label(point)}**: infeasible, since {point['reason']}.\n" for point in run.infeasible)
+        + "".join(
+            f"\n**{scenario_label(point)}**: infeasible, since {point['reason']}.\n"
+            for point in run.infeasible
+        )
         + "\n## Energy while iterations run, idling left out, relative to max clock\n\n"
         + busy_matrix(results, "point")
         + "\n"
         + oracle_facts(results, "point")
     )
     replace_block(
-        ROOT / ("README.md" if name == "main" else "docs/results.md"), name, matrix(summary, results, "point")
+        ROOT / ("README.md" if name == "main" else "docs/results.md"),
+        name,
+        matrix(summary, results, "point"),
     )
 
 
@@ -223,8 +265,13 @@ IN_README = (
 
 
 def agents(folders: str) -> None:
-    """The table of learned agents, from the run directories of `biscale evaluate`: whole into docs/, the main columns into the README."""
-    results = pd.concat([load_run(folder).results for folder in folders.split(",")], ignore_index=True)
+    """The table of learned agents, from the run directories of `biscale evaluate`.
+
+    Whole into docs/, the main columns into the README.
+    """
+    results = pd.concat(
+        [load_run(folder).results for folder in folders.split(",")], ignore_index=True
+    )
     shipped, parts = shipped_seeds(), []
     (ROOT / "docs" / "agents-table.md").write_text(
         "# Learned agents on workloads not used in training\n\nMade by the commands in [agents.md](agents.md).\n\n"
@@ -249,18 +296,25 @@ def curves(phase: str, folder: str) -> None:
 
 
 def algorithms(folder: str) -> None:
-    """Training runs of all algorithms below a folder: first and best held-out score, energy and lowest attainment at the best."""
+    """Training runs of all algorithms below a folder.
+
+    First and best held-out score, energy and lowest attainment at the best.
+    """
     lines = [
         "| phase | algorithm | env steps | score untrained | best score | energy ratio | lowest attainment |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for path in sorted(
-        Path(folder).glob("*/evaluations.csv"), key=lambda p: (p.parent.name.split("-")[0] != "prefill", p.parent.name)
+        Path(folder).glob("*/evaluations.csv"),
+        key=lambda p: (p.parent.name.split("-")[0] != "prefill", p.parent.name),
     ):
         phase, _, name = path.parent.name.partition("-")
         frame = pd.read_csv(path)
         best = frame.loc[frame["score"].idxmin()]
-        energy, attained = best.filter(like="energy_ratio:").mean(), best.filter(like="attainment:").min()
+        energy, attained = (
+            best.filter(like="energy_ratio:").mean(),
+            best.filter(like="attainment:").min(),
+        )
         first = frame["score"].iloc[0]
         figures = f"{first:.4f} | {best['score']:.4f} | {energy:.4f} | {attained:.4f}"
         lines.append(f"| {phase} | {name} | {int(frame['step'].max()):,} | {figures} |")
@@ -269,7 +323,9 @@ def algorithms(folder: str) -> None:
 
 def robustness(folder: str) -> None:
     """The shipped agents in distribution, shifted and on unseen workloads."""
-    replace_block(ROOT / "docs" / "agents.md", "robustness", splits.markdown(load_run(folder).results))
+    replace_block(
+        ROOT / "docs" / "agents.md", "robustness", splits.markdown(load_run(folder).results)
+    )
 
 
 def main(arguments: list[str]) -> None:
@@ -281,9 +337,19 @@ def main(arguments: list[str]) -> None:
         elif part.startswith("curves:"):
             curves(part.partition(":")[2], folder)
         elif folder:
-            {"compare": compare, "agents": agents, "algorithms": algorithms, "robustness": robustness}[part](folder)
+            {
+                "compare": compare,
+                "agents": agents,
+                "algorithms": algorithms,
+                "robustness": robustness,
+            }[part](folder)
         else:
-            parts = {"models": models, "bench": bench, "bench-cluster": bench_cluster, "observation": observation}
+            parts = {
+                "models": models,
+                "bench": bench,
+                "bench-cluster": bench_cluster,
+                "observation": observation,
+            }
             parts[part]()
 
 

@@ -9,7 +9,10 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of the real traces and profiles beside the checkout; tests that need it are skipped without."""
+    """Folder of the real traces and profiles beside the checkout.
+
+    Tests that need it are skipped without.
+    """
     if not SHARED.is_dir():
         pytest.skip("the folder ../shared/data with the real traces is not here")
     return SHARED

@@ -1,4 +1,6 @@
-"""The ``biscale`` command: assembles the command groups and turns mistakes into one sentence and exit code 2."""
+"""The ``biscale`` command: assembles the command groups and turns mistakes into one sentence and
+exit code 2.
+"""
 
 import importlib
 import importlib.util
@@ -7,9 +9,21 @@ import sys
 
 import typer
 
-from biscale_env.errors import BiscaleError
+from biscale_env.core.errors import BiscaleError
 
-GROUPS = ("predict", "fit", "traces", "capacity", "compare", "place", "reproduce", "train", "evaluate", "hw", "bench")
+GROUPS = (
+    "predict",
+    "fit",
+    "traces",
+    "capacity",
+    "compare",
+    "place",
+    "reproduce",
+    "train",
+    "evaluate",
+    "hw",
+    "bench",
+)
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -25,14 +39,17 @@ def build() -> typer.Typer:
     """Register every command group that is part of this installation and return the application."""
     if not app.registered_commands and not app.registered_groups:
         for group in GROUPS:
-            if importlib.util.find_spec(f"biscale_env.cli.{group}"):
-                importlib.import_module(f"biscale_env.cli.{group}").register(app)
+            if importlib.util.find_spec(f"biscale_env.cli.{group}_command"):
+                importlib.import_module(f"biscale_env.cli.{group}_command").register(app)
     return app
 
 
 def main() -> None:
-    """Entry point: errors of the user and files that cannot be used are one sentence on stderr and exit code 2, Ctrl-C is 130."""
-    # a polite kill ends like Ctrl-C, and so does a closed terminal (but not under nohup): what is finished is kept, clocks are given back
+    """Entry point: errors of the user and files that cannot be used are one sentence on stderr and
+    exit code 2, Ctrl-C is 130.
+    """
+    # a polite kill ends like Ctrl-C, and so does a closed terminal (but not under nohup): what is
+    # finished is kept, clocks are given back
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
@@ -44,7 +61,10 @@ def main() -> None:
     except OSError as error:
         if error.filename is None:  # not about a file that was named
             raise
-        print(f"biscale: cannot use {error.filename}: {(error.strerror or 'it failed').lower()}", file=sys.stderr)
+        print(
+            f"biscale: cannot use {error.filename}: {(error.strerror or 'it failed').lower()}",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("biscale: interrupted", file=sys.stderr)

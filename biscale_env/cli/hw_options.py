@@ -15,11 +15,13 @@ def need_extra() -> None:
     """
     from importlib.util import find_spec
 
-    from biscale_env.errors import BiscaleError
+    from biscale_env.core.errors import BiscaleError
 
     for module, package in EXTRA.items():
         if find_spec(module) is None:
-            raise BiscaleError(f"the hardware commands need {package}: pip install 'biscale-env[hw]'")
+            raise BiscaleError(
+                f"the hardware commands need {package}: pip install 'biscale-env[hw]'"
+            )
 
 
 def open_log(path: Path | None) -> BinaryIO | None:
@@ -28,7 +30,7 @@ def open_log(path: Path | None) -> BinaryIO | None:
     Raises:
         BiscaleError: it cannot be written.
     """
-    from biscale_env.errors import BiscaleError
+    from biscale_env.core.errors import BiscaleError
 
     try:
         return path.open("ab") if path else None
@@ -42,7 +44,7 @@ def parse_groups(items: list[str]) -> dict[str, tuple[str, ...]]:
     Raises:
         BiscaleError: an item of another form, or a name twice.
     """
-    from biscale_env.errors import BiscaleError
+    from biscale_env.core.errors import BiscaleError
 
     groups: dict[str, tuple[str, ...]] = {}
     for item in items:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from biscale_env.config.loader import Config, load_named
-from biscale_env.errors import BiscaleError
+from biscale_env.core.errors import BiscaleError
 
 Dtype = Literal["bf16", "fp8"]
 
@@ -15,8 +15,9 @@ Dtype = Literal["bf16", "fp8"]
 class Gpu(Config):
     """One GPU type.
 
-    Clocks are SM clocks in MHz: the hardware supports ``freq_step_mhz`` steps up to ``freq_max_mhz``; controllers may ask for anything
-    within ``[freq_min_mhz, freq_max_mhz]``. ``control_levels_mhz`` are the few levels that level-based controllers scan.
+    Clocks are SM clocks in MHz: the hardware supports ``freq_step_mhz`` steps up to
+    ``freq_max_mhz``; controllers may ask for anything within ``[freq_min_mhz, freq_max_mhz]``.
+    ``control_levels_mhz`` are the few levels that level-based controllers scan.
     """
 
     name: str
@@ -39,14 +40,22 @@ class Gpu(Config):
         levels = self.control_levels_mhz
         if self.freq_min_mhz >= self.freq_max_mhz:
             raise ValueError("freq_min_mhz must lie below freq_max_mhz")
-        if list(levels) != sorted(levels) or levels[0] < self.freq_min_mhz or levels[-1] > self.freq_max_mhz:
-            raise ValueError("control_levels_mhz must rise and lie within [freq_min_mhz, freq_max_mhz]")
+        if (
+            list(levels) != sorted(levels)
+            or levels[0] < self.freq_min_mhz
+            or levels[-1] > self.freq_max_mhz
+        ):
+            raise ValueError(
+                "control_levels_mhz must rise and lie within [freq_min_mhz, freq_max_mhz]"
+            )
         return self
 
     @property
     def clocks_mhz(self) -> NDArray[np.float64]:
         """All clocks a controller may ask for, rising, MHz."""
-        count = int(np.floor((self.freq_max_mhz - self.freq_min_mhz) / self.freq_step_mhz + 1e-9)) + 1
+        count = (
+            int(np.floor((self.freq_max_mhz - self.freq_min_mhz) / self.freq_step_mhz + 1e-9)) + 1
+        )
         return self.freq_max_mhz - self.freq_step_mhz * np.arange(count - 1, -1, -1.0)
 
     def check_clock(self, freq_mhz: float) -> float:
@@ -82,7 +91,10 @@ class Llm(Config):
         return 2.0 * self.layers * self.kv_heads * self.head_dim * (2 if dtype == "bf16" else 1)
 
     def weight_bytes(self, dtype: Dtype) -> float:
-        """Bytes of the weights over all GPUs; fp8 checkpoints keep the embedding and the output matrix in bf16."""
+        """Bytes of the weights over all GPUs.
+
+        Fp8 checkpoints keep the embedding and the output matrix in bf16.
+        """
         kept_in_bf16 = 2.0 * self.vocabulary * self.hidden
         return self.parameters * 2 if dtype == "bf16" else self.parameters + kept_in_bf16
 
@@ -92,10 +104,16 @@ class Llm(Config):
         Raises:
             BiscaleError: the model does not fit on so few GPUs.
         """
-        per_gpu = gpu.memory_share * gpu.memory_gb * 1e9 - gpu.memory_overhead_gb * 1e9 - self.weight_bytes(dtype) / tp
+        per_gpu = (
+            gpu.memory_share * gpu.memory_gb * 1e9
+            - gpu.memory_overhead_gb * 1e9
+            - self.weight_bytes(dtype) / tp
+        )
         tokens = int(per_gpu * tp / self.kv_bytes_per_token(dtype))
         if tokens < 1:
-            raise BiscaleError(f"{self.name} in {dtype} does not fit on TP {tp} of {gpu.name}: use a larger TP or fp8")
+            raise BiscaleError(
+                f"{self.name} in {dtype} does not fit on TP {tp} of {gpu.name}: use a larger TP or fp8"
+            )
         return tokens
 
 

@@ -1,4 +1,6 @@
-"""Reading YAML into pydantic models, with errors that name the file, the key and the nearest known key."""
+"""Reading YAML into pydantic models, with errors that name the file, the key and the nearest known
+key.
+"""
 
 import difflib
 from pathlib import Path
@@ -7,7 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from biscale_env.errors import BiscaleError
+from biscale_env.core.errors import BiscaleError
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -19,7 +21,9 @@ class Config(BaseModel):
 
 
 def configs_dir() -> Path:
-    """Folder of the shipped configuration: inside the installed wheel, else beside the package in a checkout.
+    """Folder of the shipped configuration.
+
+    Inside the installed wheel, else beside the package in a checkout.
 
     Raises:
         BiscaleError: the installation has lost its configuration files.
@@ -40,8 +44,14 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "top level"
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(first["loc"][-1]), list(model.model_fields), n=1, cutoff=0.0)
-        return f"unknown key '{where}'; the nearest known key is '{near[0]}'" if near else f"unknown key '{where}'"
+        near = difflib.get_close_matches(
+            str(first["loc"][-1]), list(model.model_fields), n=1, cutoff=0.0
+        )
+        return (
+            f"unknown key '{where}'; the nearest known key is '{near[0]}'"
+            if near
+            else f"unknown key '{where}'"
+        )
     return f"'{where}' = {first.get('input')!r}: {first['msg'].lower()}"
 
 
@@ -52,7 +62,9 @@ def validate(data: Any, model: type[M], where: str) -> M:
         BiscaleError: not a mapping, an unknown key, or a value out of range.
     """
     if not isinstance(data, dict):
-        raise BiscaleError(f"{where}: expected a mapping of keys to values, got {type(data).__name__}")
+        raise BiscaleError(
+            f"{where}: expected a mapping of keys to values, got {type(data).__name__}"
+        )
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -68,7 +80,9 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise BiscaleError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+        raise BiscaleError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
@@ -81,7 +95,8 @@ def load_yaml(path: Path, model: type[M]) -> M:
 
 
 def load_named(kind: str, name: str, model: type[M]) -> M:
-    """Load shipped configuration ``configs/<kind>/<name>.yaml``, or a file if ``name`` is a path to one.
+    """Load shipped configuration ``configs/<kind>/<name>.yaml``, or a file if ``name`` is a path to
+    one.
 
     Raises:
         BiscaleError: no such name; the message lists the known ones.
@@ -91,5 +106,7 @@ def load_named(kind: str, name: str, model: type[M]) -> M:
         as_file = Path(name)
         if as_file.suffix in {".yaml", ".yml"} and as_file.is_file():
             return load_yaml(as_file, model)
-        raise BiscaleError(f"unknown {kind.rstrip('s')} '{name}'; known: {', '.join(list_names(kind))}")
+        raise BiscaleError(
+            f"unknown {kind.rstrip('s')} '{name}'; known: {', '.join(list_names(kind))}"
+        )
     return load_yaml(path, model)

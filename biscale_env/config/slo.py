@@ -1,4 +1,7 @@
-"""The one definition of the service level objective; reward, MPC, placement and reports all use it."""
+"""The one definition of the service level objective.
+
+Reward, MPC, placement and reports all use it.
+"""
 
 from typing import Final, Literal
 
@@ -15,14 +18,18 @@ TIME_RESOLUTION_S: Final = 1e-9
 def within(latency_s: ArrayLike, bound_s: ArrayLike) -> NDArray[np.bool_]:
     """Whether latencies keep their bounds, up to rounding; NaN (never finished) does not.
 
-    Every judgement of requests is this one. The compiled transitions (``finish_requests`` of the simulator) count violations while they
-    run, by the same comparison without the nanosecond; a test holds the two together.
+    Every judgement of requests is this one. The compiled transitions (``finish_requests`` of the
+    simulator) count violations while they run, by the same comparison without the nanosecond; a
+    test holds the two together.
 
     Args:
         latency_s: TTFT, TPOT, or the span of a request, s.
         bound_s: the bound, or for a span the bound times its intervals, s.
     """
-    return np.asarray(latency_s, dtype=np.float64) <= np.asarray(bound_s, dtype=np.float64) + TIME_RESOLUTION_S
+    return (
+        np.asarray(latency_s, dtype=np.float64)
+        <= np.asarray(bound_s, dtype=np.float64) + TIME_RESOLUTION_S
+    )
 
 
 class Slo(Config):
@@ -33,7 +40,8 @@ class Slo(Config):
         ttft_s: bound on the time to first token (prefill completes minus arrival), s.
         tpot_s: bound on the time per output token of a request, (last - first) / (tokens - 1), s.
         attainment: share of requests that must meet the bound: 0.99 is "P99".
-        statistic: ``each``: TTFT and TPOT must each be met by that share; ``joint``: by the same requests.
+        statistic: ``each``: TTFT and TPOT must each be met by that share; ``joint``: by the same
+            requests.
         source: where the figures come from.
     """
 
@@ -49,7 +57,8 @@ class Slo(Config):
         return self.ttft_s if phase == "prefill" else self.tpot_s
 
     def attained(self, latency_s: NDArray[np.float64], phase: str) -> float:
-        """Share of requests within the bound; a request without a latency (NaN: never finished) is a violation.
+        """Share of requests within the bound; a request without a latency (NaN: never finished) is
+        a violation.
 
         An empty sample attains 1.0: nothing was asked, nothing was missed.
         """
@@ -58,5 +67,7 @@ class Slo(Config):
 
 
 def load_slo(name: str = "biscale") -> Slo:
-    """Load a named SLO (``biscale``, ``mlperf-interactive``, ``mlperf-server``, ``distserve``) or a YAML file."""
+    """Load a named SLO (``biscale``, ``mlperf-interactive``, ``mlperf-server``, ``distserve``) or a
+    YAML file.
+    """
     return load_named("slos", name, Slo)

@@ -16,7 +16,8 @@ class ClockRange:
         freq_min_mhz: lowest clock, action -1.
         freq_max_mhz: highest clock, action +1.
         freq_step_mhz: grid, counted from the highest clock.
-        levels_mhz: the few levels that level-based controllers and discrete environments use, rising.
+        levels_mhz: the few levels that level-based controllers and discrete environments use,
+            rising.
     """
 
     freq_min_mhz: float
@@ -33,7 +34,8 @@ class ClockRange:
         """Action for a clock; same shape."""
         span = self.freq_max_mhz - self.freq_min_mhz
         return np.asarray(
-            2.0 * (np.asarray(freq_mhz, dtype=np.float64) - self.freq_min_mhz) / span - 1.0, dtype=np.float32
+            2.0 * (np.asarray(freq_mhz, dtype=np.float64) - self.freq_min_mhz) / span - 1.0,
+            dtype=np.float32,
         )
 
     def to_freq_mhz(self, action: ArrayLike) -> NDArray[np.float64]:
@@ -44,12 +46,16 @@ class ClockRange:
 
     def snap_mhz(self, freq_mhz: ArrayLike) -> NDArray[np.float64]:
         """Nearest supported clock, MHz; same shape."""
-        steps = np.rint((self.freq_max_mhz - np.asarray(freq_mhz, dtype=np.float64)) / self.freq_step_mhz)
+        steps = np.rint(
+            (self.freq_max_mhz - np.asarray(freq_mhz, dtype=np.float64)) / self.freq_step_mhz
+        )
         last = np.floor((self.freq_max_mhz - self.freq_min_mhz) / self.freq_step_mhz + 1e-9)
         return np.asarray(self.freq_max_mhz - self.freq_step_mhz * np.clip(steps, 0.0, last))
 
     @property
     def grid_mhz(self) -> NDArray[np.float64]:
         """All supported clocks, rising, MHz."""
-        count = int(np.floor((self.freq_max_mhz - self.freq_min_mhz) / self.freq_step_mhz + 1e-9)) + 1
+        count = (
+            int(np.floor((self.freq_max_mhz - self.freq_min_mhz) / self.freq_step_mhz + 1e-9)) + 1
+        )
         return self.freq_max_mhz - self.freq_step_mhz * np.arange(count - 1, -1, -1.0)

@@ -1,7 +1,8 @@
 """The observation: a fixed-length float32 vector in fixed, documented scales, one per phase.
 
-MPC, slack, rivals, learned agents and the hardware adapter all see exactly this vector. ``encoded = clip(physical / scale, low, high)``.
-A checkpoint or recording names the spec and its version; whoever loads it compares (see :meth:`ObservationSpec.check`).
+MPC, slack, rivals, learned agents and the hardware adapter all see exactly this vector. ``encoded =
+clip(physical / scale, low, high)``. A checkpoint or recording names the spec and its version;
+whoever loads it compares (see :meth:`ObservationSpec.check`).
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from biscale_env.errors import BiscaleError
+from biscale_env.core.errors import BiscaleError
 
 HORIZON = 8  # projected batches, K = 8 as in BiScale (arXiv 2602.18755)
 NOW = "at the decision"
@@ -53,7 +54,9 @@ class ObservationSpec:
         return {f.name: i for i, f in enumerate(self.features)}
 
     def index(self, name: str) -> int:
-        """Index of a feature; for a projected quantity, of its first batch (``batch_tokens`` is ``batch_tokens_0``)."""
+        """Index of a feature; for a projected quantity, of its first batch (``batch_tokens`` is
+        ``batch_tokens_0``).
+        """
         return self._index[name] if name in self._index else self._index[f"{name}_0"]
 
     @cached_property
@@ -93,7 +96,9 @@ class ObservationSpec:
             BiscaleError: the ids differ; names both.
         """
         if other_id != self.id:
-            raise BiscaleError(f"{where} was made for observation '{other_id}', but this environment gives '{self.id}'")
+            raise BiscaleError(
+                f"{where} was made for observation '{other_id}', but this environment gives '{self.id}'"
+            )
 
     def markdown(self) -> str:
         """Table of the whole vector for documentation."""
@@ -105,21 +110,50 @@ class ObservationSpec:
         return "\n".join([head, *rows])
 
 
-def _projected(name: str, unit: str, scale: float, low: float, high: float, meaning: str) -> list[Feature]:
-    return [Feature(f"{name}_{k}", unit, scale, low, high, NOW, f"batch {k}: {meaning}") for k in range(HORIZON)]
+def _projected(
+    name: str, unit: str, scale: float, low: float, high: float, meaning: str
+) -> list[Feature]:
+    return [
+        Feature(f"{name}_{k}", unit, scale, low, high, NOW, f"batch {k}: {meaning}")
+        for k in range(HORIZON)
+    ]
 
 
 _RATES = [
-    Feature(f"arrival_rate_{w}s", "req/s", 10.0, 0.0, 100.0, NOW, f"arrivals, exponential average over {w} s")
+    Feature(
+        f"arrival_rate_{w}s",
+        "req/s",
+        10.0,
+        0.0,
+        100.0,
+        NOW,
+        f"arrivals, exponential average over {w} s",
+    )
     for w in (1, 10, 60)
 ] + [
-    Feature("token_rate_10s", "tokens/s", 1e4, 0.0, 100.0, NOW, "prompt tokens arriving, exponential average over 10 s")
+    Feature(
+        "token_rate_10s",
+        "tokens/s",
+        1e4,
+        0.0,
+        100.0,
+        NOW,
+        "prompt tokens arriving, exponential average over 10 s",
+    )
 ]
 
 _CLOCK = [
     Feature("freq_current", "MHz", 1980.0, 0.0, 2.0, NOW, "clock in force"),
     Feature("freq_pending", "MHz", 1980.0, 0.0, 2.0, NOW, "newest clock asked for"),
-    Feature("time_to_apply", "s", 0.1, 0.0, 100.0, NOW, "until the newest clock is in force; 0 when it is"),
+    Feature(
+        "time_to_apply",
+        "s",
+        0.1,
+        0.0,
+        100.0,
+        NOW,
+        "until the newest clock is in force; 0 when it is",
+    ),
     Feature("actuation_delay", "s", 0.1, 0.0, 100.0, NOW, "expected delay of a clock request"),
     Feature("last_time", "s", 0.1, 0.0, 1000.0, LAST, "duration"),
     Feature("last_power", "W", 700.0, 0.0, 4.0, LAST, "mean power per GPU"),
@@ -130,24 +164,53 @@ PREFILL_SPEC = ObservationSpec(
     1,
     tuple(
         [
-            *_projected("batch_tokens", "tokens", 2048.0, 0.0, 64.0, "new tokens; 0: no such batch"),
-            *_projected("batch_attn", "token^2", 2048.0**2, 0.0, 1e4, "attention work sum n (n/2 + prefix)"),
+            *_projected(
+                "batch_tokens", "tokens", 2048.0, 0.0, 64.0, "new tokens; 0: no such batch"
+            ),
+            *_projected(
+                "batch_attn", "token^2", 2048.0**2, 0.0, 1e4, "attention work sum n (n/2 + prefix)"
+            ),
             *_projected("batch_requests", "requests", 32.0, 0.0, 64.0, "requests in it"),
-            *_projected("batch_completing", "requests", 32.0, 0.0, 64.0, "requests whose first token it gives"),
             *_projected(
-                "batch_slack", "TTFT SLOs", 1.0, -10.0, 10.0, "tightest deadline minus now; 10: none completes"
+                "batch_completing",
+                "requests",
+                32.0,
+                0.0,
+                64.0,
+                "requests whose first token it gives",
             ),
             *_projected(
-                "batch_slack_alive", "TTFT SLOs", 1.0, -10.0, 10.0, "tightest among deadlines not yet passed; 10: none"
+                "batch_slack",
+                "TTFT SLOs",
+                1.0,
+                -10.0,
+                10.0,
+                "tightest deadline minus now; 10: none completes",
             ),
-            Feature("queue_requests", "requests", 32.0, 0.0, 1e4, NOW, "requests waiting or partly done"),
+            *_projected(
+                "batch_slack_alive",
+                "TTFT SLOs",
+                1.0,
+                -10.0,
+                10.0,
+                "tightest among deadlines not yet passed; 10: none",
+            ),
+            Feature(
+                "queue_requests", "requests", 32.0, 0.0, 1e4, NOW, "requests waiting or partly done"
+            ),
             Feature("queue_tokens", "tokens", 16384.0, 0.0, 1e4, NOW, "new tokens waiting"),
             Feature("oldest_wait", "TTFT SLOs", 1.0, 0.0, 1e3, NOW, "age of the oldest request"),
             *_RATES,
             *_CLOCK,
             Feature("slo", "s", 1.0, 0.0, 100.0, NOW, "TTFT bound"),
             Feature(
-                "kv_backpressure", "share", 1.0, 0.0, 1.0, NOW, "decode KV cache spoken for; 0 without a decode pool"
+                "kv_backpressure",
+                "share",
+                1.0,
+                0.0,
+                1.0,
+                NOW,
+                "decode KV cache spoken for; 0 without a decode pool",
             ),
         ]
     ),
@@ -161,15 +224,53 @@ DECODE_SPEC = ObservationSpec(
             Feature("batch", "requests", 256.0, 0.0, 64.0, NOW, "running requests"),
             Feature("cached_tokens", "tokens", 1e5, 0.0, 1e3, NOW, "tokens in the KV cache"),
             Feature("kv_use", "share", 1.0, 0.0, 1.0, NOW, "KV cache in use"),
-            Feature("recompute_tokens", "tokens", 2048.0, 0.0, 1e3, NOW, "tokens the next iteration must recompute"),
-            Feature("waiting_requests", "requests", 32.0, 0.0, 1e4, NOW, "requests that wait for a place"),
+            Feature(
+                "recompute_tokens",
+                "tokens",
+                2048.0,
+                0.0,
+                1e3,
+                NOW,
+                "tokens the next iteration must recompute",
+            ),
+            Feature(
+                "waiting_requests",
+                "requests",
+                32.0,
+                0.0,
+                1e4,
+                NOW,
+                "requests that wait for a place",
+            ),
             Feature("waiting_tokens", "tokens", 16384.0, 0.0, 1e4, NOW, "their KV tokens"),
             Feature("oldest_wait", "s", 1.0, 0.0, 1e3, NOW, "age of the oldest waiting request"),
-            Feature("incoming_requests", "requests", 32.0, 0.0, 1e4, NOW, "requests whose KV is on its way"),
             Feature(
-                "tpot_slack_min", "TPOT SLOs", 10.0, -100.0, 100.0, NOW, "tightest of: intervals so far x SLO - elapsed"
+                "incoming_requests",
+                "requests",
+                32.0,
+                0.0,
+                1e4,
+                NOW,
+                "requests whose KV is on its way",
             ),
-            Feature("tpot_slack_mean", "TPOT SLOs", 10.0, -100.0, 100.0, NOW, "its mean over running requests"),
+            Feature(
+                "tpot_slack_min",
+                "TPOT SLOs",
+                10.0,
+                -100.0,
+                100.0,
+                NOW,
+                "tightest of: intervals so far x SLO - elapsed",
+            ),
+            Feature(
+                "tpot_slack_mean",
+                "TPOT SLOs",
+                10.0,
+                -100.0,
+                100.0,
+                NOW,
+                "its mean over running requests",
+            ),
             *_RATES,
             *_CLOCK,
             Feature("slo", "s", 0.1, 0.0, 100.0, NOW, "TPOT bound"),

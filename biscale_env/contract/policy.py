@@ -7,7 +7,10 @@ from numpy.typing import NDArray
 
 
 class Policy(Protocol):
-    """Anything with SB3's ``predict``: reference controllers, rivals, learned agents, recorded decisions."""
+    """Anything with SB3's ``predict``.
+
+    Reference controllers, rivals, learned agents, recorded decisions.
+    """
 
     def predict(
         self,

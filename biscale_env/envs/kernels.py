@@ -1,11 +1,14 @@
-"""Compiled steps of a batch of instances: transition, reward, cost and observation in one pass over the records."""
+"""Compiled steps of a batch of instances.
+
+Transition, reward, cost and observation in one pass over the records.
+"""
 
 from typing import Any
 
 import numpy as np
 
+from biscale_env.core.jit import compiled, inlined
 from biscale_env.envs.observe import encode, observe_decode, observe_prefill
-from biscale_env.jit import compiled, inlined
 from biscale_env.sim.clock import begin_step
 from biscale_env.sim.decode import decode_reset, decode_step
 from biscale_env.sim.prefill import prefill_reset, prefill_step
@@ -13,7 +16,10 @@ from biscale_env.sim.prefill import prefill_reset, prefill_step
 
 @inlined
 def reward_terms(st: Any, p: Any) -> Any:
-    """The two dimensionless parts of the reward of the last step: ``(energy term, SLO term)``; the reward is their sum."""
+    """The two dimensionless parts of the reward of the last step: ``(energy term, SLO term)``.
+
+    The reward is their sum.
+    """
     return -st.step_energy_j / p.energy_ref_j, -p.violation_weight * st.step_violations
 
 
@@ -37,7 +43,10 @@ def rest(st: Any, reward: Any, terms: Any, i: int) -> None:
 
 @inlined
 def asked_ghz(p: Any, action: float) -> float:
-    """Clock that an action in [-1, 1] asks for, before snapping, GHz; anything outside is clipped, NaN is the highest clock."""
+    """Clock that an action in [-1, 1] asks for, before snapping, GHz.
+
+    Anything outside is clipped, NaN is the highest clock.
+    """
     if not action <= 1.0:
         action = 1.0
     return p.freq_min_ghz + 0.5 * (max(action, -1.0) + 1.0) * (p.freq_max_ghz - p.freq_min_ghz)
@@ -51,7 +60,16 @@ def prefill_reset_batch(
     """Start episodes in the given rows of the batch and observe."""
     for k in range(rows.size):
         i = rows[k]
-        prefill_reset(states[i], coefs[i], params[i], arrival_s, prompt, begins[k], ends[k], params[i].freq_max_ghz)
+        prefill_reset(
+            states[i],
+            coefs[i],
+            params[i],
+            arrival_s,
+            prompt,
+            begins[k],
+            ends[k],
+            params[i].freq_max_ghz,
+        )
         observe_prefill(states[i], params[i], arrival_s, prompt, cumulative, physical)
         encode(physical, scale, low, high, obs[i])
 
@@ -85,7 +103,9 @@ def decode_reset_batch(
             states[i], coefs[i], params[i], arrival_s, prompt, output, start_s, slots[i], ring[i], tree[i], stack[i],
             begins[k], ends[k], params[i].freq_max_ghz,
         )  # fmt: skip
-        observe_decode(states[i], params[i], arrival_s, prompt, cumulative, tree[i], stack[i], physical)
+        observe_decode(
+            states[i], params[i], arrival_s, prompt, cumulative, tree[i], stack[i], physical
+        )
         encode(physical, scale, low, high, obs[i])
 
 
@@ -106,10 +126,14 @@ def decode_step_batch(
             freq,
         )  # fmt: skip
         write_reward(states[i], params[i], reward, terms, i)
-        observe_decode(states[i], params[i], arrival_s, prompt, cumulative, tree[i], stack[i], physical)
+        observe_decode(
+            states[i], params[i], arrival_s, prompt, cumulative, tree[i], stack[i], physical
+        )
         encode(physical, scale, low, high, obs[i])
 
 
 def ring_size(longest_output: int) -> int:
-    """Slots of the finish ring: the next power of two above the longest output, so that no two laps meet."""
+    """Slots of the finish ring: the next power of two above the longest output, so that no two laps
+    meet.
+    """
     return int(2 ** np.ceil(np.log2(longest_output + 2)))

@@ -1,11 +1,13 @@
-"""Compiled observers: read the state of an instance into its observation vector (see the tables in ``contract.observation``)."""
+"""Compiled observers: read the state of an instance into its observation vector (see the tables in
+``contract.observation``).
+"""
 
 from typing import Any
 
 import numpy as np
 
 from biscale_env.contract.observation import DECODE_SPEC, HORIZON, PREFILL_SPEC
-from biscale_env.jit import inlined
+from biscale_env.core.jit import inlined
 from biscale_env.sim.arrivals import N_WINDOWS, decay_rates, rate_scale
 from biscale_env.sim.clock import time_to_apply_s
 from biscale_env.sim.prefill import form_batch
@@ -43,8 +45,13 @@ def observe_clock(st: Any, p: Any, out: Any, at: int) -> None:
 
 
 @inlined
-def observe_prefill(st: Any, p: Any, arrival_s: Any, prompt: Any, cumulative: Any, out: Any) -> None:
-    """Physical values of the prefill observation; ``cumulative[r]`` counts the prompt tokens before request r."""
+def observe_prefill(
+    st: Any, p: Any, arrival_s: Any, prompt: Any, cumulative: Any, out: Any
+) -> None:
+    """Physical values of the prefill observation.
+
+    ``cumulative[r]`` counts the prompt tokens before request r.
+    """
     head = st.head
     head_done = st.head_done
     for k in range(HORIZON):
@@ -78,7 +85,10 @@ def observe_prefill(st: Any, p: Any, arrival_s: Any, prompt: Any, cumulative: An
 def observe_decode(
     st: Any, p: Any, arrival_s: Any, prompt: Any, cumulative: Any, tree: Any, stack: Any, out: Any
 ) -> None:
-    """Physical values of the decode observation; ``cumulative[r]`` counts the prompt tokens before request r."""
+    """Physical values of the decode observation.
+
+    ``cumulative[r]`` counts the prompt tokens before request r.
+    """
     waiting_tokens = cumulative[st.tail] - cumulative[st.head] + (st.tail - st.head)
     oldest = st.time_s
     if st.head < st.tail:

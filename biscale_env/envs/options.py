@@ -1,4 +1,4 @@
-"""Constructor options of the environments, resolved into a world and a source of workloads."""
+"""Constructor options of the environments, resolved into a plant and a source of workloads."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from biscale_env.config import Slo
-from biscale_env.envs.settings import World, WorldSettings
-from biscale_env.envs.static import find_capacity, profile_capacity
+from biscale_env.core.errors import BiscaleError
+from biscale_env.envs.capacity import find_capacity, profile_capacity
+from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.envs.workloads import WorkloadSource, generated, trace_windows
-from biscale_env.errors import BiscaleError
 from biscale_env.traces import Trace, read_trace
 
 DEFAULT_PROFILE = "azure-conv-like"
@@ -21,42 +21,54 @@ _capacities: dict[tuple[Any, ...], float] = {}
 
 @dataclass(frozen=True)
 class EnvOptions:
-    """A world, its workloads, and how an episode is chosen."""
+    """A plant, its workloads, and how an episode is chosen."""
 
-    world: World
+    plant: Plant
     source: WorkloadSource
     n_workloads: int
 
-    def choose(self, rng: np.random.Generator, fixed: dict[str, Any] | None = None) -> tuple[int, int]:
-        """Workload and model draw of the next episode, from the generator unless fixed."""
+    def choose(
+        self, rng: np.random.Generator, fixed: dict[str, Any] | None = None
+    ) -> tuple[int, int]:
+        """Workload and ensemble member of the next episode, from the generator unless fixed."""
         fixed = fixed or {}
-        unknown = set(fixed) - {"workload", "draw"}
+        unknown = set(fixed) - {"workload", "member"}
         if unknown:
-            raise BiscaleError(f"unknown reset option '{min(unknown)}'; known: workload, draw")
+            raise BiscaleError(f"unknown reset option '{min(unknown)}'; known: workload, member")
         workload = int(rng.integers(self.n_workloads))
-        setting = self.world.settings.model_draw
-        draw = int(rng.integers(self.world.model.n_draws)) if setting == "random" else int(setting)
-        workload, draw = int(fixed.get("workload", workload)), int(fixed.get("draw", draw))
+        setting = self.plant.settings.ensemble_member
+        member = (
+            int(rng.integers(self.plant.model.n_members)) if setting == "random" else int(setting)
+        )
+        workload, member = int(fixed.get("workload", workload)), int(fixed.get("member", member))
         if workload < 0:
             raise BiscaleError(f"reset option 'workload' must not be negative, got {workload}")
-        return workload, draw
+        return workload, member
 
 
-def capacity_rps(world: World, trace: Trace | None, profile: str) -> float:
+def capacity_rps(plant: Plant, trace: Trace | None, profile: str) -> float:
     """Capacity at max clock of a trace or a generator profile, searched once per process.
 
     Raises:
         BiscaleError: no load at all is served within the SLO.
     """
-    settings = world.settings.model_dump(exclude={"violation_weight", "drain", "model_draw", "min_decision_interval_s"})
-    key = (str(sorted(settings.items(), key=str)), world.slo, trace.sha256 if trace is not None else profile)
+    settings = plant.settings.model_dump(
+        exclude={"violation_weight", "drain", "ensemble_member", "min_decision_interval_s"}
+    )
+    key = (
+        str(sorted(settings.items(), key=str)),
+        plant.slo,
+        trace.sha256 if trace is not None else profile,
+    )
     if key not in _capacities:
-        found = find_capacity(world, trace) if trace is not None else profile_capacity(world, profile)
+        found = (
+            find_capacity(plant, trace) if trace is not None else profile_capacity(plant, profile)
+        )
         _capacities[key] = found.rate_rps
     if _capacities[key] <= 0:
         what = trace.name if trace is not None else profile
         raise BiscaleError(
-            f"{what}: not even a small load meets SLO '{world.slo.name}' at max clock; use a wider SLO or more GPUs"
+            f"{what}: not even a small load meets SLO '{plant.slo.name}' at max clock; use a wider SLO or more GPUs"
         )
     return _capacities[key]
 
@@ -85,7 +97,8 @@ def make_options(
         episode_s: length of an episode, s.
         workload_seed: root of the workloads.
         n_workloads: how many different workloads the episodes are drawn from.
-        **settings: fields of :class:`biscale_env.envs.settings.WorldSettings`, e.g. ``tp``, ``actuation_delay_s``, ``model_draw``.
+        **settings: fields of :class:`biscale_env.envs.plant.PlantSettings`, e.g. ``tp``,
+            ``actuation_delay_s``, ``ensemble_member``.
 
     Raises:
         BiscaleError: an unknown option or an impossible value.
@@ -95,14 +108,16 @@ def make_options(
     if n_workloads < 1:
         raise BiscaleError(f"n_workloads must be at least 1, got {n_workloads}")
     named = slo if isinstance(slo, str) else slo.name
-    world = World(WorldSettings.of(phase, slo=named, **settings), None if isinstance(slo, str) else slo)
+    plant = Plant(
+        PlantSettings.of(phase, slo=named, **settings), None if isinstance(slo, str) else slo
+    )
     loaded = trace if isinstance(trace, Trace) or trace is None else read_trace(trace)
     if loaded is not None:
-        world.check_fits(loaded)
+        plant.check_fits(loaded)
     if rate_rps is None:
         share = DEFAULT_LOAD if load is None else load
         if not share > 0:
             raise BiscaleError(f"load must be a positive fraction of the capacity, got {share}")
-        rate_rps = share * capacity_rps(world, loaded, profile)
+        rate_rps = share * capacity_rps(plant, loaded, profile)
     make = trace_windows(loaded) if loaded is not None else generated(profile)
-    return EnvOptions(world, WorkloadSource(make, rate_rps, episode_s, workload_seed), n_workloads)
+    return EnvOptions(plant, WorkloadSource(make, rate_rps, episode_s, workload_seed), n_workloads)

@@ -1,4 +1,7 @@
-"""Registration of the environment ids. Any change of dynamics, reward or default scenario raises the version."""
+"""Registration of the environment ids.
+
+Any change of dynamics, reward or default scenario raises the version.
+"""
 
 import gymnasium as gym
 
@@ -27,4 +30,8 @@ def register_envs() -> None:
             kwargs={"discrete": discrete},
         )
     if CLUSTER_ID not in gym.registry:
-        gym.register(CLUSTER_ID, entry_point="biscale_env.envs.cluster:ClusterEnv", disable_env_checker=True)
+        gym.register(
+            CLUSTER_ID,
+            entry_point="biscale_env.envs.cluster.cluster_env:ClusterEnv",
+            disable_env_checker=True,
+        )

@@ -11,7 +11,9 @@ from biscale_env.envs.vector import PhaseVectorEnv
 
 
 class SB3VecEnv(VecEnv):
-    """Adapter: four return values, automatic reset in the same step, ``terminal_observation`` and ``TimeLimit.truncated``."""
+    """Adapter: four return values, automatic reset in the same step, ``terminal_observation`` and
+    ``TimeLimit.truncated``.
+    """
 
     def __init__(self, env: PhaseVectorEnv) -> None:
         """Wrap a native vector environment."""
@@ -30,11 +32,15 @@ class SB3VecEnv(VecEnv):
         """Keep the actions for ``step_wait``."""
         self._actions = actions
 
-    def step_wait(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
+    def step_wait(
+        self,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
         """Step; infos carry cost and energy per copy."""
         obs, reward, _, truncated, infos = self.env.step(self._actions)
         cost, energy = infos["cost"].tolist(), infos["energy_j"].tolist()
-        rows: list[dict[str, Any]] = [{"cost": c, "energy_j": e} for c, e in zip(cost, energy, strict=True)]
+        rows: list[dict[str, Any]] = [
+            {"cost": c, "energy_j": e} for c, e in zip(cost, energy, strict=True)
+        ]
         for i in np.flatnonzero(truncated):
             rows[i]["terminal_observation"] = infos["final_obs"][i]
             rows[i]["TimeLimit.truncated"] = True
@@ -52,7 +58,9 @@ class SB3VecEnv(VecEnv):
         """Set an attribute of the shared environment."""
         setattr(self.env, attr_name, value)
 
-    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+    def env_method(
+        self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any
+    ) -> list[Any]:
         """Call a method of the shared environment once."""
         result = getattr(self.env, method_name)(*args, **kwargs)
         return [result] * len(list(self._get_indices(indices)))

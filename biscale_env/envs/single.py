@@ -1,4 +1,7 @@
-"""The Gymnasium environments of one instance: ``BiScale/Prefill-v0``, ``BiScale/Decode-v0`` and their discrete twins."""
+"""The Gymnasium environments of one instance.
+
+``BiScale/Prefill-v0``, ``BiScale/Decode-v0`` and their discrete twins.
+"""
 
 from typing import Any
 
@@ -6,9 +9,9 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from biscale_env.envs.core import Batch, Pool
+from biscale_env.core.errors import BiscaleError
+from biscale_env.envs.batch import Batch, RequestTable
 from biscale_env.envs.options import EnvOptions, make_options
-from biscale_env.errors import BiscaleError
 
 ROW = np.zeros(1, dtype=np.int64)
 
@@ -27,23 +30,33 @@ def describe_step(batch: Batch, i: int, phase: str) -> dict[str, float]:
 
 
 class PhaseEnv(gym.Env[NDArray[np.float32], Any]):
-    """One instance of one phase; a step is one engine iteration (or as many as fit into ``min_decision_interval_s``).
+    """One instance of one phase.
 
-    Observation: :mod:`biscale_env.contract.observation`. Action: ``[-1, 1]``, shape (1,), over the clock range; in the discrete twin an
-    index into the GPU's clock levels. Reward: ``- energy / reference energy - weight * requests that missed the SLO``; the parts are in
-    ``info`` as energy_j and cost. Episodes are only truncated, never terminated.
+    A step is one engine iteration (or as many as fit into ``min_decision_interval_s``).
+
+    Observation: :mod:`biscale_env.contract.observation`. Action: ``[-1, 1]``, shape (1,), over the
+        clock range; in the discrete twin an
+    index into the GPU's clock levels. Reward: ``- energy / reference energy - weight * requests
+    that missed the SLO``; the parts are in ``info`` as energy_j and cost. Episodes are only
+    truncated, never terminated.
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012 - Gymnasium's convention
 
     def __init__(self, phase: str, discrete: bool = False, **options: Any) -> None:
-        """See :func:`biscale_env.envs.options.make_options` for the options (trace, slo, load, model_draw, ...)."""
+        """See :func:`biscale_env.envs.options.make_options` for the options (trace, slo, load,
+        ensemble_member, ...).
+        """
         self.options: EnvOptions = make_options(phase, **options)
-        self.world = self.options.world
+        self.plant = self.options.plant
         self.render_mode = None
-        spec = self.world.spec
+        spec = self.plant.spec
         self.observation_space = gym.spaces.Box(spec.low, spec.high, dtype=np.float32)
-        self._levels = self.world.clocks.to_action(np.array(self.world.clocks.levels_mhz)) if discrete else None
+        self._levels = (
+            self.plant.clocks.to_action(np.array(self.plant.clocks.levels_mhz))
+            if discrete
+            else None
+        )
         self.action_space = (
             gym.spaces.Discrete(len(self._levels))
             if self._levels is not None
@@ -59,17 +72,20 @@ class PhaseEnv(gym.Env[NDArray[np.float32], Any]):
 
         Args:
             seed: restarts the sequence of episodes; None continues it.
-            options: ``workload`` and ``draw`` choose the episode instead of the random sequence.
+            options: ``workload`` and ``member`` choose the episode instead of the random sequence.
         """
         super().reset(seed=seed)
-        workload, draw = self.options.choose(self.np_random, options)
-        pool = Pool.of(self.world, [self.options.source.workload(workload)])
+        workload, member = self.options.choose(self.np_random, options)
+        pool = RequestTable.of(self.plant, [self.options.source.workload(workload)])
         if self._batch is None:
-            self._batch = Batch(self.world, 1, pool)
+            self._batch = Batch(self.plant, 1, pool)
         else:
             self._batch.use(pool)
-        self._batch.reset(ROW, ROW, np.array([draw]))
-        return self._batch.obs[0].copy(), {"workload": float(workload), "model_draw": float(draw)}
+        self._batch.reset(ROW, ROW, np.array([member]))
+        return self._batch.obs[0].copy(), {
+            "workload": float(workload),
+            "ensemble_member": float(member),
+        }
 
     def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """One decision.
@@ -83,7 +99,13 @@ class PhaseEnv(gym.Env[NDArray[np.float32], Any]):
         self._action[0] = action[0] if self._levels is None else self._level(action)
         batch.step(self._action)
         truncated = bool(batch.states["done"][0])
-        return batch.obs[0].copy(), float(batch.reward[0]), False, truncated, describe_step(batch, 0, self.world.phase)
+        return (
+            batch.obs[0].copy(),
+            float(batch.reward[0]),
+            False,
+            truncated,
+            describe_step(batch, 0, self.plant.phase),
+        )
 
     def _level(self, action: Any) -> np.float32:
         levels = self._levels

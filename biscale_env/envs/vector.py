@@ -1,4 +1,7 @@
-"""The native vector environment: n instances stepped by one compiled call, for Gymnasium and (adapted once) for SB3."""
+"""The native vector environment.
+
+N instances stepped by one compiled call, for Gymnasium and (adapted once) for SB3.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,20 +12,28 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from biscale_env.envs.core import Batch, Pool
+from biscale_env.core.errors import BiscaleError
+from biscale_env.envs.batch import Batch, RequestTable
 from biscale_env.envs.options import make_options
-from biscale_env.errors import BiscaleError
 
 DEFAULT_POOL = 64  # workloads made at construction; episodes are drawn from them
 
 
 class PhaseVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
-    """n copies of one phase. Finished episodes restart in the same step; the last observation is ``infos["final_obs"]``."""
+    """n copies of one phase. Finished episodes restart in the same step.
+
+    The last observation is ``infos["final_obs"]``.
+    """
 
     metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
 
     def __init__(
-        self, phase: str, num_envs: int = 1, discrete: bool = False, n_workloads: int = DEFAULT_POOL, **options: Any
+        self,
+        phase: str,
+        num_envs: int = 1,
+        discrete: bool = False,
+        n_workloads: int = DEFAULT_POOL,
+        **options: Any,
     ) -> None:
         """Make all workloads once.
 
@@ -36,11 +47,15 @@ class PhaseVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
         if num_envs < 1:
             raise BiscaleError(f"num_envs must be at least 1, got {num_envs}")
         self.options = make_options(phase, n_workloads=n_workloads, **options)
-        self.world = self.options.world
+        self.plant = self.options.plant
         self.num_envs = num_envs
-        spec = self.world.spec
+        spec = self.plant.spec
         self.single_observation_space = gym.spaces.Box(spec.low, spec.high, dtype=np.float32)
-        self._levels = self.world.clocks.to_action(np.array(self.world.clocks.levels_mhz)) if discrete else None
+        self._levels = (
+            self.plant.clocks.to_action(np.array(self.plant.clocks.levels_mhz))
+            if discrete
+            else None
+        )
         self.single_action_space: gym.Space[Any] = (
             gym.spaces.Discrete(len(self._levels))
             if self._levels is not None
@@ -48,8 +63,10 @@ class PhaseVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
         )
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        pool = Pool.of(self.world, [self.options.source.workload(k) for k in range(n_workloads)])
-        self.batch = Batch(self.world, num_envs, pool)
+        pool = RequestTable.of(
+            self.plant, [self.options.source.workload(k) for k in range(n_workloads)]
+        )
+        self.batch = Batch(self.plant, num_envs, pool)
         self._generators: list[np.random.Generator] = []
         self._cost_name = "cost_ttft" if phase == "prefill" else "cost_tpot"
         self.render_mode = None
@@ -60,7 +77,10 @@ class PhaseVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
         self.batch.reset(rows, chosen[:, 0], chosen[:, 1])
 
     def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+        self,
+        *,
+        seed: int | Sequence[int | None] | None = None,
+        options: dict[str, Any] | None = None,
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """Start all episodes; an int seeds copy i with ``seed + i``, as Gymnasium does.
 
@@ -74,7 +94,9 @@ class PhaseVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
         if not self._generators or seed is not None:
             fresh = [np.random.default_rng(np.random.SeedSequence(s)) for s in seeds]
             old = self._generators or fresh
-            self._generators = [g if s is not None else o for g, o, s in zip(fresh, old, seeds, strict=True)]
+            self._generators = [
+                g if s is not None else o for g, o, s in zip(fresh, old, seeds, strict=True)
+            ]
         mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool)))
         self._start(np.flatnonzero(mask))
         return self.batch.obs.copy(), {}
@@ -82,12 +104,20 @@ class PhaseVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
     def _of_levels(self, indices: NDArray[Any]) -> NDArray[np.float32]:
         levels = self._levels
         if levels is None or indices.min() < 0 or indices.max() >= len(levels):
-            raise BiscaleError(f"clock levels must be 0 to {0 if levels is None else len(levels) - 1}, got {indices}")
+            raise BiscaleError(
+                f"clock levels must be 0 to {0 if levels is None else len(levels) - 1}, got {indices}"
+            )
         return levels[indices]
 
     def step(
         self, actions: NDArray[Any]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+    ) -> tuple[
+        NDArray[np.float32],
+        NDArray[np.float64],
+        NDArray[np.bool_],
+        NDArray[np.bool_],
+        dict[str, Any],
+    ]:
         """One decision in every copy.
 
         Raises:

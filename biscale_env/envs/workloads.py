@@ -6,12 +6,14 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from biscale_env.errors import BiscaleError
+from biscale_env.core.errors import BiscaleError
 from biscale_env.traces import Trace
 
 Maker = Callable[[float, float, int], Trace]  # (rate_rps, duration_s, seed) -> workload; picklable
 CAPACITY_SAMPLE_S = 3600.0  # long against the slow swings of the profiles' rates
-CAPACITY_SAMPLE_RPS = 5.53  # rate of the Azure conversation trace; the search makes other loads from it
+CAPACITY_SAMPLE_RPS = (
+    5.53  # rate of the Azure conversation trace; the search makes other loads from it
+)
 EMPTY_WINDOWS = 100  # windows without a request that are passed over before giving up
 
 
@@ -54,9 +56,12 @@ class WorkloadSource:
 
 
 def trace_windows(trace: Trace) -> Maker:
-    """Maker of workloads cut from a trace: a random window, with requests chosen to meet the rate on average.
+    """Maker of workloads cut from a trace.
 
-    The rate holds over the whole trace, so a busy window stays busy. A window longer than the trace is the whole trace.
+    A random window, with requests chosen to meet the rate on average.
+
+    The rate holds over the whole trace, so a busy window stays busy. A window longer than the trace
+    is the whole trace.
     """
     if trace.rate_rps <= 0:
         raise BiscaleError(f"{trace.name} has no requests")
@@ -90,5 +95,7 @@ def long_sample(profile: str, rate_rps: float, duration_s: float, seed: int) -> 
 
 
 def capacity_sample(profile: str) -> Trace:
-    """The generated trace that a profile's capacity is measured on, wherever a load is a share of it."""
+    """The generated trace that a profile's capacity is measured on, wherever a load is a share of
+    it.
+    """
     return long_sample(profile, CAPACITY_SAMPLE_RPS, CAPACITY_SAMPLE_S, 0)

@@ -1,10 +1,13 @@
-"""Everything after a run has been simulated: metrics, statistics, the results frame, the run directory, the report."""
+"""Everything after a run has been simulated.
 
-from biscale_env.evaluation.frame import REFERENCE_POLICY, RunRecord
-from biscale_env.evaluation.metrics import results_row
-from biscale_env.evaluation.results import results_frame, summarise
-from biscale_env.evaluation.run import Run, load_run
-from biscale_env.evaluation.rundir import RunDirectory
+Metrics, statistics, the results frame, the run directory, the report.
+"""
+
+from biscale_env.evaluation.runs.record import REFERENCE_POLICY, RunRecord
+from biscale_env.evaluation.runs.results import results_frame, summarise
+from biscale_env.evaluation.runs.run_view import Run, load_run
+from biscale_env.evaluation.runs.rundir import RunDirectory
+from biscale_env.evaluation.stats.metrics import results_row
 
 __all__ = [
     "REFERENCE_POLICY",

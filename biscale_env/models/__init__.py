@@ -1,6 +1,15 @@
-"""Fitted latency and power models: one formula (`physics`), coefficient files with provenance, and an ensemble of draws."""
+"""Fitted latency and power models.
 
-from biscale_env.models.model import DEFAULT_NAME, IterationModel, ModelName, as_record, load_model
+One formula (`physics`), coefficient files with provenance, and an ensemble of members.
+"""
+
+from biscale_env.models.iteration_model import (
+    DEFAULT_NAME,
+    IterationModel,
+    ModelName,
+    as_record,
+    load_model,
+)
 from biscale_env.models.physics import COEFFICIENT_DTYPE, Coefficients
 
 __all__ = [

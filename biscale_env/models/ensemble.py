@@ -1,4 +1,7 @@
-"""The ensemble: worlds drawn at random, kept if they agree with all the evidence; each refits the energy coefficients."""
+"""The ensemble: samples drawn at random, kept if they agree with all the evidence.
+
+Each refits the energy coefficients.
+"""
 
 from dataclasses import dataclass
 from typing import cast
@@ -6,12 +9,12 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from biscale_env.errors import BiscaleError
+from biscale_env.core.errors import BiscaleError
 from biscale_env.models import physics
-from biscale_env.models.evidence import Evidence, World
-from biscale_env.models.evidence_serving import MS, capped_clock_ghz, median_s, mixture
-from biscale_env.models.fit_power import EnergyFit, Kernels, fit_energy, gemm_only, with_world
-from biscale_env.models.fit_tables import Work
+from biscale_env.models.fit.evidence import Evidence, ParameterSample
+from biscale_env.models.fit.power import EnergyFit, Kernels, fit_energy, gemm_only, with_sample
+from biscale_env.models.fit.profile_table import IterationWork
+from biscale_env.models.fit.serving_evidence import MS, capped_clock_ghz, median_s, mixture
 from biscale_env.models.physics import Coefficients
 
 Floats = NDArray[np.float64]
@@ -21,22 +24,25 @@ DECODE_BATCHES = (8.0, 32.0)  # and the decode checks
 
 
 @dataclass(frozen=True)
-class Draw:
-    """One world with everything fitted in it."""
+class Member:
+    """One sample with everything fitted in it."""
 
-    world: World
+    sample: ParameterSample
     energy: EnergyFit
     coefficients: dict[tuple[str, str, int], Coefficients]
 
 
-def assemble(kernels: Kernels, world: World, energy: EnergyFit) -> dict[tuple[str, str, int], Coefficients]:
-    """Complete coefficients of every configuration in one world.
+def assemble(
+    kernels: Kernels, sample: ParameterSample, energy: EnergyFit
+) -> dict[tuple[str, str, int], Coefficients]:
+    """Complete coefficients of every configuration in one sample.
 
-    Both attention terms stand in both phases, so that an engine that mixes prefill and decode can use either.
+    Both attention terms stand in both phases, so that an engine that mixes prefill and decode can
+    use either.
     """
     out = {}
     for (phase, dtype, tp), c in kernels.items():
-        full = energy.apply(with_world(c, world, phase, energy.server), dtype)
+        full = energy.apply(with_sample(c, sample, phase, energy.server), dtype)
         out[(phase, dtype, tp)] = full._replace(
             attn_prefill_s=kernels[("prefill", dtype, tp)].attn_prefill_s,
             attn_decode_s=kernels[("decode", dtype, tp)].attn_decode_s,
@@ -45,7 +51,10 @@ def assemble(kernels: Kernels, world: World, energy: EnergyFit) -> dict[tuple[st
 
 
 def serving_errors(c: Coefficients, energy: EnergyFit, ev: Evidence, freq_min_ghz: float) -> Floats:
-    """Relative errors at the serving points, shape (points, 3): median interval, mean interval, power per GPU."""
+    """Relative errors at the serving points, shape (points, 3).
+
+    Median interval, mean interval, power per GPU.
+    """
     errors = []
     for p in ev.serving.points:
         mix = mixture(p, energy.server.prompt_tokens, energy.server.context_tokens)
@@ -59,10 +68,12 @@ def serving_errors(c: Coefficients, energy: EnergyFit, ev: Evidence, freq_min_gh
     return np.array(errors) - 1.0
 
 
-def gemm_clocks_ghz(c: Coefficients, rows: tuple[int, ...], freq_max_ghz: float, freq_min_ghz: float) -> Floats:
+def gemm_clocks_ghz(
+    c: Coefficients, rows: tuple[int, ...], freq_max_ghz: float, freq_min_ghz: float
+) -> Floats:
     """Effective clock of sustained GEMM work under the cap, GHz, per number of rows."""
     n = np.array(rows, dtype=np.float64)
-    work = Work(n, np.zeros_like(n), np.zeros_like(n), np.ones_like(n))
+    work = IterationWork(n, np.zeros_like(n), np.zeros_like(n), np.ones_like(n))
     return capped_clock_ghz(gemm_only(c), work, freq_max_ghz, freq_min_ghz)
 
 
@@ -95,27 +106,39 @@ class Curve:
 
 
 def curve(c: Coefficients, work: tuple[float, float, float, float], clocks_mhz: Floats) -> Curve:
-    """Latency and power over the clocks under the cap; clocks above the effective one repeat its values."""
+    """Latency and power over the clocks under the cap.
+
+    Clocks above the effective one repeat its values.
+    """
     arrays = [np.full(clocks_mhz.shape, axis) for axis in work]
-    w = Work(*arrays)
-    top = capped_clock_ghz(c, Work(*(a[-1:] for a in arrays)), float(clocks_mhz[-1]) * MS, float(clocks_mhz[0]) * MS)
+    w = IterationWork(*arrays)
+    top = capped_clock_ghz(
+        c,
+        IterationWork(*(a[-1:] for a in arrays)),
+        float(clocks_mhz[-1]) * MS,
+        float(clocks_mhz[0]) * MS,
+    )
     f = np.minimum(clocks_mhz * MS, top)
-    return Curve(clocks_mhz, physics.latency_s(c, *w.as_tuple(), f), physics.power_w(c, *w.as_tuple(), f))
+    return Curve(
+        clocks_mhz, physics.latency_s(c, *w.as_tuple(), f), physics.power_w(c, *w.as_tuple(), f)
+    )
 
 
-def disagreements(draw: Draw, ev: Evidence, clocks_mhz: Floats) -> list[str]:
-    """Names of the evidence that a draw contradicts; empty if it may be kept."""
+def disagreements(member: Member, ev: Evidence, clocks_mhz: Floats) -> list[str]:
+    """Names of the evidence that a member contradicts; empty if it may be kept."""
     a, key = ev.accept, (ev.serving.dtype, ev.serving.tp)
     low_ghz, high_ghz = float(clocks_mhz[0]) * MS, float(clocks_mhz[-1]) * MS
-    decode, prefill = draw.coefficients[("decode", *key)], draw.coefficients[("prefill", *key)]
-    errors = serving_errors(decode, draw.energy, ev, low_ghz)[[p.fitted for p in ev.serving.points]]
-    context = draw.energy.server.context_tokens
+    decode, prefill = member.coefficients[("decode", *key)], member.coefficients[("prefill", *key)]
+    errors = serving_errors(decode, member.energy, ev, low_ghz)[
+        [p.fitted for p in ev.serving.points]
+    ]
+    context = member.energy.server.context_tokens
     small, larger = (curve(decode, (b, 0.0, b * context, b), clocks_mhz) for b in DECODE_BATCHES)
     batch = curve(prefill, (PREFILL_TOKENS, PREFILL_TOKENS**2 / 2, 0.0, 1.0), clocks_mhz)
     clocks = np.concatenate(
         [
             gemm_clocks_ghz(c, ev.gemm_cap.rows, high_ghz, low_ghz)
-            for k, c in draw.coefficients.items()
+            for k, c in member.coefficients.items()
             if k[:2] == ("prefill", "bf16")
         ]
     )
@@ -136,34 +159,39 @@ def disagreements(draw: Draw, ev: Evidence, clocks_mhz: Floats) -> list[str]:
     return [name for name, bad in checks.items() if bad]
 
 
-def fit_draw(kernels: Kernels, world: World, ev: Evidence, freq_min_ghz: float) -> Draw:
-    """Fit everything in one world."""
-    energy = fit_energy(kernels, world, ev, freq_min_ghz)
-    return Draw(world, energy, assemble(kernels, world, energy))
+def fit_member(
+    kernels: Kernels, sample: ParameterSample, ev: Evidence, freq_min_ghz: float
+) -> Member:
+    """Fit everything in one sample."""
+    energy = fit_energy(kernels, sample, ev, freq_min_ghz)
+    return Member(sample, energy, assemble(kernels, sample, energy))
 
 
-def sample(kernels: Kernels, ev: Evidence, clocks_mhz: Floats) -> tuple[list[Draw], dict[str, int]]:
-    """Draw worlds until ``ev.n_draws`` agree with the evidence.
+def sample(
+    kernels: Kernels, ev: Evidence, clocks_mhz: Floats
+) -> tuple[list[Member], dict[str, int]]:
+    """Member samples until ``ev.n_members`` agree with the evidence.
 
     Returns:
-        The kept draws, and how often each piece of evidence rejected a proposal (with ``proposals``, their number).
+        The kept members, and how often each piece of evidence rejected a proposal (with
+        ``proposals``, their number).
 
     Raises:
         BiscaleError: hardly any proposal agrees; the ranges and the evidence contradict each other.
     """
     rng = np.random.default_rng(ev.seed)
-    kept: list[Draw] = []
+    kept: list[Member] = []
     counts: dict[str, int] = {"proposals": 0}
-    while len(kept) < ev.n_draws:
-        if counts["proposals"] >= MAX_PROPOSALS_PER_DRAW * ev.n_draws:
+    while len(kept) < ev.n_members:
+        if counts["proposals"] >= MAX_PROPOSALS_PER_DRAW * ev.n_members:
             raise BiscaleError(
-                f"evidence '{ev.name}': only {len(kept)} of {counts['proposals']} worlds agree; rejected by {counts}"
+                f"evidence '{ev.name}': only {len(kept)} of {counts['proposals']} samples agree; rejected by {counts}"
             )
         counts["proposals"] += 1
-        draw = fit_draw(kernels, ev.sample_world(rng), ev, float(clocks_mhz[0]) * MS)
-        reasons = disagreements(draw, ev, clocks_mhz)
+        member = fit_member(kernels, ev.random_sample(rng), ev, float(clocks_mhz[0]) * MS)
+        reasons = disagreements(member, ev, clocks_mhz)
         for reason in reasons:
             counts[reason] = counts.get(reason, 0) + 1
         if not reasons:
-            kept.append(draw)
+            kept.append(member)
     return kept, counts

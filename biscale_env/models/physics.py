@@ -1,20 +1,24 @@
 """The one formula for latency and power of an engine iteration.
 
-Every function here uses nothing but arithmetic, so the same source serves three callers: NumPy floats and arrays, compiled code (Numba
-calls these functions directly) and CasADi expressions. There is no second copy anywhere.
+Every function here uses nothing but arithmetic, so the same source serves three callers: NumPy
+floats and arrays, compiled code (Numba calls these functions directly) and CasADi expressions.
+There is no second copy anywhere.
 
 One iteration of one instance (``n_gpus`` GPUs, tensor parallel) is described by its *work*:
 
-=============  ==================================================================================================
+=============
+==================================================================================================
 ``tokens``     rows of the GEMMs: new prompt tokens in prefill, running requests in decode
-``attn_work``  ``A = sum n_i (n_i / 2 + prefix_i)`` over the prompts (or chunks) of the batch, token^2
-``cached``     ``C``, KV-cache tokens read by the decoding requests
-``n_seq``      requests in the batch (host work grows with it)
-=============  ==================================================================================================
+``attn_work``  ``A = sum n_i (n_i / 2 + prefix_i)`` over the prompts (or chunks) of the batch,
+token^2 ``cached``     ``C``, KV-cache tokens read by the decoding requests ``n_seq``      requests
+in the batch (host work grows with it) =============
+==================================================================================================
 
-Latency is the sum of GEMM (weights stream from HBM, or compute), attention, communication, element-wise kernels and host time. Energy of
-one GPU is a static part, a clock-tree part, and energy per operation that grows with the square of the core voltage. Voltage is flat
-below a knee and rises linearly above it (a smooth hinge). All coefficients are documented on :class:`Coefficients`.
+Latency is the sum of GEMM (weights stream from HBM, or compute), attention, communication,
+element-wise kernels and host time. Energy of one GPU is a static part, a clock-tree part, and
+energy per operation that grows with the square of the core voltage. Voltage is flat below a knee
+and rises linearly above it (a smooth hinge). All coefficients are documented on
+:class:`Coefficients`.
 """
 
 from typing import Any, NamedTuple
@@ -27,7 +31,10 @@ HINGE_WIDTH_GHZ = 0.05  # assumed: rounding of the voltage and bandwidth hinges
 
 
 class Coefficients(NamedTuple):
-    """Coefficients of one phase of one (GPU, LLM, dtype, TP) configuration; every work term is per GPU."""
+    """Coefficients of one phase of one (GPU, LLM, dtype, TP) configuration.
+
+    Every work term is per GPU.
+    """
 
     n_gpus: float  # GPUs of the instance (tensor parallel degree)
     freq_profile_ghz: float  # SM clock f0 at which the latency profile was taken
@@ -85,8 +92,12 @@ def memory_stretch(c: Any, freq_ghz: Number) -> Number:
 
 
 @register_jitable
-def latency_s(c: Any, tokens: Number, attn_work: Number, cached: Number, n_seq: Number, freq_ghz: Number) -> Number:
-    """Duration in seconds of one iteration at a constant SM clock in GHz (no power cap; see ``effective_freq_ghz``)."""
+def latency_s(
+    c: Any, tokens: Number, attn_work: Number, cached: Number, n_seq: Number, freq_ghz: Number
+) -> Number:
+    """Duration in seconds of one iteration at a constant SM clock in GHz (no power cap; see
+    ``effective_freq_ghz``).
+    """
     ratio = c.freq_profile_ghz / freq_ghz
     stretch = memory_stretch(c, freq_ghz)
     core = c.core_share * ratio + 1.0 - c.core_share
@@ -95,7 +106,9 @@ def latency_s(c: Any, tokens: Number, attn_work: Number, cached: Number, n_seq: 
     stream2 = stream * stream
     compute2 = compute * compute
     gemm = ((stream2 * stream2 + compute2 * compute2) ** 0.5) ** 0.5
-    attention = c.attn0_s * core + c.attn_prefill_s * attn_work * ratio + c.attn_decode_s * cached * stretch
+    attention = (
+        c.attn0_s * core + c.attn_prefill_s * attn_work * ratio + c.attn_decode_s * cached * stretch
+    )
     communication = c.comm0_s + c.comm_s_per_token * tokens
     elementwise = (c.elem0_s + c.elem_s_per_token * tokens) * core
     host = c.host0_s + c.host_s_per_seq * n_seq
@@ -129,7 +142,9 @@ def iteration_energy_j(
 
 
 @register_jitable
-def power_w(c: Any, tokens: Number, attn_work: Number, cached: Number, n_seq: Number, freq_ghz: Number) -> Number:
+def power_w(
+    c: Any, tokens: Number, attn_work: Number, cached: Number, n_seq: Number, freq_ghz: Number
+) -> Number:
     """Mean power per GPU in W over one iteration at a constant SM clock in GHz, before the cap."""
     t = latency_s(c, tokens, attn_work, cached, n_seq, freq_ghz)
     return iteration_energy_j(c, tokens, attn_work, cached, t, freq_ghz) / t
@@ -137,12 +152,20 @@ def power_w(c: Any, tokens: Number, attn_work: Number, cached: Number, n_seq: Nu
 
 @register_jitable
 def effective_freq_ghz(
-    c: Any, tokens: float, attn_work: float, cached: float, n_seq: float, freq_ghz: float, freq_min_ghz: float
+    c: Any,
+    tokens: float,
+    attn_work: float,
+    cached: float,
+    n_seq: float,
+    freq_ghz: float,
+    freq_min_ghz: float,
 ) -> float:
-    """Highest clock <= request at which the iteration's mean power stays within the cap (GHz; floats only).
+    """Highest clock <= request at which the iteration's mean power stays within the cap (GHz;
+    floats only).
 
-    Power rises in the clock, so the crossing is bracketed by ``freq_min_ghz`` and the request and found by false position with the
-    Illinois rule to 1e-10 GHz. At the lowest clock the hardware has nothing left to lower: it is returned even above the cap.
+    Power rises in the clock, so the crossing is bracketed by ``freq_min_ghz`` and the request and
+    found by false position with the Illinois rule to 1e-10 GHz. At the lowest clock the hardware
+    has nothing left to lower: it is returned even above the cap.
     """
     hi = freq_ghz
     excess_hi = power_w(c, tokens, attn_work, cached, n_seq, hi) - c.p_cap_w

@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from biscale_env.errors import BiscaleError
-from biscale_env.models.model import IterationModel
+from biscale_env.core.errors import BiscaleError
+from biscale_env.models.iteration_model import IterationModel
 
 PERCENTILES = (5, 50, 95)
 SPREAD = ("latency_s", "power_w", "energy_j", "freq_effective_mhz")
@@ -55,12 +55,14 @@ class Prediction:
 Work = tuple[float, float, float, float]
 
 
-def _numbers(model: IterationModel, work: Work, freq_mhz: float, draw: int | None) -> dict[str, float]:
+def _numbers(
+    model: IterationModel, work: Work, freq_mhz: float, member: int | None
+) -> dict[str, float]:
     return {
-        "latency_s": float(model.latency_s(*work, freq_mhz, draw)),
-        "power_w": float(model.power_w(*work, freq_mhz, draw)),
-        "energy_j": float(model.energy_j(*work, freq_mhz, draw)),
-        "freq_effective_mhz": float(model.effective_freq_mhz(*work, freq_mhz, draw)),
+        "latency_s": float(model.latency_s(*work, freq_mhz, member)),
+        "power_w": float(model.power_w(*work, freq_mhz, member)),
+        "energy_j": float(model.energy_j(*work, freq_mhz, member)),
+        "freq_effective_mhz": float(model.effective_freq_mhz(*work, freq_mhz, member)),
     }
 
 
@@ -78,9 +80,11 @@ def predict(model: IterationModel, work: Work, freq_mhz: float) -> Prediction:
     freq = model.gpu.check_clock(freq_mhz)
     tokens, attn_work, cached, n_seq = work
     nominal = _numbers(model, work, freq, None)
-    draws = [_numbers(model, work, freq, k) for k in range(model.n_draws)]
+    members = [_numbers(model, work, freq, k) for k in range(model.n_members)]
     spread = {
-        key: {f"p{q}": float(np.percentile([d[key] for d in draws], q)) for q in PERCENTILES} for key in SPREAD if draws
+        key: {f"p{q}": float(np.percentile([d[key] for d in members], q)) for q in PERCENTILES}
+        for key in SPREAD
+        if members
     }
     return Prediction(
         model=model.name,
@@ -92,7 +96,9 @@ def predict(model: IterationModel, work: Work, freq_mhz: float) -> Prediction:
         **nominal,
         energy_per_token_j=nominal["energy_j"] / tokens,
         freq_best_mhz=float(model.optimal_freq_mhz(*work)),
-        inside_box=model.contains(tokens=tokens, attn_work=attn_work, cached=cached, n_seq=n_seq, freq_mhz=freq),
+        inside_box=model.contains(
+            tokens=tokens, attn_work=attn_work, cached=cached, n_seq=n_seq, freq_mhz=freq
+        ),
         spread=spread,
     )
 
@@ -106,10 +112,14 @@ def _check_room(model: IterationModel, kv_tokens: int) -> None:
     room = model.llm.kv_capacity_tokens(model.gpu, model.tp, model.content.dtype)
     if kv_tokens > room:
         config = f"{model.dtype} at TP {model.tp}"
-        raise BiscaleError(f"{kv_tokens} tokens do not fit into the KV cache of {config}, which holds {room}")
+        raise BiscaleError(
+            f"{kv_tokens} tokens do not fit into the KV cache of {config}, which holds {room}"
+        )
 
 
-def predict_prefill(model: IterationModel, tokens: int, requests: int, prefix: int, freq_mhz: float) -> Prediction:
+def predict_prefill(
+    model: IterationModel, tokens: int, requests: int, prefix: int, freq_mhz: float
+) -> Prediction:
     """Predict a prefill batch.
 
     Args:
@@ -127,7 +137,9 @@ def predict_prefill(model: IterationModel, tokens: int, requests: int, prefix: i
     _at_least("the prefix", prefix, 0)
     _check_room(model, tokens + requests * prefix)
     each = tokens / requests
-    return predict(model, (float(tokens), tokens * (each / 2.0 + prefix), 0.0, float(requests)), freq_mhz)
+    return predict(
+        model, (float(tokens), tokens * (each / 2.0 + prefix), 0.0, float(requests)), freq_mhz
+    )
 
 
 def predict_decode(model: IterationModel, batch: int, context: int, freq_mhz: float) -> Prediction:

@@ -1,10 +1,13 @@
-"""Requests coming in: which have arrived, and how fast they have been coming. Shared by both phases."""
+"""Requests coming in: which have arrived, and how fast they have been coming.
+
+Shared by both phases.
+"""
 
 from typing import Any
 
 import numpy as np
 
-from biscale_env.jit import inlined
+from biscale_env.core.jit import inlined
 from biscale_env.sim.state import RATE_WINDOWS_S, TOKEN_RATE_WINDOW_S
 
 N_WINDOWS = len(RATE_WINDOWS_S)

@@ -1,15 +1,23 @@
-"""The clock and the work done under it: actuation delay, power cap, idle power. Shared by both phases.
+"""The clock and the work done under it: actuation delay, power cap, idle power.
 
-A clock request takes ``delay_s`` to act. One request is on its way at a time; meanwhile the newest request waits and starts when the one
-before has landed (a conflating queue of one, as in the hardware actuator). A request equal to the newest one is skipped.
+Shared by both phases.
+
+A clock request takes ``delay_s`` to act. One request is on its way at a time; meanwhile the newest
+request waits and starts when the one before has landed (a conflating queue of one, as in the
+hardware actuator). A request equal to the newest one is skipped.
 """
 
 from typing import Any
 
 import numpy as np
 
-from biscale_env.jit import inlined
-from biscale_env.models.physics import effective_freq_ghz, idle_power_w, iteration_energy_j, latency_s
+from biscale_env.core.jit import inlined
+from biscale_env.models.physics import (
+    effective_freq_ghz,
+    idle_power_w,
+    iteration_energy_j,
+    latency_s,
+)
 
 
 @inlined
@@ -47,8 +55,13 @@ def land_clock(st: Any, p: Any) -> None:
 
 
 @inlined
-def under_cap(c: Any, p: Any, tokens: float, attn_work: float, cached: float, n_seq: float, freq_ghz: float) -> Any:
-    """What an iteration does at a requested clock: ``(effective clock in GHz, duration in s, energy per GPU in J)``."""
+def under_cap(
+    c: Any, p: Any, tokens: float, attn_work: float, cached: float, n_seq: float, freq_ghz: float
+) -> Any:
+    """What an iteration does at a requested clock.
+
+    ``(effective clock in GHz, duration in s, energy per GPU in J)``.
+    """
     duration = latency_s(c, tokens, attn_work, cached, n_seq, freq_ghz)
     joules = iteration_energy_j(c, tokens, attn_work, cached, duration, freq_ghz)
     if joules <= c.p_cap_w * duration:
@@ -59,8 +72,13 @@ def under_cap(c: Any, p: Any, tokens: float, attn_work: float, cached: float, n_
 
 
 @inlined
-def run_work(st: Any, c: Any, p: Any, tokens: float, attn_work: float, cached: float, n_seq: float) -> None:
-    """Run one iteration to its end; a clock that lands meanwhile changes the speed of what is left of it."""
+def run_work(
+    st: Any, c: Any, p: Any, tokens: float, attn_work: float, cached: float, n_seq: float
+) -> None:
+    """Run one iteration to its end.
+
+    A clock that lands meanwhile changes the speed of what is left of it.
+    """
     start = st.time_s
     freq, duration, joules = under_cap(c, p, tokens, attn_work, cached, n_seq, st.freq_ghz)
     remaining = 1.0

@@ -1,18 +1,21 @@
-"""Dynamics of one decode instance: continuous batching with KV capacity, waiting, and preemption by recompute.
+"""Dynamics of one decode instance.
 
-An iteration costs O(1) amortised. Every running request gains one token per iteration, so the cached tokens grow by the batch; when a
-request will finish is known on admission (the simulator knows its length, no controller does), so it is hung into a ring by iteration
-number; and the tightest TPOT slack is the root of a tournament tree over keys that are fixed on admission.
+Continuous batching with KV capacity, waiting, and preemption by recompute.
 
-The first token of a request comes from the prefill pool: ``arrival_s`` here is when the request (with its KV) reaches the decode pool,
-and TPOT counts from there, waiting included.
+An iteration costs O(1) amortised. Every running request gains one token per iteration, so the
+cached tokens grow by the batch; when a request will finish is known on admission (the simulator
+knows its length, no controller does), so it is hung into a ring by iteration number; and the
+tightest TPOT slack is the root of a tournament tree over keys that are fixed on admission.
+
+The first token of a request comes from the prefill pool: ``arrival_s`` here is when the request
+(with its KV) reaches the decode pool, and TPOT counts from there, waiting included.
 """
 
 from typing import Any
 
 import numpy as np
 
-from biscale_env.jit import inlined
+from biscale_env.core.jit import inlined
 from biscale_env.sim.arrivals import admit_arrivals
 from biscale_env.sim.clock import begin_step, end_step, request_clock, run_work, snap_ghz
 from biscale_env.sim.episode import idle_or_end, out_of_time, start_episode
@@ -22,7 +25,9 @@ NO_SLOT = -1
 
 @inlined
 def set_key(tree: Any, slot: int, key: float) -> None:
-    """Put a key at a leaf of the tournament tree (``inf``: empty) and mend the path to the root ``tree[1]``."""
+    """Put a key at a leaf of the tournament tree (``inf``: empty) and mend the path to the root
+    ``tree[1]``.
+    """
     node = slot + tree.size // 2
     tree[node] = key
     node //= 2
@@ -36,7 +41,15 @@ def set_key(tree: Any, slot: int, key: float) -> None:
 
 @inlined
 def enter(
-    st: Any, p: Any, slots: Any, ring: Any, tree: Any, start_s: float, request: int, had: int, total: int
+    st: Any,
+    p: Any,
+    slots: Any,
+    ring: Any,
+    tree: Any,
+    start_s: float,
+    request: int,
+    had: int,
+    total: int,
 ) -> None:
     """A request that has ``had`` of ``total`` tokens starts to run."""
     slot = st.free_slot
@@ -97,9 +110,11 @@ def admit_waiting(
     tree: Any,
     stack: Any,
 ) -> None:
-    """Fill the batch from the preempted requests first, then from the queue, while slots and KV room last.
+    """Fill the batch from the preempted requests first, then from the queue, while slots and KV
+    room last.
 
-    A request alone in the instance is always admitted: its length was checked against the capacity when the workload was read.
+    A request alone in the instance is always admitted: its length was checked against the capacity
+    when the workload was read.
     """
     room = p.kv_capacity * (1.0 - p.kv_watermark)
     while st.batch < p.max_seqs:
@@ -128,7 +143,9 @@ def admit_waiting(
 
 
 @inlined
-def make_room(st: Any, p: Any, prompt: Any, output: Any, slots: Any, ring: Any, tree: Any, stack: Any) -> None:
+def make_room(
+    st: Any, p: Any, prompt: Any, output: Any, slots: Any, ring: Any, tree: Any, stack: Any
+) -> None:
     """Preempt the newest requests until one more token for every running request fits."""
     while st.batch > 1 and st.cached + st.batch > p.kv_capacity:
         slot = st.admitted_last
@@ -144,7 +161,15 @@ def make_room(st: Any, p: Any, prompt: Any, output: Any, slots: Any, ring: Any, 
 
 @inlined
 def finish_requests(
-    st: Any, p: Any, arrival_s: Any, prompt: Any, output: Any, finish_s: Any, slots: Any, ring: Any, tree: Any
+    st: Any,
+    p: Any,
+    arrival_s: Any,
+    prompt: Any,
+    output: Any,
+    finish_s: Any,
+    slots: Any,
+    ring: Any,
+    tree: Any,
 ) -> None:
     """Everything hung at this iteration of the ring has its last token now."""
     slot = ring[st.iterations % ring.size]
@@ -177,7 +202,9 @@ def wait_for_work(
     tree: Any,
     stack: Any,
 ) -> None:
-    """Admit what can run; with nothing to run, idle until the next arrival or the end of the episode."""
+    """Admit what can run; with nothing to run, idle until the next arrival or the end of the
+    episode.
+    """
     admit_arrivals(st, arrival_s, prompt)
     admit_waiting(st, p, arrival_s, prompt, output, start_s, slots, ring, tree, stack)
     if st.batch > 0:
@@ -194,7 +221,9 @@ def decode_reset(
     st: Any, c: Any, p: Any, arrival_s: Any, prompt: Any, output: Any, start_s: Any, slots: Any, ring: Any, tree: Any, stack: Any,
     begin: int, end: int, freq_ghz: float,
 ) -> None:  # fmt: skip
-    """Start an episode on workload rows ``[begin, end)`` at a supported clock and wait for the first request."""
+    """Start an episode on workload rows ``[begin, end)`` at a supported clock and wait for the
+    first request.
+    """
     start_episode(st, begin, end, freq_ghz)
     st.batch = 0
     st.cached = 0

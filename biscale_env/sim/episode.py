@@ -1,16 +1,21 @@
-"""What both phases share at the edges of an episode: a clean start, and waiting when there is nothing to do."""
+"""What both phases share at the edges of an episode.
+
+A clean start, and waiting when there is nothing to do.
+"""
 
 from typing import Any
 
 import numpy as np
 
-from biscale_env.jit import inlined
+from biscale_env.core.jit import inlined
 from biscale_env.sim.clock import begin_step, run_idle, start_clock
 
 
 @inlined
 def start_episode(st: Any, begin: int, end: int, freq_ghz: float) -> None:
-    """Clear the record of one instance and point it at workload rows ``[begin, end)``, settled at a supported clock."""
+    """Clear the record of one instance and point it at workload rows ``[begin, end)``, settled at a
+    supported clock.
+    """
     st.time_s = 0.0
     st.begin = begin
     st.end = end
@@ -41,7 +46,9 @@ def out_of_time(st: Any, p: Any) -> bool:
 
 @inlined
 def idle_or_end(st: Any, c: Any, p: Any, arrival_s: Any) -> bool:
-    """With nothing to run: idle until the next arrival (True) or to the end of the episode (False, and ``done`` is set)."""
+    """With nothing to run: idle until the next arrival (True) or to the end of the episode (False,
+    and ``done`` is set).
+    """
     next_s = arrival_s[st.head] if st.head < st.end else np.inf
     if next_s <= p.end_s or (p.drain == 1 and st.head < st.end):
         run_idle(st, c, p, next_s)

@@ -1,23 +1,31 @@
-"""Dynamics of one prefill instance: first come first served batches under a token budget, long prompts in chunks.
+"""Dynamics of one prefill instance.
 
-A decision is due whenever a batch is about to start. One step requests a clock, runs one batch (or as many as fit into
-``min_interval_s``), and, when the queue is then empty, idles until the next arrival.
+First come first served batches under a token budget, long prompts in chunks.
+
+A decision is due whenever a batch is about to start. One step requests a clock, runs one batch (or
+as many as fit into ``min_interval_s``), and, when the queue is then empty, idles until the next
+arrival.
 """
 
 from typing import Any
 
-from biscale_env.jit import inlined
+from biscale_env.core.jit import inlined
 from biscale_env.sim.arrivals import admit_arrivals
 from biscale_env.sim.clock import begin_step, end_step, request_clock, run_work, snap_ghz
 from biscale_env.sim.episode import idle_or_end, out_of_time, start_episode
 
 
 @inlined
-def form_batch(prompt: Any, head: int, head_done: int, tail: int, budget: int, max_seqs: int) -> Any:
-    """Take requests from the head of the queue until the token budget is full; the last may be taken in part.
+def form_batch(
+    prompt: Any, head: int, head_done: int, tail: int, budget: int, max_seqs: int
+) -> Any:
+    """Take requests from the head of the queue until the token budget is full.
+
+    The last may be taken in part.
 
     Returns:
-        ``(tokens, attn_work, n_seq, new_head, new_head_done)``; requests ``head .. new_head - 1`` complete in this batch.
+        ``(tokens, attn_work, n_seq, new_head, new_head_done)``; requests ``head .. new_head - 1``
+        complete in this batch.
     """
     tokens = 0
     attn_work = 0.0
@@ -65,14 +73,18 @@ def wait_for_work(st: Any, c: Any, p: Any, arrival_s: Any, prompt: Any) -> None:
 def prefill_reset(
     st: Any, c: Any, p: Any, arrival_s: Any, prompt: Any, begin: int, end: int, freq_ghz: float
 ) -> None:  # fmt: skip
-    """Start an episode on workload rows ``[begin, end)`` at a supported clock and wait for the first request."""
+    """Start an episode on workload rows ``[begin, end)`` at a supported clock and wait for the
+    first request.
+    """
     start_episode(st, begin, end, freq_ghz)
     st.head_done = 0
     wait_for_work(st, c, p, arrival_s, prompt)
 
 
 @inlined
-def prefill_step(st: Any, c: Any, p: Any, arrival_s: Any, prompt: Any, first_token_s: Any, freq_ghz: float) -> None:
+def prefill_step(
+    st: Any, c: Any, p: Any, arrival_s: Any, prompt: Any, first_token_s: Any, freq_ghz: float
+) -> None:
     """One decision: request a clock, run at least one batch, wait for work."""
     begin_step(st)
     request_clock(st, p, snap_ghz(p, freq_ghz))

@@ -1,7 +1,10 @@
-"""Data layout of the simulator: one structured record per instance, so that a single environment is a batch of one.
+"""Data layout of the simulator.
 
-Records are passed to compiled code by reference: ``state[i].time_s`` in Python and in Numba name the same memory. Times are seconds since
-the start of the workload, clocks GHz, energy joules of the whole instance (all its GPUs).
+One structured record per instance, so that a single environment is a batch of one.
+
+Records are passed to compiled code by reference: ``state[i].time_s`` in Python and in Numba name
+the same memory. Times are seconds since the start of the workload, clocks GHz, energy joules of the
+whole instance (all its GPUs).
 """
 
 import numpy as np
@@ -64,7 +67,11 @@ COMMON_FIELDS = [
     ("head", np.int64),  # first request not finished (prefill) / not yet admitted (decode)
     ("tail", np.int64),  # first request not yet arrived
     ("done", np.int64),  # 1: the episode is over
-    ("rate_sum", np.float64, (len(RATE_WINDOWS_S),)),  # exponentially decayed arrival counts / window
+    (
+        "rate_sum",
+        np.float64,
+        (len(RATE_WINDOWS_S),),
+    ),  # exponentially decayed arrival counts / window
     ("token_rate_sum", np.float64),
     ("rate_time_s", np.float64),  # when the sums were last decayed
     ("last_time_s", np.float64),  # duration of the last iteration
@@ -75,7 +82,10 @@ COMMON_FIELDS = [
     ("iterations", np.int64),
     ("finished", np.int64),
     ("violations", np.int64),
-    ("backpressure", np.float64),  # share of decode KV already spoken for, 0 when there is no decode pool
+    (
+        "backpressure",
+        np.float64,
+    ),  # share of decode KV already spoken for, 0 when there is no decode pool
 ]
 
 PREFILL_DTYPE = np.dtype([*COMMON_FIELDS, *CLOCK_FIELDS, *STEP_FIELDS, ("head_done", np.int64)])
@@ -101,8 +111,14 @@ DECODE_DTYPE = np.dtype(
 SLOT_DTYPE = np.dtype(
     [
         ("request", np.int64),
-        ("base", np.int64),  # iteration count at which it had produced no token; tokens = iterations - base
-        ("key_s", np.float64),  # start - slo * base: its TPOT slack is key + slo * (iterations - 1) - now
+        (
+            "base",
+            np.int64,
+        ),  # iteration count at which it had produced no token; tokens = iterations - base
+        (
+            "key_s",
+            np.float64,
+        ),  # start - slo * base: its TPOT slack is key + slo * (iterations - 1) - now
         (
             "ring_next",
             np.int32,

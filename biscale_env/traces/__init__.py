@@ -1,6 +1,7 @@
 """Request traces: the `Trace` itself, readers, generators and downloads.
 
-Names are loaded when they are first used, so that importing `Trace` alone does not pull in pyarrow, pandas and scipy.
+Names are loaded when they are first used, so that importing `Trace` alone does not pull in pyarrow,
+pandas and scipy.
 """
 
 import importlib
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from biscale_env.traces.catalog import list_traces, load_named
     from biscale_env.traces.download import cache_dir, fetch
-    from biscale_env.traces.profiles import (
+    from biscale_env.traces.readers import iter_trace, read_trace
+    from biscale_env.traces.synthetic.profiles import (
         Arrivals,
         LengthProfile,
         Modulation,
@@ -19,10 +21,9 @@ if TYPE_CHECKING:
         load_lengths,
         load_workload,
     )
-    from biscale_env.traces.readers import iter_trace, read_trace
-    from biscale_env.traces.schema import Trace
-    from biscale_env.traces.statistics import TraceStatistics, describe
-    from biscale_env.traces.workloads import generate, with_lengths
+    from biscale_env.traces.synthetic.synthesize import generate, with_lengths
+    from biscale_env.traces.trace import Trace
+    from biscale_env.traces.trace_statistics import TraceStatistics, describe
     from biscale_env.traces.writers import write_trace
 
 __all__ = [
@@ -52,9 +53,9 @@ _HOMES = {
     "catalog": ("list_traces", "load_named"),
     "download": ("cache_dir", "fetch"),
     "readers": ("iter_trace", "read_trace"),
-    "schema": ("Trace",),
-    "statistics": ("TraceStatistics", "describe"),
-    "workloads": ("generate", "with_lengths"),
+    "trace": ("Trace",),
+    "trace_statistics": ("TraceStatistics", "describe"),
+    "synthetic.synthesize": ("generate", "with_lengths"),
     "writers": ("write_trace",),
 }
 
@@ -63,5 +64,5 @@ def __getattr__(name: str) -> Any:
     """Import a public name from its module on first use."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = next((module for module, names in _HOMES.items() if name in names), "profiles")
+    home = next((module for module, names in _HOMES.items() if name in names), "synthetic.profiles")
     return getattr(importlib.import_module(f"{__name__}.{home}"), name)

@@ -1,18 +1,20 @@
-"""Traces by name: generated from shipped profiles, downloaded public files, or the user's own files."""
+"""Traces by name: generated from shipped profiles, downloaded public files, or the user's own
+files.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from biscale_env.errors import BiscaleError
+from biscale_env.core.errors import BiscaleError
 from biscale_env.traces.download import cached_path, load_downloads
-from biscale_env.traces.profiles import load_workload, profile_names
 from biscale_env.traces.readers import read_trace
-from biscale_env.traces.schema import Trace
-from biscale_env.traces.workloads import generate
+from biscale_env.traces.synthetic.profiles import load_workload, profile_names
+from biscale_env.traces.synthetic.synthesize import generate
+from biscale_env.traces.trace import Trace
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogEntry:
     """A trace that has a name.
 
     Attributes:
@@ -30,12 +32,18 @@ class Entry:
     source: str
 
 
-def list_traces() -> list[Entry]:
+def list_traces() -> list[CatalogEntry]:
     """All named traces, generated ones first."""
     workloads = [load_workload(name) for name in profile_names()]
-    generated = [Entry(w.name, "generated", True, round(w.rate_rps * w.duration_s), w.source) for w in workloads]
+    generated = [
+        CatalogEntry(w.name, "generated", True, round(w.rate_rps * w.duration_s), w.source)
+        for w in workloads
+    ]
     files = load_downloads().files
-    public = [Entry(n, "public", cached_path(n) is not None, d.requests, d.citation) for n, d in files.items()]
+    public = [
+        CatalogEntry(n, "public", cached_path(n) is not None, d.requests, d.citation)
+        for n, d in files.items()
+    ]
     return generated + public
 
 
@@ -43,8 +51,8 @@ def load_named(name: str) -> Trace:
     """Load a trace by its name, or from a file.
 
     Args:
-        name: a shipped workload (generated with its own rate, duration and seed), a fetched public trace, a workload
-            profile (``.yaml``), or a trace file with a known header.
+        name: a shipped workload (generated with its own rate, duration and seed), a fetched public
+            trace, a workload profile (``.yaml``), or a trace file with a known header.
 
     Raises:
         BiscaleError: no such name or file, a public trace that was not fetched yet, or a bad file.
@@ -54,7 +62,9 @@ def load_named(name: str) -> Trace:
     if name in load_downloads().files:
         path = cached_path(name)
         if path is None:
-            raise BiscaleError(f"trace '{name}' is not in the cache yet: run 'biscale traces fetch {name}' first")
+            raise BiscaleError(
+                f"trace '{name}' is not in the cache yet: run 'biscale traces fetch {name}' first"
+            )
         return read_trace(path, name=name)
     if Path(name).is_file() or Path(name).suffix:
         return read_trace(name)

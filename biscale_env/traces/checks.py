@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from biscale_env.errors import BiscaleError
+from biscale_env.core.errors import BiscaleError
 
 MAX_TOKENS = int(np.iinfo(np.int32).max)
 MAX_REQUESTS = 100_000_000  # what one trace may hold: 1.6 GB
@@ -18,14 +18,20 @@ Where = Callable[[int], str]
 
 @dataclass(frozen=True)
 class RowName:
-    """Names a row by its line where the line of the first row is known (not 0), else as a request counted from 0."""
+    """Names a row by its line where the line of the first row is known (not 0), else as a request
+    counted from 0.
+    """
 
     name: str
     first_line: int = 0
 
     def __call__(self, i: int) -> str:
         """Words for row ``i``."""
-        return f"{self.name}, line {self.first_line + i}" if self.first_line else f"{self.name}, request {i}"
+        return (
+            f"{self.name}, line {self.first_line + i}"
+            if self.first_line
+            else f"{self.name}, request {i}"
+        )
 
 
 def check_times(
@@ -44,22 +50,29 @@ def check_times(
         field: name of the column.
         after_s: time of the row before the first, s.
         is_sorted: whether unsorted times are refused.
-        is_relative: times are counted from the first row, so that a negative one only shows that they are unsorted.
+        is_relative: times are counted from the first row, so that a negative one only shows that
+            they are unsorted.
 
     Raises:
         BiscaleError: names the first offending row.
     """
     bad = ~np.isfinite(arrival_s)
     if bad.any():
-        raise BiscaleError(f"{where(int(np.argmax(bad)))}: {field} is missing or not a finite number")
+        raise BiscaleError(
+            f"{where(int(np.argmax(bad)))}: {field} is missing or not a finite number"
+        )
     bad = arrival_s < 0
     if bad.any() and not is_relative:
         i = int(np.argmax(bad))
-        raise BiscaleError(f"{where(i)}: {field} is {arrival_s[i]:g} s; a time must not be negative")
+        raise BiscaleError(
+            f"{where(i)}: {field} is {arrival_s[i]:g} s; a time must not be negative"
+        )
     steps_s = np.diff(arrival_s, prepend=after_s)
     if is_sorted and (steps_s < 0).any():
         i = int(np.argmax(steps_s < 0))
-        raise BiscaleError(f"{where(i)}: {field} lies {-steps_s[i]:.9g} s before the row above; times must be sorted")
+        raise BiscaleError(
+            f"{where(i)}: {field} lies {-steps_s[i]:.9g} s before the row above; times must be sorted"
+        )
 
 
 def check_lengths(tokens: ArrayLike, field: str, where: Where, minimum: int = 1) -> None:
@@ -80,7 +93,9 @@ def check_lengths(tokens: ArrayLike, field: str, where: Where, minimum: int = 1)
         bad |= values != np.floor(values)
     if bad.any():
         i = int(np.argmax(bad))
-        found = f"is {values[i]:g}" if np.isfinite(values[i]) else "is missing or not a finite number"
+        found = (
+            f"is {values[i]:g}" if np.isfinite(values[i]) else "is missing or not a finite number"
+        )
         raise BiscaleError(
             f"{where(i)}: {field} {found}; a length must be a whole number from {minimum} to {MAX_TOKENS}"
         )

@@ -1,4 +1,7 @@
-"""Downloading the public Azure traces into the user's cache: resumed where broken off, checked by SHA-256."""
+"""Downloading the public Azure traces into the user's cache.
+
+Resumed where broken off, checked by SHA-256.
+"""
 
 import hashlib
 import http.client
@@ -13,8 +16,8 @@ from pydantic import Field
 
 from biscale_env.config import configs_dir, load_yaml
 from biscale_env.config.loader import Config
-from biscale_env.errors import BiscaleError
-from biscale_env.traces.profiles import DOWNLOADS, FOLDER
+from biscale_env.core.errors import BiscaleError
+from biscale_env.traces.synthetic.profiles import DOWNLOADS, FOLDER
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_S = 30.0
@@ -59,8 +62,13 @@ def load_downloads() -> Downloads:
 
 
 def cache_dir() -> Path:
-    """Folder of downloaded traces: ``$BISCALE_CACHE/traces`` if that is set, else in the user's cache."""
-    root = os.environ.get("BISCALE_CACHE") or platformdirs.user_cache_dir("biscale-env", appauthor=False)
+    """Folder of downloaded traces.
+
+    ``$BISCALE_CACHE/traces`` if that is set, else in the user's cache.
+    """
+    root = os.environ.get("BISCALE_CACHE") or platformdirs.user_cache_dir(
+        "biscale-env", appauthor=False
+    )
     return Path(root) / FOLDER
 
 
@@ -72,7 +80,9 @@ def _download(name: str) -> Download:
 
 
 def cached_path(name: str) -> Path | None:
-    """Path of a downloaded trace in the cache, or None; its size is compared here, its digest when it was fetched.
+    """Path of a downloaded trace in the cache, or None.
+
+    Its size is compared here, its digest when it was fetched.
 
     Raises:
         BiscaleError: no such public trace.
@@ -90,17 +100,18 @@ def _digest(path: Path) -> str:
 def fetch(name: str, base_url: str | None = None, progress: Progress | None = None) -> Path:
     """Download one public trace, unless the cache holds it already, and return its path.
 
-    The download grows beside its target and is moved there only once its SHA-256 is right; a download that broke off is
-    continued by the next call.
+    The download grows beside its target and is moved there only once its SHA-256 is right; a
+    download that broke off is continued by the next call.
 
     Args:
         name: name of the trace, as in ``configs/traces/downloads.yaml``.
-        base_url: fetch from this address instead, followed by the name of the file (a mirror, or a test).
+        base_url: fetch from this address instead, followed by the name of the file (a mirror, or a
+            test).
         progress: told about the bytes at hand.
 
     Raises:
-        BiscaleError: unknown name, no connection, an HTTP error, a connection that broke off, a wrong checksum (the file
-            is deleted), or a cache that cannot be written.
+        BiscaleError: unknown name, no connection, an HTTP error, a connection that broke off, a
+            wrong checksum (the file is deleted), or a cache that cannot be written.
     """
     download = _download(name)
     target = cache_dir() / download.filename
@@ -116,18 +127,27 @@ def fetch(name: str, base_url: str | None = None, progress: Progress | None = No
         _check(url, part, download)
         os.replace(part, target)
     except urllib.error.HTTPError as error:
-        raise BiscaleError(f"cannot fetch {url}: the server answered {error.code} {error.reason}") from None
+        raise BiscaleError(
+            f"cannot fetch {url}: the server answered {error.code} {error.reason}"
+        ) from None
     except urllib.error.URLError as error:
         raise BiscaleError(f"cannot fetch {url}: {error.reason}") from None
     except (http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        raise BiscaleError(f"the download of {url} broke off ({error}); run it again to continue") from None
+        raise BiscaleError(
+            f"the download of {url} broke off ({error}); run it again to continue"
+        ) from None
     except OSError as error:
-        raise BiscaleError(f"cannot write to the cache {target.parent}: {error.strerror or error}") from None
+        raise BiscaleError(
+            f"cannot write to the cache {target.parent}: {error.strerror or error}"
+        ) from None
     return target
 
 
 def _receive(url: str, part: Path, size_bytes: int, progress: Progress) -> None:
-    """Fill ``part`` up, from where it ends if the server can do so; bytes beyond the expected size are not stored."""
+    """Fill ``part`` up, from where it ends if the server can do so.
+
+    Bytes beyond the expected size are not stored.
+    """
     done = part.stat().st_size if part.exists() else 0
     if done == size_bytes:
         return
@@ -168,4 +188,6 @@ def _check(url: str, part: Path, download: Download) -> None:
     digest = _digest(part)
     if digest != download.sha256:
         part.unlink()
-        raise BiscaleError(f"{url} is not the expected file: SHA-256 {digest} instead of {download.sha256}; deleted")
+        raise BiscaleError(
+            f"{url} is not the expected file: SHA-256 {digest} instead of {download.sha256}; deleted"
+        )

@@ -1,11 +1,14 @@
-"""Which columns of a file hold the time and the lengths: the known layouts and their detection from the header."""
+"""Which columns of a file hold the time and the lengths.
+
+The known layouts and their detection from the header.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from biscale_env.errors import BiscaleError
+from biscale_env.core.errors import BiscaleError
 
 TimeUnit = Literal["s", "ms", "us", "ns"]
 FileFormat = Literal["csv", "jsonl", "parquet"]
@@ -25,7 +28,9 @@ COMPRESSED = {".gz", ".bz2"}
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of the three columns, and the unit of the time column where that holds numbers (dates carry their own)."""
+    """Names of the three columns, and the unit of the time column where that holds numbers (dates
+    carry their own).
+    """
 
     time: str
     prompt: str
@@ -46,7 +51,9 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def file_format(path: Path, head: bytes) -> FileFormat:
-    """Format of a file by its suffix (``.gz`` and ``.bz2`` looked through), else by its first bytes."""
+    """Format of a file by its suffix (``.gz`` and ``.bz2`` looked through), else by its first
+    bytes.
+    """
     suffixes = [s.lower() for s in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -65,7 +72,8 @@ def find_layout(
     output_column: str | None = None,
     time_unit: TimeUnit | None = None,
 ) -> Layout:
-    """Choose the columns: those that were named, the rest from the first known layout whose columns the file has.
+    """Choose the columns: those that were named, the rest from the first known layout whose columns
+    the file has.
 
     Args:
         path: file, for errors.
@@ -73,7 +81,8 @@ def find_layout(
         time_column: name of the arrival time column.
         prompt_column: name of the prompt length column.
         output_column: name of the output length column.
-        time_unit: unit of a numeric time column; default that of the layout, seconds for named columns.
+        time_unit: unit of a numeric time column; default that of the layout, seconds for named
+            columns.
 
     Raises:
         BiscaleError: a column is not there, an unknown unit, or the header fits no known layout.
@@ -82,14 +91,22 @@ def find_layout(
         raise BiscaleError(f"unknown time unit '{time_unit}'; known: {', '.join(NS_PER_UNIT)}")
     for known in LAYOUTS.values():
         unit = time_unit or (known.unit if time_column in (None, known.time) else "s")
-        time, prompt, output = time_column or known.time, prompt_column or known.prompt, output_column or known.output
+        time, prompt, output = (
+            time_column or known.time,
+            prompt_column or known.prompt,
+            output_column or known.output,
+        )
         layout = Layout(time, prompt, output, unit)
         if set(layout.columns) <= set(header):
             break
     else:
-        raise BiscaleError(f"{path}, line 1: {_header_fault(header, (time_column, prompt_column, output_column))}")
+        raise BiscaleError(
+            f"{path}, line 1: {_header_fault(header, (time_column, prompt_column, output_column))}"
+        )
     if len(set(layout.columns)) < 3 or any(header.count(c) > 1 for c in layout.columns):
-        raise BiscaleError(f"{path}, line 1: time, prompt and output must be three different columns, each named once")
+        raise BiscaleError(
+            f"{path}, line 1: time, prompt and output must be three different columns, each named once"
+        )
     return layout
 
 

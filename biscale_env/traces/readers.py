@@ -1,4 +1,6 @@
-"""Reading request traces: Azure CSV (2023, 2024), Mooncake JSON lines, any CSV or Parquet file with named columns."""
+"""Reading request traces: Azure CSV (2023, 2024), Mooncake JSON lines, any CSV or Parquet file with
+named columns.
+"""
 
 import zlib
 from collections.abc import Callable, Iterator
@@ -9,21 +11,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from biscale_env.errors import BiscaleError
+from biscale_env.core.errors import BiscaleError
 from biscale_env.traces.checks import check_lengths, check_times
 from biscale_env.traces.layouts import NS_PER_UNIT, FileFormat, file_format
-from biscale_env.traces.schema import Trace
-from biscale_env.traces.tables import (
-    Batch,
+from biscale_env.traces.raw_columns import (
+    RawColumns,
     count_lines,
     csv_batches,
     jsonl_batches,
     parquet_batches,
     parquet_duration_s,
 )
+from biscale_env.traces.trace import Trace
 
 UNIX_TIME_S = 1e8
-READERS: dict[FileFormat, Callable[..., Iterator[Batch]]] = {
+READERS: dict[FileFormat, Callable[..., Iterator[RawColumns]]] = {
     "csv": csv_batches,
     "jsonl": jsonl_batches,
     "parquet": parquet_batches,
@@ -38,10 +40,15 @@ class _Rows:
     zero_outputs: int
 
     def part(self, rows: slice) -> "_Rows":
-        return _Rows(self.arrival_s[rows], self.prompt_tokens[rows], self.output_tokens[rows], self.zero_outputs)
+        return _Rows(
+            self.arrival_s[rows],
+            self.prompt_tokens[rows],
+            self.output_tokens[rows],
+            self.zero_outputs,
+        )
 
 
-def _batches(path: Path, columns: dict[str, Any]) -> Iterator[Batch]:
+def _batches(path: Path, columns: dict[str, Any]) -> Iterator[RawColumns]:
     try:
         if not path.is_file():
             raise BiscaleError(f"there is no trace file {path}")
@@ -59,7 +66,9 @@ def _batches(path: Path, columns: dict[str, Any]) -> Iterator[Batch]:
 
 
 def _rows(path: Path, columns: dict[str, Any], is_sorted: bool = True) -> Iterator[_Rows]:
-    """Checked batches; dates and Unix times are counted from the first request, other numbers are kept."""
+    """Checked batches; dates and Unix times are counted from the first request, other numbers are
+    kept.
+    """
     origin: Any = None
     is_relative = False
     last_s = -np.inf
@@ -77,7 +86,12 @@ def _rows(path: Path, columns: dict[str, Any], is_sorted: bool = True) -> Iterat
         check_lengths(batch.prompt, layout.prompt, batch.where)
         check_lengths(batch.output, layout.output, batch.where, minimum=0)
         zeros = int(np.count_nonzero(batch.output == 0))
-        yield _Rows(arrival_s, batch.prompt.astype(np.int32), np.maximum(batch.output, 1).astype(np.int32), zeros)
+        yield _Rows(
+            arrival_s,
+            batch.prompt.astype(np.int32),
+            np.maximum(batch.output, 1).astype(np.int32),
+            zeros,
+        )
         last_s = float(arrival_s[-1])
 
 
@@ -89,16 +103,24 @@ def _join(rows: list[_Rows]) -> tuple[NDArray[np.float64], NDArray[np.int32], ND
     )
 
 
-def _trace(rows: list[_Rows], path: Path, name: str | None, first_line: int, sort: bool = False) -> Trace:
+def _trace(
+    rows: list[_Rows], path: Path, name: str | None, first_line: int, sort: bool = False
+) -> Trace:
     arrival_s, prompt, output = _join(rows)
     if sort:
         order = np.argsort(arrival_s, kind="stable")
-        arrival_s, prompt, output = arrival_s[order] - min(0.0, arrival_s.min()), prompt[order], output[order]
+        arrival_s, prompt, output = (
+            arrival_s[order] - min(0.0, arrival_s.min()),
+            prompt[order],
+            output[order],
+        )
     zeros = sum(r.zero_outputs for r in rows)
     source = str(path) + (f"; {zeros} outputs of 0 tokens read as 1" if zeros else "")
     for column in (arrival_s, prompt, output):
         column.setflags(write=False)
-    return Trace(name or path.name.split(".")[0], arrival_s, prompt, output, source, first_line=first_line)
+    return Trace(
+        name or path.name.split(".")[0], arrival_s, prompt, output, source, first_line=first_line
+    )
 
 
 def _first_line(path: Path, form: FileFormat, n_rows: int) -> int:
@@ -108,17 +130,21 @@ def _first_line(path: Path, form: FileFormat, n_rows: int) -> int:
     return 2 if form == "csv" else 0
 
 
-def read_trace(path: str | Path, name: str | None = None, sort: bool = False, **columns: Any) -> Trace:
+def read_trace(
+    path: str | Path, name: str | None = None, sort: bool = False, **columns: Any
+) -> Trace:
     """Read a trace file; its format follows from the suffix (else the first bytes) and the header.
 
-    Dates and Unix times are counted from the first request, other times are kept. An output of 0 tokens is read as 1,
-    since prefill itself makes the first token; how many there were stands in ``source``.
+    Dates and Unix times are counted from the first request, other times are kept. An output of 0
+    tokens is read as 1, since prefill itself makes the first token; how many there were stands in
+    ``source``.
 
     Args:
         path: CSV, JSON-lines (either may be ``.gz`` or ``.bz2``) or Parquet file.
         name: name of the trace, default the file's.
         sort: accept unsorted times and sort them, instead of refusing the file.
-        columns: ``time_column``, ``prompt_column``, ``output_column``, ``time_unit`` (s, ms, us, ns) of other headers.
+        columns: ``time_column``, ``prompt_column``, ``output_column``, ``time_unit`` (s, ms, us,
+            ns) of other headers.
 
     Raises:
         BiscaleError: one sentence that names the file, the line and the field.
@@ -128,16 +154,25 @@ def read_trace(path: str | Path, name: str | None = None, sort: bool = False, **
     if not rows:
         raise BiscaleError(f"{path} holds a header but no request")
     form = file_format(path, path.open("rb").read(4))
-    trace = _trace(rows, path, name, 0 if sort else _first_line(path, form, sum(len(r.arrival_s) for r in rows)), sort)
+    trace = _trace(
+        rows,
+        path,
+        name,
+        0 if sort else _first_line(path, form, sum(len(r.arrival_s) for r in rows)),
+        sort,
+    )
     duration_s = parquet_duration_s(path) if form == "parquet" else 0.0
     return replace(trace, duration_s=max(duration_s, trace.duration_s))
 
 
-def iter_trace(path: str | Path, window_s: float, name: str | None = None, **columns: Any) -> Iterator[Trace]:
+def iter_trace(
+    path: str | Path, window_s: float, name: str | None = None, **columns: Any
+) -> Iterator[Trace]:
     """Read a long file as successive windows, holding one window (and one read buffer) in memory.
 
-    Window k holds the arrivals in ``[k window_s, (k + 1) window_s)``, counted from its start. Windows without requests
-    are yielded too; the last one ends with the last arrival. Options and errors are those of `read_trace`.
+    Window k holds the arrivals in ``[k window_s, (k + 1) window_s)``, counted from its start.
+    Windows without requests are yielded too; the last one ends with the last arrival. Options and
+    errors are those of `read_trace`.
 
     Args:
         path: CSV, JSON-lines or Parquet file, sorted by time.
@@ -158,7 +193,9 @@ def iter_trace(path: str | Path, window_s: float, name: str | None = None, **col
         held.append(rows)
         while held[-1].arrival_s.size and held[-1].arrival_s[-1] >= (k + 1) * window_s:
             cut = int(np.searchsorted(held[-1].arrival_s, (k + 1) * window_s))
-            yield _window([*held[:-1], held[-1].part(slice(0, cut))], name, path, k, window_s, window_s)
+            yield _window(
+                [*held[:-1], held[-1].part(slice(0, cut))], name, path, k, window_s, window_s
+            )
             held = [held[-1].part(slice(cut, None))]
             k += 1
     if not held:
@@ -166,7 +203,9 @@ def iter_trace(path: str | Path, window_s: float, name: str | None = None, **col
     yield _window(held, name, path, k, window_s, float(held[-1].arrival_s[-1]) - k * window_s)
 
 
-def _window(rows: list[_Rows], name: str, path: Path, k: int, window_s: float, duration_s: float) -> Trace:
+def _window(
+    rows: list[_Rows], name: str, path: Path, k: int, window_s: float, duration_s: float
+) -> Trace:
     arrival_s, prompt, output = _join(rows)
     title = f"{name}[{k * window_s:g}:{k * window_s + duration_s:g}s]"
     relative_s = np.clip(arrival_s - k * window_s, 0.0, duration_s)

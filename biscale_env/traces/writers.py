@@ -1,4 +1,7 @@
-"""Writing traces: CSV, Mooncake JSON lines or Parquet, by the suffix; a file appears whole or not at all."""
+"""Writing traces: CSV, Mooncake JSON lines or Parquet, by the suffix.
+
+A file appears whole or not at all.
+"""
 
 import contextlib
 import os
@@ -10,21 +13,27 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 
-from biscale_env.errors import BiscaleError
+from biscale_env.core.errors import BiscaleError
 from biscale_env.traces.layouts import LAYOUTS, META_KEY
-from biscale_env.traces.schema import Trace
+from biscale_env.traces.trace import Trace
 
 MS_DECIMALS = 6
 
 
 def _write_csv(trace: Trace, path: Path) -> None:
     columns = (trace.arrival_s, trace.prompt_tokens, trace.output_tokens)
-    pd.DataFrame(dict(zip(LAYOUTS["biscale"].columns, columns, strict=True))).to_csv(path, index=False)
+    pd.DataFrame(dict(zip(LAYOUTS["biscale"].columns, columns, strict=True))).to_csv(
+        path, index=False
+    )
 
 
 def _write_jsonl(trace: Trace, path: Path) -> None:
     names = LAYOUTS["mooncake"].columns
-    columns = (np.round(trace.arrival_s * 1e3, MS_DECIMALS), trace.prompt_tokens, trace.output_tokens)
+    columns = (
+        np.round(trace.arrival_s * 1e3, MS_DECIMALS),
+        trace.prompt_tokens,
+        trace.output_tokens,
+    )
     frame = pd.DataFrame(dict(zip(names, columns, strict=True)))
     frame.to_json(path, orient="records", lines=True, double_precision=MS_DECIMALS)
 
@@ -46,8 +55,8 @@ WRITERS: dict[str, Callable[[Trace, Path], None]] = {
 def write_trace(trace: Trace, path: str | Path) -> Path:
     """Write a trace, replacing an existing file in one step.
 
-    CSV and Parquet keep times exactly, Mooncake JSON lines to the nanosecond. Only Parquet also keeps the observed
-    duration; from the others it is read back as the last arrival.
+    CSV and Parquet keep times exactly, Mooncake JSON lines to the nanosecond. Only Parquet also
+    keeps the observed duration; from the others it is read back as the last arrival.
 
     Args:
         trace: what to write.
@@ -59,7 +68,9 @@ def write_trace(trace: Trace, path: str | Path) -> Path:
     path = Path(path)
     writer = WRITERS.get(path.suffix.lower())
     if writer is None:
-        raise BiscaleError(f"cannot write a trace as '{path.name}': the name must end in {', '.join(WRITERS)}")
+        raise BiscaleError(
+            f"cannot write a trace as '{path.name}': the name must end in {', '.join(WRITERS)}"
+        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         writer(trace, temporary)

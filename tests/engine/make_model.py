@@ -1,4 +1,7 @@
-"""Write a Llama of 2 M random weights and a tokenizer that knows a few words: enough for a real engine to serve token ids."""
+"""Write a Llama of 2 M random weights and a tokenizer that knows a few words.
+
+Enough for a real engine to serve token ids.
+"""
 
 import sys
 from pathlib import Path
@@ -18,7 +21,9 @@ def main(folder: Path) -> None:
         max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{k}": k for k in range(4, VOCABULARY)}
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {
+        f"w{k}": k for k in range(4, VOCABULARY)
+    }
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}

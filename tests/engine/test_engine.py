@@ -1,7 +1,10 @@
-"""Tier 3 (`make test-engine`): the real vLLM prefill/decode pair on the CPU, our hook, the actuator on the C stand-in for NVML.
+"""Tier 3 (`make test-engine`).
 
-Needs ``tests/engine/setup.sh`` once. Not part of the ordinary suite: it takes minutes and its environment is 3.7 GB. However it ends, by
-itself, by a signal or by ``kill -9``, no engine is left behind.
+The real vLLM prefill/decode pair on the CPU, our hook, the actuator on the C stand-in for NVML.
+
+Needs ``tests/engine/setup.sh`` once. Not part of the ordinary suite: it takes minutes and its
+environment is 3.7 GB. However it ends, by itself, by a signal or by ``kill -9``, no engine is left
+behind.
 """
 
 import contextlib
@@ -28,7 +31,9 @@ START_S = 600.0  # half a minute on two free cores, minutes on busy ones
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.skipif(not MODEL.is_dir(), reason="no engine environment: run tests/engine/setup.sh"),
+    pytest.mark.skipif(
+        not MODEL.is_dir(), reason="no engine environment: run tests/engine/setup.sh"
+    ),
     pytest.mark.skipif(not shutil.which("gcc"), reason="no C compiler on this machine"),
 ]
 
@@ -42,7 +47,9 @@ def _orderly():
 
 
 def die_with_parent():
-    """Runs in the child: SIGTERM when the tests die without clean-up (PR_SET_PDEATHSIG = 1, linux/prctl.h)."""
+    """Runs in the child: SIGTERM when the tests die without clean-up (PR_SET_PDEATHSIG = 1,
+    linux/prctl.h).
+    """
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
@@ -52,8 +59,9 @@ def free_port():
         return probe.getsockname()[1]
 
 
-# Stands over an engine as the leader of its process group. vLLM does not always heed a polite signal while it starts, so when this process
-# is told to end, or the tests have died, the whole group gets ten seconds and then no choice.
+# Stands over an engine as the leader of its process group. vLLM does not always heed a polite
+# signal while it starts, so when this process is told to end, or the tests have died, the whole
+# group gets ten seconds and then no choice.
 GUARDIAN = """
 import os, signal, subprocess, sys
 def end(*_):
@@ -80,7 +88,8 @@ class Engine:
         env = {
             **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_WAIT_POLICY": "PASSIVE",
-            "VLLM_CPU_OMP_THREADS_BIND": "0" if phase == "prefill" else "1",  # a core each: spinning threads that share one starve
+            # a core each: spinning threads that share one starve
+            "VLLM_CPU_OMP_THREADS_BIND": "0" if phase == "prefill" else "1",
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()), "BISCALE_RECORDS": f"ipc://{folder}/s/record-{phase}.sock",
             "BISCALE_RECORDS_ALL": f"ipc://{folder}/s/all-{phase}.sock",
         }  # fmt: skip
@@ -88,7 +97,7 @@ class Engine:
         command = [
             VENV / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--served-model-name", "tiny",
             "--host", "127.0.0.1", "--port", self.port, "--enforce-eager", "--max-model-len", "4096", "--enable-logging-iteration-details",
-            "--scheduler-cls", "biscale_env.hardware.vllm_hook.BiscaleScheduler", "--kv-transfer-config", json.dumps(transfer),
+            "--scheduler-cls", "biscale_env.hardware.engines.vllm_hook.BiscaleScheduler", "--kv-transfer-config", json.dumps(transfer),
         ]  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, "-c", GUARDIAN, *map(str, command)],
@@ -109,14 +118,20 @@ class Engine:
                 return
             except OSError:
                 time.sleep(1)
-        raise AssertionError(f"{self.phase} did not start in {START_S} s: {self.log.read_text()[-3000:]}")
+        raise AssertionError(
+            f"{self.phase} did not start in {START_S} s: {self.log.read_text()[-3000:]}"
+        )
 
     def ask(self, **body):
-        """One plain request. The decode engine needs one before its first remote prefill, or it dies (SIGILL) on the CPU."""
+        """One plain request. The decode engine needs one before its first remote prefill, or it
+        dies (SIGILL) on the CPU.
+        """
         data = json.dumps(
             {"model": "tiny", "prompt": [5, 6, 7, 8], "max_tokens": 4, "ignore_eos": True, **body}
         ).encode()
-        request = urllib.request.Request(f"{self.url}/v1/completions", data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions", data, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=120) as answer:
             return json.loads(answer.read())
 
@@ -134,17 +149,32 @@ class Engine:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """Both engines, fake GPUs under the C library, and the environment of our commands."""
-    from biscale_env.hardware.fake import create_state
+    from biscale_env.hardware.clocks.fake_gpus import create_state
 
     folder = tmp_path_factory.mktemp("e")
     (folder / "s").mkdir()
     library = folder / "libnvidia-ml.so.1"
     source = ROOT / "tests" / "fake_nvml" / "nvml.c"
     subprocess.run(
-        ["gcc", "-shared", "-fPIC", "-O1", "-Wl,-soname,libnvidia-ml.so.1", "-o", library, source, "-lm"], check=True
+        [
+            "gcc",
+            "-shared",
+            "-fPIC",
+            "-O1",
+            "-Wl,-soname,libnvidia-ml.so.1",
+            "-o",
+            library,
+            source,
+            "-lm",
+        ],
+        check=True,
     )
     state = create_state(folder / "gpus", 8, delay_s=0.05)
-    env = {"LD_LIBRARY_PATH": str(folder), "FAKE_NVML_STATE": str(state), "BISCALE_HW_STATE": str(folder / "owned")}
+    env = {
+        "LD_LIBRARY_PATH": str(folder),
+        "FAKE_NVML_STATE": str(state),
+        "BISCALE_HW_STATE": str(folder / "owned"),
+    }
     engines = {phase: Engine(phase, folder) for phase in ("prefill", "decode")}
     try:
         for engine in engines.values():
@@ -169,10 +199,14 @@ def write_trace(folder, n, rate):
 
     trace = generate("azure-conv-like", rate_rps=rate, duration_s=4 * n / rate, seed=0)
     rows = zip(
-        trace.arrival_s[:n], trace.prompt_tokens[:n].clip(4, 1500), trace.output_tokens[:n].clip(2, 48), strict=True
+        trace.arrival_s[:n],
+        trace.prompt_tokens[:n].clip(4, 1500),
+        trace.output_tokens[:n].clip(2, 48),
+        strict=True,
     )
     lines = [
-        json.dumps({"timestamp": 1e3 * float(t), "input_length": int(p), "output_length": int(o)}) for t, p, o in rows
+        json.dumps({"timestamp": 1e3 * float(t), "input_length": int(p), "output_length": int(o)})
+        for t, p, o in rows
     ]
     path = folder / "trace.jsonl"
     path.write_text("\n".join(lines) + "\n")
@@ -184,7 +218,8 @@ def start_replay(site, name, n):
     command = [
         sys.executable, "-m", "biscale_env.cli", "replay", "--trace", write_trace(folder, n, 2.0), "--prefill", engines["prefill"].url,
         "--decode", engines["decode"].url, "--backend", "nvml", "--sockets", folder / "s", "--out", folder / name, "--policy", "biscale",
-        "--vocabulary", "1000", "--stall", "180",  # a model on a busy CPU may take its time over a prompt
+        # a model on a busy CPU may take its time over a prompt
+        "--vocabulary", "1000", "--stall", "180",
     ]  # fmt: skip
     process = subprocess.Popen(
         [str(c) for c in command],
@@ -200,14 +235,14 @@ def start_replay(site, name, n):
 
 
 def locked(state):
-    from biscale_env.hardware.fake import FakeState
+    from biscale_env.hardware.clocks.fake_gpus import FakeState
 
     with FakeState(state).locked() as gpus:
         return int(gpus["locked"].sum())
 
 
 def test_forty_requests_under_control(site):
-    from biscale_env.hardware.assemble import read_raw
+    from biscale_env.hardware.replay.assemble import read_raw
 
     folder, _, _, state = site
     process = start_replay(site, "run", 40)
@@ -219,7 +254,9 @@ def test_forty_requests_under_control(site):
     assert all(r.completion_tokens == r.output_tokens for r in raw.requests)
     for phase in ("prefill", "decode"):
         counters = [r.counter for r in raw.iterations[phase]]
-        assert counters == list(range(counters[0], counters[-1] + 1)), "an observation for every iteration"
+        assert counters == list(range(counters[0], counters[-1] + 1)), (
+            "an observation for every iteration"
+        )
         assert raw.decisions[phase]
         commands = [c for c in raw.changes if c.group == phase and c.cause == "command"]
         decided = {d.sequence: d.freq_mhz for d in raw.decisions[phase]}
@@ -232,7 +269,9 @@ def test_forty_requests_under_control(site):
         print(
             f"{phase}: {len(counters)} iterations, hook p50 {np.median(hook) * 1e6:.0f} us, p99 {np.quantile(hook, 0.99) * 1e6:.0f} us"
         )
-    assert sum(r.decode_requests for r in raw.iterations["prefill"]) == 0, "a prefill engine decodes nothing"
+    assert sum(r.decode_requests for r in raw.iterations["prefill"]) == 0, (
+        "a prefill engine decodes nothing"
+    )
     prompts = sum(r.prefill_tokens for r in raw.iterations["prefill"])
     assert prompts == sum(r.prompt_tokens for r in raw.requests)
     assert locked(state) == 0
@@ -240,7 +279,7 @@ def test_forty_requests_under_control(site):
 
 
 def test_serving_is_unharmed_when_the_actuator_is_killed(site):
-    from biscale_env.hardware.assemble import read_raw
+    from biscale_env.hardware.replay.assemble import read_raw
 
     folder, _, env, state = site
     process = start_replay(site, "killed", 20)
@@ -284,16 +323,20 @@ main(parser.parse_args())
 
 
 def test_our_figures_are_those_of_vllm_bench_serve(tmp_path):
-    """The same Mooncake trace against the same (emulated) engine, measured by vLLM's own client and by ours."""
+    """The same Mooncake trace against the same (emulated) engine, measured by vLLM's own client and
+    by ours.
+    """
     import asyncio
 
-    from biscale_env.hardware.emulate import Emulation, EmulatorSettings
-    from biscale_env.hardware.load import LoadSettings, Replayer
+    from biscale_env.hardware.emulation.emulate import Emulation, EmulatorSettings
+    from biscale_env.hardware.replay.client import LoadSettings, Replayer
     from biscale_env.traces import read_trace
 
     rng = np.random.default_rng(1)
     at_ms = np.cumsum(rng.exponential(250, 60))
-    lengths = zip(at_ms - at_ms[0], rng.integers(64, 2000, 60), rng.integers(20, 120, 60), strict=True)
+    lengths = zip(
+        at_ms - at_ms[0], rng.integers(64, 2000, 60), rng.integers(20, 120, 60), strict=True
+    )
     rows = [
         {
             "timestamp": int(t),
@@ -305,7 +348,9 @@ def test_our_figures_are_those_of_vllm_bench_serve(tmp_path):
     ]
     path = tmp_path / "trace.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    with Emulation(EmulatorSettings(tmp_path / "gpus", tmp_path / "s", ports=(free_port(), free_port()))) as emulation:
+    with Emulation(
+        EmulatorSettings(tmp_path / "gpus", tmp_path / "s", ports=(free_port(), free_port()))
+    ) as emulation:
         url = emulation.urls[1]
         records = asyncio.run(Replayer(read_trace(path), LoadSettings(url)).run())
         command = [
@@ -315,7 +360,9 @@ def test_our_figures_are_those_of_vllm_bench_serve(tmp_path):
             "--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,99", "--save-result", "--result-dir", tmp_path,
             "--result-filename", "bench.json",
         ]  # fmt: skip
-        done = subprocess.run([str(c) for c in command], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            [str(c) for c in command], cwd=tmp_path, capture_output=True, text=True, timeout=600
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     theirs = json.loads((tmp_path / "bench.json").read_text())
     assert theirs["completed"] == 60
@@ -325,4 +372,6 @@ def test_our_figures_are_those_of_vllm_bench_serve(tmp_path):
     print(f"vllm bench serve: {theirs['mean_tpot_ms']:.2f} and {theirs['median_tpot_ms']:.2f} ms")
     assert ours.mean() == pytest.approx(theirs["mean_tpot_ms"], rel=0.02)
     assert np.median(ours) == pytest.approx(theirs["median_tpot_ms"], rel=0.02)
-    assert np.median([r.ttft_s for r in records]) * 1e3 == pytest.approx(theirs["median_ttft_ms"], abs=5.0)
+    assert np.median([r.ttft_s for r in records]) * 1e3 == pytest.approx(
+        theirs["median_ttft_ms"], abs=5.0
+    )

@@ -1,7 +1,7 @@
 /* A stand-in for NVIDIA's libnvidia-ml.so.1, for tests on machines without a GPU.
  *
- * State lives in the memory-mapped file named by FAKE_NVML_STATE (made by biscale_env.hardware.fake.create_state), so a locked clock
- * outlives the process that locked it, as on a real GPU. The layout repeats HEADER_DTYPE and GPU_DTYPE of biscale_env/hardware/fake.py.
+ * State lives in the memory-mapped file named by FAKE_NVML_STATE (made by biscale_env.hardware.clocks.fake_gpus.create_state), so a locked clock
+ * outlives the process that locked it, as on a real GPU. The layout repeats HEADER_DTYPE and GPU_DTYPE of biscale_env/hardware/clocks/fake_gpus.py.
  * Environment: FAKE_NVML_PRIV=0 makes this process unprivileged whatever the file says.
  */
 #include <fcntl.h>

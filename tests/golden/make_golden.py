@@ -1,7 +1,11 @@
-"""Writes the golden trajectories: ``python tests/golden/make_golden.py`` after an *intended* change of dynamics, reward or observation.
+"""Writes the golden trajectories.
 
-Such a change also raises the version of the environment ids (and of the ObservationSpec, if the vector changed); the diff of the golden
-files shows reviewers what moved. Coefficients are stored in the files, so a new fit moves nothing here.
+``python tests/golden/make_golden.py`` after an *intended* change of dynamics, reward or
+observation.
+
+Such a change also raises the version of the environment ids (and of the ObservationSpec, if the
+vector changed); the diff of the golden files shows reviewers what moved. Coefficients are stored in
+the files, so a new fit moves nothing here.
 """
 
 import hashlib
@@ -14,7 +18,7 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent / "helpers"))
 
 from reference_sim import Settings  # noqa: E402
 from sim_support import COEFFICIENTS, compiled, workload  # noqa: E402
@@ -44,7 +48,9 @@ def made(rate: float, end_s: float) -> list[tuple[float, int, int]]:
     """A workload that depends on nothing but arithmetic: quasi-random lengths and gaps."""
     rows, t = [], 0.0
     for k in range(int(rate * end_s)):
-        u, v, w = ((k + 1) * x % 1.0 for x in (0.6180339887498949, 0.7548776662466927, 0.5698402909980532))
+        u, v, w = (
+            (k + 1) * x % 1.0 for x in (0.6180339887498949, 0.7548776662466927, 0.5698402909980532)
+        )
         t += 2.0 * u / rate
         if t < end_s:
             rows.append((t, 20 + int(2500 * v * v), 2 + int(60 * w)))
@@ -76,11 +82,19 @@ def play(given: dict[str, Any]) -> dict[str, Any]:
         batch.step(np.array([action], dtype=np.float32))
         st = batch.states[0]
         steps.append(
-            [float(st["time_s"]), float(st["step_energy_j"]), float(batch.reward[0]), int(st["step_violations"])]
+            [
+                float(st["time_s"]),
+                float(st["step_energy_j"]),
+                float(batch.reward[0]),
+                int(st["step_violations"]),
+            ]
         )
         if k % 10 == 9:
             observations.append(batch.obs[0].tolist())
-    return {"time_s, energy_j, reward, violations": steps, "observations of every tenth step": observations}
+    return {
+        "time_s, energy_j, reward, violations": steps,
+        "observations of every tenth step": observations,
+    }
 
 
 def golden(name: str) -> dict[str, Any]:

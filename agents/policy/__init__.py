@@ -1,0 +1,1 @@
+"""Learned policies at work: features in, a small network, an action out."""

@@ -1,0 +1,152 @@
+"""Fixed, physics-based features of the observation.
+
+What a small network is given instead of the raw vector.
+
+A feature is a fixed function of the observation and of the fitted latency model (the same knowledge
+that MPC and slack use), never of the simulator's state. The network sees, per clock level, how the
+projected work would stand against its deadlines if that level were asked for now: the delay of a
+clock change is counted, requests that are lost already have no deadline any more. Nothing is
+learned here.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.policy.features_decode import DECODE_NAMES, decode_features
+from agents.policy.features_prefill import NO_DEADLINE, PREFILL_NAMES, prefill_features
+from biscale_env.contract import ClockRange, ObservationSpec
+from biscale_env.contract.observation import HORIZON
+from biscale_env.core.errors import BiscaleError
+from biscale_env.models import COEFFICIENT_DTYPE, IterationModel
+
+Floats32 = NDArray[np.float32]
+VERSION = 1  # raised with any change of a feature; checkpoints of another version are refused
+PRICE_SCALE = 30.0  # the environments' own weight of a violation, in reference energies
+NAMES = {"prefill": PREFILL_NAMES, "decode": DECODE_NAMES}
+_REFERENCE_WORK = {
+    "prefill": (1024.0, 1024.0**2 / 2, 0.0, 1.0),
+    "decode": (64.0, 0.0, 64.0 * 1024, 64.0),
+}
+
+
+def feature_id(phase: str) -> str:
+    """Name and version of the features of a phase, stored in checkpoints."""
+    return f"{phase}-features-v{VERSION}"
+
+
+def cheapest_mhz(model: IterationModel, phase: str, member: int) -> float:
+    """Clock of least energy for a typical iteration of a phase (assumed: a prompt of 1024 tokens;
+    64 requests of 1024), MHz.
+    """
+    return float(model.optimal_freq_mhz(*_REFERENCE_WORK[phase], member=member))
+
+
+def with_price(features: Floats32, price: Any) -> Floats32:
+    """Features with one more column.
+
+    The price of a lost request, a number or one per row, on a logarithmic scale.
+    """
+    column = np.broadcast_to(
+        0.5 * np.log(np.asarray(price, dtype=np.float32) / PRICE_SCALE), len(features)
+    )
+    return np.concatenate([features, column[:, None].astype(np.float32)], axis=1)
+
+
+def tighten(obs: Floats32, spec: ObservationSpec, margin: float) -> Floats32:
+    """The prefill observation that a plant with the TTFT bound ``(1 - margin)`` times as long would
+    give, ``(n, dim)``.
+
+    The same deadlines come earlier by ``margin`` SLOs, as with the margin of MPC. One thing stays
+    as it was: which requests count as not lost yet. Those between the tighter bound and the real
+    one show negative slack, so that the rule hurries for them.
+    """
+    if margin == 0.0:
+        return obs
+    out, rest = obs.copy(), np.float32(1.0 - margin)
+    for name in ("batch_slack", "batch_slack_alive"):
+        at = slice(spec.index(name), spec.index(name) + HORIZON)
+        out[:, at] = np.where(
+            obs[:, at] < NO_DEADLINE, (obs[:, at] - np.float32(margin)) / rest, obs[:, at]
+        )
+    out[:, spec.index("oldest_wait")] /= rest
+    out[:, spec.index("slo")] *= rest
+    return np.clip(out, spec.low, spec.high)
+
+
+def check_margin(margin: float, phase: str) -> float:
+    """The margin, if the phase can have it.
+
+    Raises:
+        BiscaleError: outside 0 to 1, or in decode, where the observation does not say how many
+            intervals a request has had.
+    """
+    if margin != 0.0 and phase != "prefill":
+        raise BiscaleError(
+            "a margin is for prefill agents: leave it out, decode agents have a price"
+        )
+    if not 0.0 <= margin < 1.0:
+        raise BiscaleError(
+            f"the margin must be at least 0 and below 1 of the TTFT bound, got {margin}"
+        )
+    return float(margin)
+
+
+class FeatureMap:
+    """Observation to features and to the rule's action, for any number of rows."""
+
+    def __init__(self, phase: str, spec: ObservationSpec, clocks: ClockRange) -> None:
+        """Prepare the columns.
+
+        Args:
+            phase: ``prefill`` or ``decode``.
+            spec: observation of that phase.
+            clocks: control range.
+
+        Raises:
+            BiscaleError: no such phase.
+        """
+        if phase not in NAMES:
+            raise BiscaleError(f"unknown phase '{phase}': choose prefill or decode")
+        self.phase, self.dim = phase, len(NAMES[phase])
+        self._kernel = prefill_features if phase == "prefill" else decode_features
+        self._scale = spec.scale
+        self._levels_ghz = np.asarray(clocks.levels_mhz) * 1e-3
+        self._range_ghz = np.array([clocks.freq_min_mhz, clocks.freq_max_mhz]) * 1e-3
+
+    def belief(
+        self, model: IterationModel, members: Any
+    ) -> tuple[NDArray[Any], NDArray[np.float64]]:
+        """Coefficients and cheapest clocks (GHz) that rows believe in, one per ensemble member
+        given.
+        """
+        coefs = np.array([tuple(model.member(int(k))) for k in members], dtype=COEFFICIENT_DTYPE)
+        return coefs, np.array([cheapest_mhz(model, self.phase, int(k)) * 1e-3 for k in members])
+
+    def __call__(
+        self, obs: Floats32, coefs: NDArray[Any], cheapest_ghz: NDArray[np.float64]
+    ) -> tuple[Floats32, Floats32, Floats32]:
+        """Features (n, dim), the rule's action (n,) in [-1, 1], and how many requests are lost even
+        at the highest clock (n,).
+
+        Args:
+            obs: encoded observations (n, spec.dim).
+            coefs: coefficients, one record for all rows or one per row.
+            cheapest_ghz: energy-optimal clock, as many as coefs.
+        """
+        n = len(obs)
+        out = np.empty((n, self.dim), dtype=np.float32)
+        rule, lost = np.empty(n, dtype=np.float32), np.empty(n, dtype=np.float32)
+        self._kernel(
+            obs,
+            self._scale,
+            coefs,
+            cheapest_ghz,
+            self._levels_ghz,
+            self._range_ghz,
+            out,
+            rule,
+            lost,
+        )
+        return out, rule, lost

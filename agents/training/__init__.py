@@ -1,0 +1,1 @@
+"""Training runs: environments, algorithms, callbacks, held-out evaluation, studies."""

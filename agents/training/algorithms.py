@@ -1,0 +1,64 @@
+"""The algorithms of Stable-Baselines3 by name, and a check of their hyper-parameters before
+anything is made.
+"""
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from biscale_env.core.errors import BiscaleError
+
+ALGORITHMS = {
+    "ppo": ("stable_baselines3", "PPO"),
+    "sac": ("stable_baselines3", "SAC"),
+    "tqc": ("sb3_contrib", "TQC"),
+    "dqn": ("stable_baselines3", "DQN"),
+    "recurrent_ppo": ("sb3_contrib", "RecurrentPPO"),
+}
+OURS = (
+    "self",
+    "policy",
+    "env",
+    "seed",
+    "device",
+    "verbose",
+    "tensorboard_log",
+    "policy_kwargs",
+    "_init_setup_model",
+)  # set elsewhere
+
+
+def algorithm(name: str) -> Any:
+    """The SB3 class of an algorithm.
+
+    Raises:
+        BiscaleError: unknown name, or the optional packages are not installed.
+    """
+    if name not in ALGORITHMS:
+        raise BiscaleError(f"unknown algorithm '{name}'; known: {', '.join(ALGORITHMS)}")
+    module, cls = ALGORITHMS[name]
+    try:
+        return getattr(import_module(module), cls)
+    except ImportError:
+        raise BiscaleError(f"algorithm '{name}' needs {module}: install biscale-env[rl]") from None
+
+
+def check_hyper(name: str, hyper: Mapping[str, Any], where: str) -> None:
+    """Refuse hyper-parameters that the algorithm does not have.
+
+    Raises:
+        BiscaleError: names the key and the nearest known one.
+    """
+    known = [p for p in inspect.signature(algorithm(name).__init__).parameters if p not in OURS]
+    for key in hyper:
+        if key in OURS:
+            raise BiscaleError(
+                f"{where}: '{key}' is not a hyper-parameter here: use the config's own keys"
+            )
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise BiscaleError(
+                f"{where}: {name} has no hyper-parameter '{key}'; the nearest known one is '{near[0]}'"
+            )

@@ -1,0 +1,175 @@
+"""Learning from a teacher: behaviour cloning and DAgger of a reference policy, as a warm start for
+SB3's on-policy algorithms.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.policy.features import with_price
+from agents.training.train_config import WarmStart
+from agents.training.training_env import AgentVecEnv
+from biscale_env.core.errors import BiscaleError
+from biscale_env.envs.batch import Batch, RequestTable
+from biscale_env.traces import Trace
+from controllers.oracle.make import make_oracle, oracle_plant
+
+Teacher = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""Actions in [-1, 1], (n,), of encoded observations (n, dim)."""
+
+
+def collect(
+    env: AgentVecEnv,
+    teacher: Teacher,
+    steps: int,
+    student: Callable[[NDArray[np.float32]], NDArray[Any]] | None = None,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Run the environment and ask the teacher at every state.
+
+    Args:
+        env: the training environment; it is reset.
+        teacher: labels every state.
+        steps: states to collect, over all copies.
+        student: who acts (DAgger), network outputs of features; None lets the teacher act.
+
+    Returns:
+        Features (steps, F) and the network outputs (steps,) that reproduce the teacher.
+    """
+    features = env.reset()
+    kept: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
+    for _ in range(max(steps // env.num_envs, 1)):
+        wanted = output_for(env, teacher(env.batch.obs.copy()))
+        kept.append((features, wanted))
+        env.step_async(wanted if student is None else student(features))
+        features, _, _, _ = env.step_wait()
+    return np.concatenate([k[0] for k in kept]), np.concatenate([k[1] for k in kept])
+
+
+def output_for(env: AgentVecEnv, action: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Network output that makes the environment take an action (n,)."""
+    flat = np.asarray(action, dtype=np.float32).reshape(env.num_envs)
+    if env.config.action == "levels":
+        return np.abs(flat[:, None] - env.levels[None]).argmin(axis=1).astype(np.float32)
+    return to_output(env, flat, env.rule)
+
+
+def oracle_data(
+    env: AgentVecEnv, per_group: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """States and network outputs of the plans with hindsight of some training workloads, in the
+    plant they are made for (no delay).
+
+    Args:
+        env: the training environment.
+        per_group: workloads per group, the same as training uses.
+    """
+    kept = [
+        _planned(env, g, env.groups[g].source.workload(k))
+        for g in range(len(env.groups))
+        for k in range(per_group)
+    ]
+    return np.concatenate([k[0] for k in kept]), np.concatenate([k[1] for k in kept])
+
+
+def _planned(
+    env: AgentVecEnv, number: int, workload: Trace
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    group, zero = env.groups[number], np.zeros(1, dtype=np.int64)
+    policy, _ = make_oracle(group.plant, workload, group.attainment)
+    plant = oracle_plant(group.plant)
+    batch, state, seen = Batch(plant, 1, RequestTable.of(plant, [workload])), None, []
+    batch.reset(zero, zero, zero - 1)
+    while not batch.done.all():
+        observation = batch.obs.copy()
+        action, state = policy.predict(observation, state=state)
+        seen.append((observation[0], np.float32(np.ravel(action)[0])))
+        batch.step(np.asarray(action, dtype=np.float32).reshape(1))
+    observations, actions = np.stack([s[0] for s in seen]), np.array([s[1] for s in seen])
+    coefs, cheapest = env.features.belief(group.plant.model, [-1])
+    features, rule, _ = env.features(observations, coefs, cheapest)
+    if env.config.price is not None:
+        low, high = (math.log(price) for price in env.config.price)
+        features = with_price(features, np.exp(env.rng.uniform(low, high, size=len(features))))
+    return features, to_output(env, actions, rule)
+
+
+def to_output(
+    env: AgentVecEnv, action: NDArray[np.float32], rule: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Network output of actions (n,), where the rule says (n,)."""
+    if env.config.action == "rule":
+        action = (action - rule) / np.float32(2.0 * env.config.span)
+    return np.clip(action, -1.0, 1.0)
+
+
+def warm_start(
+    model: Any, env: AgentVecEnv, teacher: Teacher, plan: WarmStart, report: Callable[[str], None]
+) -> list[float]:
+    """Fit the actor of an SB3 actor-critic model to the teacher.
+
+    Returns the loss after every round.
+
+    Raises:
+        BiscaleError: an algorithm without a Gaussian actor-critic policy (only PPO can be cloned
+            into here).
+    """
+    import torch
+
+    policy = model.policy
+    if (
+        not hasattr(policy, "action_net")
+        or env.config.action == "levels"
+        or env.config.algo != "ppo"
+    ):
+        raise BiscaleError(
+            f"warm_start works with ppo and continuous actions, not with {env.config.algo}: remove it from the config"
+        )
+
+    def act(features: NDArray[np.float32]) -> NDArray[Any]:
+        return np.asarray(policy.predict(features, deterministic=True)[0]).reshape(env.num_envs)
+
+    optimiser = torch.optim.Adam(
+        [*policy.mlp_extractor.policy_net.parameters(), *policy.action_net.parameters()],
+        lr=plan.learning_rate,
+    )
+    features, outputs = np.empty((0, env.dim), np.float32), np.empty(0, np.float32)
+    if plan.oracle_workloads:
+        features, outputs = oracle_data(env, plan.oracle_workloads)
+        report(f"warm start: {len(outputs)} decisions of plans with hindsight")
+    losses = []
+    for k in range(plan.rounds):
+        more = collect(env, teacher, plan.steps, None if k == 0 else act)
+        features, outputs = np.concatenate([features, more[0]]), np.concatenate([outputs, more[1]])
+        losses.append(_fit(policy, optimiser, features, outputs, plan.epochs, env.rng))
+        report(
+            f"warm start, round {k + 1} of {plan.rounds}: rms error {losses[-1] ** 0.5:.4f} of the control range's half"
+        )
+    return losses
+
+
+def _fit(
+    policy: Any,
+    optimiser: Any,
+    features: NDArray[Any],
+    outputs: NDArray[Any],
+    epochs: int,
+    rng: np.random.Generator,
+) -> float:
+    import torch
+
+    x, y = torch.as_tensor(features), torch.as_tensor(outputs)
+    last = float("nan")
+    for _ in range(epochs):
+        order, total = torch.as_tensor(rng.permutation(len(x))), 0.0
+        for chunk in order.split(4096):
+            mean = policy.action_net(policy.mlp_extractor.policy_net(x[chunk]))[:, 0]
+            loss = ((mean - y[chunk]) ** 2).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            total += loss.item() * len(chunk)
+        last = total / len(x)
+    return last

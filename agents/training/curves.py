@@ -1,0 +1,95 @@
+"""Learning curves over training seeds, from the ``evaluations.csv`` of every run.
+
+One frame, one figure.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from biscale_env.core.errors import BiscaleError
+
+EVALUATIONS = "evaluations.csv"
+COLUMNS = ("seed", "step", "score", "energy_ratio", "lowest_attainment")
+
+
+def _one(path: Path, seed: int) -> pd.DataFrame:
+    raw = pd.read_csv(path)
+    energy, attained = raw.filter(like="energy_ratio:"), raw.filter(like="attainment:")
+    return pd.DataFrame(
+        {
+            "seed": seed,
+            "step": raw["step"],
+            "score": raw["score"],
+            "energy_ratio": energy.mean(axis=1).round(5),
+            "lowest_attainment": attained.min(axis=1).round(5),
+        }
+    )
+
+
+def learning_curves(folder: Path) -> pd.DataFrame:
+    """All held-out evaluations of the seeds below a folder (``biscale train --seeds``).
+
+    :data:`COLUMNS`, one row per evaluation.
+
+    Raises:
+        BiscaleError: no run there.
+    """
+    paths = sorted(
+        folder.glob(f"seed-*/{EVALUATIONS}"), key=lambda p: int(p.parent.name.removeprefix("seed-"))
+    )
+    if not paths:
+        raise BiscaleError(f"{folder} holds no seed-*/{EVALUATIONS}: train with --seeds")
+    return pd.concat(
+        [_one(p, int(p.parent.name.removeprefix("seed-"))) for p in paths], ignore_index=True
+    )
+
+
+def spread(curves: pd.DataFrame, column: str = "score") -> pd.DataFrame:
+    """Per evaluation the median over seeds, the quartiles, the extremes and the number of seeds,
+    indexed by env step.
+
+    Seeds are matched by the number of their evaluation, since a resumed run may evaluate a little
+    later.
+    """
+    numbered = curves.assign(number=curves.groupby("seed").cumcount())
+    groups = numbered.groupby("number")
+    found = groups[column].quantile(np.array([0.0, 0.25, 0.5, 0.75, 1.0])).unstack()
+    found.columns = pd.Index(["low", "q25", "median", "q75", "high"])
+    found["seeds"] = groups.size()
+    found.index = pd.Index(groups["step"].median().astype(np.int64), name="step")
+    return found
+
+
+def draw(by_phase: dict[str, pd.DataFrame], path: Path) -> None:
+    """One panel per phase: the held-out score by env step.
+
+    Median, quartiles and range over seeds (needs Matplotlib).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "biscale"
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(by_phase), figsize=(4.6 * len(by_phase), 3.2), squeeze=False)
+    for axis, (phase, curves) in zip(axes[0], by_phase.items(), strict=True):
+        s = spread(curves)
+        x = s.index.to_numpy() / 1e6
+        axis.fill_between(
+            x, s["low"], s["high"], color="#0072b2", alpha=0.15, linewidth=0, label="range"
+        )
+        axis.fill_between(
+            x, s["q25"], s["q75"], color="#0072b2", alpha=0.35, linewidth=0, label="quartiles"
+        )
+        axis.plot(x, s["median"], color="#0072b2", marker="o", markersize=3, label="median")
+        axis.set_title(f"{phase}, {int(s['seeds'].max())} training seeds", fontsize=10)
+        axis.set_xlabel("million env steps")
+        axis.grid(color="#e4e7ed")
+    axes[0][0].set_ylabel("held-out score (lower is better)")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)

@@ -1,0 +1,63 @@
+"""From a trained SB3 model to a :class:`agents.policy.numpy_policy.Network`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from agents.policy.features import feature_id
+from agents.policy.numpy_policy import Network
+from agents.training.train_config import AgentConfig
+from biscale_env.contract import spec_for
+from biscale_env.core.errors import BiscaleError
+
+
+def _linear_layers(modules: Any) -> tuple[list[Any], list[Any]]:
+    import torch
+
+    layers = [m for part in modules for m in part.modules() if isinstance(m, torch.nn.Linear)]
+    weights = [
+        np.ascontiguousarray(layer.weight.detach().cpu().numpy().T, dtype=np.float32)
+        for layer in layers
+    ]
+    return weights, [layer.bias.detach().cpu().numpy().astype(np.float32) for layer in layers]
+
+
+def to_network(
+    model: Any,
+    config: AgentConfig,
+    card: Mapping[str, Any] | None = None,
+    price: float | None = None,
+) -> Network:
+    """Take the deterministic actor out of an SB3 model.
+
+    SAC and TQC squash their output with tanh; the network then carries that as its last step
+    (activation ``tanh`` over one more layer).
+
+    Raises:
+        BiscaleError: a recurrent policy, which has a memory that this format does not hold.
+    """
+    policy = model.policy
+    if config.algo == "recurrent_ppo":
+        raise BiscaleError(
+            "a recurrent policy cannot be exported to a plain network: evaluate its .zip instead"
+        )
+    if config.algo == "dqn":
+        parts: tuple[Any, ...] = (policy.q_net.q_net,)
+    elif config.algo in ("sac", "tqc"):
+        parts = (policy.actor.latent_pi, policy.actor.mu)
+    else:
+        parts = (policy.mlp_extractor.policy_net, policy.action_net)
+    weights, biases = _linear_layers(parts)
+    activation = config.activation
+    if config.algo in ("sac", "tqc"):
+        if activation != "tanh":
+            raise BiscaleError(
+                "export of sac and tqc needs activation tanh: their output is squashed by tanh as well"
+            )
+        weights.append(np.eye(1, dtype=np.float32))
+        biases.append(np.zeros(1, dtype=np.float32))
+    return Network(
+        config.phase, spec_for(config.phase).id, feature_id(config.phase), config.action, config.span, activation, weights, biases,
+        dict(card or {}), price,
+    )  # fmt: skip

@@ -1,0 +1,67 @@
+"""What a run writes beside its checkpoints.
+
+Held-out evaluations and the multipliers' path, as CSV that a resumed run takes up.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from agents.training.heldout import HeldoutMetrics
+
+Evaluation = tuple[int, HeldoutMetrics, float]
+"""Env step, figures, score."""
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file in one piece."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_evaluations(history: Sequence[Evaluation], names: Sequence[str], path: Path) -> None:
+    """Write every evaluation: env step, score, energy ratio and attainment of each group."""
+    header = "step,score," + ",".join(f"energy_ratio:{n},attainment:{n}" for n in names)
+    rows = [
+        f"{s},{score:.5f},"
+        + ",".join(f"{e:.5f},{a:.5f}" for e, a in zip(f.energy_ratio, f.attainment, strict=True))
+        for s, f, score in history
+    ]
+    write_atomically(path, "\n".join([header, *rows]) + "\n")
+
+
+def read_evaluations(path: Path) -> list[Evaluation]:
+    """What :func:`write_evaluations` wrote; nothing if there is no file."""
+    if not path.is_file():
+        return []
+    frame = pd.read_csv(path)
+    energy = frame.filter(like="energy_ratio:").to_numpy(dtype=np.float64)
+    attained = frame.filter(like="attainment:").to_numpy(dtype=np.float64)
+    steps, scores = frame["step"], frame["score"]
+    return [
+        (int(s), HeldoutMetrics(e, a), float(x))
+        for s, e, a, x in zip(steps, energy, attained, scores, strict=True)
+    ]
+
+
+def write_path(
+    path_so_far: Sequence[tuple[int, NDArray[np.float64]]], names: Sequence[str], path: Path
+) -> None:
+    """Write the multipliers' path: env step, one column per group."""
+    rows = ["step," + ",".join(names)]
+    rows += [f"{step}," + ",".join(f"{v:.4g}" for v in values) for step, values in path_so_far]
+    write_atomically(path, "\n".join(rows) + "\n")
+
+
+def read_path(path: Path) -> list[tuple[int, NDArray[np.float64]]]:
+    """What :func:`write_path` wrote; nothing if there is no file."""
+    if not path.is_file():
+        return []
+    frame = pd.read_csv(path)
+    values = frame.drop(columns="step").to_numpy(dtype=np.float64)
+    return [(int(step), row) for step, row in zip(frame["step"], values, strict=True)]

@@ -1,0 +1,143 @@
+"""The workloads that an agent is trained on.
+
+Families and loads in groups, each with its own attainment target.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.training.train_config import AgentConfig, Part
+from biscale_env.config import load_slo
+from biscale_env.config.slo import within
+from biscale_env.core.errors import BiscaleError
+from biscale_env.envs.capacity import run_static
+from biscale_env.envs.options import capacity_rps
+from biscale_env.envs.plant import Plant, PlantSettings
+from biscale_env.envs.workloads import WorkloadSource, generated, trace_windows
+from biscale_env.traces import Trace, load_named
+
+HELD_OUT = 5000  # held-out workloads are number HELD_OUT, HELD_OUT + 1, ... of the same sources
+TRAINED_FRACTION = 0.5  # of a trace; its second half is for tables
+
+
+@dataclass(frozen=True)
+class WorkloadGroup:
+    """One family at one load.
+
+    Attributes:
+        name: e.g. ``azure-conv-like-75``.
+        plant: its plant; all groups share one observation, clocks and engine limits, SLO and TP are
+            the group's own.
+        source: its workloads.
+        slo_s: bound of the phase, s.
+        attainment: share of requests that the SLO asks for.
+    """
+
+    name: str
+    plant: Plant
+    source: WorkloadSource
+    slo_s: float
+    attainment: float
+
+
+def plant_of(
+    config: AgentConfig, slo: str = "biscale", drain: bool = False, tp: int | None = None
+) -> Plant:
+    """Plant of a training run, or of one of its groups."""
+    return Plant(
+        PlantSettings.of(
+            config.phase,
+            slo=slo,
+            tp=tp or config.tp,
+            dtype=config.dtype,
+            drain=drain,
+            min_decision_interval_s=config.decision_interval_s,
+        )
+    )
+
+
+def _trace_of(part: Part) -> Trace | None:
+    if part.trace is None:
+        return None
+    return load_named(part.trace).split(TRAINED_FRACTION)[0]
+
+
+def _groups_of(config: AgentConfig, part: Part, number: int) -> list[WorkloadGroup]:
+    plant = plant_of(config, part.slo, tp=part.tp)
+    trace = _trace_of(part)
+    make = trace_windows(trace) if trace is not None else generated(part.profile)
+    family = part.trace or part.profile
+    slo = load_slo(part.slo)
+    rates = {
+        f"{round(100 * load)}": load * capacity_rps(plant, trace, part.profile)
+        for load in part.loads
+    }
+    rates |= {f"{rate:g}rps": rate for rate in part.rates_rps}
+    suffix = ("" if part.slo == "biscale" else f"-{part.slo}") + (
+        "" if part.tp is None else f"-tp{part.tp}"
+    )
+    return [
+        WorkloadGroup(
+            f"{Path(family).stem}{suffix}-{label}",
+            plant,
+            WorkloadSource(make, rate, part.episode_s, number),
+            slo.bound_s(config.phase),
+            slo.attainment,
+        )
+        for label, rate in rates.items()
+    ]
+
+
+def make_groups(config: AgentConfig) -> tuple[list[WorkloadGroup], list[int]]:
+    """All groups, and how many workloads each has.
+
+    Raises:
+        BiscaleError: a trace that is not there and not optional, or nothing left at all.
+    """
+    groups: list[WorkloadGroup] = []
+    counts: list[int] = []
+    for number, part in enumerate(config.mixture):
+        try:
+            made = _groups_of(config, part, number)
+        except BiscaleError:
+            if not part.optional:
+                raise
+            continue
+        groups += made
+        counts += [part.workloads] * len(made)
+    if not groups:
+        raise BiscaleError(
+            "the mixture is empty: none of its optional traces is there, fetch one or add a profile"
+        )
+    return groups, counts
+
+
+def run_at_max(group: WorkloadGroup, workload: Trace) -> tuple[NDArray[np.bool_], float]:
+    """Which requests of a workload max clock loses in the nominal plant, one per request that the
+    phase sees; its energy, J.
+    """
+    run = run_static(group.plant, workload, group.plant.clocks.freq_max_mhz)
+    return ~within(run.latency_s, group.slo_s), run.energy_j
+
+
+def targets(
+    config: AgentConfig, groups: list[WorkloadGroup], lost: list[NDArray[np.bool_]]
+) -> NDArray[np.float64]:
+    """Attainment that each group is held to.
+
+    The SLO's plus a reserve, but never more than max clock can give.
+
+    Args:
+        config: the run.
+        groups: families at loads.
+        lost: per group, which requests of its training workloads max clock loses.
+    """
+    c = config.constraint
+    best = [1.0 - float(np.mean(mine)) for mine in lost]
+    asked = [
+        min(g.attainment + c.reserve, b - c.below_max) for g, b in zip(groups, best, strict=True)
+    ]
+    return np.maximum(asked, 0.0)

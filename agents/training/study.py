@@ -1,0 +1,137 @@
+"""Hyper-parameter search with Optuna.
+
+A stored study, the score of held-out evaluation, the best config as YAML.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from agents.training.logs import write_atomically
+from agents.training.run import EVALUATIONS, set_up, train
+from agents.training.train_config import AgentConfig
+from biscale_env.config.loader import validate
+from biscale_env.core.errors import BiscaleError
+
+Suggest = Callable[[Any], Any]
+COMMON: dict[str, Suggest] = {
+    "learning_rate": lambda t: t.suggest_float("learning_rate", 1e-4, 3e-3, log=True),
+    "gamma": lambda t: 1.0 - t.suggest_float("one_minus_gamma", 0.003, 0.1, log=True),
+}
+CHOICES = {"n_steps": [32, 64, 128, 256], "batch_size": [1024, 2048, 4096]}
+SPACES: dict[str, dict[str, Suggest]] = {
+    "ppo": COMMON
+    | {
+        "n_steps": lambda t: t.suggest_categorical("n_steps", CHOICES["n_steps"]),
+        "batch_size": lambda t: t.suggest_categorical("batch_size", CHOICES["batch_size"]),
+        "n_epochs": lambda t: t.suggest_int("n_epochs", 2, 8),
+        "gae_lambda": lambda t: t.suggest_float("gae_lambda", 0.8, 0.98),
+        "clip_range": lambda t: t.suggest_float("clip_range", 0.1, 0.3),
+    },
+    "sac": COMMON | {"tau": lambda t: t.suggest_float("tau", 0.002, 0.05, log=True)},
+    "tqc": COMMON | {"tau": lambda t: t.suggest_float("tau", 0.002, 0.05, log=True)},
+    "dqn": COMMON
+    | {"exploration_fraction": lambda t: t.suggest_float("exploration_fraction", 0.05, 0.5)},
+    "recurrent_ppo": COMMON | {"gae_lambda": lambda t: t.suggest_float("gae_lambda", 0.8, 0.98)},
+}
+
+
+def suggest(trial: Any, config: AgentConfig, steps: int) -> AgentConfig:
+    """Config of one trial."""
+    hyper = config.hyper | {name: draw(trial) for name, draw in SPACES[config.algo].items()}
+    log_std = (
+        trial.suggest_float("log_std_init", -2.5, -0.5)
+        if "ppo" in config.algo
+        else config.log_std_init
+    )
+    every = {"every_steps": max(steps // 3, 1)}
+    changes = {"hyper": hyper, "log_std_init": log_std, "total_timesteps": steps}
+    data = config.model_dump() | changes
+    return validate(data | {"evaluation": data["evaluation"] | every}, AgentConfig, "trial")
+
+
+def starting_point(config: AgentConfig) -> dict[str, Any]:
+    """The config's own values as parameters of a trial, as far as it gives them and the space holds
+    them.
+    """
+    values: dict[str, Any] = {
+        name: config.hyper[name] for name in SPACES[config.algo] if name in config.hyper
+    }
+    values = {name: v for name, v in values.items() if v in CHOICES.get(name, [v])}
+    if "gamma" in values:
+        values["one_minus_gamma"] = 1.0 - values.pop("gamma")
+    return values | ({"log_std_init": config.log_std_init} if "ppo" in config.algo else {})
+
+
+def trials_table(study: Any) -> pd.DataFrame:
+    """One row per trial, best first: its number, state, score and parameters."""
+    frame = study.trials_dataframe(attrs=("number", "state", "value", "params"))
+    frame = frame.rename(columns=lambda name: name.removeprefix("params_")).rename(
+        columns={"value": "score"}
+    )
+    return frame.sort_values("score").round(5)
+
+
+def run_study(config: AgentConfig, trials: int, steps: int, out: Path) -> tuple[float, Path]:
+    """Run trials in a stored study; returns the best score and the path of its config.
+
+    Raises:
+        BiscaleError: the stored study is of another phase or algorithm, or no trial succeeded.
+    """
+    import optuna
+
+    out.mkdir(parents=True, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    name = f"{config.phase}-{config.algo}"
+    storage = f"sqlite:///{(out / 'study.db').resolve()}"
+    known = optuna.get_all_study_names(storage)
+    if known and name not in known:
+        raise BiscaleError(
+            f"{out} holds the study '{known[0]}', not '{name}': choose another --out"
+        )
+    study = optuna.create_study(
+        study_name=name,
+        storage=storage,
+        load_if_exists=True,
+        sampler=optuna.samplers.TPESampler(seed=config.seed),
+    )
+
+    def objective(trial: Any) -> float:
+        folder = out / f"trial-{trial.number}"
+        shutil.rmtree(folder, ignore_errors=True)
+        mine = suggest(trial, config, steps)
+        run = set_up(mine, folder)
+        try:
+            train(run, lambda text: None)
+        except BiscaleError:
+            raise optuna.TrialPruned from None
+        trial.set_user_attr("config", mine.model_dump(mode="json"))
+        trial.set_user_attr("evaluations", (folder / EVALUATIONS).read_text())
+        return run.evaluate.best
+
+    if (
+        not study.trials
+    ):  # the config as it is stands in every study, so that the search shows what it is worth
+        study.enqueue_trial(starting_point(config))
+    study.optimize(objective, n_trials=trials)
+    write_atomically(out / "trials.csv", trials_table(study).to_csv(index=False))
+    try:
+        best = study.best_trial
+    except ValueError:
+        raise BiscaleError(
+            f"no trial of {out} succeeded: lower the learning rates of the config"
+        ) from None
+    found = dict(best.user_attrs["config"])
+    found |= {
+        "total_timesteps": config.total_timesteps,
+        "evaluation": config.evaluation.model_dump(mode="json"),
+    }
+    found["evidence"] = (
+        f"Optuna study {name}: {len(study.trials)} trials of {steps} steps, best held-out score {best.value:.4f}"
+    )
+    write_atomically(out / "best.yaml", yaml.safe_dump(found, sort_keys=False))
+    return float(best.value or 0.0), out / "best.yaml"

@@ -1,0 +1,1 @@
+"""Speed figures, each with the target it is held against."""

@@ -1,0 +1,65 @@
+"""``biscale capacity``: the load that one instance serves within its SLO, and how that was found."""
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("capacity")(capacity)
+
+
+def capacity(
+    phase: Annotated[str, typer.Argument(help="prefill or decode")],
+    trace: Annotated[
+        str | None,
+        typer.Option(help="Trace file or name; default: the embedded generated workload."),
+    ] = None,
+    slo: Annotated[str, typer.Option(help="SLO name.")] = "biscale",
+    tp: Annotated[int, typer.Option(help="GPUs per instance.")] = 4,
+    dtype: Annotated[str, typer.Option(help="bf16 or fp8.")] = "bf16",
+    clock: Annotated[
+        float | None, typer.Option(help="SM clock in MHz; default: the highest.")
+    ] = None,
+    member: Annotated[int, typer.Option(help="Ensemble member, -1 nominal.")] = -1,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """Bisect for the highest load within the SLO.
+
+    Loads are made by choosing requests, time is never stretched.
+    """
+    from biscale_env.envs.capacity import find_capacity, profile_capacity, slowest_alone_s
+    from biscale_env.envs.options import DEFAULT_PROFILE
+    from biscale_env.envs.plant import Plant, PlantSettings
+    from biscale_env.envs.workloads import capacity_sample
+    from biscale_env.traces import load_named
+
+    plant = Plant(PlantSettings.of(phase, slo=slo, tp=tp, dtype=dtype, drain=True))
+    sample = load_named(trace) if trace else capacity_sample(DEFAULT_PROFILE)
+    freq = plant.gpu.freq_max_mhz if clock is None else plant.gpu.check_clock(clock)
+    found = (
+        find_capacity(plant, sample, freq, member=member)
+        if trace
+        else profile_capacity(plant, DEFAULT_PROFILE, freq, member)
+    )
+    if as_json:
+        print(json.dumps({
+            "phase": phase, "trace": sample.name, "slo": slo, "freq_mhz": freq, "capacity_rps": found.rate_rps,
+            "attainment": found.attainment, "tried": [{"rate_rps": r, "attainment": a} for r, a in found.tried],
+        }))  # fmt: skip
+        return
+    for rate, attainment in sorted(found.tried):
+        verdict = "met" if attainment >= plant.slo.attainment else "missed"
+        print(f"{rate:9.3f} req/s   attainment {attainment:8.3%}   {verdict}")
+    if found.rate_rps <= 0:
+        print(
+            f"infeasible: no load meets SLO '{slo}' on one {phase} instance (TP {tp}, {dtype}, {freq:g} MHz) with {sample.name}; at max "
+            f"clock, with the instance to itself, its slowest request takes {1e3 * slowest_alone_s(plant, sample):.0f} of "
+            f"{1e3 * plant.slo.bound_s(phase):.0f} ms"
+        )
+        return
+    print(
+        f"capacity of one {phase} instance (TP {tp}, {dtype}, {freq:g} MHz) on {sample.name}: {found.rate_rps:.3f} req/s"
+    )

@@ -1,0 +1,199 @@
+"""``biscale place``: tier 1 for one workload, DistServe's and BiScale's placements side by side."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from biscale_env.core.errors import BiscaleError
+
+if TYPE_CHECKING:
+    from biscale_env.envs.cluster.cluster_settings import ClusterSettings
+    from biscale_env.traces import Trace
+    from controllers.placement.ilp import CapacityTable, Plan
+
+# a generated workload only gives the shape: loads are made by choosing and superposing its requests
+MOST_SHAPE_RPS = 100.0
+DEFAULT_PROFILE = "gamma-sharegpt-like"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("place")(place)
+
+
+def place(
+    rate: Annotated[float, typer.Option(help="Load to serve, requests/s.")],
+    gpus: Annotated[int, typer.Option(help="GPUs of the cluster.")] = 16,
+    slo: Annotated[
+        str,
+        typer.Option(help="biscale, mlperf-interactive, mlperf-server, distserve, or a YAML file."),
+    ] = "biscale",
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            help="Trace file or name; default: the generated workload gamma-sharegpt-like."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bf16 or fp8.")] = "bf16",
+    alpha: Annotated[
+        float, typer.Option(help="Head-room of BiScale's placement over the load.")
+    ] = 0.1,
+    window: Annotated[
+        float, typer.Option(help="Length of the workload's window, s; the first of the trace.")
+    ] = 300.0,
+    table: Annotated[bool, typer.Option("--table", help="Print the capacity table too.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write BiScale's placement as YAML.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Processes for the capacity table. [default: all cores]")
+    ] = None,
+) -> None:
+    """Choose instances, TP and base clocks for a load.
+
+    BiScale's ILP beside DistServe's max goodput, with predicted power.
+    """
+    from controllers.placement.ilp import biscale_plan, check_request, distserve_plan
+
+    check_request(rate, gpus, alpha)
+    if jobs is not None and jobs < 1:
+        raise BiscaleError(f"--jobs must be at least 1, got {jobs}")
+    from biscale_env.config import load_slo
+    from biscale_env.envs.cluster.cluster_settings import ClusterSettings
+
+    load_slo(slo)
+    settings = ClusterSettings.of(gpus=gpus, slo=slo, dtype=dtype)
+    workload = _workload(trace, rate, window)
+    capacities = _table(settings, workload, jobs or os.cpu_count() or 1)
+    if table:
+        _print_table(capacities)
+    plans = [distserve_plan(capacities, rate, gpus), biscale_plan(capacities, rate, gpus, alpha)]
+    _print_plans(plans, settings, workload.scaled_to(rate, 0), rate)
+    if out is not None:
+        _write(plans[1], out)
+
+
+def _workload(trace: str | None, rate: float, window_s: float) -> "Trace":
+    """First window of the trace, or a generated one.
+
+    The capacity search makes other loads of it.
+    """
+    import numpy as np
+
+    from biscale_env.traces import generate, load_named
+    from controllers.placement.capacity_table import MIN_REQUESTS
+
+    if not window_s > 0:
+        raise BiscaleError(f"--window must be a positive time in seconds, got {window_s:g}")
+    if trace is None:
+        shape_rps = float(np.clip(rate, 2 * MIN_REQUESTS / window_s, MOST_SHAPE_RPS))
+        return generate(DEFAULT_PROFILE, rate_rps=shape_rps, duration_s=window_s, seed=0)
+    loaded = load_named(trace)
+    if loaded.duration_s < window_s:
+        raise BiscaleError(
+            f"{loaded.name} lasts {loaded.duration_s:g} s, less than the window of {window_s:g} s: "
+            f"use a longer trace or --window {loaded.duration_s:.0f}"
+        )
+    piece = loaded.window(0.0, window_s)
+    if len(piece) == 0:
+        raise BiscaleError(
+            f"{loaded.name} has no requests in its first {window_s:g} s: use another trace or --window"
+        )
+    return piece
+
+
+def _table(settings: "ClusterSettings", workload: "Trace", jobs: int) -> "CapacityTable":
+    from rich.progress import Progress
+
+    from controllers.placement.capacity_table import TableRequest, capacity_table
+
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("capacity table", total=None)
+
+        def report(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        return capacity_table(TableRequest(settings), workload, jobs, report)
+
+
+def _print_table(capacities: "CapacityTable") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title=f"R_c and E_c on {capacities.workload}, SLO {capacities.slo}")
+    for head in ("phase", "TP", "clock, MHz", "R_c, req/s", "E_c, J/req", "power at R_c, W"):
+        shown.add_column(head, justify="left" if head == "phase" else "right")
+    for e in capacities.entries:
+        cells = (
+            e.phase,
+            str(e.tp),
+            f"{e.freq_mhz:g}",
+            f"{e.rate_rps:.2f}",
+            f"{e.energy_j:.1f}",
+            f"{e.power_w:.0f}",
+        )
+        shown.add_row(*cells)
+    Console().print(shown)
+
+
+def _print_plans(
+    plans: "list[Plan]", settings: "ClusterSettings", workload: "Trace", rate: float
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(
+        title=f"{rate:g} requests/s on {settings.gpus} GPUs, SLO {settings.slo}, {settings.dtype}"
+    )
+    shown.add_column("")
+    for plan in plans:
+        shown.add_column(plan.placement.name)
+    rows = [_rows_of(plan, settings, workload) for plan in plans]
+    for name in rows[0]:
+        shown.add_row(name, *(row[name] for row in rows))
+    console = Console()
+    console.print(shown)
+    console.print(
+        "power and latency: simulated on the workload at this rate; spare GPUs idle without a context"
+    )
+
+
+def _rows_of(plan: "Plan", settings: "ClusterSettings", workload: "Trace") -> dict[str, str]:
+    from biscale_env.envs.cluster.cluster_settings import ClusterPlant
+    from biscale_env.envs.cluster.whole_run import run_cluster
+
+    run = run_cluster(ClusterPlant(settings), plan.placement, workload)
+    row: dict[str, Any] = run.row()
+    duration_s = run.duration_s
+    label = plan.placement.label().split("; ")
+    return {
+        "prefill": label[0].removeprefix("P "),
+        "decode": label[1].removeprefix("D "),
+        "GPUs": f"{plan.placement.gpus} of {settings.gpus}",
+        "capacity, req/s": f"{plan.capacity_rps['prefill']:.1f} prefill, {plan.capacity_rps['decode']:.1f} decode",
+        "head-room": f"{100 * plan.headroom:+.0f} %",
+        "power at capacity, W": f"{plan.power_w:.0f}",
+        "power at this rate, W": (
+            f"{run.energy.prefill_j / duration_s:.0f} prefill, {run.energy.decode_j / duration_s:.0f} decode, "
+            f"{run.energy.spare_j / duration_s:.0f} spare"
+        ),
+        "total, W": f"{row['mean_power_w']:.0f}",
+        "J per output token": f"{row['total_j_per_token']:.3f}",
+        "P99 TTFT, TPOT": f"{1e3 * row['ttft_p99_s']:.0f} ms, {1e3 * row['tpot_p99_s']:.0f} ms",
+        "SLO": "met" if run.meets_slo else "missed",
+    }
+
+
+def _write(plan: "Plan", out: Path) -> None:
+    import yaml
+
+    temporary = out.with_suffix(f"{out.suffix}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(
+            yaml.safe_dump(plan.placement.model_dump(mode="json"), sort_keys=False),
+            encoding="utf-8",
+        )
+        temporary.replace(out)
+    except OSError as error:
+        raise BiscaleError(f"cannot write {out}: {error.strerror}") from None
+    typer.echo(f"written: {out}")

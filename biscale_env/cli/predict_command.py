@@ -1,0 +1,90 @@
+"""`biscale predict`: latency, power and energy of one iteration."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from biscale_env.models.predict import Prediction
+
+Tp = Annotated[int, typer.Option(help="GPUs of the instance (tensor parallel).")]
+Dtype = Annotated[str, typer.Option(help="bf16, or fp8 for weights and KV cache.")]
+Clock = Annotated[float, typer.Option(help="Requested SM clock, MHz.")]
+Model = Annotated[
+    str, typer.Option(help="Model family, folder of coefficient files, or one such file.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+DEFAULT_CLOCK_MHZ = 1980.0
+DEFAULT_MODEL = "h100-llama70b"
+
+
+def _band(p: "Prediction", key: str, scale: float, digits: int) -> str:
+    if not p.spread:
+        return ""
+    low, high = p.spread[key]["p5"] * scale, p.spread[key]["p95"] * scale
+    return f"   (ensemble p5-p95: {low:.{digits}f} to {high:.{digits}f})"
+
+
+def _text(p: "Prediction") -> str:
+    box = "inside the fitted box" if p.inside_box else "OUTSIDE the fitted box: an extrapolation"
+    return "\n".join(
+        [
+            f"{p.phase} {p.dtype} TP {p.tp} on {p.model}, {p.tokens} tokens, {box}",
+            f"  latency          {p.latency_s * 1e3:9.2f} ms{_band(p, 'latency_s', 1e3, 2)}",
+            f"  power per GPU    {p.power_w:9.1f} W{_band(p, 'power_w', 1.0, 1)}",
+            f"  energy, {p.tp} GPUs   {p.energy_j:9.2f} J{_band(p, 'energy_j', 1.0, 2)}",
+            f"  energy per token {p.energy_per_token_j:9.4f} J",
+            f"  effective clock  {p.freq_effective_mhz:9.0f} MHz{_band(p, 'freq_effective_mhz', 1.0, 0)}",
+            f"  requested clock  {p.freq_requested_mhz:9.0f} MHz",
+            f"  best clock       {p.freq_best_mhz:9.0f} MHz (least energy for this iteration)",
+        ]
+    )
+
+
+def _show(p: "Prediction", as_json: bool) -> None:
+    typer.echo(json.dumps(p.as_dict(), indent=2) if as_json else _text(p))
+
+
+def prefill(
+    tokens: Annotated[int, typer.Option(help="New prompt tokens of the whole batch.")],
+    requests: Annotated[int, typer.Option(help="Prompts in the batch, of equal length.")] = 1,
+    prefix: Annotated[int, typer.Option(help="Tokens per prompt that are cached already.")] = 0,
+    tp: Tp = 4,
+    dtype: Dtype = "bf16",
+    clock: Clock = DEFAULT_CLOCK_MHZ,
+    model: Model = DEFAULT_MODEL,
+    as_json: Json = False,
+) -> None:
+    """Predict one prefill batch."""
+    from biscale_env.models import load_model
+    from biscale_env.models.predict import predict_prefill
+
+    _show(
+        predict_prefill(load_model("prefill", tp, dtype, model), tokens, requests, prefix, clock),
+        as_json,
+    )
+
+
+def decode(
+    batch: Annotated[int, typer.Option(help="Running requests.")],
+    context: Annotated[int, typer.Option(help="KV-cache tokens per request.")] = 1024,
+    tp: Tp = 4,
+    dtype: Dtype = "bf16",
+    clock: Clock = DEFAULT_CLOCK_MHZ,
+    model: Model = DEFAULT_MODEL,
+    as_json: Json = False,
+) -> None:
+    """Predict one decode iteration."""
+    from biscale_env.models import load_model
+    from biscale_env.models.predict import predict_decode
+
+    _show(predict_decode(load_model("decode", tp, dtype, model), batch, context, clock), as_json)
+
+
+def register(app: typer.Typer) -> None:
+    """Add `biscale predict prefill` and `biscale predict decode`."""
+    group = typer.Typer(help="Latency, power and energy of one iteration.", no_args_is_help=True)
+    group.command("prefill")(prefill)
+    group.command("decode")(decode)
+    app.add_typer(group, name="predict")

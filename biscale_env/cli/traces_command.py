@@ -1,0 +1,212 @@
+"""``biscale traces``: list, fetch and describe request traces, make profiles of them, generate new
+ones.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from biscale_env.cli.traces_generate_command import generate_command
+
+if TYPE_CHECKING:
+    from biscale_env.config.loader import Config
+    from biscale_env.traces import Trace, TraceStatistics
+
+group = typer.Typer(no_args_is_help=True, help="Request traces: list, fetch, describe, generate.")
+
+TimeColumn = Annotated[
+    str | None, typer.Option(help="Column of the arrival time, where the header is not known.")
+]
+PromptColumn = Annotated[str | None, typer.Option(help="Column of the prompt length.")]
+OutputColumn = Annotated[str | None, typer.Option(help="Column of the output length.")]
+TimeUnit = Annotated[str | None, typer.Option(help="Unit of a numeric time: s, ms, us or ns.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the ``traces`` group to the application."""
+    group.command("generate")(generate_command)
+    app.add_typer(group, name="traces")
+
+
+@group.command("list")
+def list_command() -> None:
+    """Show every trace that has a name."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from biscale_env.traces import cache_dir, list_traces
+
+    table = Table(title="Traces")
+    for column in ("name", "kind", "ready", "requests"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("source")
+    for entry in list_traces():
+        ready = "yes" if entry.ready else "fetch"
+        table.add_row(entry.name, entry.kind, ready, f"{entry.requests:,}", entry.source)
+    console = Console(markup=False)
+    console.print(table)
+    console.print(f"Public traces are cached in {cache_dir()}", soft_wrap=True, highlight=False)
+
+
+@group.command("fetch")
+def fetch_command(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Public traces; default the two of 2023.")
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="Fetch from this address (a mirror) instead.")
+    ] = None,
+) -> None:
+    """Download public Azure traces into the cache and check their SHA-256."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    from biscale_env.traces import fetch
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
+    for name in names or ["azure-conv-2023", "azure-code-2023"]:
+        with Progress(*columns, TimeRemainingColumn()) as bar:
+            task = bar.add_task(name, total=None)
+            path = fetch(
+                name,
+                base_url,
+                lambda done, total: bar.update(task, completed=done, total=total),  # noqa: B023
+            )
+            size = path.stat().st_size
+            bar.update(task, completed=size, total=size)
+        typer.echo(f"{name}: {path}")
+
+
+def _statistics_table(s: "TraceStatistics") -> Any:
+    from rich.table import Table
+
+    def figure(value: float | None) -> str:
+        return "-" if value is None else f"{value:,.5g}"
+
+    table = Table("figure", "value", title=s.name)
+    table.add_row("requests", f"{s.requests:,}")
+    table.add_row("duration [s]", f"{s.duration_s:,.1f}")
+    table.add_row("rate [requests/s]", figure(s.rate_rps))
+    table.add_row("CV of inter-arrival times", figure(s.gap_cv))
+    for window, value in s.dispersion.items():
+        table.add_row(f"variance/mean of arrivals per {window}", figure(value))
+    table.add_row("busiest second [requests]", f"{s.busiest_second_requests:,}")
+    for what, tokens in (("prompt", s.prompt_tokens), ("output", s.output_tokens)):
+        parts = (tokens.mean, tokens.p50, tokens.p90, tokens.p99, float(tokens.max))
+        table.add_row(
+            f"{what} tokens: mean, p50, p90, p99, max", ", ".join(f"{v:,.0f}" for v in parts)
+        )
+    table.add_row(
+        "prompt, output work [tokens/s]",
+        f"{s.prompt_tokens_per_s:,.0f}, {s.output_tokens_per_s:,.0f}",
+    )
+    table.add_row("rank correlation of the lengths", figure(s.rank_correlation))
+    return table
+
+
+def _to_yaml(profile: "Config") -> str:
+    import yaml
+
+    data = profile.model_dump(mode="json", exclude_none=True)
+    return yaml.safe_dump(
+        data, sort_keys=False, default_flow_style=None, width=118, allow_unicode=True
+    )
+
+
+def _load(name: str, **options: Any) -> "Trace":
+    from biscale_env.traces import load_named, read_trace
+
+    given = {key: value for key, value in options.items() if value}
+    return read_trace(name, **given) if given else load_named(name)
+
+
+@group.command("describe")
+def describe_command(
+    trace: Annotated[str, typer.Argument(help="Name of a trace (see `list`), or a file.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Machine-readable, keys with units.")
+    ] = False,
+    as_profile: Annotated[
+        Literal["lengths", "workload", "rates"] | None,
+        typer.Option(help="Print a profile fitted to the trace, as YAML for `generate`."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the profile.")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Length profile that a workload profile names.")
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="Citation to put into the profile.")] = None,
+    time_column: TimeColumn = None,
+    prompt_column: PromptColumn = None,
+    output_column: OutputColumn = None,
+    time_unit: TimeUnit = None,
+    sort: Annotated[bool, typer.Option(help="Accept unsorted times and sort them.")] = False,
+) -> None:
+    """Show what a trace is like: rate, burstiness, lengths."""
+    from rich.console import Console
+
+    from biscale_env.traces import describe
+    from biscale_env.traces.synthetic.envelopes import fit_envelope
+    from biscale_env.traces.synthetic.profile_fit import fit_lengths, fit_workload
+
+    data = _load(
+        trace,
+        time_column=time_column,
+        prompt_column=prompt_column,
+        output_column=output_column,
+        time_unit=time_unit,
+        sort=sort,
+    )
+    title, citation = name or data.name, source or f"fitted to {Path(trace).name}"
+    if as_profile == "lengths":
+        typer.echo(_to_yaml(fit_lengths(data, title, citation)), nl=False)
+    elif as_profile == "workload":
+        typer.echo(_to_yaml(fit_workload(data, title, lengths or title, citation)), nl=False)
+    elif as_profile == "rates":
+        typer.echo(_to_yaml(fit_envelope(data, title, citation)), nl=False)
+    elif as_json:
+        typer.echo(json.dumps(describe(data).as_dict(), indent=2))
+    else:
+        Console(markup=False).print(_statistics_table(describe(data)))
+
+
+@group.command("envelope")
+def envelope_command(
+    file: Annotated[Path, typer.Argument(help="CSV with one request rate per line.")],
+    rate_column: Annotated[str, typer.Option(help="Column of the request rate.")],
+    time_column: Annotated[str, typer.Option(help="Column of the time, s.")] = "t_seconds",
+    where: Annotated[str | None, typer.Option(help="Keep only lines with COLUMN=VALUE.")] = None,
+    period_hours: Annotated[
+        float, typer.Option(help="Fold the time with this period; later periods are averaged.")
+    ] = 168,
+    step_s: Annotated[float, typer.Option(help="Time between the factors, s.")] = 3600,
+    name: Annotated[str | None, typer.Option(help="Name of the profile.")] = None,
+    start: Annotated[str, typer.Option(help="Moment of the first factor, for the reader.")] = "",
+    source: Annotated[str | None, typer.Option(help="Citation to put into the profile.")] = None,
+) -> None:
+    """Print a rate profile (for diurnal workloads) made from a table of request rates, as YAML."""
+    from biscale_env.traces.synthetic.envelopes import fold_rates, read_rates
+
+    time_s, rate_rps = read_rates(file, time_column, rate_column, where)
+    profile = fold_rates(
+        time_s,
+        rate_rps,
+        period_hours * 3600,
+        step_s,
+        name or file.stem,
+        source or f"from {file.name}",
+        start,
+    )
+    typer.echo(_to_yaml(profile), nl=False)

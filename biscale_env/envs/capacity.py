@@ -1,0 +1,209 @@
+"""Whole runs at one clock in a single compiled call, and the capacity search made of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biscale_env.core.errors import BiscaleError
+from biscale_env.envs.batch import Batch, RequestTable
+from biscale_env.envs.plant import Plant
+from biscale_env.envs.workloads import Maker, capacity_sample, generated
+from biscale_env.sim.constant_clock import decode_static, prefill_static
+from biscale_env.traces import Trace
+
+# requests, pooled over the choices, below which a P99 is not taken for one (three may miss);
+# assumed
+MIN_JUDGED = 300
+
+ALONE_S = 3600.0  # between requests that shall not meet
+
+
+@dataclass(frozen=True)
+class StaticRun:
+    """Result of a run at one clock.
+
+    Attributes:
+        latency_s: TTFT (prefill) or TPOT (decode) per request, s.
+        energy_j: energy of the instance, idle included, J.
+        duration_s: length of the run, s.
+        busy_s: time spent in iterations, s.
+        iterations: engine iterations.
+        output_tokens: tokens asked for.
+    """
+
+    latency_s: NDArray[np.float64]
+    energy_j: float
+    duration_s: float
+    busy_s: float
+    iterations: int
+    output_tokens: int
+
+
+def run_static(plant: Plant, trace: Trace, freq_mhz: float, member: int = -1) -> StaticRun:
+    """Run a workload to its last token at one (settled) clock.
+
+    Args:
+        plant: phase, hardware and engine settings.
+        trace: workload.
+        freq_mhz: clock within the GPU's range, MHz.
+        member: ensemble member, -1 nominal.
+    """
+    plant.gpu.check_clock(freq_mhz)
+    batch = Batch(plant, 1, RequestTable.of(plant, [trace]), record=True)
+    pool = batch.pool
+    st, c = (
+        batch.states[0],
+        np.array(tuple(plant.model.member(member)), dtype=batch.coefs.dtype)[()],
+    )
+    params = plant.params(member, trace.duration_s)
+    params["drain"] = 1
+    freq_ghz = float(plant.clocks.snap_mhz(freq_mhz)) / 1e3
+    if plant.phase == "prefill":
+        prefill_static(st, c, params[()], pool.arrival_s, pool.prompt, batch.finish_s, freq_ghz)
+        latency = batch.finish_s - pool.arrival_s
+    else:
+        decode_static(
+            st, c, params[()], pool.arrival_s, pool.prompt, pool.output, batch.start_s, batch.finish_s, batch.slots[0],
+            batch.ring[0], batch.tree[0], batch.stack[0], freq_ghz,
+        )  # fmt: skip
+        latency = (batch.finish_s - pool.arrival_s) / (pool.output - 1)
+    return StaticRun(
+        latency, float(st["energy_j"]), float(st["time_s"]), float(st["busy_s"]), int(st["iterations"]),
+        int(pool.output.sum(dtype=np.int64)),
+    )  # fmt: skip
+
+
+def slowest_alone_s(plant: Plant, trace: Trace) -> float:
+    """Greatest latency (TTFT or TPOT) of any request that has the instance to itself at max clock,
+    s.
+
+    Args:
+        plant: phase, hardware and engine settings.
+        trace: the requests; their times do not matter.
+    """
+    apart = replace(
+        trace,
+        arrival_s=np.arange(len(trace), dtype=np.float64) * ALONE_S,
+        duration_s=len(trace) * ALONE_S,
+    )
+    return float(run_static(plant, apart, plant.gpu.freq_max_mhz).latency_s.max())
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Highest load that one instance serves within its SLO at a clock.
+
+    Attributes:
+        rate_rps: requests per second; 0 when even the lowest load tried misses the SLO.
+        attainment: share of requests within the SLO at that load.
+        tried: every (rate, attainment) pair of the search, in order.
+    """
+
+    rate_rps: float
+    attainment: float
+    tried: tuple[tuple[float, float], ...]
+
+
+def loaded(trace: Trace, rate_rps: float, seed: int, make: Maker | None = None) -> Trace:
+    """The workload at a load: requests chosen from the trace.
+
+    Above the trace's own rate made anew, or shifted copies of it.
+
+    Copies that are shifted against each other smooth the swings of the rate out: a generated
+    workload of the same mean rate is harder.
+
+    Args:
+        trace: the workload's shape.
+        rate_rps: wanted mean rate, requests/s.
+        seed: every choice follows from it.
+        make: generator behind the trace; None where there is none (a real trace).
+    """
+    if make is not None and rate_rps > trace.rate_rps:
+        trace = make(rate_rps, trace.duration_s, seed)
+    return trace.scaled_to(rate_rps, seed)
+
+
+def attainment_at(
+    plant: Plant,
+    trace: Trace,
+    rate_rps: float,
+    freq_mhz: float,
+    seeds: Sequence[int],
+    member: int,
+    make: Maker | None = None,
+) -> float:
+    """Share of requests within the SLO at a load, over several choices of requests."""
+    runs = [
+        run_static(plant, loaded(trace, rate_rps, seed, make), freq_mhz, member).latency_s
+        for seed in seeds
+    ]
+    return plant.slo.attained(np.concatenate(runs), plant.phase)
+
+
+def find_capacity(
+    plant: Plant,
+    trace: Trace,
+    freq_mhz: float | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    member: int = -1,
+    tolerance: float = 0.01,
+    make: Maker | None = None,
+) -> Capacity:
+    """Bisect for the highest load within the SLO.
+
+    Loads are made as in :func:`loaded`, never by stretching time.
+
+    Args:
+        plant: phase, hardware and engine settings.
+        trace: the workload's shape.
+        freq_mhz: clock; None is the highest.
+        seeds: choices of requests that are pooled, so that one unlucky choice does not decide.
+        member: ensemble member.
+        tolerance: relative width at which the search stops.
+        make: generator behind the trace, for loads above its rate; None where there is none.
+
+    Raises:
+        BiscaleError: the trace is too short to make loads of (fewer than 100 requests), or a
+            request cannot fit.
+    """
+    plant.check_fits(trace)  # before requests are chosen, while their lines in the file are known
+    if len(trace) < 100:
+        raise BiscaleError(
+            f"{trace.name} has {len(trace)} requests: a capacity search needs at least 100"
+        )
+    freq = plant.gpu.freq_max_mhz if freq_mhz is None else freq_mhz
+    tried: list[tuple[float, float]] = []
+
+    def meets(rate: float) -> bool:
+        tried.append((rate, attainment_at(plant, trace, rate, freq, seeds, member, make)))
+        return tried[-1][1] >= plant.slo.attainment
+
+    low, high = 0.0, trace.rate_rps
+    floor = MIN_JUDGED / (len(seeds) * trace.duration_s)
+    while meets(high):
+        low, high = high, 2.0 * high
+        if high > 256 * trace.rate_rps:
+            break
+    while high - low > tolerance * high and 0.5 * (low + high) >= floor:
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if meets(middle) else (low, middle)
+    best = max((t for t in tried if t[0] == low), default=(0.0, 0.0))
+    return Capacity(best[0], best[1], tuple(tried))
+
+
+def profile_capacity(
+    plant: Plant, profile: str, freq_mhz: float | None = None, member: int = -1
+) -> Capacity:
+    """Capacity of a generator profile, wherever a load is a share of it.
+
+    Args:
+        plant: phase, hardware and engine settings.
+        profile: generator profile.
+        freq_mhz: clock; None is the highest.
+        member: ensemble member.
+    """
+    return find_capacity(
+        plant, capacity_sample(profile), freq_mhz, member=member, make=generated(profile)
+    )

@@ -1,0 +1,1 @@
+"""The cluster as an environment: settings, state, windows, many agents."""

@@ -1,0 +1,196 @@
+"""Everything that defines a cluster but its placement.
+
+Hardware, engine limits, routing, transfer, tier-2 rules, idle GPUs.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from biscale_env.config import Slo, load_slo
+from biscale_env.config.hardware import Dtype
+from biscale_env.config.loader import Config, validate
+from biscale_env.core.errors import BiscaleError
+from biscale_env.envs.plant import Plant, PlantSettings
+from biscale_env.sim.cluster.layout import POLICIES, ROUTERS
+
+Router = Literal["weighted", "round_robin", "shortest", "what_if"]
+PrefillPolicy = Literal["static", "mpc", "ecofreq", "throttllem", "external"]
+DecodePolicy = Literal["static", "slack", "ecofreq", "throttllem", "external"]
+
+
+class Transfer(Config):
+    """KV transfer from prefill to decode.
+
+    Attributes:
+        latency_s: fixed part, s; measured on 4 NICs of 400 Gbit/s together with the bandwidth
+            below.
+        gb_per_s_per_gpu: network bandwidth per GPU; 165 GB/s over the 4 GPUs of a TP4 instance. A
+            single slow Ethernet is 12.5 GB/s.
+        overlap: share of the bytes that travel while prefill still computes (layer by layer); 0 as
+            measured.
+    """
+
+    latency_s: float = Field(default=0.0017, ge=0)
+    gb_per_s_per_gpu: float = Field(default=41.25, gt=0)
+    overlap: float = Field(default=0.0, ge=0, le=1)
+
+
+class Transitions(Config):
+    """What a change of the placement costs.
+
+    All 0 (the default) as in BiScale, which does not charge them.
+
+    Attributes:
+        cold_start_s: a new instance runs nothing for so long and draws idle power; measured 67 s to
+            8 min.
+        reshard_s: the same when GPUs of the same phase change their TP degree; 1 to 5 s.
+    """
+
+    cold_start_s: float = Field(default=0.0, ge=0)
+    reshard_s: float = Field(default=0.0, ge=0)
+
+
+class ClusterSettings(Config):
+    """A cluster without its placement.
+
+    Attributes:
+        gpus: GPUs of the cluster, in the placement or not.
+        gpu: name of the GPU configuration.
+        model: family of fitted models.
+        dtype: ``bf16`` or ``fp8``.
+        slo: name of the SLO or a path.
+        token_budget: new tokens per prefill batch (co-located: rows per iteration).
+        prefill_max_seqs: requests per prefill batch.
+        decode_max_seqs: requests per decode batch; not published for BiScale, assumed 512: the
+            fitted range.
+        kv_watermark: share of KV kept free on admission.
+        actuation_delay_s: delay of a clock change; None takes that of the ensemble member.
+        ensemble_member: -1 nominal, or a member of the ensemble; all instances live in the same
+            member.
+        prefill_router: how requests are spread over prefill instances.
+        decode_router: how requests are spread over decode instances.
+        prefill_policy: tier-2 rule of prefill.
+        decode_policy: tier-2 rule of decode (and of co-located servers).
+        prefill_margin: share of the TTFT SLO that the rule keeps back.
+        decode_margin: share of the TPOT SLO that the rule keeps back.
+        kv_guard: KV use above which the slack rule runs at the highest clock; not published,
+            assumed.
+        ahead: iterations that throttLL'eM projects the KV ahead; assumed.
+        transfer: KV transfer.
+        transitions: cost of changing the placement.
+        spare: GPUs outside the placement are ``idle`` or ``off``.
+        spare_idle_w: power of an idle GPU without a context, W; 69 to 75 on an H100.
+    """
+
+    gpus: int = Field(default=16, gt=0)
+    gpu: str = "h100-sxm"
+    model: str = "h100-llama70b"
+    dtype: Dtype = "bf16"
+    slo: str = "biscale"
+    token_budget: int = Field(default=2048, gt=0)
+    prefill_max_seqs: int = Field(default=256, gt=0, le=4096)
+    decode_max_seqs: int = Field(default=512, gt=0, le=4096)
+    kv_watermark: float = Field(default=0.01, ge=0, lt=1)
+    actuation_delay_s: float | None = Field(default=None, ge=0)
+    ensemble_member: int = -1
+    prefill_router: Router = "shortest"
+    decode_router: Router = "shortest"
+    prefill_policy: PrefillPolicy = "static"
+    decode_policy: DecodePolicy = "static"
+    prefill_margin: float = Field(default=0.0, ge=0, lt=1)
+    decode_margin: float = Field(default=0.0, ge=0, lt=1)
+    kv_guard: float = Field(default=0.9, ge=0)
+    ahead: float = Field(default=32.0, ge=0)
+    transfer: Transfer = Transfer()
+    transitions: Transitions = Transitions()
+    spare: Literal["idle", "off"] = "idle"
+    spare_idle_w: float = Field(default=72.0, ge=0)
+
+    @classmethod
+    def of(cls, **values: Any) -> "ClusterSettings":
+        """Settings with some values changed; mistakes raise BiscaleError naming the key."""
+        return validate(values, cls, "cluster settings")
+
+    def changed(self, **values: Any) -> "ClusterSettings":
+        """A copy with some values changed, validated anew."""
+        return self.of(**{**self.model_dump(), **values})
+
+
+class ClusterPlant:
+    """Settings with what they name loaded.
+
+    Plants of single instances are made on demand and kept.
+    """
+
+    def __init__(self, settings: ClusterSettings, slo: Slo | None = None) -> None:
+        """Load what the settings name; ``slo`` overrides the named one."""
+        self.settings = settings
+        self.slo = slo or load_slo(settings.slo)
+        self._plants: dict[tuple[str, int], Plant] = {}
+
+    def plant(self, phase: str, tp: int) -> Plant:
+        """Plant of one instance; a co-located instance lives in the decode plant.
+
+        Raises:
+            BiscaleError: no fitted model for this TP, or the LLM does not fit.
+        """
+        key = ("decode" if phase == "colocated" else phase, tp)
+        if key not in self._plants:
+            s = self.settings
+            max_seqs = s.prefill_max_seqs if key[0] == "prefill" else s.decode_max_seqs
+            self._plants[key] = Plant(
+                PlantSettings.of(
+                    key[0], gpu=s.gpu, model=s.model, tp=tp, dtype=s.dtype, slo=s.slo, token_budget=s.token_budget,
+                    max_seqs=max_seqs, kv_watermark=s.kv_watermark, actuation_delay_s=s.actuation_delay_s,
+                    ensemble_member=s.ensemble_member, drain=True,
+                ),
+                self.slo,
+            )  # fmt: skip
+        return self._plants[key]
+
+    def params(self, phase: str, tp: int) -> np.ndarray:
+        """Engine parameters of an instance.
+
+        Its episode ends at 0, so that it idles only when the cluster says so.
+        """
+        return self.plant(phase, tp).params(self.settings.ensemble_member, 0.0)
+
+    def meta(self, phase: str, tp: int) -> dict[str, Any]:
+        """Fields of the instance record that follow from the settings."""
+        s = self.settings
+        prefill = phase == "prefill"
+        return {
+            "policy": POLICIES.index(s.prefill_policy if prefill else s.decode_policy),
+            "margin": s.prefill_margin if prefill else s.decode_margin,
+            "kv_guard": s.kv_guard,
+            "ahead": s.ahead,
+            "link_bytes_per_s": s.transfer.gb_per_s_per_gpu * 1e9 * tp,
+        }
+
+    def spare_power_w(self, prefill_plant: Plant) -> float:
+        """Power of one GPU outside the placement, W."""
+        return (
+            self.settings.spare_idle_w
+            if self.settings.spare == "idle"
+            else prefill_plant.gpu.off_power_w
+        )
+
+    def router(self, phase: str) -> int:
+        """Number of the router of a phase."""
+        s = self.settings
+        return ROUTERS.index(s.prefill_router if phase == "prefill" else s.decode_router)
+
+
+def check_gpus(gpus: int, tps: tuple[int, ...]) -> None:
+    """Refuse a number of GPUs that no instance fits on.
+
+    Raises:
+        BiscaleError: names the TP degrees that exist.
+    """
+    if gpus < 1 or not any(gpus % tp == 0 for tp in tps):
+        known = ", ".join(map(str, tps))
+        raise BiscaleError(
+            f"{gpus} GPUs cannot be divided into instances: TP degrees that fit the model are {known}"
+        )

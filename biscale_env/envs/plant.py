@@ -1,0 +1,160 @@
+"""Everything that defines a plant of one phase.
+
+Hardware, model, SLO, engine limits, delay, reward. One validated object.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from biscale_env.config import Gpu, Slo, load_gpu, load_slo
+from biscale_env.config.hardware import Dtype
+from biscale_env.config.loader import Config, validate
+from biscale_env.contract import ClockRange, ObservationSpec, spec_for
+from biscale_env.core.errors import BiscaleError
+from biscale_env.models import IterationModel, load_model
+from biscale_env.sim.state import PARAMS_DTYPE
+from biscale_env.traces import Trace
+
+# one unit of energy in the reward: a prompt of this length, near the Azure conversation mean (1155)
+REFERENCE_PROMPT_TOKENS = 1024
+REFERENCE_OUTPUT_TOKENS = (
+    128  # or this many output tokens at batch 32: near that trace's median output (129)
+)
+REFERENCE_BATCH = 32
+
+
+class PlantSettings(Config):
+    """Plant of one phase.
+
+    Attributes:
+        phase: ``prefill`` or ``decode``.
+        gpu: name of the GPU configuration.
+        model: name of the fitted model or a path to a coefficient file.
+        tp: GPUs of the instance.
+        dtype: ``bf16`` or ``fp8``.
+        slo: name of the SLO or a path.
+        token_budget: new tokens per prefill batch; 2048 is vLLM's long-time default for chunked
+            prefill.
+        max_seqs: requests per batch. Assumed: 512, the edge of the fitted box; the KV cache, not
+            this cap, then limits a decode batch.
+        kv_watermark: share of KV kept free on admission; 0.01 as in vLLM.
+        actuation_delay_s: delay of a clock change; None takes that of the ensemble member.
+        min_decision_interval_s: a decision stands at least this long; 0 decides at every iteration.
+        ensemble_member: -1 nominal, k a member of the ensemble, ``random`` a fresh one per episode.
+        violation_weight: reward lost per request that misses the SLO, in units of the reference
+            energy. Assumed: 30, so that losing 1 % of requests costs as much as the 30 % of energy
+            that is at stake.
+        drain: run an episode on after its end until every request is served.
+    """
+
+    phase: Literal["prefill", "decode"]
+    gpu: str = "h100-sxm"
+    model: str = "h100-llama70b"
+    tp: int = Field(default=4, gt=0)
+    dtype: Dtype = "bf16"
+    slo: str = "biscale"
+    token_budget: int = Field(default=2048, gt=0)
+    max_seqs: int = Field(default=512, gt=0, le=4096)
+    kv_watermark: float = Field(default=0.01, ge=0, lt=1)
+    actuation_delay_s: float | None = Field(default=None, ge=0)
+    min_decision_interval_s: float = Field(default=0.0, ge=0)
+    ensemble_member: int | Literal["random"] = -1
+    violation_weight: float = Field(default=30.0, ge=0)
+    drain: bool = False
+
+    @classmethod
+    def of(cls, phase: str, **changes: Any) -> "PlantSettings":
+        """Settings of a phase with some values changed.
+
+        Mistakes raise BiscaleError naming the key.
+        """
+        return validate({"phase": phase, **changes}, cls, "environment settings")
+
+
+class Plant:
+    """Settings with what they name loaded: model, SLO, clocks, observation."""
+
+    def __init__(self, settings: PlantSettings, slo: Slo | None = None) -> None:
+        """Load what the settings name; ``slo`` overrides the named one.
+
+        Raises:
+            BiscaleError: an unknown name, a ensemble member that does not exist, or an LLM that
+                does not fit on so few GPUs.
+        """
+        self.settings = settings
+        self.gpu: Gpu = load_gpu(settings.gpu)
+        self.slo: Slo = slo or load_slo(settings.slo)
+        self.model: IterationModel = load_model(
+            settings.phase, settings.tp, settings.dtype, settings.model
+        )
+        self.clocks = ClockRange.of(self.gpu)
+        self.spec: ObservationSpec = spec_for(settings.phase)
+        self.energy_ref_j = self._reference_energy_j()
+        self.model.llm.kv_capacity_tokens(self.model.gpu, settings.tp, settings.dtype)
+        if settings.ensemble_member != "random":
+            self.model.member(settings.ensemble_member)
+        elif self.model.n_members == 0:
+            raise BiscaleError(
+                f"model '{settings.model}' has no ensemble: choose ensemble_member -1, not 'random'"
+            )
+
+    @property
+    def phase(self) -> str:
+        """``prefill`` or ``decode``."""
+        return self.settings.phase
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """Tokens of KV cache of the instance."""
+        return int(self.model.kv_capacity_tokens)
+
+    def check_fits(self, trace: Trace) -> None:
+        """Refuse a workload with a request that can never fit into the KV cache.
+
+        In decode its output counts too.
+
+        Raises:
+            BiscaleError: names the request, by file and line where the trace is (a window of) a
+                file.
+        """
+        trace.check_fits(self.kv_capacity_tokens, with_output=self.phase == "decode")
+
+    def _reference_energy_j(self) -> float:
+        top = self.gpu.freq_max_mhz
+        if self.phase == "prefill":
+            n = REFERENCE_PROMPT_TOKENS
+            return float(self.model.energy_j(n, n * n / 2, 0, 1, top))
+        cached = REFERENCE_BATCH * REFERENCE_PROMPT_TOKENS
+        per_iteration = self.model.energy_j(REFERENCE_BATCH, 0, cached, REFERENCE_BATCH, top)
+        return float(per_iteration) * REFERENCE_OUTPUT_TOKENS / REFERENCE_BATCH
+
+    def delay_s(self, member: int) -> float:
+        """Actuation delay in a plant of this member, s."""
+        fixed = self.settings.actuation_delay_s
+        return float(self.model.delay_s(member)) if fixed is None else fixed
+
+    def params(self, member: int, end_s: float) -> np.ndarray:
+        """Engine parameters of one instance as a structured record (shape ())."""
+        s = self.settings
+        record = np.zeros((), dtype=PARAMS_DTYPE)
+        values = {
+            "token_budget": s.token_budget,
+            "max_seqs": s.max_seqs,
+            "kv_capacity": self.kv_capacity_tokens,
+            "kv_watermark": s.kv_watermark,
+            "delay_s": self.delay_s(member),
+            "min_interval_s": s.min_decision_interval_s,
+            "freq_min_ghz": self.clocks.freq_min_mhz / 1e3,
+            "freq_max_ghz": self.clocks.freq_max_mhz / 1e3,
+            "freq_step_ghz": self.clocks.freq_step_mhz / 1e3,
+            "slo_s": self.slo.bound_s(self.phase),
+            "end_s": end_s,
+            "drain": int(s.drain),
+            "energy_ref_j": self.energy_ref_j,
+            "violation_weight": s.violation_weight,
+        }
+        for name, value in values.items():
+            record[name] = value
+        return record

@@ -1,0 +1,1 @@
+"""Which policies run on which workloads: scenarios, tuning, rollouts, comparisons."""

@@ -1,0 +1,93 @@
+"""Frozen experiments: traces x loads x SLOs x delays x members, every controller tuned on other
+data to the same attainment.
+"""
+
+import itertools
+from typing import Literal
+
+from pydantic import Field
+
+from biscale_env.config.loader import Config, list_names, load_named
+from biscale_env.core.errors import BiscaleError
+from biscale_env.evaluation.experiment.scenarios import Scenario, load_scenario
+
+
+class Experiment(Config):
+    """A table of the project.
+
+    Attributes:
+        name: name of the YAML file.
+        about: one sentence on what it answers.
+        workloads: base scenarios (``configs/scenarios``), one per workload.
+        phases: phases it runs.
+        loads: shares of capacity.
+        slos: SLO names.
+        delays_s: actuation delays; a null entry takes that of the ensemble member.
+        members: ensemble members.
+        policies: build strings; ``all`` for the default ones of the phase, ``ablations``,
+            ``beliefs``.
+        tune: choose the free parameters of every policy on tuning workloads.
+        seeds: workload seeds.
+        oracle_seeds: workloads for which the optimum is computed, the first few; a number, or one
+            per phase (the decode search is slow).
+    """
+
+    name: str
+    about: str = ""
+    workloads: tuple[str, ...] = Field(min_length=1)
+    phases: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
+    loads: tuple[float, ...] = (0.5, 0.75, 0.9)
+    slos: tuple[str, ...] = ("biscale",)
+    delays_s: tuple[float | None, ...] = (0.05,)
+    members: tuple[int, ...] = (-1,)
+    policies: tuple[str, ...] = ("all",)
+    tune: bool = True
+    seeds: int = Field(default=5, gt=0)
+    oracle_seeds: int | dict[Literal["prefill", "decode"], int] = 2
+
+    @property
+    def oracle_seeds_by_phase(self) -> dict[str, int]:
+        """Workloads of each phase for which the optimum is computed."""
+        given = self.oracle_seeds
+        return {
+            phase: given if isinstance(given, int) else given.get(phase, 0) for phase in self.phases
+        }
+
+    def scenarios(self, traces: dict[str, str] | None = None) -> list[Scenario]:
+        """All operating points; a delay that varies becomes part of the scenario's name.
+
+        Args:
+            traces: paths to use instead of named traces, by trace name.
+        """
+        made = []
+        for base, load, slo, delay in itertools.product(
+            self.workloads, self.loads, self.slos, self.delays_s
+        ):
+            scenario = load_scenario(base)
+            words = "of the model" if delay is None else f"{1e3 * delay:g} ms"
+            name = base if len(self.delays_s) == 1 else f"{base}, delay {words}"
+            path = (traces or {}).get(scenario.trace or "", scenario.trace)
+            changes = {
+                "name": name,
+                "trace": path,
+                "load": load,
+                "slo": slo,
+                "delay_s": delay,
+                "members": self.members,
+                "seeds": self.seeds,
+            }
+            made.append(scenario.model_copy(update=changes))
+        return made
+
+
+def load_experiment(name: str) -> Experiment:
+    """A frozen experiment ``configs/experiments/<name>.yaml`` or a YAML file.
+
+    Raises:
+        BiscaleError: no such experiment; lists the known ones.
+    """
+    if name not in list_names("experiments") and not name.endswith((".yaml", ".yml")):
+        raise BiscaleError(
+            f"unknown experiment '{name}'; known: {', '.join(list_names('experiments'))}"
+        )
+    return load_named("experiments", name, Experiment)

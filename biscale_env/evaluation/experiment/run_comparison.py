@@ -1,0 +1,160 @@
+"""Running planned jobs with a progress bar, and what is shown at the end."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from biscale_env.core.errors import BiscaleError
+from biscale_env.evaluation.experiment.compare import ComparisonJob, JobOutcome, run_jobs
+from biscale_env.evaluation.experiment.policy_jobs import Policies, plan
+from biscale_env.evaluation.experiment.scenarios import Infeasible, Scenario, resolve
+from biscale_env.evaluation.runs import run_files
+from biscale_env.evaluation.runs.rundir import RunDirectory
+from biscale_env.models.coefficient_files import find_file
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Jobs of a comparison, the coefficient files behind them, and the points that cannot be served
+    at all.
+    """
+
+    jobs: list[ComparisonJob]
+    model_files: list[Path]
+    infeasible: list[Infeasible]
+
+
+def prepare(
+    points: Sequence[Scenario],
+    phases: Sequence[str],
+    policies: dict[str, list[tuple[str, str]]],
+    tuned: bool,
+    oracle_seeds: Mapping[str, int] | None,
+) -> Prepared:
+    """Resolve every point and phase.
+
+    One that max clock cannot serve at any load is named, not hidden.
+
+    Raises:
+        BiscaleError: no point can be served, or a mistake in a policy's parameters.
+    """
+    jobs, infeasible, model_files = [], [], set()
+    for point in points:
+        for phase in phases:
+            try:
+                case = resolve(point, phase)
+            except Infeasible as error:
+                infeasible.append(error)
+                continue
+            s = case.plant.settings
+            model_files.add(find_file(s.model, s.phase, s.dtype, s.tp))
+            jobs += plan(
+                point,
+                case,
+                policies[phase],
+                tuned,
+                None if oracle_seeds is None else oracle_seeds[phase],
+            )
+    if not jobs:
+        raise infeasible[0]
+    return Prepared(jobs, sorted(model_files), infeasible)
+
+
+def run_all(
+    run: RunDirectory,
+    jobs: Sequence[ComparisonJob],
+    n_jobs: int | None,
+    infeasible: Sequence[Infeasible] = (),
+) -> None:
+    """Run what is not finished yet; every finished run is on disk before the next is awaited."""
+    run.name_infeasible([error.point for error in infeasible])
+    todo = [job for job in jobs if not all(run.has(job.key(seed)) for seed in job.seeds)]
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    done = len(jobs) - len(todo)
+    try:
+        with Progress(
+            *columns, console=Console(stderr=True), disable=not sys.stderr.isatty()
+        ) as progress:
+            task = progress.add_task("runs", total=len(jobs), completed=done)
+            for outcome in run_jobs(todo, Policies(), n_jobs or os.cpu_count() or 1):
+                for record in outcome.records:
+                    run.add(record, keep_timeline=record.workload_seed == 0)
+                keep_tuning(run.path, outcome)
+                done += 1
+                progress.update(
+                    task, completed=done, description=f"{outcome.job.phase} {outcome.job.policy}"
+                )
+    except KeyboardInterrupt:
+        kept = f"{done} of {len(jobs)} are finished and kept in {run.path}"
+        print(
+            f"biscale: interrupted; {kept}: the same command with --out {run.path} --resume goes on",
+            file=sys.stderr,
+        )
+        raise
+
+
+def keep_tuning(folder: Path, outcome: JobOutcome) -> None:
+    """Append what tuning tried to ``tuning.csv``.
+
+    The energy-attainment curve of each controller on the tuning workloads.
+    """
+    if outcome.tuned is None or outcome.reference is None:
+        return
+    job, path = outcome.job, folder / run_files.TUNING
+    key = {
+        "scenario": job.scenario.name,
+        "slo": job.scenario.slo,
+        "load": job.scenario.load,
+        "phase": job.phase,
+    }
+    found = {
+        "target": outcome.tuned.target,
+        "reached": outcome.tuned.reached,
+        "reference_j": outcome.reference.energy_j,
+    }
+    rows = [
+        key | found | {
+            "policy": job.policy, "ensemble_member": job.member, "setting": ", ".join(f"{k}={v}" for k, v in s.params.items()),
+            "energy_j": s.energy_j, "attainment": s.attainment, "chosen": s is outcome.tuned.chosen,
+        }
+        for s in outcome.tuned.tried
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows)
+    if path.is_file():
+        frame = pd.concat([pd.read_csv(path), frame], ignore_index=True)
+    run_files.write_text(path, frame.to_csv(index=False))
+
+
+def conclude(folder: Path) -> None:
+    """Print the table, name what is infeasible, write the report."""
+    from biscale_env.evaluation.report.page import write_report
+    from biscale_env.evaluation.report.tables import print_table
+    from biscale_env.evaluation.runs.results import scenario_label
+    from biscale_env.evaluation.runs.run_view import load_run
+
+    run = load_run(folder)
+    if run.results.empty:
+        raise BiscaleError(f"{folder} holds no finished run: add --resume to continue it")
+    print_table(run.summary())
+    for point in run.infeasible:
+        print(f"infeasible, so without a table: {scenario_label(point)}: {point['reason']}")
+    print(f"\nrun directory: {folder}\nreport:        {write_report(run)}")

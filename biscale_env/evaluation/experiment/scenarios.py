@@ -1,0 +1,190 @@
+"""Scenarios: which workload, at what share of capacity, under which SLO, delay and ensemble
+members. Named ones are frozen in YAML.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from pydantic import Field
+
+from biscale_env.config import load_slo
+from biscale_env.config.hardware import Dtype
+from biscale_env.config.loader import Config, load_named
+from biscale_env.core.errors import BiscaleError
+from biscale_env.envs.capacity import Capacity, find_capacity, profile_capacity, slowest_alone_s
+from biscale_env.envs.plant import Plant, PlantSettings
+from biscale_env.envs.workloads import capacity_sample, generated
+from biscale_env.traces import Trace
+from biscale_env.traces import load_named as load_named_trace
+
+PHASES: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
+TUNE_SEED = 1_000_003  # workloads for tuning are generated from here on, those for tables from 0
+
+
+class Infeasible(BiscaleError):
+    """Max clock itself cannot serve the scenario at any load.
+
+    Attributes:
+        point: the columns of ``INFEASIBLE_COLUMNS``: the operating point and, in words, what was
+            tried.
+    """
+
+    def __init__(self, scenario: "Scenario", phase: str, reason: str) -> None:
+        super().__init__(scenario, phase, reason)
+        self.point = {"scenario": scenario.name, "phase": phase, "reason": reason} | {
+            name: getattr(scenario, name) for name in ("slo", "load", "tp", "dtype")
+        }
+
+    def __str__(self) -> str:
+        return "scenario {scenario}, {phase}: infeasible, since {reason}".format(**self.point)
+
+
+class Scenario(Config):
+    """One operating point of both phases.
+
+    Attributes:
+        name: short name used in tables.
+        trace: name or path of a trace; without one, workloads are generated from ``profile``.
+        profile: generator profile.
+        load: share of the capacity of one instance at max clock.
+        slo: name of the SLO.
+        tp: GPUs per instance.
+        dtype: ``bf16`` or ``fp8``.
+        delay_s: actuation delay; None takes that of the ensemble member.
+        duration_s: length of generated workloads; of a trace, the part used after ``tune_fraction``
+            at most.
+        decode_duration_s: for decode, the first part of each half used at most (a decode instance
+            serves ten times the requests).
+        tune_fraction: the first part of a trace, on which free parameters are tuned and which no
+            table shows.
+        seeds: workload seeds 0 .. seeds - 1.
+        members: ensemble members, -1 nominal.
+        token_budget: new tokens per prefill batch.
+    """
+
+    name: str
+    trace: str | None = None
+    profile: str = "azure-conv-like"
+    load: float = Field(default=0.75, gt=0)
+    slo: str = "biscale"
+    tp: int = Field(default=4, gt=0)
+    dtype: Dtype = "bf16"
+    delay_s: float | None = Field(default=None, ge=0)
+    duration_s: float | None = Field(default=None, gt=0)
+    decode_duration_s: float | None = Field(default=None, gt=0)
+    tune_fraction: float = Field(default=0.5, gt=0, lt=1)
+    seeds: int = Field(default=3, gt=0)
+    members: tuple[int, ...] = (-1,)
+    token_budget: int = Field(default=2048, gt=0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A scenario resolved for one phase.
+
+    Attributes:
+        scenario: what was asked for.
+        plant: the phase's plant (``drain`` on).
+        capacity: capacity of one instance at max clock: the lower of the tuning and the evaluated
+            part of a trace.
+        rate_rps: the load in requests per second.
+        part: evaluated part of the trace; None for generated workloads.
+        tune_part: the part for tuning; None for generated workloads.
+    """
+
+    scenario: Scenario
+    plant: Plant
+    capacity: Capacity
+    rate_rps: float
+    part: Trace | None
+    tune_part: Trace | None
+
+    @property
+    def phase(self) -> str:
+        """``prefill`` or ``decode``."""
+        return self.plant.phase
+
+    def workload(self, seed: int) -> Trace:
+        """Workload ``seed`` for tables, the same for every policy."""
+        if self.part is not None:
+            return self.part.scaled_to(self.rate_rps, seed)
+        return self._generated(seed)
+
+    def tuning_workload(self, seed: int) -> Trace:
+        """Workload ``seed`` for tuning free parameters; shares no request with those for tables."""
+        if self.tune_part is not None:
+            return self.tune_part.scaled_to(self.rate_rps, seed)
+        return self._generated(TUNE_SEED + seed)
+
+    def _generated(self, seed: int) -> Trace:
+        """A generated workload brought to the exact rate, as the choices from a trace are."""
+        made = generated(self.scenario.profile)(
+            self.rate_rps, self.scenario.duration_s or 600.0, seed
+        )
+        return made.scaled_to(self.rate_rps, seed)
+
+
+def load_scenario(name: str) -> Scenario:
+    """A frozen scenario ``configs/scenarios/<name>.yaml``."""
+    return load_named("scenarios", name, Scenario)
+
+
+@lru_cache(maxsize=8)
+def _trace(name: str) -> Trace:
+    return load_named_trace(name)
+
+
+@lru_cache(maxsize=64)
+def _capacity(phase: str, scenario_key: str) -> tuple[Plant, Capacity, Trace | None, Trace | None]:
+    scenario = Scenario.model_validate_json(scenario_key)
+    settings = PlantSettings.of(
+        phase, slo=scenario.slo, tp=scenario.tp, dtype=scenario.dtype, actuation_delay_s=scenario.delay_s,
+        token_budget=scenario.token_budget, drain=True,
+    )  # fmt: skip
+    plant = Plant(settings)
+    if scenario.trace is None:
+        return plant, profile_capacity(plant, scenario.profile), None, None
+    tune, part = _trace(scenario.trace).split(scenario.tune_fraction)
+    if scenario.duration_s is not None and scenario.duration_s < part.duration_s:
+        part = part.window(0.0, scenario.duration_s)
+    if phase == "decode" and scenario.decode_duration_s is not None:
+        part, tune = (
+            p.window(0.0, min(scenario.decode_duration_s, p.duration_s)) for p in (part, tune)
+        )
+    both = (
+        find_capacity(plant, part),
+        find_capacity(plant, tune),
+    )  # the load must be servable where it is tuned, too
+    return plant, min(both, key=lambda c: c.rate_rps), part, tune
+
+
+def resolve(scenario: Scenario, phase: str) -> Case:
+    """Load the plant of a phase, measure capacity, fix the rate.
+
+    Raises:
+        Infeasible: not even a small load meets the SLO at max clock, so there is no capacity to
+            take a share of.
+    """
+    load_slo(scenario.slo)
+    capacity_part = scenario.model_copy(
+        update={"name": "", "load": 1.0, "seeds": 1, "members": (-1,), "delay_s": 0.0}
+    )
+    _, capacity, part, tune = _capacity(phase, capacity_part.model_dump_json())
+    settings = PlantSettings.of(
+        phase, slo=scenario.slo, tp=scenario.tp, dtype=scenario.dtype, actuation_delay_s=scenario.delay_s,
+        token_budget=scenario.token_budget, drain=True,
+    )  # fmt: skip
+    if capacity.rate_rps <= 0:
+        rate_rps, attainment = capacity.tried[-1]
+        plant = Plant(settings)
+        alone_s = slowest_alone_s(
+            plant, capacity_sample(scenario.profile) if part is None else part
+        )
+        reason = (
+            f"even {rate_rps:.3g} req/s on one TP{scenario.tp} {scenario.dtype} instance misses SLO '{scenario.slo}' at max "
+            f"clock (attainment {attainment:.2%}; with the instance to itself, the slowest request takes {1e3 * alone_s:.0f} of "
+            f"{1e3 * plant.slo.bound_s(phase):.0f} ms); use a wider SLO or a larger TP"
+        )
+        raise Infeasible(scenario, phase, reason)
+    return Case(scenario, Plant(settings), capacity, scenario.load * capacity.rate_rps, part, tune)

@@ -1,0 +1,235 @@
+"""The table of learned agents.
+
+Per operating point, against BiScale's own controller, the best static clock and the oracle.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from biscale_env.evaluation.experiment.agent_jobs import AGENT, BISCALE_OWN
+from biscale_env.evaluation.stats.bootstrap import (
+    Interval,
+    crossed_bootstrap,
+    iqm,
+    paired_difference,
+)
+from biscale_env.evaluation.stats.targets import judged_target
+
+SEED = 20240229
+POINT = ["phase", "scenario", "load"]
+STATIC, ORACLE = "static-best", "oracle"
+HEAD = (
+    "scenario", "load", "max clock", "best static", "BiScale's own", "agent", "agent - own", "agent - static", "oracle",
+    "gap closed", "training seeds", "that hold",
+)  # fmt: skip
+
+
+class Shown(NamedTuple):
+    """Energy ratio and pooled attainment of a policy at a point, and whether that is what everybody
+    is asked for.
+    """
+
+    ratio: float
+    attained: float
+    met: bool
+
+    def __str__(self) -> str:
+        """Energy with the attainment (never rounded up); struck through where it falls short."""
+        text = f"{self.ratio:.3f} ({np.floor(1e4 * self.attained + 1e-9) / 100:.2f})"
+        return text if self.met else f"~~{text}~~"
+
+
+def attainment(rows: pd.DataFrame) -> float:
+    """Share of all requests of these rows that met the SLO; NaN without rows."""
+    counted = float(rows["n_counted"].sum())
+    return 1.0 - float(rows["n_violations"].sum()) / counted if counted else float("nan")
+
+
+def target(rows: pd.DataFrame) -> float:
+    """Attainment that every policy is judged by at a point, given all its rows."""
+    return judged_target(
+        float(rows["slo_attainment"].iloc[0]), attainment(rows[rows["policy"] == "max"])
+    )
+
+
+def shown(rows: pd.DataFrame, asked: float) -> Shown | None:
+    """A policy's rows at one point, all workloads (and seeds) pooled, against the attainment that
+    is asked; None without rows.
+    """
+    if rows.empty:
+        return None
+    attained = attainment(rows)
+    return Shown(float(rows["energy_ratio"].mean()), attained, attained >= asked - 1e-12)
+
+
+def per_workload(rows: pd.DataFrame) -> pd.Series:
+    """Energy ratio per workload seed and ensemble member, training seeds averaged."""
+    return rows.groupby(["workload_seed", "ensemble_member"])["energy_ratio"].mean()
+
+
+def saving(mine: pd.DataFrame, other: pd.DataFrame) -> Interval:
+    """Mean paired difference of energy ratios, the first minus the second, with Student's 95 %
+    interval over workloads.
+    """
+    a, b = per_workload(mine), per_workload(other)
+    common = a.index.intersection(b.index)
+    return paired_difference(a[common].to_numpy(), b[common].to_numpy())
+
+
+def by_seed(rows: pd.DataFrame) -> NDArray[np.float64]:
+    """Energy ratios as a matrix: training seeds by workloads."""
+    return rows.pivot_table(
+        index="training_seed", columns=["workload_seed", "ensemble_member"], values="energy_ratio"
+    ).to_numpy()
+
+
+def split(rows: pd.DataFrame, shipped: int | None) -> dict[str, pd.DataFrame]:
+    """Rows of one point by policy.
+
+    ``agent`` is the shipped training seed (or all of them), ``seeds`` are all.
+    """
+    parts = {str(policy): mine for policy, mine in rows.groupby("policy")}
+    seeds = parts.get(AGENT, rows.iloc[:0])
+    parts["seeds"] = seeds
+    if shipped is not None and (seeds["training_seed"] == shipped).any():
+        parts[AGENT] = seeds[seeds["training_seed"] == shipped]
+    return parts
+
+
+def gap_closed(parts: Mapping[str, pd.DataFrame], own: str) -> float:
+    """Share of the gap between BiScale's own controller and the oracle that the agent closes, on
+    the oracle's workloads.
+    """
+    if ORACLE not in parts or own not in parts:
+        return float("nan")
+    bound = per_workload(parts[ORACLE])
+    mine, theirs = (per_workload(parts[name]).reindex(bound.index).mean() for name in (AGENT, own))
+    return float((theirs - mine) / (theirs - bound.mean()))
+
+
+def percent(interval: Interval) -> str:
+    """A difference of energy ratios in points of max clock's energy, with its interval where there
+    is one.
+    """
+    if not np.isfinite(interval.estimate):
+        return "-"
+    if not np.isfinite(interval.low):
+        return f"{100 * interval.estimate:+.1f}"
+    return f"{100 * interval.estimate:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+
+
+def _seeds(rows: pd.DataFrame, asked: float) -> tuple[str, str]:
+    """Mean and range of the energy ratio over training seeds, and how many of them meet the SLO."""
+    means = by_seed(rows).mean(axis=1)
+    met = sum(
+        one.met
+        for _, mine in rows.groupby("training_seed")
+        if (one := shown(mine, asked)) is not None
+    )
+    return f"{means.mean():.3f} [{means.min():.3f}, {means.max():.3f}]", f"{met} of {len(means)}"
+
+
+def point_row(rows: pd.DataFrame, phase: str, shipped: int | None) -> list[str]:
+    """Cells of one operating point, without phase, scenario and load."""
+    own, parts = BISCALE_OWN[phase], split(rows, shipped)
+    nothing, asked = rows.iloc[:0], target(rows)
+    cells = [
+        str(shown(parts.get(name, nothing), asked) or "-") for name in ("max", STATIC, own, AGENT)
+    ]
+    against = [
+        percent(saving(parts[AGENT], parts[name])) if name in parts else "-"
+        for name in (own, STATIC)
+    ]
+    closed = gap_closed(parts, own)
+    oracle = str(shown(parts.get(ORACLE, nothing), asked) or "-")
+    return [
+        *cells,
+        *against,
+        oracle,
+        f"{closed:.0%}" if np.isfinite(closed) else "-",
+        *_seeds(parts["seeds"], asked),
+    ]
+
+
+def point_rows(results: pd.DataFrame, phase: str, shipped: int | None = None) -> list[list[str]]:
+    """One row of text per operating point of a phase."""
+    mine = results[results["phase"] == phase]
+    return [
+        [str(scenario), f"{load:.0%}", *point_row(rows, phase, shipped)]
+        for (_, scenario, load), rows in mine.groupby(POINT, sort=False)
+    ]
+
+
+def scores(results: pd.DataFrame, phase: str) -> dict[str, Any]:
+    """IQM of the scores (0: max clock, 1: oracle; without an oracle the saving against max clock)
+    over training seeds x workloads.
+
+    Points that max clock itself cannot serve within the SLO are left out. Training seeds are
+    resampled together for all points, and workloads within each; ``better`` is the probability that
+    a run saves more than BiScale's own controller on the same workload.
+    """
+    rng, mine, own, better = np.random.default_rng(SEED), [], [], []
+    for _, rows in results[results["phase"] == phase].groupby(POINT, sort=False):
+        parts = split(rows, None)
+        if parts["seeds"].empty or not attainment(parts.get("max", rows.iloc[:0])) >= float(
+            rows["slo_attainment"].iloc[0]
+        ):
+            continue
+        a, b = by_seed(parts["seeds"]), by_seed(parts[BISCALE_OWN[phase]])
+        room = 1.0 - float(parts[ORACLE]["energy_ratio"].mean()) if ORACLE in parts else 1.0
+        mine.append((1.0 - a) / room)
+        own.append((1.0 - b) / room)
+        better.append((a < b) + 0.5 * (a == b))
+    return {
+        "agent": crossed_bootstrap(mine, rng, iqm),
+        "own": crossed_bootstrap(own, rng, iqm),
+        "better": crossed_bootstrap(better, rng),
+        "points": len(mine),
+        "oracle": ORACLE in set(results["policy"]),
+    }
+
+
+def markdown(results: pd.DataFrame, shipped: Mapping[str, int] | None = None) -> str:
+    """The whole table and the scores below it, phase by phase.
+
+    Args:
+        results: completed results frame.
+        shipped: per phase the training seed that is shown as ``agent``; without it all seeds are.
+    """
+    parts = []
+    for phase in dict.fromkeys(results["phase"]):
+        lines = [
+            f"**{phase}**",
+            "",
+            "| " + " | ".join(HEAD) + " |",
+            "|---|" + "---:|" * (len(HEAD) - 1),
+        ]
+        lines += [
+            "| " + " | ".join(row) + " |"
+            for row in point_rows(results, phase, (shipped or {}).get(phase))
+        ]
+        parts.append("\n".join([*lines, "", summary(results, phase)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def summary(results: pd.DataFrame, phase: str) -> str:
+    """The scores of a phase in one sentence."""
+    s = scores(results, phase)
+    what = (
+        "IQM of the score (0: max clock, 1: oracle)"
+        if s["oracle"]
+        else "IQM of the saving against max clock"
+    )
+    return (
+        f"{phase}: {what} {_share(s['agent'])} (all training seeds), {_share(s['own'])} ({BISCALE_OWN[phase]}), "
+        f"over the {s['points']} points that max clock serves; "
+        f"probability that an agent saves more on a random workload of them: {_share(s['better'])}."
+    )
+
+
+def _share(interval: Interval) -> str:
+    return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"

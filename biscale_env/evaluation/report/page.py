@@ -1,0 +1,256 @@
+"""One self-contained ``report.html``.
+
+Opens offline, loads nothing, fits any screen, light or dark.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Final
+
+import jinja2
+import pandas as pd
+import plotly.io
+import yaml
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from biscale_env.core.errors import BiscaleError
+from biscale_env.evaluation.report import tables
+from biscale_env.evaluation.report.figures import NAMES, at_point, figure, without_variants
+from biscale_env.evaluation.report.palette import dark_twins, styles
+from biscale_env.evaluation.runs import run_files
+from biscale_env.evaluation.runs.run_view import Run
+
+FIGURE_BUDGET_BYTES: Final = 2_800_000
+"""With Plotly itself (4.8 MB) the page stays below 8 MB; points beyond it get their table only, and the page says so."""
+
+_CAPTIONS: Final = {
+    "energy": (
+        "Energy against attainment",
+        "Down saves energy, right keeps promises. Bars: 95 % intervals from blocks of 30 s of the workload.",
+    ),
+    "tuning": (
+        "What tuning could choose from",
+        "Each controller's best settings on the tuning workloads, from careless to careful; the large marker was chosen.",
+    ),
+    "ttft": (
+        "Time to first token",
+        "Every request of every workload; the vertical scale magnifies the tail.",
+    ),
+    "tpot": (
+        "Time per output token",
+        "Every request of every workload; the vertical scale magnifies the tail.",
+    ),
+    "clocks": (
+        "Clocks in the busiest minute",
+        "Effective clock of each controller while the same requests arrive.",
+    ),
+    "timeline": (
+        "The busiest minute, second by second",
+        "Click a name to show or hide a controller.",
+    ),
+}
+
+
+def write_report(run: Run, path: Path | None = None, title: str | None = None) -> Path:
+    """Write the report of a run and return its path.
+
+    Args:
+        run: the opened run directory.
+        path: where to; ``report.html`` in the run directory by default.
+        title: heading; made from the scenarios by default.
+    """
+    target = path or run.path / run_files.REPORT
+    run_files.write_text(target, render(run, title))
+    return target
+
+
+def render(run: Run, title: str | None = None) -> str:
+    """The report as HTML text."""
+    loader = jinja2.PackageLoader("biscale_env.evaluation", "templates")
+    environment = jinja2.Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    look = styles(run.results["policy"].tolist())
+    scenarios = list(dict.fromkeys(run.results["scenario"]))
+    points = point_views(run)
+    return environment.get_template("report.html.j2").render(
+        title=title
+        or f"Clock control on {', '.join(scenarios[:3])}{' …' if len(scenarios) > 3 else ''}",
+        points=points,
+        overview=overview(run) if len(points) > 1 else None,
+        infeasible=[point["title"] for point in points if point["infeasible"]]
+        + [f"{point_title(point)}: no table, since {point['reason']}" for point in run.infeasible],
+        look={name: {"color": style.color, "dark": style.dark} for name, style in look.items()},
+        twins=Markup(_script_json(dark_twins(list(look.values())))),
+        plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
+        provenance=run.provenance,
+        config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
+    )
+
+
+def _script_json(value: Any) -> str:
+    """JSON that may stand inside a script element."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text.replace("</", "<\\/").replace("<!--", "<\\!--")
+
+
+def point_views(run: Run) -> list[dict[str, Any]]:
+    """What the template shows of each operating point.
+
+    Facts, verdict, table and figures within the size budget.
+    """
+    views, spent = [], 0
+    summary = run.summary()
+    for number, point in enumerate(run.points()):
+        rows = tables.ordered(at_point(summary, point))
+        first = {str(k): v for k, v in rows.iloc[0].to_dict().items()}
+        drawn = figures_of(run, point) if spent < FIGURE_BUDGET_BYTES else None
+        if drawn is not None and spent + sum(len(f["json"]) for f in drawn) > FIGURE_BUDGET_BYTES:
+            drawn = None
+        spent += sum(len(f["json"]) for f in drawn or [])
+        views.append(
+            {
+                "id": f"point-{number}",
+                "title": point_title(point),
+                "facts": facts(run, point, first),
+                "verdict": tables.verdict(rows),
+                "infeasible": tables.infeasible(rows),
+                "metrics": tables.metrics_of(point["phase"]),
+                "rows": [
+                    table_row({str(k): v for k, v in row.items()})
+                    for row in rows.to_dict("records")
+                ],
+                "figures": drawn or [],
+                "left_out": drawn is None,
+            }
+        )
+    return views
+
+
+def point_title(point: dict[str, Any]) -> str:
+    """Short title of an operating point."""
+    load = "" if pd.isna(point["load"]) else f" at {100 * point['load']:.0f} % load"
+    return f"{str(point['phase']).capitalize()}: {point['scenario']}{load}, SLO {point['slo']}"
+
+
+def facts(run: Run, point: dict[str, Any], first: dict[str, Any]) -> list[str]:
+    """Facts of a scenario that a reader needs before the numbers."""
+    rows = at_point(run.results, point)
+    workloads, members = rows["workload_seed"].nunique(), rows["ensemble_member"].nunique()
+    found = [tables.requirement(first), f"{rows['rate_rps'].mean():.3g} requests/s"]
+    if not pd.isna(point["load"]):
+        found.append(f"{100 * point['load']:.0f} % of the capacity at max clock")
+    found.append(
+        f"{int(rows.groupby('policy')['n_requests'].sum().max()):,} requests per controller"
+    )
+    found.append(
+        f"{workloads} workload{'s' * (workloads > 1)} × {members} ensemble member{'s' * (members > 1)}"
+    )
+    found.append(f"TP{point['tp']} {point['dtype']}, {first['n_gpus']} GPUs")
+    return found
+
+
+def table_row(row: dict[str, Any]) -> dict[str, Any]:
+    """One row of the table with intervals and the length of its energy bar."""
+    ratio = float(row["energy_ratio"])
+    decision = f"{tables.duration(row['decision_time_median_s'])} / {tables.duration(row['decision_time_p99_s'])}"
+    latencies = [
+        {
+            "text": tables.number(1e3 * float(row[f"{metric}_p{q}_s"])),
+            "interval": tables.interval(row, f"{metric}_p{q}_s", 1e3, 0),
+            "late": float(row[f"{metric}_p{q}_s"]) > row[f"slo_{metric}_s"],
+        }
+        for metric in tables.metrics_of(row["phase"])
+        for q in (50, 90, 99)
+    ]
+    return {
+        "label": row["label"],
+        "policy": row["policy"],
+        "bound": tables.is_bound(row["policy"]),
+        "energy": tables.number(float(row["energy_per_output_token_j"])),
+        "ratio": tables.ratio_text(ratio),
+        "ratio_interval": tables.interval(row, "energy_ratio", 1.0, 3),
+        "bar": max(0.0, min(100.0, 100 * ratio)) if math.isfinite(ratio) else 0.0,
+        "attainment": tables.share(float(row["attainment"])),
+        "attainment_interval": tables.interval(row, "attainment", 100.0, 2),
+        "latencies": latencies,
+        "decision": "–" if decision == "– / –" else decision,
+        "failures": int(row["solver_failures"]),
+        "slo": tables.slo_words(row),
+        "met": bool(row["target_met"]),
+    }
+
+
+def figures_of(run: Run, point: dict[str, Any]) -> list[dict[str, str]]:
+    """The figures of one operating point as JSON with their captions.
+
+    Those the kept data do not allow are left out.
+    """
+    found = []
+    for name in NAMES:
+        try:
+            drawn = figure(run, name, point)
+        except BiscaleError:
+            continue
+        title, caption = _CAPTIONS[name]
+        text = _script_json(plotly.io.to_json(drawn, validate=False, engine="json"))
+        height = str(int(drawn.layout.height or 430))
+        found.append(
+            {
+                "name": name,
+                "title": title,
+                "caption": caption,
+                "height": height,
+                "json": Markup(text),
+            }
+        )
+    return found
+
+
+def overview(run: Run) -> dict[str, Any]:
+    """Energy relative to max clock of every policy at every operating point, for pages with more
+    than one.
+
+    A policy that is there in several settings shows its default, else the best of those that meet
+    the SLO.
+    """
+    summary = pd.concat(
+        [without_variants(tables.ordered(at_point(run.summary(), p))) for p in run.points()]
+    )
+    labels = list(dict.fromkeys(summary["policy"]))
+    rows = []
+    for number, point in enumerate(run.points()):
+        here = at_point(summary, point).drop_duplicates("policy").set_index("policy")
+        row_cells = [
+            _overview_cell(here.loc[label]) if label in here.index else None for label in labels
+        ]
+        blocked = tables.infeasible(here)
+        rows.append(
+            {
+                "id": f"point-{number}",
+                "title": point_title(point),
+                "cells": row_cells,
+                "infeasible": blocked,
+            }
+        )
+    return {"labels": labels, "rows": rows}
+
+
+def _overview_cell(row: Any) -> dict[str, Any]:
+    ratio = float(row["energy_ratio"])
+    text = (
+        tables.ratio_text(ratio)
+        if math.isfinite(ratio)
+        else tables.number(float(row["energy_per_output_token_j"]))
+    )
+    return {
+        "text": text,
+        "met": bool(row["target_met"]),
+        "attainment": tables.share(float(row["attainment"])),
+    }

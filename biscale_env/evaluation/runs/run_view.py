@@ -1,0 +1,219 @@
+"""A finished run directory, opened: in notebooks, by the report, by tests."""
+
+import json
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import yaml
+from numpy.typing import NDArray
+
+from biscale_env.config.slo import Slo
+from biscale_env.core.errors import BiscaleError
+from biscale_env.evaluation.runs import results, run_files
+from biscale_env.evaluation.runs.record import INFEASIBLE_COLUMNS, SCENARIO_COLUMNS
+from biscale_env.evaluation.stats.intervals import add_intervals
+from biscale_env.evaluation.stats.metrics import judge, judged_latency_s
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+class Run:
+    """The results of a comparison, read as they are needed.
+
+    Attributes:
+        path: the run directory.
+        results: the completed results frame, one row per run.
+    """
+
+    def __init__(self, path: Path, frame: pd.DataFrame) -> None:
+        self.path = path
+        self.results = frame
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration."""
+        return yaml.safe_load((self.path / run_files.CONFIG).read_text(encoding="utf-8")) or {}
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """Command line, revision, package versions, model hashes, seeds."""
+        return json.loads((self.path / run_files.PROVENANCE).read_text(encoding="utf-8"))
+
+    @cached_property
+    def infeasible(self) -> list[dict[str, Any]]:
+        """Operating points without runs, since max clock cannot serve them at any load.
+
+        ``reason`` says what shows it.
+        """
+        path = self.path / run_files.INFEASIBLE
+        frame = (
+            pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=list(INFEASIBLE_COLUMNS))
+        )
+        return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
+
+    @property
+    def requests(self) -> pd.DataFrame:
+        """All kept requests of all runs, with their ``run_id`` (large; :meth:`requests_of` reads
+        one run).
+        """
+        return self._all(run_files.REQUESTS)
+
+    @property
+    def timelines(self) -> pd.DataFrame:
+        """All kept decisions of all runs, with their ``run_id`` (large; :meth:`timeline_of` reads
+        one run).
+        """
+        return self._all(run_files.TIMELINES)
+
+    @cached_property
+    def blocks(self) -> pd.DataFrame:
+        """Totals per run and block of 30 s."""
+        return self._all(run_files.BLOCKS)
+
+    @cached_property
+    def tuning(self) -> pd.DataFrame:
+        """What tuning tried on the tuning workloads: one row per policy and setting.
+
+        Empty without tuning.
+        """
+        path = self.path / run_files.TUNING
+        return pd.read_csv(path) if path.is_file() else pd.DataFrame()
+
+    def _all(self, name: str) -> pd.DataFrame:
+        path = self.path / name
+        frame = pq.read_table(path).to_pandas() if path.is_file() else pd.DataFrame({"run_id": []})
+        return frame.astype({"run_id": str})
+
+    def _one(self, name: str, run_id: str) -> dict[str, NDArray[np.float64]] | None:
+        path = self.path / name
+        if not path.is_file():
+            return None
+        if name not in self._groups:
+            with pq.ParquetFile(path) as file:
+                self._groups[name] = (file.metadata, run_files.row_groups(file))
+        metadata, groups = self._groups[name]
+        if run_id not in groups:
+            return None
+        with pq.ParquetFile(path, metadata=metadata) as file:
+            table = file.read_row_group(groups[run_id])
+        return {
+            n: np.asarray(table[n].to_numpy(), dtype=np.float64)
+            for n in table.column_names
+            if n != "run_id"
+        }
+
+    @cached_property
+    def _groups(self) -> dict[str, tuple[pq.FileMetaData, dict[str, int]]]:
+        return {}
+
+    def requests_of(self, run_id: str) -> dict[str, NDArray[np.float64]] | None:
+        """Requests of one run as arrays; None when they were not kept."""
+        return self._one(run_files.REQUESTS, run_id)
+
+    def timeline_of(self, run_id: str) -> dict[str, NDArray[np.float64]] | None:
+        """Decisions of one run as arrays; None when they were not kept."""
+        return self._one(run_files.TIMELINES, run_id)
+
+    @cached_property
+    def _rows(self) -> dict[str, dict[str, Any]]:
+        return {
+            row["run_id"]: {str(k): v for k, v in row.items()}
+            for row in self.results.to_dict("records")
+        }
+
+    def row(self, run_id: str) -> dict[str, Any]:
+        """Results row of one run."""
+        if run_id not in self._rows:
+            raise BiscaleError(f"no run '{run_id}' in {self.path}")
+        return dict(self._rows[run_id])
+
+    def latencies(
+        self, run_id: str, metric: str
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        """Judged latencies and arrivals of one run, s; None when its requests were not kept.
+
+        Args:
+            run_id: the run.
+            metric: ``ttft`` or ``tpot``.
+        """
+        row = self.row(run_id)
+        if row["phase"] == {"ttft": "decode", "tpot": "prefill"}[metric]:
+            return None
+        columns = self.requests_of(run_id)
+        if columns is None:
+            return None
+        counted = judge(columns, slo_of(row), row["phase"], row["duration_s"])["counted"]
+        if metric == "tpot":
+            counted &= columns["output_tokens"] > 1
+        values = judged_latency_s(columns, metric, counted, row["duration_s"])
+        return values, columns["arrival_s"][counted]
+
+    @cached_property
+    def _summary(self) -> pd.DataFrame:
+        summary = results.summarise(self.results)
+        return (
+            add_intervals(summary, self.results, self.blocks, self.latencies)
+            if len(summary)
+            else summary
+        )
+
+    def summary(self) -> pd.DataFrame:
+        """One row per operating point and policy, with 95 % intervals."""
+        return self._summary.copy()
+
+    def points(self) -> list[dict[str, Any]]:
+        """The operating points (phase, scenario, SLO, load, placement), in the order of the
+        results.
+        """
+        rows = self.results.drop_duplicates(list(SCENARIO_COLUMNS))[list(SCENARIO_COLUMNS)].to_dict(
+            "records"
+        )
+        return [{str(k): v for k, v in row.items()} for row in rows]
+
+    def figure(self, name: str, point: dict[str, Any] | int = 0) -> "go.Figure":
+        """A figure of the report as a Plotly figure.
+
+        Args:
+            name: ``energy``, ``ttft``, ``tpot``, ``clocks`` or ``timeline``.
+            point: an operating point of :meth:`points`, or its number.
+        """
+        from biscale_env.evaluation.report.figures import figure
+
+        chosen = self.points()[point] if isinstance(point, int) else point
+        return figure(self, name, chosen)
+
+
+def slo_of(row: dict[str, Any]) -> Slo:
+    """The SLO that a results row was judged by."""
+    return Slo(
+        name=row["slo"],
+        ttft_s=row["slo_ttft_s"],
+        tpot_s=row["slo_tpot_s"],
+        attainment=row["slo_attainment"],
+        statistic=row["slo_statistic"],
+    )
+
+
+def load_run(path: str | os.PathLike[str]) -> Run:
+    """Open a run directory.
+
+    Raises:
+        BiscaleError: there are no merged results in it, or an older version wrote them.
+    """
+    folder = Path(path)
+    if not (folder / run_files.RESULTS).is_file():
+        raise BiscaleError(
+            f"{folder} holds no {run_files.RESULTS}: give the folder that a comparison wrote"
+        )
+    frame = pd.read_parquet(folder / run_files.RESULTS)
+    if "target" not in frame:
+        raise BiscaleError(
+            f"{folder / run_files.RESULTS} has no column 'target': an older version wrote it; run the comparison again"
+        )
+    return Run(folder, frame)

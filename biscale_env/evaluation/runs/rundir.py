@@ -1,0 +1,264 @@
+"""The run directory: rows appended as runs finish, merged atomically, resumable after any
+interruption.
+
+Layout. ``config.yaml`` (resolved), ``provenance.json``, ``parts/<run_id>/`` (one folder per
+finished run), and once merged ``results.parquet``, ``requests.parquet``, ``timelines.parquet``,
+``blocks.parquet`` (one row group per run) and ``summary.csv``; ``infeasible.csv`` where a point
+cannot be served at all. A part folder appears in one rename, so it is whole or absent; merged files
+are written beside and then renamed, and parts go only when all of them are in place.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import pandas as pd
+import pyarrow.parquet as pq
+import yaml
+
+from biscale_env.core.errors import BiscaleError
+from biscale_env.evaluation.runs import results, run_files
+from biscale_env.evaluation.runs.blocks import BLOCK_COLUMNS, block_totals
+from biscale_env.evaluation.runs.provenance import provenance
+from biscale_env.evaluation.runs.record import (
+    INFEASIBLE_COLUMNS,
+    REQUEST_COLUMNS,
+    TIMELINE_COLUMNS,
+    RunRecord,
+    run_id,
+)
+from biscale_env.evaluation.runs.run_view import Run, load_run
+from biscale_env.evaluation.stats.metrics import results_row
+
+_ABSENT: Final = "absent"
+
+
+def joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Policies of a run and those it is resumed with, per phase ``[name, build]`` pairs.
+
+    The old ones first.
+
+    Raises:
+        BiscaleError: a name stands for something else now.
+    """
+    together = {
+        phase: [*old[phase], *(pair for pair in new[phase] if pair not in old[phase])]
+        for phase in new
+    }
+    for pairs in together.values():
+        names = [name for name, _ in pairs]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            builds = ", ".join(build for name, build in pairs if name == twice)
+            raise BiscaleError(
+                f"cannot resume: policy '{twice}' stands for two things here ({builds}); rename one, name=build"
+            )
+    return together
+
+
+class RunDirectory:
+    """A run directory that is being written; a context manager.
+
+    Leaving it, by whatever way, merges the parts.
+
+    Example:
+        ``with RunDirectory(path, config, resume=True) as run:`` then, for each run that is not
+        ``run.has(key)``, ``run.add(record)``.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        model_files: Sequence[Path] = (),
+        seeds: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Create the directory, or take up an interrupted one.
+
+        Args:
+            path: the directory; made when it is not there.
+            config: the resolved configuration; resuming needs the same, but may add policies.
+            resume: take up what a previous run left behind.
+            model_files: coefficient files, whose hashes go into the provenance.
+            seeds: seeds that the comparison was made with.
+
+        Raises:
+            BiscaleError: the directory is in use already, or holds a run of another configuration.
+        """
+        self.path = Path(path)
+        self.config = run_files.plain(config)
+        self._open(resume)
+        self._sign(provenance(model_files=model_files, seeds=run_files.plain(seeds or {})))
+        self._done = self._finished()
+
+    def _open(self, resume: bool) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise BiscaleError(f"{self.path} is a file; give a folder for the run directory")
+        known = self.path / run_files.CONFIG
+        if known.is_file():
+            if not resume:
+                raise BiscaleError(
+                    f"{self.path} holds a run already; add --resume or choose another --out"
+                )
+            self._take_up(yaml.safe_load(known.read_text(encoding="utf-8")))
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise BiscaleError(
+                f"{self.path} is not empty and not a run directory; choose another --out"
+            )
+        try:
+            (self.path / run_files.PARTS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BiscaleError(
+                f"cannot make the run directory {self.path}: {error.strerror}"
+            ) from None
+        for leftover in (self.path / run_files.PARTS).glob(".*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        run_files.write_text(known, yaml.safe_dump(self.config, sort_keys=True, allow_unicode=True))
+
+    def _sign(self, record: dict[str, Any]) -> None:
+        """Write the provenance; that of earlier sittings stays under ``earlier``."""
+        path = self.path / run_files.PROVENANCE
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            record["earlier"] = [*before.pop("earlier", []), before]
+        run_files.write_text(path, json.dumps(record, indent=2) + "\n")
+
+    def _take_up(self, old: Any) -> None:
+        """Continue with the configuration that is there.
+
+        The same one, but for policies that are new.
+        """
+        new = yaml.safe_load(yaml.safe_dump(self.config))
+        known, asked = old.get("policies"), new.get("policies")
+        if isinstance(known, dict) and isinstance(asked, dict) and known.keys() == asked.keys():
+            new["policies"] = self.config["policies"] = joined(known, asked)
+            old = old | {"policies": new["policies"]}
+        if old == new:
+            return
+        before, after = run_files.flat(old), run_files.flat(new)
+        key = next(
+            k for k in sorted(before | after) if before.get(k, _ABSENT) != after.get(k, _ABSENT)
+        )
+        raise BiscaleError(
+            f"cannot resume {self.path}: '{key}' was {before.get(key, _ABSENT)} and is now {after.get(key, _ABSENT)}; "
+            "resume with the same settings or choose another --out"
+        )
+
+    def _finished(self) -> set[str]:
+        done = {part.name for part in self._parts()}
+        if (self.path / run_files.RESULTS).is_file():
+            done |= set(
+                pd.read_parquet(self.path / run_files.RESULTS, columns=["run_id"])["run_id"]
+            )
+        return done
+
+    def _parts(self) -> list[Path]:
+        return sorted(
+            p
+            for p in (self.path / run_files.PARTS).glob("*")
+            if p.is_dir() and not p.name.startswith(".")
+        )
+
+    def has(self, key: Mapping[str, Any]) -> bool:
+        """Whether the run with these key columns (``RunRecord.key``) has been finished before."""
+        return run_id(key) in self._done
+
+    def add(
+        self, record: RunRecord, *, keep_timeline: bool = True, keep_requests: bool = True
+    ) -> dict[str, Any]:
+        """Keep one finished run on disk and return its row (without the columns that compare it
+        with others).
+
+        Args:
+            record: the run.
+            keep_timeline: store its decisions too; large comparisons keep those of one workload
+                only.
+            keep_requests: store its requests too.
+        """
+        row = results_row(record)
+        run = row["run_id"]
+        folder = Path(tempfile.mkdtemp(prefix=".", dir=self.path / run_files.PARTS))
+        try:
+            self._write_part(
+                folder, record, row, keep_timeline=keep_timeline, keep_requests=keep_requests
+            )
+            shutil.rmtree(self.path / run_files.PARTS / run, ignore_errors=True)
+            folder.replace(self.path / run_files.PARTS / run)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._done.add(run)
+        return row
+
+    @staticmethod
+    def _write_part(
+        folder: Path,
+        record: RunRecord,
+        row: dict[str, Any],
+        *,
+        keep_timeline: bool,
+        keep_requests: bool,
+    ) -> None:
+        pd.DataFrame([row]).to_parquet(folder / run_files.RESULTS, index=False)
+        tables: dict[str, tuple[Mapping[str, Any], Sequence[str]]] = {
+            run_files.BLOCKS: (block_totals(record), BLOCK_COLUMNS)
+        }
+        if keep_requests:
+            tables[run_files.REQUESTS] = (record.requests, REQUEST_COLUMNS)
+        if keep_timeline:
+            tables[run_files.TIMELINES] = (record.timeline, TIMELINE_COLUMNS)
+        for name, (columns, names) in tables.items():
+            pq.write_table(
+                run_files.run_table(row["run_id"], columns, names),
+                folder / name,
+                compression="zstd",
+            )
+
+    def name_infeasible(self, points: Sequence[Mapping[str, Any]]) -> None:
+        """Keep, beside the results, the operating points that max clock cannot serve at any load
+        (``Infeasible.point``).
+        """
+        if points:
+            frame = pd.DataFrame(list(points), columns=list(INFEASIBLE_COLUMNS))
+            run_files.write_text(self.path / run_files.INFEASIBLE, frame.to_csv(index=False))
+
+    def merge(self) -> Run | None:
+        """Merge finished parts into the Parquet files and the summary.
+
+        None when nothing has finished yet.
+        """
+        parts = self._parts()
+        old = [self.path / run_files.RESULTS] if (self.path / run_files.RESULTS).is_file() else []
+        frames = [pd.read_parquet(p) for p in [*old, *(part / run_files.RESULTS for part in parts)]]
+        if not frames:
+            return None
+        rows = pd.concat(frames, ignore_index=True).drop_duplicates("run_id", keep="last")
+        for name in run_files.TABLES:
+            run_files.merge_tables(
+                self.path / name, [part / name for part in parts if (part / name).is_file()]
+            )
+        with run_files.replacing(self.path / run_files.RESULTS) as temporary:
+            results.complete(rows).to_parquet(temporary, index=False)
+        for part in parts:
+            shutil.rmtree(part)
+        run = load_run(self.path)
+        with run_files.replacing(self.path / run_files.SUMMARY) as temporary:
+            run.summary().to_csv(temporary, index=False)
+        return run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.merge()

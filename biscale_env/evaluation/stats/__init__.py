@@ -1,0 +1,1 @@
+"""Metrics of a run, intervals over runs, targets and scores."""

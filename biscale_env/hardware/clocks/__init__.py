@@ -1,0 +1,1 @@
+"""Clocks of real and fake GPUs: backends, owners, latencies, the doctor."""

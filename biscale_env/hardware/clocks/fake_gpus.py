@@ -1,0 +1,307 @@
+"""GPUs in a file: clocks that outlive processes, with privileges, delays and power, but without any
+hardware.
+
+The file is a memory-mapped record per GPU. It is read and written by three parties: this backend,
+the emulated engine (which obeys the clock and reports power), and the C library
+``libnvidia-ml.so.1`` of the tests (``tests/fake_nvml/nvml.c`` repeats this layout, and a test
+compares the two). Every access holds the file's lock, which the kernel releases when a process
+dies.
+
+Clocks move as in the simulator: a request takes ``delay_s``; one is on its way at a time; the
+newest waits behind it.
+"""
+
+import contextlib
+import fcntl
+import math
+import mmap
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biscale_env.core.errors import BiscaleError
+from biscale_env.hardware.clocks.backend import (
+    ClockBackend,
+    ClockDenied,
+    ClockError,
+    ClockReading,
+    GpuDevice,
+    GpuLost,
+)
+
+MAGIC = 0x31454C4143534942  # "BISCALE1"
+HEADER_DTYPE = np.dtype(
+    [
+        ("magic", np.uint64),
+        ("n_gpus", np.int64),
+        ("privileged", np.int64),  # 0: locking is refused
+        ("set_latency_us", np.int64),  # time a lock or reset call takes
+        ("delay_s", np.float64),  # from the call to the clock being in force
+        ("spare", np.float64, (3,)),
+    ]
+)
+GPU_DTYPE = np.dtype(
+    [
+        ("uuid", "S96"),
+        ("name", "S96"),
+        ("freq_mhz", np.float64),  # clock in force
+        ("inflight_mhz", np.float64),  # clock on its way
+        ("apply_at_s", np.float64),  # CLOCK_MONOTONIC; inf: nothing on its way
+        ("wanted_mhz", np.float64),  # newest request
+        ("previous_mhz", np.float64),  # clock before the last change
+        ("landed_at_s", np.float64),  # when the clock last changed
+        ("default_mhz", np.float64),  # clock of an unlocked GPU
+        ("min_mhz", np.float64),
+        ("max_mhz", np.float64),
+        ("step_mhz", np.float64),
+        ("memory_mhz", np.float64),
+        ("temperature_c", np.float64),
+        ("reasons", np.int64),
+        ("locked", np.int64),
+        ("n_sets", np.int64),
+        ("n_resets", np.int64),
+        ("lost", np.int64),
+        ("external", np.int64),  # 1: an emulated engine writes energy and power, 0: the toy below
+        (
+            "effective_mhz",
+            np.float64,
+        ),  # clock under the power cap while an emulated iteration runs; 0: no cap
+        ("energy_j", np.float64),  # up to power_at_s
+        ("power_w", np.float64),  # since power_at_s
+        ("power_at_s", np.float64),
+        (
+            "toy_idle_w",
+            np.float64,
+        ),  # toy: idle + slope (f / GHz)^3, any values (assumed); tests use it as a known answer
+        ("toy_slope_w", np.float64),
+    ]
+)
+
+
+def create_state(
+    path: Path,
+    n_gpus: int = 8,
+    *,
+    delay_s: float = 0.05,
+    privileged: bool = True,
+    set_latency_us: int = 0,
+    limits_mhz: tuple[float, float, float] = (345.0, 1980.0, 15.0),
+) -> Path:
+    """Write a fresh state file; an existing one is replaced.
+
+    Args:
+        path: the file.
+        n_gpus: GPUs of the pretended machine.
+        delay_s: actuation delay, s (0.05: the lower end of what was measured with nvidia-smi on
+            H100).
+        privileged: whether clocks may be locked.
+        set_latency_us: time a call takes, microseconds.
+        limits_mhz: lowest, highest clock and step.
+
+    Returns:
+        The path.
+    """
+    header = np.zeros(1, HEADER_DTYPE)
+    header[0] = (MAGIC, n_gpus, int(privileged), set_latency_us, delay_s, 0.0)
+    gpus = np.zeros(n_gpus, GPU_DTYPE)
+    now = time.monotonic()
+    machine = secrets.token_hex(4)  # two pretended machines never share a GPU, nor its owner
+    low, high, step = limits_mhz
+    for k in range(n_gpus):
+        gpus[k]["uuid"] = f"GPU-{machine}-0000-0000-0000-{k:012d}".encode()
+        gpus[k]["name"] = b"Emulated H100 (no hardware)"
+    for name in (
+        "freq_mhz",
+        "inflight_mhz",
+        "wanted_mhz",
+        "previous_mhz",
+        "default_mhz",
+        "max_mhz",
+    ):
+        gpus[name] = high
+    gpus["min_mhz"], gpus["step_mhz"], gpus["memory_mhz"] = low, step, 2619.0
+    gpus["apply_at_s"], gpus["landed_at_s"], gpus["power_at_s"] = np.inf, now, now
+    gpus["temperature_c"], gpus["toy_idle_w"], gpus["toy_slope_w"] = 45.0, 100.0, 50.0
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(header.tobytes() + gpus.tobytes())
+    temporary.replace(path)
+    return path
+
+
+def settle(gpu: Any, now_s: float, delay_s: float) -> None:
+    """Let every clock that has landed by ``now_s`` take effect, with its energy."""
+    while gpu["apply_at_s"] <= now_s:
+        landed = float(gpu["apply_at_s"])
+        integrate(gpu, landed)
+        gpu["previous_mhz"], gpu["freq_mhz"], gpu["landed_at_s"] = (
+            gpu["freq_mhz"],
+            gpu["inflight_mhz"],
+            landed,
+        )
+        if gpu["wanted_mhz"] == gpu["freq_mhz"]:
+            gpu["apply_at_s"] = np.inf
+        else:
+            gpu["inflight_mhz"] = gpu["wanted_mhz"]
+            gpu["apply_at_s"] = landed + delay_s
+    integrate(gpu, now_s)
+
+
+def integrate(gpu: Any, now_s: float) -> None:
+    """Add the energy drawn since the last look; an emulated engine does its own book-keeping."""
+    if gpu["external"] == 0:
+        power_w = gpu["toy_idle_w"] + gpu["toy_slope_w"] * (gpu["freq_mhz"] * 1e-3) ** 3
+        gpu["energy_j"] += power_w * max(now_s - gpu["power_at_s"], 0.0)
+        gpu["power_w"], gpu["power_at_s"] = power_w, now_s
+
+
+def want(gpu: Any, freq_mhz: float, now_s: float, delay_s: float) -> None:
+    """Request a clock at ``now_s`` (the GPU must be settled)."""
+    if freq_mhz == gpu["wanted_mhz"]:
+        return
+    gpu["wanted_mhz"] = freq_mhz
+    if not math.isfinite(gpu["apply_at_s"]):
+        gpu["inflight_mhz"] = freq_mhz
+        gpu["apply_at_s"] = now_s + delay_s
+        settle(gpu, now_s, delay_s)
+
+
+class FakeState:
+    """The open state file. Use ``with state.locked() as gpus`` for every access."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            self._file = self.path.open("r+b")
+            self._map = mmap.mmap(self._file.fileno(), 0)
+        except (OSError, ValueError) as error:
+            raise BiscaleError(
+                f"cannot open the fake GPUs in '{path}' ({getattr(error, 'strerror', None) or error}): "
+                "`biscale hw emulate` makes the file"
+            ) from None
+        if (
+            len(self._map) < HEADER_DTYPE.itemsize
+            or int.from_bytes(self._map[:8], "little") != MAGIC
+        ):
+            raise BiscaleError(f"{path} is not a file of fake GPUs")
+        self.header = np.frombuffer(self._map, HEADER_DTYPE, 1)[0]
+        self.gpus = np.frombuffer(
+            self._map, GPU_DTYPE, int(self.header["n_gpus"]), HEADER_DTYPE.itemsize
+        )
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the file's lock."""
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[Any]:
+        """Hold the file's lock, bring all GPUs up to now, and give their records."""
+        with self.lock():
+            now = time.monotonic()
+            for gpu in self.gpus:
+                settle(gpu, now, float(self.header["delay_s"]))
+            yield self.gpus
+
+    @contextlib.contextmanager
+    def one(self, index: int) -> Iterator[Any]:
+        """Hold the file's lock, bring one GPU up to now, and give its record."""
+        with self.lock():
+            gpu = self.gpus[index]
+            settle(gpu, time.monotonic(), float(self.header["delay_s"]))
+            yield gpu
+
+    def index(self, uuid: str) -> int:
+        """Position of a GPU.
+
+        Raises:
+            ClockError: unknown, or lost.
+        """
+        for k, gpu in enumerate(self.gpus):
+            if gpu["uuid"].decode() == uuid:
+                if gpu["lost"]:
+                    raise GpuLost(f"GPU {uuid} is lost")
+                return k
+        raise ClockError(f"GPU {uuid} is not on this machine")
+
+
+class FakeBackend(ClockBackend):
+    """Clocks of a state file. Needs neither driver nor compiler.
+
+    What `biscale hw emulate` and unit tests use.
+    """
+
+    name = "fake"
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not str(path):
+            raise BiscaleError("the fake backend needs its state file: fake:STATE_FILE")
+        self.state = FakeState(path)
+
+    def devices(self) -> list[GpuDevice]:
+        """GPUs of the file."""
+        return [
+            GpuDevice(k, g["uuid"].decode(), g["name"].decode())
+            for k, g in enumerate(self.state.gpus)
+        ]
+
+    def supported_mhz(self, uuid: str) -> list[float]:
+        """Clocks on the grid, rising, MHz."""
+        gpu = self.state.gpus[self.state.index(uuid)]
+        return [float(f) for f in np.arange(gpu["min_mhz"], gpu["max_mhz"] + 1.0, gpu["step_mhz"])]
+
+    def read(self, uuid: str) -> ClockReading:
+        """Clock (under the cap while an emulated iteration runs), reasons, temperature, power."""
+        k = self.state.index(uuid)
+        with self.state.one(k) as gpu:
+            freq = (
+                min(gpu["freq_mhz"], gpu["effective_mhz"])
+                if gpu["effective_mhz"] > 0
+                else gpu["freq_mhz"]
+            )
+            return ClockReading(
+                float(freq), int(gpu["reasons"]), float(gpu["temperature_c"]), float(gpu["power_w"])
+            )
+
+    def energy_j(self, uuid: str) -> float:
+        """Energy counter, J."""
+        k = self.state.index(uuid)
+        with self.state.one(k) as gpu:
+            return float(
+                gpu["energy_j"] + gpu["power_w"] * max(time.monotonic() - gpu["power_at_s"], 0.0)
+            )
+
+    def _change(self, uuid: str, freq_mhz: float | None) -> None:
+        k = self.state.index(uuid)
+        if not self.state.header["privileged"]:
+            raise ClockDenied(f"locking {uuid}: no privilege on these fake GPUs")
+        time.sleep(int(self.state.header["set_latency_us"]) * 1e-6)
+        with self.state.one(k) as gpu:
+            target = float(gpu["default_mhz"]) if freq_mhz is None else freq_mhz
+            gpu["locked"] = int(freq_mhz is not None)
+            gpu["n_resets" if freq_mhz is None else "n_sets"] += 1
+            want(gpu, target, time.monotonic(), float(self.state.header["delay_s"]))
+
+    def lock(self, uuid: str, low_mhz: float, high_mhz: float) -> None:
+        """Request the upper clock, on the grid."""
+        gpu = self.state.gpus[self.state.index(uuid)]
+        if not 0 < low_mhz <= high_mhz or not gpu["min_mhz"] <= high_mhz <= gpu["max_mhz"]:
+            raise ClockError(
+                f"locking {uuid} at {low_mhz:g} to {high_mhz:g} MHz: the driver calls the pair invalid"
+            )
+        step = float(gpu["step_mhz"])
+        self._change(
+            uuid, float(gpu["max_mhz"]) - step * round((float(gpu["max_mhz"]) - high_mhz) / step)
+        )
+
+    def reset(self, uuid: str) -> None:
+        """Give the clock back."""
+        self._change(uuid, None)

@@ -1,0 +1,130 @@
+"""Clocks through the Zeus daemon: for users who are not root where an administrator runs ``zeusd``.
+
+``zeusd`` (0.5) takes requests over HTTP on a Unix socket; clocks are written through it and read
+through NVML, which needs no privilege. The daemon itself never resets a clock, so all promises are
+kept by our actuator as with NVML.
+"""
+
+import http.client
+import os
+import socket
+from collections.abc import Sequence
+from urllib.parse import urlencode
+
+from biscale_env.core.errors import BiscaleError
+from biscale_env.hardware.clocks.backend import (
+    ClockBackend,
+    ClockDenied,
+    ClockError,
+    ClockReading,
+    GpuDevice,
+)
+
+TIMEOUT_S = 1.0
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(TIMEOUT_S)
+        self.sock.connect(self._path)
+
+
+class ZeusdBackend(ClockBackend):
+    """Writes through ``zeusd``, reads through ``reader`` (NVML unless told otherwise)."""
+
+    name = "zeusd"
+
+    def __init__(self, socket_path: str | None = None, reader: ClockBackend | None = None) -> None:
+        """Connect.
+
+        Args:
+            socket_path: the daemon's socket; default ``$ZEUSD_SOCK_PATH``, else
+                ``/var/run/zeusd.sock``.
+            reader: backend that readings come from.
+
+        Raises:
+            BiscaleError: nobody answers at the socket.
+        """
+        if reader is None:
+            from biscale_env.hardware.clocks.nvml import NvmlBackend
+
+            reader = NvmlBackend()
+        self.reader = reader
+        self.socket_path = socket_path or os.environ.get("ZEUSD_SOCK_PATH") or "/var/run/zeusd.sock"
+        self._connection = _UnixConnection(self.socket_path)
+        try:
+            self._connection.connect()
+        except OSError as error:
+            raise BiscaleError(
+                f"zeusd does not answer at {self.socket_path} ({error.strerror or error}): "
+                "start it, or set ZEUSD_SOCK_PATH"
+            ) from None
+
+    def _post(self, route: str, params: dict[str, str]) -> None:
+        token = os.environ.get("ZEUSD_TOKEN")
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        target = f"/gpu/{route}?{urlencode(params)}"
+        for attempt in (0, 1):  # the daemon closes idle connections: one fresh attempt
+            try:
+                self._connection.request("POST", target, headers=headers)
+                response = self._connection.getresponse()
+                body = response.read().decode(errors="replace").strip()
+                break
+            except (OSError, http.client.HTTPException) as error:
+                self._connection.close()
+                if attempt:
+                    raise ClockError(
+                        f"zeusd at {self.socket_path} does not answer ({error})"
+                    ) from None
+        if response.status in (401, 403):
+            raise ClockDenied(
+                f"zeusd refuses {route} ({body or response.status}): set ZEUSD_TOKEN to a token that allows it"
+            )
+        if response.status != 200:
+            raise ClockError(
+                f"zeusd could not {route} ({response.status}: {body or 'no explanation'})"
+            )
+
+    def devices(self) -> list[GpuDevice]:
+        """GPUs as the reader lists them."""
+        return self.reader.devices()
+
+    def supported_mhz(self, uuid: str) -> list[float]:
+        """Clocks as the reader lists them, MHz."""
+        return self.reader.supported_mhz(uuid)
+
+    def read(self, uuid: str) -> ClockReading:
+        """Reading of the reader."""
+        return self.reader.read(uuid)
+
+    def energy_j(self, uuid: str) -> float:
+        """Energy counter of the reader, J."""
+        return self.reader.energy_j(uuid)
+
+    def _ids(self, uuids: Sequence[str]) -> str:
+        return ",".join(str(self.device(uuid).index) for uuid in uuids)
+
+    def lock(self, uuid: str, low_mhz: float, high_mhz: float) -> None:
+        """Ask the daemon to lock, and wait until it has."""
+        self.lock_all([uuid], low_mhz, high_mhz)
+
+    def lock_all(self, uuids: Sequence[str], low_mhz: float, high_mhz: float) -> None:
+        """Ask the daemon to lock several GPUs in one request."""
+        clocks = {"min_clock_mhz": str(round(low_mhz)), "max_clock_mhz": str(round(high_mhz))}
+        self._post(
+            "set_gpu_locked_clocks", {"gpu_ids": self._ids(uuids), **clocks, "block": "true"}
+        )
+
+    def reset(self, uuid: str) -> None:
+        """Ask the daemon to unlock, and wait until it has."""
+        self._post("reset_gpu_locked_clocks", {"gpu_ids": self._ids([uuid]), "block": "true"})
+
+    def close(self) -> None:
+        """Close the connection and the reader."""
+        self._connection.close()
+        self.reader.close()

@@ -1,0 +1,1 @@
+"""What serving engines tell: records, hooks, metric sources."""

@@ -1,0 +1,133 @@
+"""Hook for SGLang: entry point group ``sglang.srt.plugins`` ->
+``biscale_env.hardware.engines.sglang_hook:register``.
+
+It puts a BEFORE hook on ``Scheduler.run_batch``, the last step before the forward pass. Written
+against the source of 0.5.23 and tested on stand-ins; it has not been run inside SGLang. A target
+that SGLang does not know is only logged there, so check that records arrive (``biscale hw
+doctor``). SGLang's own ``--enable-forward-pass-metrics`` is the alternative (see
+:mod:`biscale_env.hardware.engines.sources`).
+"""
+
+import logging
+import time
+from typing import Any
+
+from biscale_env.hardware.engines.engine_record import (
+    Detail,
+    EngineRecord,
+    Queued,
+    Scheduled,
+    table,
+)
+from biscale_env.hardware.engines.sender import MAX_FAILURES, Sender
+
+TARGET = "sglang.srt.managers.scheduler.Scheduler.run_batch"
+MAX_ROWS = 128
+FORGET_EVERY = 1024  # iterations between clearings of what is remembered about finished requests
+logger = logging.getLogger("biscale_env")
+
+
+class SglangWatcher:
+    """Turns SGLang's scheduler and batch into records."""
+
+    def __init__(self, sender: Sender) -> None:
+        self.sender = sender
+        self.epoch_s = time.monotonic()
+        self.counter = 0
+        self.failures = 0
+        self.hook_s = 0.0
+        self.last_s = 0.0
+        self.seen: dict[str, float] = {}  # request -> when it was first seen, its arrival
+        self.starts: dict[str, float] = {}  # request -> when it was first seen decoding
+        self.recent: list[float] = []
+        self.arrived = 0
+        self.arrived_tokens = 0
+
+    def before_run_batch(self, scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+        """The hook; returns None, which leaves the arguments as they are. Never raises."""
+        if self.failures >= MAX_FAILURES or not self.sender.active:
+            return
+        try:
+            now = time.monotonic()
+            self.counter += 1
+            self.sender.send(self.record(scheduler, batch, now))
+            self.recent, self.last_s, self.failures = [], now, 0
+            if self.counter % FORGET_EVERY == 0:
+                self._forget(scheduler, batch)
+            self.hook_s = time.monotonic() - now
+        except Exception as error:
+            self.failures += 1
+            if self.failures in (1, MAX_FAILURES):
+                logger.warning(
+                    "biscale hook: %s: %s (serving goes on)", type(error).__name__, error
+                )
+
+    def _arrival(self, request: Any, now: float) -> float:
+        if request.rid not in self.seen:
+            self.seen[request.rid] = now
+            self.arrived += 1
+            self.arrived_tokens += len(request.origin_input_ids)
+            self.recent += (now, len(request.origin_input_ids))
+        return self.seen[request.rid]
+
+    def _forget(self, scheduler: Any, batch: Any) -> None:
+        alive = {r.rid for r in (*batch.reqs, *scheduler.waiting_queue)}
+        running = getattr(scheduler, "running_batch", None)
+        alive |= {r.rid for r in getattr(running, "reqs", ())}
+        self.seen = {k: v for k, v in self.seen.items() if k in alive}
+        self.starts = {k: v for k, v in self.starts.items() if k in alive}
+
+    def record(self, scheduler: Any, batch: Any, now: float) -> EngineRecord:
+        """Everything about the batch and the queue."""
+        rows: list[float] = []
+        prompts = new_tokens = prefix = 0
+        start: list[float] = []
+        tokens: list[int] = []
+        cached = 0
+        if batch.forward_mode.is_extend():
+            for request, new, done in zip(
+                batch.reqs, batch.extend_lens, batch.prefix_lens, strict=True
+            ):
+                rows += (self._arrival(request, now), len(request.origin_input_ids), done)
+                prompts, new_tokens, prefix = prompts + 1, new_tokens + new, prefix + done
+        else:
+            cached = int(batch.seq_lens_sum)
+            for request in batch.reqs:
+                self._arrival(request, now)
+                start.append(self.starts.setdefault(request.rid, now))
+                tokens.append(len(request.output_ids))
+        waiting = scheduler.waiting_queue
+        queued = 0
+        for request in waiting[:MAX_ROWS]:
+            rows += (self._arrival(request, now), len(request.origin_input_ids), 0)
+            queued += len(request.origin_input_ids)
+        more = max(len(waiting) - MAX_ROWS, 0)
+        detail = Detail(
+            time_s=now, epoch_s=self.epoch_s, waiting=table(rows), waiting_more=more, running_start=table(start),
+            running_tokens=table(tokens), cached_tokens=cached, arrived=self.arrived, arrived_tokens=self.arrived_tokens,
+            recent=table(self.recent), hook_s=self.hook_s,
+        )  # fmt: skip
+        return EngineRecord(
+            worker_id="sglang",
+            counter_id=self.counter,
+            wall_time=now - self.last_s if self.last_s else 0.0,
+            scheduled_requests=Scheduled(prompts, new_tokens, 0.0, prefix, len(tokens), cached),
+            queued_requests=Queued(len(waiting), queued + more * queued // MAX_ROWS),
+            detail=detail,
+        )
+
+
+def register() -> None:
+    """Plugin entry point; SGLang calls it in every process it starts, the hook fires in the
+    scheduler's only.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    watcher: list[SglangWatcher] = []
+
+    def hook(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+        if not watcher:
+            watcher.append(SglangWatcher(Sender.from_environment()))
+        watcher[0].before_run_batch(scheduler, batch, *args, **kwargs)
+
+    HookRegistry.register(TARGET, hook, HookType.BEFORE)

@@ -1,0 +1,1 @@
+"""The control loop: messages, actuator, controller, what it knows of the clock."""

@@ -1,0 +1,283 @@
+"""The process that decides: newest engine record in, observation, policy, clock command out."""
+
+import math
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+import numpy as np
+import zmq
+
+from biscale_env.contract import Policy
+from biscale_env.core.errors import BiscaleError
+from biscale_env.envs.plant import Plant
+from biscale_env.hardware.clocks.backend import ClockBackend, ClockError
+from biscale_env.hardware.engines import engine_record
+from biscale_env.hardware.engines.sender import alive_endpoint
+from biscale_env.hardware.loop import wire
+from biscale_env.hardware.loop.builder import ObservationBuilder
+from biscale_env.hardware.loop.clockview import ClockView
+from biscale_env.hardware.loop.processes import go_first, quick_threads
+
+POWER_PERIOD_S = 0.05
+FLUSH_S = 0.5
+WARM_UP_PREDICTIONS = 20
+
+
+class Decision(msgspec.Struct, gc=False):
+    """One decision, as logged. Times are CLOCK_MONOTONIC seconds.
+
+    Attributes:
+        sequence: number of the command.
+        counter: number of the engine record.
+        time_s: the engine's time of the record.
+        received_s: the controller had it.
+        decided_s: the policy had answered.
+        sent_s: the command was out.
+        action: the policy's answer in [-1, 1].
+        freq_mhz: the clock it stands for, on the grid.
+        observation: what the policy saw.
+    """
+
+    sequence: int
+    counter: int
+    time_s: float
+    received_s: float
+    decided_s: float
+    sent_s: float
+    action: float
+    freq_mhz: float
+    observation: list[float]
+
+
+class PowerMeter:
+    """Mean power of some GPUs, read between decisions.
+
+    A thread of its own would hold Python's lock when a record comes.
+    """
+
+    def __init__(
+        self, backend: ClockBackend | None, uuids: Sequence[str], period_s: float = POWER_PERIOD_S
+    ) -> None:
+        """Prepare.
+
+        Args:
+            backend: reads; None measures nothing (NaN).
+            uuids: GPUs.
+            period_s: shortest time between readings.
+        """
+        self.power_w = math.nan
+        self._backend, self._uuids, self._period_s = backend, list(uuids), period_s
+        self._due_s = -math.inf
+
+    def read_if_due(self) -> None:
+        """Read, unless that was done just before."""
+        now = time.monotonic()
+        if self._backend is None or not self._uuids or now < self._due_s:
+            return
+        self._due_s = now + self._period_s
+        try:
+            self.power_w = sum(self._backend.read(uuid).power_w for uuid in self._uuids) / len(
+                self._uuids
+            )
+        except ClockError:
+            self.power_w = math.nan
+
+
+class ControlLoop:
+    """Controls the clock of one instance."""
+
+    def __init__(
+        self,
+        plant: Plant,
+        policy: Policy,
+        sockets: Path,
+        *,
+        delay_s: float,
+        lease_s: float = 1.5,
+        group: str | None = None,
+        log: IO[bytes] | None = None,
+        meter: PowerMeter | None = None,
+        first: bool = False,
+    ) -> None:
+        """Open the sockets and warm everything up.
+
+        Args:
+            plant: phase, SLO, engine limits and model of the instance.
+            policy: any policy for this phase's observation.
+            sockets: folder that actuator and engine hook use too.
+            delay_s: expected actuation delay, s.
+            lease_s: the actuator's lease; keep-alives go out five times as often.
+            group: the actuator's name for these GPUs; default the phase.
+            log: JSON lines of all decisions.
+            meter: source of the mean power per GPU.
+            first: run before other processes, where that is allowed.
+
+        Raises:
+            BiscaleError: an address is taken, or the policy does not fit the observation.
+        """
+        self.plant, self.policy, self.log = plant, policy, log
+        self.builder = ObservationBuilder(plant, delay_s)
+        self.view = ClockView(plant.clocks, delay_s)
+        self.meter = meter or PowerMeter(None, ())
+        self.keep_alive_s = lease_s / 5
+        self.lease_s = lease_s
+        self.stopping = False
+        self.sequence = 0
+        self.heard_s = -math.inf
+        self.freq_mhz = 0.0
+        self._state: Any = None
+        self._start = np.ones(1, dtype=bool)
+        self._sent_s = -math.inf
+        self._flushed_s = 0.0
+        self._warm_up()
+        if first:
+            go_first()
+        self._open(sockets, group or plant.phase)
+
+    def _warm_up(self) -> None:
+        """Compile the observer and let the policy answer a few times, so that the first iteration
+        does not pay for it.
+        """
+        self.builder.warm_up()
+        blank = np.clip(
+            np.zeros(self.plant.spec.dim, dtype=np.float32),
+            self.plant.spec.low,
+            self.plant.spec.high,
+        )
+        state, start = None, np.ones(1, dtype=bool)
+        for _ in range(WARM_UP_PREDICTIONS):
+            _, state = self.policy.predict(blank, state, start, True)
+            start = np.zeros(1, dtype=bool)
+        quick_threads()
+
+    def _open(self, sockets: Path, group: str) -> None:
+        sockets.mkdir(parents=True, exist_ok=True)
+        self._context = zmq.Context()
+        self._endpoint = wire.record_endpoint(sockets, self.plant.phase)
+        self._records = wire.newest_receiver(self._context, self._endpoint)
+        self._alive = wire.newest_receiver(self._context, alive_endpoint(self._endpoint))
+        self._status = wire.subscriber(self._context, wire.status_endpoint(sockets))
+        self._commands = wire.newest_sender(self._context, wire.command_endpoint(sockets, group))
+        self._group = group
+        self._poller = zmq.Poller()
+        for socket in (self._records, self._alive, self._status):
+            self._poller.register(socket, zmq.POLLIN)
+
+    def run(self) -> None:
+        """Control until :attr:`stopping` is set.
+
+        Raises:
+            BiscaleError: records of an unknown schema, or a policy that fails.
+        """
+        while not self.stopping:
+            self.turn(self.keep_alive_s)
+
+    def turn(self, timeout_s: float) -> None:
+        """Wait for the next record (at most ``timeout_s``), decide on it, and keep the lease alive."""
+        ready = dict(self._poller.poll(max(1, round(timeout_s * 1e3))))
+        if self._records in ready:
+            self._decide(self._records.recv(zmq.NOBLOCK), time.monotonic())
+        if self._status in ready:
+            self._hear()
+        if self._alive in ready:
+            self._alive.recv(zmq.NOBLOCK)
+            self.heard_s = time.monotonic()
+        now = time.monotonic()
+        if (
+            self.freq_mhz
+            and now - self._sent_s >= self.keep_alive_s
+            and now - self.heard_s < self.lease_s
+        ):
+            self._send(now, 0.0, 0.0)
+        self.meter.read_if_due()
+        if self.log is not None and now - self._flushed_s > FLUSH_S:
+            self._flushed_s = now
+            self.log.flush()
+
+    def _decide(self, data: bytes, received_s: float) -> None:
+        try:
+            record = engine_record.decode(data)
+        except ValueError as error:
+            raise BiscaleError(str(error)) from None
+        self.heard_s = received_s
+        if record.idle:
+            return
+        power_w = self.meter.power_w
+        observation = self.builder.observe(
+            record, self.view, power_w if math.isfinite(power_w) else 0.0
+        )
+        try:
+            answer, self._state = self.policy.predict(observation, self._state, self._start, True)
+        except Exception as error:
+            raise BiscaleError(
+                f"the policy failed on a record ({type(error).__name__}: {error}): the clock goes back"
+            ) from error
+        self._start = np.zeros(1, dtype=bool)
+        action = float(np.asarray(answer).reshape(-1)[0])
+        if not math.isfinite(action):
+            raise BiscaleError(
+                f"the policy answered {action}, not an action in [-1, 1]: the clock goes back to the driver"
+            )
+        decided_s = time.monotonic()
+        self.freq_mhz = float(self.plant.clocks.snap_mhz(self.plant.clocks.to_freq_mhz(action)))
+        self._send(decided_s, received_s, record.detail.time_s if record.detail else received_s)
+        sent_s = time.monotonic()
+        self.view.ask(self.freq_mhz, sent_s)
+        if self.log is not None:
+            time_s = record.detail.time_s if record.detail else received_s
+            decision = Decision(
+                self.sequence,
+                record.counter_id,
+                time_s,
+                received_s,
+                decided_s,
+                sent_s,
+                action,
+                self.freq_mhz,
+                observation.tolist(),
+            )
+            self.log.write(msgspec.json.encode(decision) + b"\n")
+
+    def _send(self, decided_s: float, record_s: float, time_s: float) -> None:
+        self.sequence += 1
+        now = time.monotonic()
+        age_s = max(now - self.heard_s, 0.0)
+        command = wire.Command(self.sequence, self.freq_mhz, decided_s, age_s, record_s, time_s)
+        try:
+            self._commands.send(msgspec.msgpack.encode(command), zmq.NOBLOCK)
+        except zmq.Again:
+            return
+        self._sent_s = now
+
+    def _hear(self) -> None:
+        while self._status.poll(0):
+            change = msgspec.msgpack.decode(self._status.recv(zmq.NOBLOCK), type=wire.ClockChange)
+            if change.group == self._group:
+                self.view.hear(change)
+
+    def close(self) -> None:
+        """Close the sockets; the actuator's lease does the rest."""
+        self._context.destroy(0)
+        wire.unbind(self._endpoint)
+        wire.unbind(alive_endpoint(self._endpoint))
+        if self.log is not None:
+            self.log.flush()
+
+
+def serve(loop: ControlLoop) -> None:
+    """Run a loop until a signal. Prints ``controller ready`` when it takes records."""
+
+    def ask_to_stop(number: int, frame: object) -> None:
+        loop.stopping = True
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, ask_to_stop)
+    print("controller ready", flush=True)
+    try:
+        loop.run()
+    finally:
+        loop.close()

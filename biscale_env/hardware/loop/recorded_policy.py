@@ -1,0 +1,178 @@
+"""Policies for hardware: by name, from a checkpoint, or a recording played back."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from biscale_env.contract import ClockRange, Policy
+from biscale_env.core.errors import BiscaleError
+from biscale_env.envs.plant import Plant
+
+AGENT = "agent"  # the agent that comes with the package
+
+
+class RecordedPolicy:
+    """Plays recorded clocks back by time; before the first and after the last it holds the nearest.
+
+    The clock of the playback starts at the first prediction. With ``now`` it can be driven by
+    another clock.
+    """
+
+    def __init__(
+        self, time_s: NDArray[np.float64], freq_mhz: NDArray[np.float64], clocks: ClockRange
+    ) -> None:
+        """Keep a recording.
+
+        Args:
+            time_s: times of the decisions since the start of the run, rising, s.
+            freq_mhz: clock decided at each, MHz.
+            clocks: range that the actions span.
+        """
+        if len(time_s) == 0 or len(time_s) != len(freq_mhz):
+            raise BiscaleError("a recording needs as many clocks as times, and at least one")
+        self.time_s, self.freq_mhz, self.clocks = (
+            np.asarray(time_s, dtype=float),
+            np.asarray(freq_mhz, dtype=float),
+            clocks,
+        )
+        self._begun_s: float | None = None
+
+    def at(self, now_s: float) -> float:
+        """Clock in force at a time of the recording, MHz."""
+        k = int(np.searchsorted(self.time_s, now_s, side="right")) - 1
+        return float(self.freq_mhz[max(k, 0)])
+
+    def predict(
+        self,
+        observation: NDArray[np.float32],
+        state: Any = None,
+        episode_start: NDArray[np.bool_] | None = None,
+        deterministic: bool = True,
+    ) -> tuple[NDArray[np.float32], Any]:
+        """The recorded clock for now."""
+        now = time.monotonic()
+        if self._begun_s is None or (episode_start is not None and np.any(episode_start)):
+            self._begun_s = now
+        action = self.clocks.to_action(np.full((1,), self.at(now - self._begun_s)))
+        return (action if observation.ndim == 1 else np.tile(action, (len(observation), 1))), None
+
+
+def read_recording(path: Path, phase: str, clocks: ClockRange) -> RecordedPolicy:
+    """Recording of a run: a timelines table of a run directory, or any table with ``time_s`` and
+    ``freq_requested_mhz``.
+
+    Raises:
+        BiscaleError: the file cannot be read, or has other columns.
+    """
+    try:
+        frame = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise BiscaleError(
+            f"cannot read the recording {path}: {str(error).splitlines()[0]}"
+        ) from None
+    missing = {"time_s", "freq_requested_mhz"} - set(frame.columns)
+    if missing:
+        raise BiscaleError(
+            f"{path} is no recording of decisions: the column '{min(missing)}' is missing"
+        )
+    if "phase" in frame.columns:
+        frame = frame[frame["phase"] == phase]
+    elif "run_id" in frame.columns:
+        frame = frame[frame["run_id"] == _run_of(path, phase)]
+    frame = frame.sort_values("time_s")
+    return RecordedPolicy(
+        frame["time_s"].to_numpy(), frame["freq_requested_mhz"].to_numpy(), clocks
+    )
+
+
+def _run_of(path: Path, phase: str) -> str:
+    results = path.with_name("results.parquet")
+    if results.is_file():
+        table = pd.read_parquet(results, columns=["run_id", "phase"])
+        found = table[table["phase"] == phase]["run_id"].tolist()
+        if len(found) == 1:
+            return str(found[0])
+    raise BiscaleError(f"{path} holds several runs: give a table with one run of {phase}")
+
+
+def load_policy(name: str, plant: Plant) -> Policy:
+    """Make the policy that the user named.
+
+    Args:
+        name: a name of the registry (``mpc``, ``slack:margin=0.1``, ``static:1200``), ``agent``
+            (the shipped one), a checkpoint of ``biscale train`` (``.npz``, ``.zip``), or a
+            recording (``.parquet``).
+        plant: the instance it is to control.
+
+    Raises:
+        BiscaleError: no such policy or file, or one made for another observation.
+    """
+    from controllers.base import context_of
+    from controllers.registry import make_policy
+
+    path = checkpoint_path(name, plant.phase)
+    if path is not None:
+        return _checkpoint(path, context_of(plant))
+    if name.endswith(".parquet"):
+        return read_recording(Path(name), plant.phase, plant.clocks)
+    return make_policy(name, context_of(plant))
+
+
+def checkpoint_path(name: str, phase: str) -> Path | None:
+    """File of a learned agent; None when the name is something else.
+
+    Raises:
+        BiscaleError: no agent is shipped for the phase, or there is no such file.
+    """
+    if name != AGENT and not name.endswith((".npz", ".zip")):
+        return None
+    import agents
+
+    shipped = Path(agents.__path__[0]) / "checkpoints" / f"{phase}.npz"
+    path = shipped if name == AGENT else Path(name)
+    if not path.is_file():
+        trained = f"train one with `biscale train {phase}`"
+        raise BiscaleError(
+            f"no agent is shipped for {phase}: {trained}"
+            if name == AGENT
+            else f"there is no checkpoint at {path}"
+        )
+    return path
+
+
+def phases_of(name: str, phases: tuple[str, ...]) -> tuple[str, ...]:
+    """Which of these phases a named policy can run.
+
+    Raises:
+        BiscaleError: no such policy or checkpoint.
+    """
+    from controllers.registry import parse_name, policy_names
+
+    if name.endswith(".parquet") or name == AGENT:
+        return phases
+    path = checkpoint_path(name, phases[0])
+    if path is None:
+        return tuple(p for p in phases if parse_name(name)[0] in policy_names(p))
+    if path.suffix == ".zip":
+        from agents.policy.sb3_policy import config_beside
+
+        own = str(config_beside(path).phase)
+    else:
+        from agents.policy.numpy_policy import load_network
+
+        own = load_network(path).phase
+    return tuple(p for p in phases if p == own)
+
+
+def _checkpoint(path: Path, context: Any) -> Policy:
+    if path.suffix == ".zip":
+        from agents.policy.sb3_policy import Sb3Policy
+
+        return Sb3Policy.load(path, context)
+    from agents.policy.numpy_policy import NumpyPolicy
+
+    return NumpyPolicy.load(path, context)

@@ -1,0 +1,173 @@
+"""Messages between controller, actuator and recorder, and the sockets they travel on.
+
+Commands travel on a PUSH/PULL pair per group of GPUs that keeps the newest message only: a late
+actuator never works through old wishes. Times are CLOCK_MONOTONIC seconds, one clock for all
+processes of a machine.
+"""
+
+import hashlib
+import os
+import socket as stdsocket
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from biscale_env.core.errors import BiscaleError
+from biscale_env.hardware.clocks import owner
+
+MAX_IPC_PATH = 100  # sun_path holds 107 bytes
+
+
+class Command(msgspec.Struct, frozen=True, gc=False):
+    """What a controller wants of one group of GPUs.
+
+    Attributes:
+        sequence: rises by one per command of this controller.
+        freq_mhz: SM clock, MHz; 0 hands the clock back to the driver.
+        decided_s: when the policy had decided.
+        engine_age_s: how long ago the engine last gave a sign of life when this was sent; the lease
+            counts from there.
+        record_s: when the engine record that led to this arrived at the controller; 0 for a
+            keep-alive.
+        time_s: the engine's own time of that record.
+    """
+
+    sequence: int
+    freq_mhz: float
+    decided_s: float
+    engine_age_s: float = 0.0
+    record_s: float = 0.0
+    time_s: float = 0.0
+
+
+class ClockChange(msgspec.Struct, gc=False):
+    """One change (or refused change) of the clock of one group.
+
+    Published when set and logged when seen.
+
+    Attributes:
+        group: name of the group.
+        cause: ``command``, ``lease``, ``start``, ``exit``, ``guard`` or ``error``.
+        sequence: of the command, -1 where there was none.
+        requested_mhz: what was asked; 0 is a reset.
+        freq_mhz: what was sent to the driver, snapped and bounded; 0 is a reset.
+        decided_s: policy had decided; NaN without a command.
+        received_s: actuator had the command.
+        set_s: the driver call had returned.
+        seen_s: the clock was read back at its new value on every GPU; NaN: not within the time
+            allowed.
+        seen_mhz: last reading, mean over the GPUs.
+        reasons: clock event reasons at that reading, all GPUs together.
+        error: a sentence when something went wrong.
+    """
+
+    group: str
+    cause: str
+    sequence: int = -1
+    requested_mhz: float = float("nan")
+    freq_mhz: float = float("nan")
+    decided_s: float = float("nan")
+    received_s: float = float("nan")
+    set_s: float = float("nan")
+    seen_s: float = float("nan")
+    seen_mhz: float = float("nan")
+    reasons: int = 0
+    error: str = ""
+
+
+def command_endpoint(folder: Path, group: str) -> str:
+    """Address on which the actuator takes commands for one group."""
+    return ipc(folder / f"command-{group}.sock")
+
+
+def status_endpoint(folder: Path) -> str:
+    """Address on which the actuator publishes clock changes."""
+    return ipc(folder / "status.sock")
+
+
+def record_endpoint(folder: Path, phase: str) -> str:
+    """Address on which a controller takes the newest engine record of one phase."""
+    return ipc(folder / f"record-{phase}.sock")
+
+
+def ipc(path: Path) -> str:
+    """ZeroMQ address of a socket file.
+
+    Raises:
+        BiscaleError: the path is longer than the system allows.
+    """
+    absolute = path.absolute()
+    if len(os.fsencode(absolute)) > MAX_IPC_PATH:
+        raise BiscaleError(
+            f"the path of the socket {absolute} is too long for the system: choose a shorter --sockets folder"
+        )
+    return f"ipc://{absolute}"
+
+
+def newest_sender(context: zmq.Context, endpoint: str) -> zmq.Socket:
+    """PUSH socket that connects, keeps one message, never waits, not even when closed."""
+    socket = context.socket(zmq.PUSH)
+    for option, value in ((zmq.SNDHWM, 1), (zmq.CONFLATE, 1), (zmq.LINGER, 0)):
+        socket.setsockopt(option, value)
+    socket.connect(endpoint)
+    return socket
+
+
+def newest_receiver(context: zmq.Context, endpoint: str) -> zmq.Socket:
+    """PULL socket that binds and keeps the newest message only.
+
+    Raises:
+        BiscaleError: the address cannot be bound, e.g. because somebody else listens there.
+    """
+    socket = context.socket(zmq.PULL)
+    for option, value in ((zmq.RCVHWM, 1), (zmq.CONFLATE, 1), (zmq.LINGER, 0)):
+        socket.setsockopt(option, value)
+    return _bound(socket, endpoint)
+
+
+def publisher(context: zmq.Context, endpoint: str) -> zmq.Socket:
+    """PUB socket that binds; never blocks, drops for slow listeners."""
+    socket = context.socket(zmq.PUB)
+    socket.setsockopt(zmq.LINGER, 100)
+    return _bound(socket, endpoint)
+
+
+def subscriber(context: zmq.Context, endpoint: str) -> zmq.Socket:
+    """SUB socket on everything that is published at ``endpoint``."""
+    socket = context.socket(zmq.SUB)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SUBSCRIBE, b"")
+    socket.connect(endpoint)
+    return socket
+
+
+_held: dict[str, object] = {}
+
+
+def _bound(socket: zmq.Socket, endpoint: str) -> zmq.Socket:
+    """Bind, but never steal the address of a living process (ZeroMQ would unlink its socket file
+    without asking).
+    """
+    name = "socket-" + hashlib.blake2b(endpoint.encode(), digest_size=16).hexdigest()
+    held = owner.hold(name) if endpoint.startswith("ipc://") else True
+    try:
+        if held is None:
+            raise BiscaleError(
+                f"another process listens at {endpoint} already: stop it or choose another --sockets folder"
+            )
+        socket.bind(endpoint)
+    except (BiscaleError, zmq.ZMQError) as error:
+        socket.close(0)
+        if isinstance(error, BiscaleError):
+            raise
+        raise BiscaleError(f"cannot listen at {endpoint}: {error.strerror}") from None
+    _held[endpoint] = held
+    return socket
+
+
+def unbind(endpoint: str) -> None:
+    """Free the address of a socket that this process has closed."""
+    held = _held.pop(endpoint, None)
+    if isinstance(held, stdsocket.socket):
+        held.close()

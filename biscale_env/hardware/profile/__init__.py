@@ -1,0 +1,1 @@
+"""Latency and power of iterations measured on this machine's GPU."""

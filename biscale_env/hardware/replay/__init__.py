@@ -1,0 +1,1 @@
+"""A trace against an engine under control: load, recording, records, validation."""

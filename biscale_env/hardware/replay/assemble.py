@@ -1,0 +1,251 @@
+"""From the raw logs of a replay to run records, the same that simulation makes."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from numpy.typing import NDArray
+
+from biscale_env.config import load_slo
+from biscale_env.core.errors import BiscaleError
+from biscale_env.evaluation.runs.record import TIMELINE_COLUMNS, RunRecord
+from biscale_env.hardware.loop.control import Decision
+from biscale_env.hardware.loop.wire import ClockChange
+from biscale_env.hardware.replay.client import RequestRecord, dispatch_errors_s
+from biscale_env.hardware.replay.closed_loop import read_lines
+from biscale_env.hardware.replay.recorder import EnergyCurve, IterationRow
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Raw logs of one replay; all times CLOCK_MONOTONIC.
+
+    Attributes:
+        facts: settings, trace, start and end.
+        requests: as the client saw them.
+        iterations: engine records per phase.
+        decisions: decisions per phase.
+        changes: clock changes.
+        telemetry: GPU samples.
+    """
+
+    facts: dict[str, Any]
+    requests: list[RequestRecord]
+    iterations: dict[str, list[IterationRow]]
+    decisions: dict[str, list[Decision]]
+    changes: list[ClockChange]
+    telemetry: pd.DataFrame
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """Phases that were controlled."""
+        return tuple(self.facts["settings"]["policies"])
+
+    @property
+    def start_s(self) -> float:
+        """Time 0 of the trace."""
+        return float(self.facts["started_s"])
+
+
+def read_raw(folder: Path) -> Raw:
+    """Read the logs.
+
+    Raises:
+        BiscaleError: this is not the raw folder of a replay.
+    """
+    try:
+        facts = yaml.safe_load((folder / "replay.yaml").read_text(encoding="utf-8"))
+        telemetry = pd.read_parquet(folder / "telemetry.parquet")
+    except (OSError, ValueError, yaml.YAMLError):
+        raise BiscaleError(
+            f"{folder} holds no replay: give the folder that `biscale replay --out` wrote"
+        ) from None
+    rows = read_lines(folder / "iterations.jsonl", IterationRow)
+    phases = facts["settings"]["policies"]
+    return Raw(
+        facts,
+        sorted(read_lines(folder / "requests.jsonl", RequestRecord), key=lambda r: r.index),
+        {p: [r for r in rows if r.phase == p] for p in phases},
+        {p: read_lines(folder / f"decisions-{p}.jsonl", Decision) for p in phases},
+        read_lines(folder / "clocks.jsonl", ClockChange),
+        telemetry,
+    )
+
+
+def request_columns(raw: Raw, phase: str) -> dict[str, NDArray[Any]]:
+    """Requests of one phase, times from the start of the trace.
+
+    Decode has those of two tokens or more that were sent to it; one without a single token back
+    counts from when it was sent.
+    """
+    chosen = raw.requests
+    if phase == "decode":
+        chosen = [r for r in chosen if r.output_tokens > 1 and math.isfinite(r.decode_sent_s)]
+
+    def column(name: str) -> Floats:
+        return np.array([getattr(r, name) for r in chosen], dtype=np.float64) - raw.start_s
+
+    failed = np.array([bool(r.error) for r in chosen], dtype=bool)
+    if phase == "prefill":
+        separate = raw.facts["settings"]["prefill_url"] is not None
+        arrival = column("dispatched_s")
+        first = finish = column("prefill_done_s") if separate else column("first_chunk_s")
+    else:
+        chunk = column("first_chunk_s")
+        arrival = first = np.where(np.isfinite(chunk), chunk, column("decode_sent_s"))
+        finish = np.where(failed, np.nan, column("last_chunk_s"))
+    order = np.argsort(arrival, kind="stable")
+    columns: dict[str, NDArray[Any]] = {
+        "arrival_s": arrival, "start_s": np.full(len(chosen), np.nan), "first_token_s": first, "finish_s": finish,
+        "prompt_tokens": np.array([r.prompt_tokens for r in chosen]), "output_tokens": np.array([r.output_tokens for r in chosen]),
+    }  # fmt: skip
+    return {name: values[order] for name, values in columns.items()}
+
+
+def clock_steps(raw: Raw, phase: str, top_mhz: float) -> tuple[Floats, Floats]:
+    """Clock in force over time, from the read-backs: (times from the start, MHz from each on).
+
+    0 stands for the driver's own.
+    """
+    mine = [c for c in raw.changes if c.group == phase and c.cause != "guard"]
+    delays = [c.seen_s - c.set_s for c in mine if math.isfinite(c.seen_s)]
+    usual_s = float(np.median(delays)) if delays else 0.0
+    times = [
+        (c.seen_s if math.isfinite(c.seen_s) else c.set_s + usual_s) - raw.start_s for c in mine
+    ]
+    freqs = [c.freq_mhz or top_mhz for c in mine]
+    order = np.argsort(times, kind="stable")
+    return np.array(times)[order], np.array(freqs)[order]
+
+
+def at_step(times: Floats, values: Floats, when: Floats, before: float) -> Floats:
+    """Value of a step function at given times; ``before`` ahead of its first step."""
+    if not len(times):
+        return np.full(np.shape(when), before)
+    k = np.searchsorted(times, when, side="right") - 1
+    return np.where(k >= 0, values[np.maximum(k, 0)], before)
+
+
+def timeline_columns(raw: Raw, phase: str, end_s: float, top_mhz: float) -> dict[str, Floats]:
+    """One entry per engine iteration within the run.
+
+    Energy and power from the counters, clocks from the logs.
+    """
+    rows = [r for r in raw.iterations[phase] if -1e-3 <= r.time_s - raw.start_s <= end_s]
+    if not rows:
+        return {name: np.zeros(0) for name in TIMELINE_COLUMNS}
+    time_s = np.array([r.time_s for r in rows]) - raw.start_s
+    after = np.append(time_s[1:], max(end_s, time_s[-1]))
+    ran = np.append(np.array([r.wall_time_s for r in rows])[1:], np.inf)
+    duration = np.minimum(ran, after - time_s)
+    curve = EnergyCurve(raw.telemetry, phase)
+    spent = curve.at(after + raw.start_s) - curve.at(time_s + raw.start_s)
+    busy_j = curve.at(time_s + duration + raw.start_s) - curve.at(time_s + raw.start_s)
+    decided = raw.decisions[phase]
+    d_time, d_freq = (
+        np.array([d.time_s for d in decided]) - raw.start_s,
+        np.array([d.freq_mhz for d in decided]),
+    )
+    sampled = raw.telemetry[raw.telemetry["group"] == phase].groupby("time_s")["freq_mhz"].mean()
+    middle = time_s + 0.5 * duration + raw.start_s
+    effective = (
+        np.interp(middle, sampled.index.to_numpy(), sampled.to_numpy())
+        if len(sampled)
+        else np.full(len(rows), np.nan)
+    )
+    prefill = phase == "prefill"
+    return {
+        "time_s": time_s,
+        "duration_s": duration,
+        "idle_s": after - time_s - duration,
+        "freq_requested_mhz": at_step(d_time, d_freq, time_s + 1e-6, top_mhz),
+        "freq_applied_mhz": at_step(*clock_steps(raw, phase, top_mhz), time_s, top_mhz),
+        "freq_effective_mhz": effective,
+        "power_w": np.divide(
+            busy_j, duration * max(curve.n_gpus, 1), out=np.zeros(len(rows)), where=duration > 0
+        ),
+        "energy_j": spent,
+        "queue_requests": np.array([r.queued_requests for r in rows], dtype=float),
+        "batch_requests": np.array(
+            [r.prefill_requests if prefill else r.decode_requests for r in rows], dtype=float
+        ),
+        "batch_tokens": np.array(
+            [r.prefill_tokens if prefill else r.decode_requests for r in rows], dtype=float
+        ),
+        "kv_use": np.array([r.kv_use for r in rows], dtype=float),
+    }
+
+
+def delays_s(raw: Raw, phase: str) -> Floats:
+    """Measured actuation delays: from the controller's decision to the clock being read back, s."""
+    mine = [c for c in raw.changes if c.group == phase and c.cause == "command"]
+    return np.array(
+        [
+            c.seen_s - c.decided_s
+            for c in mine
+            if math.isfinite(c.seen_s) and math.isfinite(c.decided_s)
+        ]
+    )
+
+
+def _quantile(values: Floats | list[float], q: float) -> float:
+    return float(np.quantile(values, q)) if len(values) else math.nan
+
+
+def run_record(raw: Raw, phase: str, top_mhz: float) -> RunRecord:
+    """Record of one phase.
+
+    Raises:
+        BiscaleError: not one request was answered.
+    """
+    settings = raw.facts["settings"]
+    requests = request_columns(raw, phase)
+    last = requests["first_token_s" if phase == "prefill" else "finish_s"]
+    if not np.isfinite(last).any():
+        raise BiscaleError(
+            f"no request was answered in {phase}: {next((r.error for r in raw.requests if r.error), 'none was sent')}"
+        )
+    end_s = float(np.nanmax(last))
+    curve, decided = EnergyCurve(raw.telemetry, phase), raw.decisions[phase]
+    seen = {r.counter for r in raw.iterations[phase]}
+    totals = {
+        "energy_j": curve.between(raw.start_s, raw.start_s + end_s),
+        "duration_s": end_s,
+        "iterations": float(len(seen)),
+        "records_lost": float(max(seen) - min(seen) + 1 - len(seen)) if seen else 0.0,
+        "decision_time_median_s": _quantile([d.decided_s - d.received_s for d in decided], 0.5),
+        "decision_time_p99_s": _quantile([d.decided_s - d.received_s for d in decided], 0.99),
+        "clock_switches": float(
+            sum(c.group == phase and c.cause == "command" for c in raw.changes)
+        ),
+    }
+    if phase == "decode":
+        totals["output_tokens"] = float(
+            sum(
+                r.completion_tokens
+                for r in raw.requests
+                if r.output_tokens > 1 and r.completion_tokens > 0
+            )
+        )
+    labels: dict[str, str | float | int | bool] = {
+        "source": "hardware",
+        "engine": settings["engine"],
+        "record_to_command_p99_s": _quantile([d.sent_s - d.received_s for d in decided], 0.99),
+        "dispatch_error_p99_s": _quantile(dispatch_errors_s(raw.requests), 0.99),
+        "actuation_delay_median_s": _quantile(delays_s(raw, phase), 0.5),
+        "hook_p50_s": _quantile([r.hook_s for r in raw.iterations[phase] if r.hook_s], 0.5),
+        "hook_p99_s": _quantile([r.hook_s for r in raw.iterations[phase] if r.hook_s], 0.99),
+        "failed_requests": sum(bool(r.error) for r in raw.requests),
+    }
+    rate_rps = len(raw.requests) / max(end_s, 1e-9)
+    return RunRecord(
+        phase=phase, policy=settings["policies"][phase], scenario=f"replay of {raw.facts['trace']}", slo=load_slo(settings["slo"]),
+        rate_rps=rate_rps, workload_seed=0, ensemble_member=-1, tp=int(settings["tp"]), dtype=settings["dtype"], n_gpus=curve.n_gpus,
+        requests=requests, timeline=timeline_columns(raw, phase, end_s, top_mhz), totals=totals, labels=labels,
+    )  # fmt: skip

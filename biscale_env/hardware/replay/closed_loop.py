@@ -1,0 +1,375 @@
+"""The closed loop: actuator and controllers as processes, the trace as load, everything recorded."""
+
+import asyncio
+import contextlib
+import json
+import time
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pandas as pd
+import yaml
+
+from biscale_env.core.errors import BiscaleError
+from biscale_env.envs.plant import Plant, PlantSettings
+from biscale_env.hardware.clocks.backend import open_backend
+from biscale_env.hardware.emulation.emulate import all_records_endpoint
+from biscale_env.hardware.engines.sources import parse_prometheus
+from biscale_env.hardware.loop.processes import Child, hurried, quick_threads
+from biscale_env.hardware.loop.recorded_policy import load_policy, phases_of
+from biscale_env.hardware.replay.client import EngineGone, LoadSettings, Replayer, RequestRecord
+from biscale_env.hardware.replay.recorder import IterationLog, Telemetry
+from biscale_env.traces import Trace
+
+PHASES = ("prefill", "decode")
+GAVE_UP = 2  # exit code of our own sentences; a process that was killed has another
+BISCALE = {"prefill": "mpc", "decode": "slack"}
+INTERRUPTED = "interrupted"
+SETTLE_S = 0.5  # after the controllers are ready: sockets connect
+
+
+@dataclass(frozen=True)
+class ReplaySettings:
+    """One replay.
+
+    Attributes:
+        policies: policy per phase.
+        decode_url: engine that streams.
+        prefill_url: prefill engine; None for an engine without a separate prefill pool.
+        gpus: GPUs per phase.
+        backend: clock backend.
+        engine: what kind of engine it is, a label: ``vllm``, ``sglang``, ``dynamo`` or
+            ``emulated``.
+        sockets: folder of the sockets that the engine's hooks use.
+        own_actuator: start an actuator; False uses one that runs already on these sockets (e.g. as
+            root).
+        observe_only: set no clock.
+        slo: name of the SLO.
+        model: fitted model that observation and controllers use.
+        tp: GPUs per instance, of the model.
+        dtype: of the model.
+        token_budget: the engine's tokens per batch.
+        max_seqs: the engine's requests per batch.
+        delay_s: expected actuation delay; None takes the model's.
+        lease_s: lease of the clocks.
+        vocabulary: token ids are drawn below this.
+        timeout_s: longest life of one request.
+        stall_s: silence after which the engine counts as gone.
+    """
+
+    policies: Mapping[str, str]
+    decode_url: str
+    prefill_url: str | None
+    gpus: Mapping[str, tuple[str, ...]]
+    backend: str = "nvml"
+    engine: str = "vllm"
+    sockets: Path = Path("/tmp/biscale")
+    own_actuator: bool = True
+    observe_only: bool = False
+    slo: str = "biscale"
+    model: str = "h100-llama70b"
+    tp: int = 4
+    dtype: str = "bf16"
+    token_budget: int = 2048
+    max_seqs: int = 256
+    delay_s: float | None = None
+    lease_s: float = 1.5
+    vocabulary: int = 32_000
+    timeout_s: float = 600.0
+    stall_s: float = 30.0
+
+    def plant(self, phase: str) -> Plant:
+        """Plant that observation and controllers of a phase are made from."""
+        settings = PlantSettings.of(
+            phase, model=self.model, tp=self.tp, dtype=self.dtype, slo=self.slo, token_budget=self.token_budget, max_seqs=self.max_seqs,
+            actuation_delay_s=self.delay_s, drain=True,
+        )  # fmt: skip
+        return Plant(settings)
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data."""
+        data = asdict(self)
+        data["sockets"] = str(self.sockets)
+        data["gpus"] = {k: list(v) for k, v in self.gpus.items()}
+        data["policies"] = dict(self.policies)
+        return data
+
+
+@dataclass
+class ReplayOutcome:
+    """What a replay measured.
+
+    Attributes:
+        started_s: CLOCK_MONOTONIC of the trace's time 0.
+        ended_s: last answer.
+        requests: one record per request.
+        telemetry: GPU samples.
+        problems: sentences about what went wrong without ending the run.
+        gone: why the engine was given up; empty when it was not.
+        lateness_s: emulated engines only: how late answers left, P99 per phase, s. A busy machine
+            makes them late, and latencies too long.
+        failed: why a process of ours gave up; empty when none did. Serving went on, the clocks are
+            the driver's.
+    """
+
+    started_s: float
+    ended_s: float
+    requests: list[RequestRecord]
+    telemetry: pd.DataFrame
+    problems: list[str] = field(default_factory=list)
+    gone: str = ""
+    lateness_s: dict[str, float] = field(default_factory=dict)
+    failed: str = ""
+
+
+def policies_by_phase(names: list[str], phases: tuple[str, ...] = PHASES) -> dict[str, str]:
+    """Policy of each phase.
+
+    ``biscale`` is MPC for prefill and the slack rule for decode. ``PHASE=NAME`` names one; a bare
+    name goes to every phase that it can run and that has none; what is left runs at max clock.
+
+    Raises:
+        BiscaleError: an unknown phase, or a policy for a phase that it cannot run.
+    """
+    chosen: dict[str, str] = {}
+    bare: list[str] = []
+    for name in names:
+        phase, equals, policy = name.partition("=")
+        if equals and phase in PHASES:
+            if phase not in phases:
+                raise BiscaleError(f"--policy {name}: there is no {phase} engine in this replay")
+            chosen[phase] = policy
+        elif name == "biscale":
+            bare += [rule for phase, rule in BISCALE.items() if phase in phases]
+        else:
+            bare.append(name)
+    for name in bare:
+        able = phases_of(name, phases)
+        if not able:
+            raise BiscaleError(
+                f"--policy {name} can run none of the phases of this replay: {', '.join(phases)}"
+            )
+        for phase in able:
+            chosen.setdefault(phase, name)
+    return {phase: chosen.get(phase, "max") for phase in phases}
+
+
+class ClosedLoopReplay:
+    """Runs one replay and keeps the raw measurements in ``raw``."""
+
+    def __init__(
+        self,
+        settings: ReplaySettings,
+        trace: Trace,
+        raw: Path,
+        tell: Callable[[RequestRecord], None] = lambda r: None,
+    ) -> None:
+        """Check everything that can be checked before anything is started.
+
+        Args:
+            settings: what to run where.
+            trace: the load.
+            raw: folder for logs.
+            tell: called with every finished request.
+
+        Raises:
+            BiscaleError: an unknown policy, a checkpoint for another observation, a GPU that is not
+                there.
+        """
+        self.settings, self.trace, self.raw, self.tell = settings, trace, raw, tell
+        self.phases = tuple(settings.policies)
+        self.plants = {phase: settings.plant(phase) for phase in self.phases}
+        for phase in self.phases:
+            load_policy(settings.policies[phase], self.plants[phase])
+        self.backend = open_backend(settings.backend, observe_only=True)
+        self.uuids = {
+            phase: [self.backend.device(key).uuid for key in settings.gpus[phase]]
+            for phase in self.phases
+        }
+        self._children: list[Child] = []
+        self._died: list[str] = []
+        self._failed = ""
+
+    def run(self) -> ReplayOutcome:
+        """ClosedLoopReplay.
+
+        Raises:
+            BiscaleError: a process does not start, or no engine answers at the start.
+        """
+        s = self.settings
+        self.raw.mkdir(parents=True, exist_ok=True)
+        endpoints = {phase: all_records_endpoint(s.sockets, phase) for phase in self.phases}
+        telemetry = Telemetry(self.backend, self.uuids)
+        log = IterationLog(endpoints, self.raw / "iterations.jsonl")
+        telemetry.start()
+        log.start()
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.callback(self._stop_children)
+                self._start_children()
+                time.sleep(SETTLE_S)
+                outcome = self._load()
+                time.sleep(2 * telemetry.period_s)  # one more sample, before the clocks go back
+        finally:
+            telemetry.stop()
+            log.stop()
+            self.backend.close()
+        outcome.telemetry = telemetry.frame()
+        heard = {row.phase for row in log.rows}
+        silent = [
+            f"no record came from the {p} engine: start it with the hook (docs/hardware.md)"
+            for p in self.phases
+            if p not in heard
+        ]
+        outcome.problems += self._died + silent + telemetry.problems[:3] + log.problems[:3]
+        outcome.failed = self._failed
+        self._save(outcome, telemetry)
+        return outcome
+
+    def _start_children(self) -> None:
+        s = self.settings
+        if s.own_actuator:
+            groups = [
+                a
+                for phase in self.phases
+                for a in ("--gpus", f"{phase}={','.join(self.uuids[phase])}")
+            ]
+            extra = ["--observe-only"] if s.observe_only else []
+            self._children.append(
+                Child(
+                    "actuator",
+                    ["hw", "actuate", *groups, "--backend", s.backend, "--sockets", str(s.sockets), "--lease", str(s.lease_s), "--log",
+                     str(self.raw / "clocks.jsonl"), *extra],
+                )
+            )  # fmt: skip
+            self._children[0].wait_for("actuator ready")
+        for phase in self.phases:
+            plant = self.plants[phase]
+            arguments = [
+                "hw", "control", "--phase", phase, "--policy", s.policies[phase], "--sockets", str(s.sockets), "--tp", str(s.tp),
+                "--dtype", s.dtype, "--model", s.model, "--slo", s.slo, "--token-budget", str(s.token_budget), "--max-seqs",
+                str(s.max_seqs), "--delay", str(plant.delay_s(-1)), "--lease", str(s.lease_s), "--backend", s.backend, "--gpus",
+                ",".join(self.uuids[phase]), "--log", str(self.raw / f"decisions-{phase}.jsonl"),
+            ]  # fmt: skip
+            self._children.append(Child(f"{phase} controller", arguments))
+        for child in self._children:
+            child.wait_for("ready", 120)
+
+    def _load(self) -> ReplayOutcome:
+        s = self.settings
+        load = LoadSettings(
+            s.decode_url,
+            s.prefill_url,
+            vocabulary=s.vocabulary,
+            timeout_s=s.timeout_s,
+            stall_s=s.stall_s,
+        )
+        gone = ""
+        quick_threads()
+        with (self.raw / "requests.jsonl").open("wb") as out, hurried():
+            replayer = Replayer(self.trace, load, out, self.tell)
+            try:
+                asyncio.run(replayer.run())
+            except EngineGone as error:
+                gone = str(error)
+            except KeyboardInterrupt:  # what was measured is worth as much as after a lost engine
+                gone = INTERRUPTED
+        ended_s = max(
+            (r.last_chunk_s for r in replayer.records if r.last_chunk_s == r.last_chunk_s),
+            default=time.monotonic(),
+        )
+        urls = {"prefill": s.prefill_url, "decode": s.decode_url}
+        late = {phase: lateness_p99_s(str(urls[phase])) for phase in self.phases}
+        known = {phase: value for phase, value in late.items() if value is not None}
+        return ReplayOutcome(
+            replayer.started_s,
+            ended_s,
+            replayer.records,
+            pd.DataFrame(),
+            gone=gone,
+            lateness_s=known,
+        )
+
+    def _stop_children(self) -> None:
+        """Controllers first, so that the actuator hears no more; the actuator resets the clocks."""
+        dead = [child for child in self._children if not child.running]
+        self._died = [child.reason() for child in dead]
+        self._failed = "; ".join(
+            child.reason() for child in dead if child.process.returncode == GAVE_UP
+        )
+        for child in reversed(self._children):
+            child.stop()
+
+    def _save(self, outcome: ReplayOutcome, telemetry: Telemetry) -> None:
+        outcome.telemetry.to_parquet(self.raw / "telemetry.parquet", index=False)
+        if telemetry.gpm_samples:
+            pd.DataFrame(telemetry.gpm_samples).to_parquet(self.raw / "gpm.parquet", index=False)
+        facts = {
+            "settings": self.settings.plain(), "trace": self.trace.name, "started_s": outcome.started_s, "ended_s": outcome.ended_s,
+            "problems": outcome.problems, "gone": outcome.gone, "failed": outcome.failed, "lateness_p99_s": outcome.lateness_s,
+        }  # fmt: skip
+        (self.raw / "replay.yaml").write_text(
+            yaml.safe_dump(facts, sort_keys=False), encoding="utf-8"
+        )
+
+
+def wait_for_engines(urls: Sequence[str], wait_s: float) -> None:
+    """Wait until every engine lists its models, or until time is up.
+
+    What is missing then is said when the replay starts.
+    """
+    deadline = time.monotonic() + wait_s
+    for url in urls:
+        while time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(
+                    f"{url.rstrip('/').removesuffix('/v1')}/v1/models", timeout=2
+                ).close()
+                break
+            except (OSError, ValueError):
+                time.sleep(0.3)
+
+
+def lateness_p99_s(url: str) -> float | None:
+    """How late an emulated engine answered, P99 in s.
+
+    None for real engines and for those that are gone.
+    """
+    try:
+        with urllib.request.urlopen(
+            f"{url.rstrip('/').removesuffix('/v1')}/metrics", timeout=2
+        ) as answer:
+            values = parse_prometheus(answer.read().decode(errors="replace"))
+    except (OSError, ValueError):
+        return None
+    return values.get("vllm:lateness_p99_seconds") if "biscale_emulated:engine" in values else None
+
+
+def read_lines(path: Path, kind: type) -> list[Any]:
+    """Rows of a JSON lines file as structs; nothing where the file is missing.
+
+    A torn last line is left out.
+    """
+    if not path.is_file():
+        return []
+    decoder: Any = msgspec.json.Decoder(kind)
+    rows = []
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(msgspec.DecodeError):
+            rows.append(decoder.decode(_nan(line)))
+    return rows
+
+
+def _nan(line: bytes) -> bytes:
+    """JSON has no NaN: our writers put null where a number is missing.
+
+    Drop those keys, so that defaults (NaN) apply.
+    """
+    if b"null" not in line:
+        return line
+    data = json.loads(line)
+    return msgspec.json.encode({k: v for k, v in data.items() if v is not None})

@@ -1,0 +1,192 @@
+"""Coefficient files: one YAML per (phase, dtype, TP), with provenance, and beside it the members of
+the ensemble as CSV.
+"""
+
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import yaml
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from biscale_env.config import configs_dir
+from biscale_env.config.hardware import Dtype
+from biscale_env.config.loader import Config, validate
+from biscale_env.core.errors import BiscaleError
+from biscale_env.models.physics import COEFFICIENT_DTYPE, Coefficients
+
+Phase = Literal["prefill", "decode"]
+WORK_AXES = ("tokens", "attn_work", "cached", "n_seq", "freq_mhz")
+DELAY_COLUMN = "delay_s"
+
+
+class Coefficient(Config):
+    """One fitted figure and where it comes from."""
+
+    value: float = Field(ge=0)
+    provenance: Literal["measured", "derived", "assumed"]
+    source: str = Field(min_length=1)
+
+
+class ModelFile(Config):
+    """Content of one coefficient file.
+
+    Attributes:
+        format: version of the file format.
+        name: model family, e.g. ``h100-llama70b``.
+        phase: ``prefill`` or ``decode``.
+        dtype: ``bf16``, or ``fp8`` for weights and KV cache.
+        tp: GPUs per instance.
+        gpu: name of the GPU description.
+        llm: name of the LLM description.
+        coefficients: every field of ``physics.Coefficients`` with its provenance.
+        box: per work axis the range that the fitted points cover; outside it the model
+            extrapolates.
+        delay_s: nominal actuation delay of a clock change, s.
+        fit: what was fitted: data hash, split, held-out errors.
+    """
+
+    format: Literal[1] = 1
+    name: str
+    phase: Phase
+    dtype: Dtype
+    tp: int = Field(ge=1)
+    gpu: str
+    llm: str
+    coefficients: dict[str, Coefficient]
+    box: dict[str, tuple[float, float]]
+    delay_s: float = Field(ge=0)
+    fit: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _complete(self) -> "ModelFile":
+        for what, have, want in (
+            ("coefficients", set(self.coefficients), set(Coefficients._fields)),
+            ("box", set(self.box), set(WORK_AXES)),
+        ):
+            if have != want:
+                raise ValueError(
+                    f"{what} must name exactly the known fields; wrong or missing: {sorted(have ^ want)}"
+                )
+        return self
+
+    def as_tuple(self) -> Coefficients:
+        """Return the values alone, in the order of the formula."""
+        return Coefficients(*(self.coefficients[field].value for field in Coefficients._fields))
+
+
+def stem(phase: str, dtype: str, tp: int) -> str:
+    """File name without ending of one configuration, e.g. ``decode-bf16-tp4``."""
+    return f"{phase}-{dtype}-tp{tp}"
+
+
+def known_names() -> list[str]:
+    """Names of the shipped model families."""
+    folder = configs_dir() / "models"
+    return sorted(path.name for path in folder.iterdir() if any(path.glob("*-tp*.yaml")))
+
+
+def find_file(name: str, phase: str, dtype: str, tp: int) -> Path:
+    """Path of a coefficient file: a shipped family, a folder of files, or one YAML file.
+
+    Raises:
+        BiscaleError: no such family, or it has no such configuration.
+    """
+    for folder in (configs_dir() / "models" / name, Path(name)):
+        if folder.is_dir():
+            path = folder / f"{stem(phase, dtype, tp)}.yaml"
+            if path.is_file():
+                return path
+            have = ", ".join(sorted(p.stem for p in folder.glob("*-tp*.yaml"))) or "none"
+            raise BiscaleError(
+                f"model '{name}' has no {phase} model for {dtype} at TP {tp}; it has: {have}"
+            )
+    if Path(name).suffix in {".yaml", ".yml"}:
+        return Path(name)
+    raise BiscaleError(
+        f"unknown model '{name}'; known: {', '.join(known_names())}, or a path to a file of `biscale fit`"
+    )
+
+
+def read_model_file(path: Path) -> ModelFile:
+    """Read and validate one coefficient file.
+
+    Raises:
+        BiscaleError: missing, not YAML, an unknown key, a missing or negative coefficient.
+    """
+    try:
+        data = yaml.load(
+            path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        )
+    except (OSError, UnicodeDecodeError) as error:
+        raise BiscaleError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
+        ) from None
+    except yaml.YAMLError:
+        raise BiscaleError(f"{path} is not valid YAML") from None
+    return validate(data, ModelFile, str(path))
+
+
+def members_path(path: Path) -> Path:
+    """File with the ensemble that belongs to a coefficient file."""
+    return path.with_suffix(".ensemble.csv")
+
+
+def read_members(path: Path, nominal: Coefficients) -> tuple[np.recarray, NDArray[np.float64]]:
+    """Read an ensemble: columns that vary replace the nominal values.
+
+    Returns:
+        Records of ``COEFFICIENT_DTYPE``, one per member (none if the file does not exist), and the
+        delays in s.
+
+    Raises:
+        BiscaleError: an unknown column, or a value that is not a finite number >= 0.
+    """
+    if not path.is_file():
+        return np.recarray(0, dtype=COEFFICIENT_DTYPE), np.zeros(0)
+    table = pd.read_csv(path, comment="#")
+    unknown = set(table.columns) - set(Coefficients._fields) - {DELAY_COLUMN}
+    if unknown or DELAY_COLUMN not in table:
+        raise BiscaleError(
+            f"{path}: columns must be {DELAY_COLUMN} and coefficient names; wrong or missing: {unknown}"
+        )
+    values = table.apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+    if not np.all(np.isfinite(values) & (values >= 0.0)):
+        raise BiscaleError(f"{path}: every value must be a finite number, zero or above")
+    records = np.recarray(len(table), dtype=COEFFICIENT_DTYPE)
+    for field, value in zip(Coefficients._fields, nominal, strict=True):
+        records[field] = table[field].to_numpy() if field in table else value
+    return records, table[DELAY_COLUMN].to_numpy(np.float64)
+
+
+def rounded(value: float, digits: int = 6) -> float:
+    """Round to significant digits, so that files are short and do not depend on the last bit of a
+    solver.
+    """
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step: it appears complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def dump_model_file(content: ModelFile) -> str:
+    """Return the YAML text of a coefficient file."""
+    return yaml.safe_dump(
+        content.model_dump(mode="json"), sort_keys=False, width=150, allow_unicode=True
+    )

@@ -1,0 +1,137 @@
+"""Latency coefficients from a profile table.
+
+Each kernel family on its own column, then all together on the total.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares, nnls
+
+from biscale_env.models import physics
+from biscale_env.models.fit.profile_table import ProfileTable
+from biscale_env.models.physics import Coefficients
+
+Floats = NDArray[np.float64]
+Rows = NDArray[np.bool_] | NDArray[np.intp]
+# relative error beyond which a point counts linearly instead of quadratically (kernel tables have
+# outliers)
+ERROR_SCALE = 0.02
+SMALLEST_S = 1e-15  # stands for zero in logarithms
+TINY = 1e-9  # keeps a start that lies on its bound inside
+UPPER = {"core_share": 1.0}  # coefficients with an upper bound
+LATENCY_FIELDS = (
+    "weights_s",
+    "gemm_s_per_token",
+    "attn0_s",
+    "comm0_s",
+    "comm_s_per_token",
+    "elem0_s",
+    "elem_s_per_token",
+)
+WORK_FIELD = {"prefill": "attn_prefill_s", "decode": "attn_decode_s"}
+
+
+def _relative_nnls(columns: Sequence[Floats], target: Floats) -> Floats:
+    """Non-negative least squares on relative errors."""
+    return nnls(np.column_stack(columns) / target[:, None], np.ones_like(target))[0]
+
+
+def _fit_gemm(tokens: Floats, seconds: Floats) -> tuple[float, float]:
+    """Time of the weight stream and compute time per row, s."""
+
+    def residual(q: Floats) -> Floats:
+        stream, compute = np.exp(q[0]), np.exp(q[1]) * tokens
+        return (stream**4 + compute**4) ** 0.25 / seconds - 1.0
+
+    start = np.log([seconds.min(), seconds.max() / tokens.max()])
+    q = least_squares(
+        residual, start, loss="soft_l1", f_scale=ERROR_SCALE, xtol=1e-14, ftol=1e-14, gtol=1e-14
+    ).x
+    return float(np.exp(q[0])), float(np.exp(q[1]))
+
+
+def fit_components(table: ProfileTable, train: NDArray[np.bool_]) -> dict[str, float]:
+    """Fit every kernel family to its own column.
+
+    The part of the attention column that grows with the tokens (projections' rotations, KV writes)
+    has the same form as the element-wise kernels and is kept with them.
+    """
+    work = table.work
+    n, one = work.tokens[train], np.ones(int(train.sum()))
+    quadratic = (work.attn_work if table.phase == "prefill" else work.cached)[train]
+    weights_s, gemm_s = _fit_gemm(n, table.column("gemm_s")[train])
+    attention = _relative_nnls([one, n, quadratic], table.column("attn_s")[train])
+    comm = _relative_nnls([one, n], table.column("comm_s")[train]) if table.tp > 1 else np.zeros(2)
+    elem = _relative_nnls([one, n], table.column("elem_s")[train])
+    return {
+        "weights_s": weights_s,
+        "gemm_s_per_token": gemm_s,
+        "attn0_s": float(attention[0]),
+        WORK_FIELD[table.phase]: float(attention[2]),
+        "comm0_s": float(comm[0]),
+        "comm_s_per_token": float(comm[1]),
+        "elem0_s": float(elem[0]),
+        "elem_s_per_token": float(elem[1] + attention[1]),
+    }
+
+
+def predict_s(c: Coefficients, table: ProfileTable, freq_ghz: Floats | float) -> Floats:
+    """Latency of every row, s, without the power cap."""
+    return np.asarray(physics.latency_s(c, *table.work.as_tuple(), freq_ghz))
+
+
+def refine(
+    start: Coefficients,
+    fields: Sequence[str],
+    table: ProfileTable,
+    train: Rows,
+    freq_ghz: Floats,
+    sigma: float,
+) -> Coefficients:
+    """Fit several coefficients together to ``latency_s``, relative errors, held near their start.
+
+    Args:
+        start: coefficients to begin with.
+        fields: names of the coefficients to move; those that are zero stay.
+        table: the rows with their total latency.
+        train: rows to use: a mask, or indices (with repetitions in a bootstrap).
+        freq_ghz: clock of every row, GHz.
+        sigma: how far the logarithm of a coefficient may move for a penalty that equals one point's
+            error of ``ERROR_SCALE``.
+
+    Returns:
+        Moved coefficients.
+    """
+    moved = [f for f in fields if getattr(start, f) > SMALLEST_S]
+    origin = np.array([getattr(start, f) for f in moved])
+    tokens, attn_work, cached, n_seq = (axis[train] for axis in table.work.as_tuple())
+    target, clock = table.column("latency_s")[train], freq_ghz[train]
+
+    def unpack(q: Floats) -> Coefficients:
+        return start._replace(**dict(zip(moved, (origin * np.exp(q)).tolist(), strict=True)))
+
+    def residual(q: Floats) -> Floats:
+        error = physics.latency_s(unpack(q), tokens, attn_work, cached, n_seq, clock) / target - 1.0
+        return np.concatenate([error, q * (ERROR_SCALE / sigma * np.sqrt(len(target)))])
+
+    top = np.array(
+        [np.log(UPPER[f] / getattr(start, f)) + TINY if f in UPPER else np.inf for f in moved]
+    )
+    solution = least_squares(
+        residual,
+        np.zeros(len(moved)),
+        bounds=(-np.inf, top),
+        loss="soft_l1",
+        f_scale=ERROR_SCALE,
+        xtol=1e-14,
+        ftol=1e-14,
+        gtol=1e-14,
+    )
+    return unpack(solution.x)
+
+
+def mape(predicted: Floats, measured: Floats) -> float:
+    """Mean absolute relative error."""
+    return float(np.mean(np.abs(predicted / measured - 1.0)))

@@ -1,0 +1,288 @@
+"""`IterationModel`: latency and power of one engine iteration of one configuration, with its
+ensemble.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from biscale_env.config import Gpu, Llm, load_gpu, load_llm
+from biscale_env.core.errors import BiscaleError
+from biscale_env.core.jit import compiled
+from biscale_env.models import physics
+from biscale_env.models.coefficient_files import (
+    WORK_AXES,
+    ModelFile,
+    Phase,
+    find_file,
+    members_path,
+    read_members,
+    read_model_file,
+)
+from biscale_env.models.physics import COEFFICIENT_DTYPE, Coefficients
+
+ModelName = str
+DEFAULT_NAME = "h100-llama70b"
+Floats = NDArray[np.float64]
+
+
+def as_record(coefficients: Coefficients) -> np.record:
+    """Coefficients as one structured record, the form that compiled code takes."""
+    return np.array([tuple(coefficients)], dtype=COEFFICIENT_DTYPE).view(np.recarray)[0]
+
+
+@compiled
+def effective_freq_ghz(
+    c: np.record,
+    tokens: Floats,
+    attn_work: Floats,
+    cached: Floats,
+    n_seq: Floats,
+    freq_ghz: Floats,
+    freq_min_ghz: float,
+    out: Floats,
+) -> None:
+    """Effective clock under the power cap of many iterations, compiled: fills ``out``, GHz.
+
+    All arrays of equal length.
+    """
+    for i in range(out.size):
+        out[i] = physics.effective_freq_ghz(
+            c, tokens[i], attn_work[i], cached[i], n_seq[i], freq_ghz[i], freq_min_ghz
+        )
+
+
+@dataclass(frozen=True)
+class IterationModel:
+    """Latency, power and energy of iterations, under the power cap.
+
+    Work arguments broadcast against each other: ``tokens`` (GEMM rows), ``attn_work`` (token^2),
+    ``cached`` (KV tokens), ``n_seq`` (requests), ``freq_mhz`` (requested SM clock, MHz). Results
+    have the broadcast shape. Methods with ``member`` take an index into the ensemble, or None (-1)
+    for the nominal coefficients.
+    """
+
+    content: ModelFile
+    coefficients: Coefficients
+    gpu: Gpu
+    llm: Llm
+    _members: np.recarray = field(repr=False)
+    _delays_s: Floats = field(repr=False)
+
+    @property
+    def phase(self) -> Phase:
+        """``prefill`` or ``decode``."""
+        return self.content.phase
+
+    @property
+    def tp(self) -> int:
+        """GPUs per instance."""
+        return self.content.tp
+
+    @property
+    def dtype(self) -> str:
+        """``bf16`` or ``fp8``."""
+        return self.content.dtype
+
+    @property
+    def name(self) -> ModelName:
+        """Name of the model family."""
+        return self.content.name
+
+    @property
+    def box(self) -> dict[str, tuple[float, float]]:
+        """Per work axis the (lowest, highest) value that the fitted points cover."""
+        return dict(self.content.box)
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """KV-cache tokens that fit beside the weights.
+
+        0 where the weights alone fill the memory.
+        """
+        try:
+            return self.llm.kv_capacity_tokens(self.gpu, self.tp, self.content.dtype)
+        except BiscaleError:
+            return 0
+
+    @property
+    def n_members(self) -> int:
+        """Members in the ensemble."""
+        return len(self._members)
+
+    def _index(self, member: int | None) -> int:
+        k = -1 if member is None else int(member)
+        if not -1 <= k < self.n_members:
+            raise BiscaleError(
+                f"ensemble member {k} does not exist: choose 0 to {self.n_members - 1}, or -1 for the nominal model"
+            )
+        return k
+
+    def member(self, k: int | None = None) -> Coefficients:
+        """Coefficients of member ``k`` of the ensemble; None or -1 is the nominal model.
+
+        Raises:
+            BiscaleError: no such member.
+        """
+        index = self._index(k)
+        return (
+            self.coefficients
+            if index < 0
+            else Coefficients(*(float(v) for v in self._members[index].item()))
+        )
+
+    def records(self, members: Sequence[int]) -> np.recarray:
+        """Structured records of several members, shape (len(members),)."""
+        rows = [tuple(self.member(k)) for k in members]
+        return np.array(rows, dtype=COEFFICIENT_DTYPE).view(np.recarray)
+
+    def delay_s(self, k: int | None = None) -> float:
+        """Actuation delay of a clock change in member ``k``, s."""
+        index = self._index(k)
+        return self.content.delay_s if index < 0 else float(self._delays_s[index])
+
+    def contains(self, **work: ArrayLike) -> bool:
+        """Whether all given work lies inside the fitted box.
+
+        Args:
+            work: any of tokens, attn_work, cached, n_seq, freq_mhz.
+
+        Raises:
+            BiscaleError: an unknown axis.
+        """
+        for axis, value in work.items():
+            if axis not in WORK_AXES:
+                raise BiscaleError(f"unknown work axis '{axis}'; known: {', '.join(WORK_AXES)}")
+            low, high = self.content.box[axis]
+            if not np.all((np.asarray(value) >= low) & (np.asarray(value) <= high)):
+                return False
+        return True
+
+    def effective_freq_mhz(
+        self,
+        tokens: ArrayLike,
+        attn_work: ArrayLike,
+        cached: ArrayLike,
+        n_seq: ArrayLike,
+        freq_mhz: ArrayLike,
+        member: int | None = None,
+    ) -> Floats:
+        """Highest clock <= request at which the mean power of the iteration stays within the cap,
+        MHz.
+        """
+        arrays = [
+            np.asarray(a, dtype=np.float64) for a in (tokens, attn_work, cached, n_seq, freq_mhz)
+        ]
+        parts = np.broadcast_arrays(*arrays)
+        flat = [np.ascontiguousarray(p).ravel() for p in parts]
+        out = np.empty(flat[0].size)
+        effective_freq_ghz(
+            as_record(self.member(member)),
+            *flat[:4],
+            flat[4] * 1e-3,
+            self.gpu.freq_min_mhz * 1e-3,
+            out,
+        )
+        return (out * 1e3).reshape(parts[0].shape)
+
+    def latency_s(
+        self,
+        tokens: ArrayLike,
+        attn_work: ArrayLike,
+        cached: ArrayLike,
+        n_seq: ArrayLike,
+        freq_mhz: ArrayLike,
+        member: int | None = None,
+    ) -> Floats:
+        """Duration of the iteration, s."""
+        freq = self.effective_freq_mhz(tokens, attn_work, cached, n_seq, freq_mhz, member)
+        t, a, k, n = (np.asarray(x, dtype=np.float64) for x in (tokens, attn_work, cached, n_seq))
+        return np.asarray(physics.latency_s(self.member(member), t, a, k, n, freq * 1e-3))
+
+    def power_w(
+        self,
+        tokens: ArrayLike,
+        attn_work: ArrayLike,
+        cached: ArrayLike,
+        n_seq: ArrayLike,
+        freq_mhz: ArrayLike,
+        member: int | None = None,
+    ) -> Floats:
+        """Mean power of one GPU over the iteration, W."""
+        freq = self.effective_freq_mhz(tokens, attn_work, cached, n_seq, freq_mhz, member)
+        t, a, k, n = (np.asarray(x, dtype=np.float64) for x in (tokens, attn_work, cached, n_seq))
+        return np.asarray(physics.power_w(self.member(member), t, a, k, n, freq * 1e-3))
+
+    def energy_j(
+        self,
+        tokens: ArrayLike,
+        attn_work: ArrayLike,
+        cached: ArrayLike,
+        n_seq: ArrayLike,
+        freq_mhz: ArrayLike,
+        member: int | None = None,
+    ) -> Floats:
+        """Energy of the iteration over all GPUs of the instance, J."""
+        freq = self.effective_freq_mhz(tokens, attn_work, cached, n_seq, freq_mhz, member) * 1e-3
+        c = self.member(member)
+        t, a, k, n = (np.asarray(x, dtype=np.float64) for x in (tokens, attn_work, cached, n_seq))
+        time_s = physics.latency_s(c, t, a, k, n, freq)
+        return np.asarray(c.n_gpus * physics.iteration_energy_j(c, t, a, k, time_s, freq))
+
+    def optimal_freq_mhz(
+        self,
+        tokens: ArrayLike,
+        attn_work: ArrayLike,
+        cached: ArrayLike,
+        n_seq: ArrayLike,
+        member: int | None = None,
+    ) -> Floats:
+        """Clock on the GPU's grid that costs the least energy for this work, MHz."""
+        clocks = self.gpu.clocks_mhz
+        t, a, k, n = (
+            np.asarray(x, dtype=np.float64)[..., None] for x in (tokens, attn_work, cached, n_seq)
+        )
+        return clocks[np.argmin(self.energy_j(t, a, k, n, clocks, member), axis=-1)]
+
+
+@lru_cache(maxsize=64)
+def _load(path: str, mtime_ns: int) -> IterationModel:
+    content = read_model_file(Path(path))
+    nominal = content.as_tuple()
+    members, delays_s = read_members(members_path(Path(path)), nominal)
+    return IterationModel(
+        content, nominal, load_gpu(content.gpu), load_llm(content.llm), members, delays_s
+    )
+
+
+def load_model(
+    phase: str, tp: int = 4, dtype: str = "bf16", name: str = DEFAULT_NAME
+) -> IterationModel:
+    """Load the fitted model of one configuration.
+
+    Args:
+        phase: ``prefill`` or ``decode``.
+        tp: GPUs per instance.
+        dtype: ``bf16`` or ``fp8``.
+        name: a shipped family (``h100-llama70b``), a folder of coefficient files, or one such file.
+
+    Raises:
+        BiscaleError: unknown phase, dtype, family or configuration, or a file that is about
+            something else.
+    """
+    if phase not in ("prefill", "decode"):
+        raise BiscaleError(f"unknown phase '{phase}': choose prefill or decode")
+    if dtype not in ("bf16", "fp8"):
+        raise BiscaleError(f"unknown dtype '{dtype}': choose bf16 or fp8")
+    path = find_file(name, phase, dtype, tp)
+    if not path.is_file():
+        raise BiscaleError(f"model file {path} does not exist")
+    model = _load(str(path.resolve()), path.stat().st_mtime_ns)
+    if (model.phase, model.tp, model.dtype) != (phase, tp, dtype):
+        have = f"{model.phase}, TP {model.tp}, {model.dtype}"
+        raise BiscaleError(f"{path} describes {have}, but {phase}, TP {tp}, {dtype} was asked for")
+    return model

@@ -1,0 +1,136 @@
+"""A whole day of a cluster: tier 1 plans every window, tier 2 runs inside, requests are streamed
+and only sums are kept.
+"""
+
+import resource
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from biscale_env.config.slo import within
+from biscale_env.envs.cluster.whole_run import Window, WindowedRun
+from biscale_env.reproduce.day_defaults import BOTH_TIERS
+from biscale_env.reproduce.systems import Bench, System, TunedSystem, planner_of
+from biscale_env.traces import Trace
+
+LATE = ("late_ttft", "late_tpot")
+
+
+@dataclass(frozen=True)
+class Day:
+    """What came of a day.
+
+    Attributes:
+        windows: one row per window.
+        seconds: wall time of the simulation (the generation of requests included).
+        memory_mb: largest resident memory of the process.
+    """
+
+    windows: list[dict[str, Any]]
+    seconds: float
+    memory_mb: float
+
+    def totals(self) -> dict[str, float]:
+        """Sums and shares over the day."""
+        sums = {
+            name: float(sum(w[name] for w in self.windows))
+            for name in ("requests", "tokens", "energy_j", *LATE)
+        }
+        for stage in ("prefill_j", "decode_j", "spare_j"):
+            sums[stage] = float(sum(w[stage] for w in self.windows))
+        return {
+            **sums,
+            "j_per_token": sums["energy_j"] / max(sums["tokens"], 1.0),
+            "attainment_ttft": 1.0 - sums["late_ttft"] / max(sums["requests"], 1.0),
+            "attainment_tpot": 1.0 - sums["late_tpot"] / max(sums["requests"], 1.0),
+            "changes": float(
+                sum(
+                    a["placement"] != b["placement"]
+                    for a, b in zip(self.windows, self.windows[1:], strict=False)
+                )
+            ),
+        }
+
+
+def day_row(window: Window, ttft_s: float, tpot_s: float) -> dict[str, Any]:
+    """Figures of a window; requests count where they end."""
+    r = window.finished
+    intervals = r["output_tokens"] - 1
+    late = ~within(r["first_token_s"] - r["arrival_s"], ttft_s)
+    slow = ~within(r["finish_s"] - r["first_token_s"], tpot_s * intervals) & (intervals > 0)
+    length = max(window.duration_s, 1e-9)
+    return {
+        "index": window.index,
+        "duration_s": window.duration_s,
+        "rate_rps": window.arrived / length,
+        "requests": len(r),
+        "tokens": window.produced_tokens,
+        "energy_j": window.energy.total_j,
+        "prefill_j": window.energy.prefill_j,
+        "decode_j": window.energy.decode_j,
+        "spare_j": window.energy.spare_j,
+        "power_w": window.energy.total_j / length,
+        "late_ttft": int(np.sum(late)),
+        "late_tpot": int(np.sum(slow)),
+        "gpus": window.placement.gpus,
+        "placement": window.placement.label(),
+    }
+
+
+def run_day(
+    system: System,
+    tuned: TunedSystem,
+    bench: Bench,
+    pieces: Iterable[Trace],
+    progress: Callable[[int], None] | None = None,
+) -> Day:
+    """Run a system over a stream of windows.
+
+    Args:
+        system: tier 1 and tier 2.
+        tuned: its free parameters.
+        bench: cluster, table, forecast of the first window.
+        pieces: the stream.
+        progress: called with the number of each finished window.
+    """
+    start = time.perf_counter()
+    plant = bench.plant(system, tuned)
+    loop = WindowedRun(plant, planner_of(system, tuned, bench))
+    rows = []
+    for window in loop.over(pieces):
+        rows.append(day_row(window, plant.slo.ttft_s, plant.slo.tpot_s))
+        if progress is not None:
+            progress(window.index)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return Day(rows, time.perf_counter() - start, memory)
+
+
+def day_bench(settings: dict[str, Any], rate: float, lengths: str) -> "Bench":
+    """The cluster of a day and its capacity table, made on ten minutes of generated requests."""
+    from biscale_env.envs.cluster.cluster_settings import ClusterSettings
+    from biscale_env.reproduce.systems import Bench
+    from biscale_env.traces import generate, load_lengths
+    from controllers.placement.capacity_table import TableRequest, capacity_table
+
+    cluster = ClusterSettings.of(**settings)
+    sample = generate(
+        "azure-conv-like",
+        rate_rps=rate,
+        duration_s=600.0,
+        seed=1_000_003,
+        lengths=load_lengths(lengths),
+    )
+    return Bench(cluster, capacity_table(TableRequest(cluster), sample), rate, 300.0)
+
+
+def day_systems() -> "dict[str, System]":
+    """The systems of a day; tier 2 has EcoFreq in prefill and the slack rule in decode."""
+    from dataclasses import replace
+
+    from biscale_env.reproduce.systems import SYSTEMS
+
+    both = replace(SYSTEMS["biscale"], prefill="ecofreq")
+    return {"DistServe": SYSTEMS["distserve"], "tier 1": SYSTEMS["placeonly"], BOTH_TIERS: both}

@@ -1,0 +1,185 @@
+"""The headline experiment as a frozen configuration.
+
+Operating points, plants, systems, what is varied.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from biscale_env.config.hardware import Dtype
+from biscale_env.config.loader import Config, load_named
+from biscale_env.core.errors import BiscaleError
+from biscale_env.traces import Trace, generate, with_lengths
+from biscale_env.traces import load_named as load_trace
+
+TUNE_SEED = 1_000_003  # workloads for tuning are made from here on, those for tables from 0
+OWN_LENGTHS = "own"
+
+
+class OperatingPoint(Config):
+    """One operating point.
+
+    Attributes:
+        name: short name used in tables.
+        workload: ``A`` (Gamma arrivals at a rate) or ``B`` (Azure arrivals at a share of capacity).
+        rate_rps: rate of workload A.
+        load: share of the capacity of DistServe's placement at max clock, workload B.
+        lengths: length profile of workload B; ``own`` keeps the trace's.
+        dtype: ``bf16`` or ``fp8``.
+    """
+
+    name: str
+    workload: Literal["A", "B"]
+    rate_rps: float | None = Field(default=None, gt=0)
+    load: float | None = Field(default=None, gt=0)
+    lengths: str = "sharegpt-like"
+    dtype: Dtype = "bf16"
+
+    @model_validator(mode="after")
+    def _load_is_given(self) -> "OperatingPoint":
+        if (self.rate_rps is None) == (self.workload == "A") or (self.load is None) == (
+            self.workload == "B"
+        ):
+            raise ValueError("workload A needs rate_rps, workload B needs load")
+        return self
+
+
+class Variation(Config):
+    """One assumption changed on one operating point.
+
+    Attributes:
+        name: short name used in tables.
+        point: operating point it is changed on.
+        settings: cluster settings that differ.
+        spare_w: power that BiScale's ILP takes an unused GPU to member, W.
+        gap_cv: burstiness of workload A's Gamma arrivals.
+        load: share of capacity in place of the point's, workload B.
+        alpha: head-room of tier 1, fixed instead of chosen on the tuning workloads.
+    """
+
+    name: str
+    point: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+    spare_w: float = Field(default=0.0, ge=0)
+    gap_cv: float | None = Field(default=None, gt=0)
+    load: float | None = Field(default=None, gt=0)
+    alpha: float | None = Field(default=None, gt=-1)
+
+
+class PaperExperiment(Config):
+    """The whole experiment.
+
+    Attributes:
+        name: name of the configuration.
+        gpus: GPUs of the cluster.
+        slo: name of the SLO.
+        profile: generator of workload A.
+        trace: trace of workload B's arrivals, used when it is at hand.
+        fallback: generator that stands in for the trace otherwise.
+        duration_s: length of a workload A run.
+        trace_s: length of a generated stand-in for the trace.
+        window_s: period of tier 1.
+        seeds: workload seeds in the nominal plant.
+        tune_seeds: workloads that free parameters are chosen on.
+        members: members of the model ensemble, spread evenly over it.
+        member_seeds: workload seeds in each member.
+        systems: systems in the nominal plant.
+        member_systems: systems in each member.
+        points: operating points.
+        variations: sensitivities, in the nominal plant.
+        variation_systems: systems of the sensitivities.
+        oracle: operating points of workload A whose prefill stage is also solved in hindsight.
+    """
+
+    name: str
+    gpus: int = Field(default=16, gt=0)
+    slo: str = "biscale"
+    profile: str = "gamma-sharegpt-like"
+    trace: str = "azure-conv-2023"
+    fallback: str = "azure-conv-like"
+    duration_s: float = Field(default=600.0, gt=0)
+    trace_s: float = Field(default=3600.0, gt=0)
+    window_s: float = Field(default=300.0, gt=0)
+    seeds: int = Field(default=5, gt=0)
+    tune_seeds: int = Field(default=3, gt=0)
+    members: int = Field(default=16, ge=0)
+    member_seeds: int = Field(default=2, gt=0)
+    systems: tuple[str, ...]
+    member_systems: tuple[str, ...]
+    points: tuple[OperatingPoint, ...] = Field(min_length=1)
+    variations: tuple[Variation, ...] = ()
+    variation_systems: tuple[str, ...] = ("distserve", "placeonly", "biscale")
+    oracle: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> "PaperExperiment":
+        names = {p.name for p in self.points}
+        for asked in [v.point for v in self.variations] + list(self.oracle):
+            if asked not in names:
+                raise ValueError(f"there is no operating point '{asked}'")
+        for systems in (self.systems, self.member_systems, self.variation_systems):
+            if "distserve" not in systems:
+                raise ValueError("every list of systems needs 'distserve', the reference")
+        return self
+
+    def point(self, name: str) -> OperatingPoint:
+        """An operating point by name."""
+        return next(p for p in self.points if p.name == name)
+
+
+def load_paper(name: str) -> PaperExperiment:
+    """Load a shipped experiment (``paper``, ``paper-quick``) or a YAML file."""
+    return load_named("reproductions", name, PaperExperiment)
+
+
+def member_indices(count: int, available: int) -> list[int]:
+    """``count`` members spread evenly over an ensemble."""
+    if count == 0 or available == 0:
+        return []
+    return sorted({int(i) for i in np.linspace(0, available - 1, min(count, available))})
+
+
+def arrivals_of(experiment: PaperExperiment, trace: str | Path | None = None) -> tuple[Trace, str]:
+    """Trace behind workload B, and a sentence that says what it is.
+
+    Args:
+        experiment: the experiment.
+        trace: a trace file or name to use instead.
+    """
+    if trace is not None:
+        loaded = load_trace(str(trace))
+        return loaded, f"arrivals of {loaded.name}"
+    try:
+        loaded = load_trace(experiment.trace)
+    except BiscaleError:
+        made = generate(experiment.fallback, duration_s=experiment.trace_s, seed=0)
+        return made, (
+            f"generated arrivals {experiment.fallback} in place of {experiment.trace}, which was not at hand "
+            f"(biscale traces fetch {experiment.trace})"
+        )
+    return loaded, f"arrivals of {experiment.trace}"
+
+
+def workload_a(
+    experiment: PaperExperiment, point: OperatingPoint, seed: int, gap_cv: float | None = None
+) -> Trace:
+    """Workload A: Gamma inter-arrivals at a fixed rate."""
+    from biscale_env.traces import load_workload
+
+    profile = load_workload(experiment.profile)
+    if gap_cv is not None:
+        profile = profile.model_copy(
+            update={"arrivals": profile.arrivals.model_copy(update={"gap_cv": gap_cv})}
+        )
+    return generate(profile, rate_rps=point.rate_rps, duration_s=experiment.duration_s, seed=seed)
+
+
+def workload_b(part: Trace, point: OperatingPoint, rate_rps: float, seed: int) -> Trace:
+    """Workload B: a part of the trace, at a rate made by choosing and superposing requests, with
+    the point's lengths.
+    """
+    scaled = part.scaled_to(rate_rps, seed)
+    return scaled if point.lengths == OWN_LENGTHS else with_lengths(scaled, point.lengths, seed)

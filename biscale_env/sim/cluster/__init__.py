@@ -1,0 +1,1 @@
+"""Compiled event loops of a cluster: disaggregated and co-located."""

@@ -1,0 +1,1 @@
+"""Generated workloads: profiles of lengths and arrivals, sampled deterministically."""

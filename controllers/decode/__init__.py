@@ -1,0 +1,1 @@
+"""BiScale's decode controller."""

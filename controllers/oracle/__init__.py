@@ -1,0 +1,1 @@
+"""The hindsight optimum of both phases and bounds on it."""

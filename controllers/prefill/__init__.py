@@ -1,0 +1,1 @@
+"""BiScale's prefill controller: one MPC problem, three solvers."""

@@ -1,0 +1,293 @@
+"""The reference prefill MPC.
+
+The problem of `mpc_model` written as a discrete-time do-mpc model and solved by IPOPT.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from time import perf_counter
+from typing import Any, ClassVar
+
+import casadi as ca
+import numpy as np
+from numpy.typing import NDArray
+
+from biscale_env.contract.observation import HORIZON
+from biscale_env.models.physics import idle_power_w, iteration_energy_j, latency_s
+from controllers.base import MARGINS, Amount, Controller, Floats, PolicyContext, Share
+from controllers.prefill.mpc_options import MpcOptions
+from controllers.prefill.mpc_problem import LATE_W, MpcProblem
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Let do-mpc find no torch, unless that is loaded already.
+
+    It loads torch whenever it is installed, for networks that are not used here: 230 MB in every
+    worker process, enough for joblib to take the growth for a leak and replace the worker.
+    """
+    find_spec = importlib.util.find_spec
+
+    def found(name: str, package: str | None = None) -> ModuleSpec | None:
+        return None if name == "torch" and name not in sys.modules else find_spec(name, package)
+
+    importlib.util.find_spec = found
+    try:
+        yield
+    finally:
+        importlib.util.find_spec = find_spec
+
+
+with (
+    warnings.catch_warnings(),
+    _without_torch(),
+):  # do-mpc announces the optional features that are not installed
+    warnings.simplefilter("ignore", UserWarning)
+    import do_mpc
+
+if hasattr(
+    ca.GlobalOptions, "setNumpyMode"
+):  # CasADi >= 3.8 asks which way NumPy calls on its values should go; do-mpc counts on the old one
+    ca.GlobalOptions.setNumpyMode(-1)
+
+log = logging.getLogger(__name__)
+KILO = 1e3  # the objective is in kJ, which keeps it near 1
+STAGE_PARAMETERS = (
+    "tokens",
+    "attn_work",
+    "n_seq",
+    "deadline_s",
+    "lead_s",
+    "share",
+    "weight",
+    "idle_s",
+    "cap_ghz",
+)
+# curvature of an empty stage's input around its rest point: it costs nothing there and keeps the
+# Hessian regular
+IDLE_WEIGHT = 1e-2
+SCALES = {"tokens": 1e3, "attn_work": 1e6}  # parameters are passed in these units
+IPOPT = {
+    "ipopt.print_level": 0,
+    "ipopt.sb": "yes",
+    "print_time": 0,
+    "ipopt.linear_solver": "mumps",
+    "ipopt.max_iter": 100,
+    "ipopt.tol": 1e-7,
+    "ipopt.mu_strategy": "monotone",  # adaptive cycles on a few overloaded states in some members
+}
+
+
+def symbolic_stage(problem: MpcProblem, model: Any) -> tuple[Any, Any, Any]:
+    """Declare one stage on a do-mpc model.
+
+    Returns the CasADi expressions (completion time, energy in J, time).
+    """
+    c = problem.coefficients
+    t = model.set_variable("_x", "time_s")
+    u = model.set_variable("_u", "rise")
+    p = {
+        name: model.set_variable("_tvp", name) * SCALES.get(name, 1.0) for name in STAGE_PARAMETERS
+    }
+    f = problem.freq_min_ghz + u * (p["cap_ghz"] - problem.freq_min_ghz)
+    duration = latency_s(c, p["tokens"], p["attn_work"], 0.0, p["n_seq"], f)
+    energy = c.n_gpus * iteration_energy_j(c, p["tokens"], p["attn_work"], 0.0, duration, f)
+    done = t + p["lead_s"] + p["share"] * duration
+    idle = ca.if_else(p["share"] > 0.0, 0.0, 1.0)
+    wait = (1.0 - idle) * p["idle_s"] * c.n_gpus * idle_power_w(c, f)
+    model.set_rhs("time_s", done)
+    model.set_expression("late_by", done - p["deadline_s"])
+    model.set_expression(
+        "stage_cost",
+        (p["weight"] * p["share"] * energy + wait) / KILO + idle * IDLE_WEIGHT * (u - 0.5) ** 2,
+    )
+    return done, energy, duration
+
+
+def build(problem: MpcProblem) -> Any:
+    """The do-mpc controller of a problem; the symbolic work is done here, once."""
+    model = do_mpc.model.Model("discrete", "SX")
+    symbolic_stage(problem, model)
+    model.setup()
+    mpc = do_mpc.controller.MPC(model)
+    mpc.settings.n_horizon = HORIZON
+    mpc.settings.t_step = 1.0
+    mpc.settings.store_full_solution = False
+    mpc.settings.nlpsol_opts = dict(IPOPT)
+    mpc.set_objective(
+        mterm=-problem.credit_w / KILO * model.x["time_s"], lterm=model.aux["stage_cost"]
+    )
+    mpc.set_rterm(rise=0.0)
+    mpc.bounds["lower", "_u", "rise"] = 0.0
+    mpc.bounds["upper", "_u", "rise"] = 1.0
+    mpc.set_nl_cons(
+        "ttft", model.aux["late_by"], ub=0.0, soft_constraint=True, penalty_term_cons=LATE_W / KILO
+    )
+    template = mpc.get_tvp_template()
+    mpc.set_tvp_fun(lambda t_now: template)
+    mpc.setup()
+    return mpc
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solver returns for one decision.
+
+    Attributes:
+        plan_ghz: clocks of the stages, (HORIZON,), GHz.
+        ok: whether the solver says it is optimal.
+        status: the solver's own words.
+        objective_j: objective, J.
+        iterations: solver iterations.
+        time_s: wall time of the solve.
+    """
+
+    plan_ghz: Floats
+    ok: bool
+    status: str
+    objective_j: float
+    iterations: int
+    time_s: float
+
+
+class DoMpcSolver:
+    """Sets parameters and starting point of the built problem and reads the answer.
+
+    Keeps nothing between calls.
+    """
+
+    def __init__(self, problem: MpcProblem) -> None:
+        """Build the problem."""
+        self.problem = problem
+        self.mpc = build(problem)
+        self._parameters = np.zeros(self.mpc.opt_p_num.size)
+        self._guess = np.zeros(self.mpc.opt_x_num.size)
+
+    def _set_parameters(self, stages: NDArray[np.void]) -> None:
+        """Layout of do-mpc: x0, then the parameters stage by stage (one stage more than the
+        horizon), then the last input.
+        """
+        table = self._parameters[1:-1].reshape(HORIZON + 1, len(STAGE_PARAMETERS))
+        for j, name in enumerate(STAGE_PARAMETERS):
+            table[:HORIZON, j] = stages[name] / SCALES.get(name, 1.0)
+        table[HORIZON, -1] = self.problem.freq_max_ghz
+        self.mpc.opt_p_num.master = ca.DM(self._parameters)
+
+    def _set_guess(self, stages: NDArray[np.void], plan_ghz: Floats) -> None:
+        """Layout of do-mpc: times, inputs, lateness. The times are those of the guessed clocks."""
+        low = self.problem.freq_min_ghz
+        done = np.cumsum(self.problem.durations_s(stages, plan_ghz))
+        self._guess[1 : HORIZON + 1] = done
+        self._guess[HORIZON + 1 : 2 * HORIZON + 1] = np.clip(
+            (plan_ghz - low) / np.maximum(stages["cap_ghz"] - low, 1e-9), 0.01, 0.99
+        )
+        self._guess[2 * HORIZON + 1 :] = np.maximum(done - stages["deadline_s"], 0.0)
+        self.mpc.opt_x_num.master = ca.DM(self._guess)
+
+    def solve(self, stages: NDArray[np.void], guess_ghz: Floats) -> Solution:
+        """Solve one decision.
+
+        Args:
+            stages: (HORIZON,) records of `STAGE_DTYPE`.
+            guess_ghz: clocks to start from, (HORIZON,), GHz.
+        """
+        began = perf_counter()
+        self._set_parameters(stages)
+        self._set_guess(stages, guess_ghz)
+        self.mpc.solve()
+        stats = self.mpc.solver_stats
+        rise = self.mpc.opt_x_num.master.full().ravel()[HORIZON + 1 : 2 * HORIZON + 1]
+        low = self.problem.freq_min_ghz
+        plan = low + np.clip(rise, 0.0, 1.0) * (stages["cap_ghz"] - low)
+        objective = float(self.problem.objective_j(stages, plan))
+        return Solution(
+            plan, bool(stats["success"]), str(stats["return_status"]), objective, int(stats["iter_count"]), perf_counter() - began
+        )  # fmt: skip
+
+
+class DoMpcController(Controller):
+    """BiScale's prefill controller (arXiv 2602.18755) as a model predictive controller in do-mpc.
+
+    At every batch boundary it projects the next K = 8 batches, predicts when each completes, plans
+    the clocks of least energy that meet every TTFT deadline, and applies the first. Changed to fit:
+    the paper searches greedily over 7 clocks (that is ``mpc-greedy``); here the clocks are
+    continuous, the deadlines soft with an exact penalty, and the extras of :class:`MpcOptions` can
+    be switched on.
+
+    Every solve starts from the energy-optimal clock: measured, that takes fewer iterations than the
+    shifted last plan, whose clocks lie on bounds. A failed solve falls back to the last plan,
+    shifted by one batch, and without one to the highest clock; both are counted.
+    """
+
+    phases: ClassVar[tuple[str, ...]] = ("prefill",)
+    TUNABLE: ClassVar[Mapping[str, tuple[Any, ...]]] = MARGINS
+    memory_size = HORIZON
+
+    def __init__(
+        self,
+        context: PolicyContext,
+        margin: Share = 0.0,
+        give_up: bool = False,
+        forecast: Amount = 0.0,
+        delay_aware: bool = False,
+        idle_credit: Amount = 0.0,
+        idle_clock: Amount = 0.0,
+    ) -> None:
+        """Build the problem; the parameters are those of :class:`MpcOptions`."""
+        super().__init__(context)
+        self.problem = MpcProblem(
+            context, MpcOptions(margin, give_up, forecast, delay_aware, idle_credit, idle_clock)
+        )
+        self.solver = DoMpcSolver(self.problem)
+        self._counts = {
+            "decisions": 0,
+            "solver_failures": 0,
+            "fallback_shifted": 0,
+            "fallback_max": 0,
+            "iterations": 0,
+        }
+        self._time_s = 0.0
+
+    def first_memory(self) -> Floats:
+        """No plan yet."""
+        return np.full(HORIZON, np.nan)
+
+    def stats(self) -> dict[str, float]:
+        """Decisions, failures, fallbacks, solver iterations and wall time in s."""
+        return {**self._counts, "solver_time_s": self._time_s}
+
+    def decide(
+        self, x: Floats, memory: Floats | None, deterministic: bool
+    ) -> tuple[Floats, Floats | None]:
+        """Solve every row."""
+        assert memory is not None
+        stages = self.problem.stages(x)
+        plans = np.empty((len(x), HORIZON))
+        for i in range(len(x)):
+            plans[i] = self._plan(stages[i], memory[i])
+        return self.problem.to_clock_mhz(stages, plans), np.concatenate(
+            [plans[:, 1:], plans[:, -1:]], axis=1
+        )
+
+    def _plan(self, stages: NDArray[np.void], last: Floats) -> Floats:
+        """Plan of one row; ``last`` is the last plan already shifted, NaN where there is none."""
+        top = np.full(HORIZON, self.problem.freq_max_ghz)
+        if not (stages["share"] > 0.0).any():
+            return np.full(HORIZON, self.problem.cheapest_ghz)
+        known = np.isfinite(last).all()
+        solution = self.solver.solve(stages, np.full(HORIZON, self.problem.cheapest_ghz))
+        self._counts["decisions"] += 1
+        self._counts["iterations"] += solution.iterations
+        self._time_s += solution.time_s
+        if solution.ok:
+            return solution.plan_ghz
+        log.warning("MPC: %s after %d iterations", solution.status, solution.iterations)
+        self._counts["solver_failures"] += 1
+        self._counts["fallback_shifted" if known else "fallback_max"] += 1
+        return np.minimum(last, stages["cap_ghz"]) if known else top

@@ -1,0 +1,310 @@
+"""The prefill MPC problem, once.
+
+Its stages, read out of the observation, for every solver (do-mpc, the price method, the greedy
+search).
+
+A stage is a projected batch. Its clock ``f_k`` is the input, the time at which it completes is the state::
+
+    t_0 = 0,   t_{k+1} = t_k + lead_k + share_k L(work_k, f_k)
+    minimise   sum_k weight_k share_k E(work_k, f_k) + sum_k idle_k P_idle(f_k)
+               - idle_credit P_idle(f*) t_K + LATE_W sum_k max(0, t_{k+1} - deadline_k)
+    within     f_min <= f_k <= cap_k
+
+with latency L and energy E (all GPUs) of `models.physics`. ``deadline_k`` is the tightest TTFT
+deadline among the requests that complete in batch k. ``cap_k`` is the clock above which the power
+cap makes a higher request useless. ``lead_k`` is time, ``1 - share_k`` work, that a clock asked for
+now can no longer change. An empty stage has share 0: it costs nothing and takes no time. A forecast
+batch takes its time for certain, so that there is room for it, but costs its energy only with the
+probability ``weight_k`` that it comes. ``idle_k`` is zero but for the last batch of the queue,
+whose clock the instance keeps while it waits: the mean time between arrivals.
+
+The penalty is exact: ``LATE_W`` lies above the highest marginal price of time (J saved per second)
+at any clock, work and ensemble member, so a deadline is missed only where even the highest clock
+cannot meet it.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biscale_env.contract.observation import HORIZON
+from biscale_env.core.errors import BiscaleError
+from biscale_env.core.jit import compiled, inlined
+from biscale_env.models import COEFFICIENT_DTYPE, IterationModel
+from biscale_env.models.physics import (
+    effective_freq_ghz,
+    idle_power_w,
+    iteration_energy_j,
+    latency_s,
+)
+from controllers.base import Floats, PolicyContext
+from controllers.prefill.mpc_options import FAR_S, NO_DEADLINE, RARE_RPS, MpcOptions
+
+# J per second of lateness; the highest price seen over all members and 1 to 2048 tokens is 4.3e4 W
+# (tested)
+LATE_W = 2e5
+ROUNDING_MHZ = (
+    0.5  # a planned clock this little above a grid clock is that clock (solver tolerance)
+)
+# work whose energy-optimal clock stands for the clock of idling and of drain estimates: the mean
+# Azure prompt
+REFERENCE_TOKENS = 1024.0
+
+STAGE_DTYPE = np.dtype(
+    [
+        ("tokens", np.float64),
+        ("attn_work", np.float64),
+        ("n_seq", np.float64),
+        ("deadline_s", np.float64),  # from now; FAR_S: none
+        ("lead_s", np.float64),  # time spent on the batch before the chosen clock acts
+        ("share", np.float64),  # share of the work done at the chosen clock; 0: nothing to choose
+        (
+            "weight",
+            np.float64,
+            # probability that the batch comes to be, which weighs its energy; 1 for what waits already
+        ),
+        ("cap_ghz", np.float64),  # highest clock that the power cap allows
+        (
+            "idle_s",
+            np.float64,
+        ),  # time for which the instance is expected to wait at the clock of this batch
+    ]
+)
+
+
+OPTIONS_DTYPE = np.dtype([(name, np.float64) for name in MpcOptions.names()])
+COLUMNS = (
+    "batch_tokens", "batch_attn", "batch_requests", "batch_slack", "batch_slack_alive", "slo", "freq_current", "freq_pending",
+    "time_to_apply", "actuation_delay", "arrival_rate_10s", "token_rate_10s", "arrival_rate_60s",
+)  # fmt: skip
+COLUMNS_DTYPE = np.dtype([(name, np.int64) for name in COLUMNS])
+
+
+@inlined
+def cap_of(
+    c: Any, tokens: float, attn_work: float, n_seq: float, freq_min_ghz: float, freq_max_ghz: float
+) -> float:
+    """Highest useful clock of a batch, GHz."""
+    return effective_freq_ghz(c, tokens, attn_work, 0.0, n_seq, freq_max_ghz, freq_min_ghz)
+
+
+@inlined
+def read_queue(
+    c: Any, x: Any, at: Any, opt: Any, freq_min_ghz: float, freq_max_ghz: float, stages: Any
+) -> int:
+    """Fill the stages with the projected batches of the queue; returns their number."""
+    slo = x[at.slo]
+    used = 0
+    for k in range(stages.size):
+        st = stages[k]
+        st.tokens = x[at.batch_tokens + k]
+        st.attn_work = x[at.batch_attn + k]
+        st.n_seq = x[at.batch_requests + k]
+        st.lead_s = 0.0
+        st.share = 1.0 if st.tokens > 0.0 else 0.0
+        st.weight = 1.0
+        slack = x[at.batch_slack_alive + k] if opt.give_up > 0.0 else x[at.batch_slack + k]
+        st.deadline_s = (
+            (slack - opt.margin) * slo if slack < NO_DEADLINE and st.tokens > 0.0 else FAR_S
+        )
+        st.cap_ghz = cap_of(c, st.tokens, st.attn_work, st.n_seq, freq_min_ghz, freq_max_ghz)
+        st.idle_s = 0.0
+        if st.tokens > 0.0:
+            used = k + 1
+    if used > 0:
+        stages[used - 1].idle_s = opt.idle_clock / max(x[at.arrival_rate_60s], RARE_RPS)
+    return used
+
+
+@inlined
+def add_forecast(
+    c: Any, x: Any, at: Any, opt: Any, used: int, budget: float, drain_ghz: float, freq_min_ghz: float, freq_max_ghz: float, stages: Any
+) -> None:  # fmt: skip
+    """Fill empty stages with the requests expected to arrive while the queue drains at the
+    energy-optimal clock.
+
+    They arrive evenly, the first at once; a batch costs with the probability that a Poisson stream
+    brings it any request.
+    """
+    tokens_per_s = opt.forecast * x[at.token_rate_10s]
+    per_s = opt.forecast * x[at.arrival_rate_10s]
+    if used == 0 or tokens_per_s <= 0.0 or per_s <= 0.0:
+        return
+    mean = tokens_per_s / per_s
+    drain = 0.0
+    for k in range(used):
+        st = stages[k]
+        drain += latency_s(c, st.tokens, st.attn_work, 0.0, st.n_seq, min(drain_ghz, st.cap_ghz))
+    left = tokens_per_s * drain
+    arrived = 0.0
+    for k in range(used, stages.size):
+        if left <= 0.0:
+            break
+        st = stages[k]
+        expected = min(left, budget)
+        st.share = 1.0
+        st.weight = 1.0 - np.exp(-expected / mean)
+        st.tokens = min(max(expected, mean), budget)
+        st.n_seq = max(expected / mean, 1.0)
+        st.attn_work = 0.5 * st.tokens * mean
+        st.deadline_s = arrived / tokens_per_s + (1.0 - opt.margin) * x[at.slo]
+        st.cap_ghz = cap_of(c, st.tokens, st.attn_work, st.n_seq, freq_min_ghz, freq_max_ghz)
+        arrived += expected
+        left -= expected
+
+
+@inlined
+def spend_delay(c: Any, x: Any, at: Any, stages: Any) -> None:
+    """Give the time before a new clock can act to the clocks already asked for.
+
+    A request waits for the one on its way (then takes a full delay), or takes the place of one that
+    still waits behind it.
+    """
+    wait, delay = x[at.time_to_apply], x[at.actuation_delay]
+    queued = wait > delay + 1e-6
+    lands = wait if queued else wait + delay
+    switch = lands if queued else wait
+    now = 0.0
+    for k in range(stages.size):
+        st = stages[k]
+        while st.share > 1e-9 and now < lands - 1e-9:
+            asked = x[at.freq_current] if now < switch else x[at.freq_pending]
+            until = switch if now < switch else lands
+            duration = latency_s(
+                c, st.tokens, st.attn_work, 0.0, st.n_seq, min(asked * 1e-3, st.cap_ghz)
+            )
+            step = min(st.share * duration, until - now)
+            st.lead_s += step
+            st.share = max(st.share - step / duration, 0.0)
+            now = until if step == until - now else now + step
+        if now >= lands - 1e-9:
+            return
+    for k in range(
+        stages.size
+    ):  # everything is done before a new clock acts: decide as if there were no delay
+        st = stages[k]
+        if st.tokens > 0.0:
+            st.share = 1.0
+            st.lead_s = 0.0
+
+
+@compiled
+def read_stages(
+    coef: Any, x: Any, at: Any, opt: Any, budget: float, drain_ghz: float, freq_min_ghz: float, freq_max_ghz: float, out: Any
+) -> None:  # fmt: skip
+    """Stages (n, HORIZON) of the physical observations x (n, dim)."""
+    for i in range(x.shape[0]):
+        used = read_queue(coef[0], x[i], at[0], opt[0], freq_min_ghz, freq_max_ghz, out[i])
+        if opt[0].forecast > 0.0:
+            add_forecast(
+                coef[0],
+                x[i],
+                at[0],
+                opt[0],
+                used,
+                budget,
+                drain_ghz,
+                freq_min_ghz,
+                freq_max_ghz,
+                out[i],
+            )
+        if opt[0].delay_aware > 0.0:
+            spend_delay(coef[0], x[i], at[0], out[i])
+
+
+class MpcProblem:
+    """The problem for one context: its coefficients, its clock range and its stages."""
+
+    def __init__(self, context: PolicyContext, options: MpcOptions) -> None:
+        """Resolve columns and constants.
+
+        Args:
+            context: gives the model, its member and the clock range.
+            options: what is switched on.
+
+        Raises:
+            BiscaleError: the model is not the smooth formula (an `IterationModel`).
+        """
+        if not isinstance(context.model, IterationModel):
+            raise BiscaleError(
+                "the MPC needs a smooth model (IterationModel): use mpc-greedy with other predictors"
+            )
+        self.context, self.options = context, options
+        self.coefficients = context.model.member(context.member)
+        self.coef = np.array([tuple(self.coefficients)], dtype=COEFFICIENT_DTYPE)
+        self.freq_min_ghz, self.freq_max_ghz = (
+            context.clocks.freq_min_mhz * 1e-3,
+            context.clocks.freq_max_mhz * 1e-3,
+        )
+        work = (REFERENCE_TOKENS, REFERENCE_TOKENS**2 / 2, 0.0, 1.0)
+        self.cheapest_ghz = (
+            float(context.model.optimal_freq_mhz(*work, member=context.member)) * 1e-3
+        )
+        idle_w = self.coefficients.n_gpus * float(
+            idle_power_w(self.coefficients, self.cheapest_ghz)
+        )
+        self.credit_w = options.idle_credit * idle_w
+        self._at = np.array(
+            [tuple(context.spec.index(name) for name in COLUMNS)], dtype=COLUMNS_DTYPE
+        )
+        self._opt = np.array(
+            [tuple(float(v) for v in asdict(options).values())], dtype=OPTIONS_DTYPE
+        )
+
+    def stages(self, x: Floats) -> NDArray[np.void]:
+        """Stages (n, HORIZON) of physical observations (n, dim)."""
+        out = np.zeros((len(x), HORIZON), dtype=STAGE_DTYPE)
+        read_stages(
+            self.coef, x, self._at, self._opt, float(self.context.token_budget), self.cheapest_ghz, self.freq_min_ghz,
+            self.freq_max_ghz, out,
+        )  # fmt: skip
+        return out
+
+    def durations_s(self, stages: NDArray[np.void], freq_ghz: Floats) -> Floats:
+        """Time that each stage adds at planned clocks, s; both arguments (..., HORIZON)."""
+        latency = latency_s(
+            self.coefficients, stages["tokens"], stages["attn_work"], 0.0, stages["n_seq"], freq_ghz
+        )
+        return np.asarray(stages["lead_s"] + stages["share"] * latency)
+
+    def objective_j(self, stages: NDArray[np.void], freq_ghz: Floats) -> Floats:
+        """Objective of a plan, J; both arguments (..., HORIZON), result (...)."""
+        c = self.coefficients
+        latency = latency_s(
+            c, stages["tokens"], stages["attn_work"], 0.0, stages["n_seq"], freq_ghz
+        )
+        energy = c.n_gpus * iteration_energy_j(
+            c, stages["tokens"], stages["attn_work"], 0.0, latency, freq_ghz
+        )
+        done = np.cumsum(stages["lead_s"] + stages["share"] * latency, axis=-1)
+        late = np.maximum(done - stages["deadline_s"], 0.0).sum(axis=-1)
+        idle = np.where(
+            stages["share"] > 0.0, stages["idle_s"] * c.n_gpus * idle_power_w(c, freq_ghz), 0.0
+        )
+        return np.asarray(
+            (stages["weight"] * stages["share"] * energy + idle).sum(axis=-1)
+            - self.credit_w * done[..., -1]
+            + LATE_W * late
+        )
+
+    def to_clock_mhz(self, stages: NDArray[np.void], freq_ghz: Floats) -> Floats:
+        """Clock to ask for, (n,), MHz, from planned clocks (n, HORIZON), GHz.
+
+        It is that of the first stage that a request can still change, rounded up to the grid (so
+        that a deadline that was just met stays met), and the highest clock where the plan runs into
+        the power cap: there the batch should go as fast as it can.
+        """
+        rows = np.arange(len(stages))
+        first = (stages["share"] > 0.0).argmax(axis=1)
+        asked = freq_ghz[rows, first]
+        clocks = self.context.clocks
+        step = clocks.freq_step_mhz
+        down = np.floor((clocks.freq_max_mhz - asked * 1e3) / step + ROUNDING_MHZ / step)
+        freq = clocks.freq_max_mhz - step * down
+        return np.where(
+            asked > stages["cap_ghz"][rows, first] - ROUNDING_MHZ * 1e-3,
+            clocks.freq_max_mhz,
+            clocks.snap_mhz(freq),
+        )

@@ -1,0 +1,1 @@
+"""Controllers of other papers, and constant clocks."""

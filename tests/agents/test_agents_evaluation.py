@@ -1,0 +1,178 @@
+"""What `biscale evaluate` makes of training seeds: tables, scores, splits, learning curves.
+
+Settings of a build string.
+"""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from agents.training.curves import draw, learning_curves, spread
+from biscale_env.config.loader import list_names, load_named
+from biscale_env.config.loader import validate as check
+from biscale_env.core.errors import BiscaleError
+from biscale_env.evaluation.experiment import robustness
+from biscale_env.evaluation.experiment.agent_jobs import (
+    SHIPPED,
+    is_checkpoint,
+    setting_grid,
+    split_build,
+)
+from biscale_env.evaluation.experiment.policy_jobs import parse, split_list
+from biscale_env.evaluation.experiment.scenarios import Scenario, load_scenario
+from biscale_env.evaluation.report import agent_table
+
+
+def frame(agent, own=0.8, lost=5, max_lost=5, oracle=0.7, seeds=(0, 1), scenario="synthetic"):
+    """Two workloads of 1000 requests; ``agent`` gives the energy ratio per training seed."""
+    rows = []
+    for policy, seed, ratio, late in [
+        ("max", -1, 1.0, max_lost),
+        ("static-best", -1, 0.9, lost),
+        ("mpc", -1, own, lost),
+        ("oracle", -1, oracle, 10),
+        *(("agent", s, a, lost) for s, a in zip(seeds, agent, strict=True)),
+    ]:
+        rows += [
+            {
+                "phase": "prefill", "scenario": scenario, "load": 0.75, "policy": policy, "training_seed": seed, "workload_seed": w,
+                "ensemble_member": -1, "energy_ratio": ratio + 0.01 * w * (policy != "max"), "n_counted": 1000, "n_violations": late,
+                "slo_attainment": 0.99,
+            }
+            for w in range(2)
+            if policy != "oracle" or w == 0
+        ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_the_shipped_seed_stands_in_the_table_and_all_seeds_beside_it():
+    row = agent_table.point_rows(frame([0.75, 0.77]), "prefill", shipped=1)[0]
+    cells = dict(zip(agent_table.HEAD, row, strict=True))
+    assert cells["agent"] == "0.775 (99.50)"
+    assert cells["agent - own"].startswith("-3.0 [")
+    assert cells["gap closed"] == "30%"  # (0.80 - 0.77) / (0.80 - 0.70) on the oracle's workload
+    assert cells["training seeds"] == "0.765 [0.755, 0.775]"
+    assert cells["that hold"] == "2 of 2"
+    everybody = dict(
+        zip(
+            agent_table.HEAD, agent_table.point_rows(frame([0.75, 0.77]), "prefill")[0], strict=True
+        )
+    )
+    assert everybody["agent"] == "0.765 (99.50)"
+
+
+def test_a_missed_slo_is_struck_through_and_never_rounded_away():
+    cells = dict(
+        zip(
+            agent_table.HEAD,
+            agent_table.point_rows(frame([0.75], lost=11, seeds=[0]), "prefill")[0],
+            strict=True,
+        )
+    )
+    assert cells["agent"] == "~~0.755 (98.90)~~"
+    assert cells["that hold"] == "0 of 1"
+    just = agent_table.Shown(0.5, 0.98999, False)
+    assert str(just) == "~~0.500 (98.99)~~"
+
+
+def test_scores_are_between_max_clock_and_oracle_and_leave_out_what_max_clock_misses():
+    both = pd.concat([frame([0.75, 0.75]), frame([0.1, 0.1], max_lost=20, scenario="hopeless")])
+    s = agent_table.scores(both, "prefill")
+    assert s["points"] == 1
+    assert s["agent"].estimate == pytest.approx((1 - 0.755) / 0.3)
+    assert s["own"].estimate == pytest.approx((1 - 0.805) / 0.3)
+    assert s["better"].estimate == 1.0
+    assert agent_table.scores(frame([0.9, 0.7]), "prefill")["better"].estimate == 0.5
+    text = agent_table.markdown(both, {"prefill": 0})
+    assert "over the 1 points" in text
+    assert text.count("| synthetic") == 1
+
+
+def test_build_strings_have_a_price_and_a_margin():
+    assert split_build("agent:price=40") == ("agent", {"price": 40.0})
+    assert split_build("runs/a:b/x.zip:price=4,margin=0.2") == (
+        "runs/a:b/x.zip",
+        {"price": 4.0, "margin": 0.2},
+    )
+    assert split_build("runs/a:b/x.zip") == ("runs/a:b/x.zip", {})
+    assert is_checkpoint("agent:margin=0.2")
+    assert is_checkpoint("runs/a:b/x.zip:price=4,margin=0.2")
+    assert not is_checkpoint(
+        "mpc-plus:margin=0.0,forecast=4.0,idle_clock=0.5"
+    )  # a reference has a margin, too
+    for bad in ("agent:cost=3", "agent:price=dear", "agent:price=3,x=1"):
+        with pytest.raises(BiscaleError, match="takes price=<number> and margin=<number>"):
+            split_build(bad)
+    assert split_list("mpc:give_up=true,margin=0.2,my=a/b.zip") == [
+        "mpc:give_up=true,margin=0.2",
+        "my=a/b.zip",
+    ]
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_shipped_agents_can_be_tuned_unless_a_setting_is_given(phase):
+    assert len(setting_grid("agent", phase)) >= 4
+    assert setting_grid("agent:price=3", phase) == []
+
+
+def test_a_checkpoint_of_a_phase_that_is_not_compared_is_refused():
+    path = SHIPPED / "prefill.npz"
+    with pytest.raises(
+        BiscaleError, match="policy 'my': the checkpoint is for prefill, which is not compared here"
+    ):
+        parse(f"all,my={path}", ("decode",))
+    assert ("my", str(path)) in parse(f"all,my={path}", ("prefill", "decode"))["prefill"]
+
+
+@pytest.mark.parametrize("name", list_names("robustness"))
+def test_shipped_conditions_are_scenarios(name):
+    plan = load_named("robustness", name, robustness.Robustness)
+    assert list(plan.splits) == ["in distribution", "shifted", "unseen"]
+    for condition in (c for part in plan.splits.values() for c in part):
+        check(
+            load_scenario(condition.scenario).model_dump() | condition.changes,
+            Scenario,
+            condition.name,
+        )
+
+
+def test_splits_stay_apart_in_the_table():
+    both = pd.concat(
+        [
+            frame([0.75, 0.75], scenario="shifted: load 30 %"),
+            frame([0.7, 0.7], scenario="unseen: code"),
+        ]
+    )
+    text = robustness.markdown(both)
+    assert "| prefill | shifted | load 30 % |" in text
+    assert "| prefill | unseen | code |" in text
+
+
+def curve(folder, seed, scores):
+    (folder / f"seed-{seed}").mkdir()
+    rows = [f"{100 * k},{s},{s},0.99,{s + 0.1},0.98" for k, s in enumerate(scores)]
+    head = "step,score,energy_ratio:a,attainment:a,energy_ratio:b,attainment:b"
+    (folder / f"seed-{seed}" / "evaluations.csv").write_text("\n".join([head, *rows]) + "\n")
+
+
+def test_learning_curves_show_the_spread_over_seeds(tmp_path):
+    for seed, scores in enumerate([[0.9, 0.8], [0.9, 0.7], [0.9, 0.6, 0.5]]):
+        curve(tmp_path, seed, scores)
+    curves = learning_curves(tmp_path)
+    assert curves["energy_ratio"].iloc[0] == pytest.approx(0.95)
+    assert (curves["lowest_attainment"] == 0.98).all()
+    s = spread(curves)
+    assert s.loc[100, ["low", "median", "high"]].tolist() == pytest.approx([0.6, 0.7, 0.8])
+    assert s["seeds"].tolist() == [3, 3, 1]
+    pytest.importorskip("matplotlib")
+    draw({"prefill": curves}, tmp_path / "x.svg")
+    assert (tmp_path / "x.svg").read_text().startswith("<?xml")
+    with pytest.raises(BiscaleError, match="holds no seed-"):
+        learning_curves(tmp_path / "seed-0")
+
+
+def test_matrix_of_training_seeds_by_workloads():
+    assert np.allclose(
+        agent_table.by_seed(frame([0.75, 0.77])[lambda f: f.policy == "agent"]),
+        [[0.75, 0.76], [0.77, 0.78]],
+    )

@@ -1,0 +1,89 @@
+"""What agents are trained on, what is held out from that, and what tables are made of.
+
+Three sets of workloads that do not mix.
+"""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("stable_baselines3")
+
+from agents.training.heldout import HeldOut
+from agents.training.mixture import HELD_OUT, TRAINED_FRACTION, make_groups
+from agents.training.train_config import AgentConfig
+from agents.training.training_env import AgentVecEnv
+from biscale_env.config.loader import list_names, load_named
+from biscale_env.evaluation.experiment.scenarios import Scenario, load_scenario
+from biscale_env.traces import Trace, write_trace
+
+SHOWN_TOKENS = (
+    500  # prompts of the part that tables are made of are longer than this, all others shorter
+)
+
+
+@pytest.fixture(scope="module")
+def trace_file(tmp_path_factory):
+    """A trace whose two halves are told apart by their prompts."""
+    rng, n = np.random.default_rng(0), 3000
+    arrival_s = np.sort(rng.uniform(0.0, 1000.0, n))
+    first = arrival_s < Scenario(name="default").tune_fraction * arrival_s[-1]
+    prompt = np.where(
+        first, rng.integers(100, SHOWN_TOKENS, n), rng.integers(SHOWN_TOKENS + 1, 900, n)
+    )
+    path = tmp_path_factory.mktemp("trace") / "halves.csv"
+    return write_trace(
+        Trace("halves", arrival_s, prompt.astype(np.int32), np.full(n, 20, np.int32), "test"), path
+    )
+
+
+def config_of(phase, **part):
+    part = {"rates_rps": [2.0], "workloads": 3, "episode_s": 60.0} | part
+    return AgentConfig.model_validate(
+        {"phase": phase, "n_envs": 4, "mixture": [part], "action": "clock"}
+    )
+
+
+@pytest.mark.parametrize("episode_s", [60.0, 5000.0])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_training_and_held_out_windows_stay_out_of_the_half_that_tables_show(
+    phase, episode_s, trace_file
+):
+    config = config_of(phase, trace=str(trace_file), episode_s=episode_s)
+    groups, counts = make_groups(config)
+    for held_out in (False, True):
+        prompts = AgentVecEnv(config, groups, counts, 0, held_out).pool.prompt
+        assert len(prompts) > 100
+        assert prompts.max() < SHOWN_TOKENS
+    assert HeldOut(config, groups, 2)._pool.prompt.max() < SHOWN_TOKENS
+
+
+def test_half_of_a_trace_is_trained_on():
+    """Not more, which the test above shows, and not less: the rest is lost for nothing."""
+    shipped = [load_scenario(name) for name in list_names("scenarios")]
+    assert {s.tune_fraction for s in shipped if s.trace} == {TRAINED_FRACTION}
+
+
+def requests_of(pool):
+    """The workloads of a pool as sets of (arrival, prompt, output)."""
+    rows = list(
+        zip(pool.arrival_s.tolist(), pool.prompt.tolist(), pool.output.tolist(), strict=True)
+    )
+    return [set(rows[begin:end]) for begin, end in zip(pool.begins, pool.ends, strict=True)]
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_generated_held_out_workloads_share_no_request_with_those_of_training(phase):
+    config = config_of(phase)
+    groups, counts = make_groups(config)
+    trained = set.union(*requests_of(AgentVecEnv(config, groups, counts, 0).pool))
+    for pool in (
+        AgentVecEnv(config, groups, counts, 0, held_out=True).pool,
+        HeldOut(config, groups, 3)._pool,
+    ):
+        assert not trained & set.union(*requests_of(pool))
+
+
+@pytest.mark.parametrize("name", list_names("agents"))
+def test_the_workloads_of_a_shipped_run_end_before_the_held_out_ones(name):
+    config = load_named("agents", name, AgentConfig)
+    assert max(part.workloads for part in config.mixture) < HELD_OUT

@@ -1,0 +1,367 @@
+"""``biscale compare`` end to end, as a user runs it: in a process, from an empty folder."""
+
+import html
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import yaml
+
+from biscale_env.evaluation.runs.run_view import load_run
+
+BISCALE = [sys.executable, "-m", "biscale_env.cli"]
+TINY = ["--policies", "static:1200", "--seeds", "2", "--jobs", "1", "--scenario"]
+
+
+def run(*arguments, cwd, timeout=120):
+    return subprocess.run(
+        [*BISCALE, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=timeout
+    )
+
+
+@pytest.fixture
+def call(capsys, monkeypatch, tmp_path):
+    """Run the command in this process from an empty folder: (exit code, stdout, stderr)."""
+
+    def invoke(*arguments):
+        from biscale_env.cli import main
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["biscale", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return invoke
+
+
+@pytest.fixture(scope="module")
+def scenario(tmp_path_factory):
+    path = tmp_path_factory.mktemp("scenario") / "tiny.yaml"
+    path.write_text("name: tiny\nprofile: azure-conv-like\nduration_s: 40\nload: 0.5\nseeds: 2\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(scenario, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    done = run("compare", *TINY, scenario, "--out", "run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run", done
+
+
+def test_table_and_files(finished):
+    folder, done = finished
+    assert "static:1200" in done.stdout
+    assert "prefill" in done.stdout
+    assert "decode" in done.stdout
+    for name in (
+        "results.parquet",
+        "summary.csv",
+        "config.yaml",
+        "provenance.json",
+        "report.html",
+        "requests.parquet",
+        "timelines.parquet",
+    ):
+        assert (folder / name).stat().st_size > 100, name
+    assert not list((folder / "parts").glob("*"))
+
+
+def test_one_row_per_policy_phase_and_seed(finished):
+    frame = pd.read_parquet(finished[0] / "results.parquet")
+    assert len(frame) == 2 * 2 * 2
+    assert not frame.duplicated(["phase", "policy", "workload_seed"]).any()
+    top = frame[frame.policy == "max"]
+    assert (top.energy_ratio == 1.0).all()
+    low = frame[frame.policy == "static:1200"]
+    assert (low.energy_ratio < 1.0).all()
+    assert (low.energy_ratio > 0.3).all()
+
+
+def test_run_directory_explains_itself(finished):
+    folder, _ = finished
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["points"][0]["duration_s"] == 40
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["model_sha256"]
+    assert all(len(digest) == 64 for digest in provenance["model_sha256"].values())
+    assert provenance["packages"]["numba"]
+
+
+def test_a_second_run_does_not_overwrite_and_resume_finds_it_done(finished, scenario):
+    folder, _ = finished
+    before = (folder / "results.parquet").read_bytes()
+    again = run("compare", *TINY, scenario, "--out", folder, cwd=folder.parent)
+    assert again.returncode == 2
+    assert "--resume" in again.stderr
+    start = time.monotonic()
+    resumed = run("compare", *TINY, scenario, "--out", folder, "--resume", cwd=folder.parent)
+    assert resumed.returncode == 0, resumed.stderr
+    assert time.monotonic() - start < 60
+    assert pd.read_parquet(folder / "results.parquet").equals(pd.read_parquet(io.BytesIO(before)))
+
+
+def test_resume_with_other_settings_is_refused(finished, scenario):
+    folder, _ = finished
+    done = run(
+        "compare", *TINY, scenario, "--load", "0.4", "--out", folder, "--resume", cwd=folder.parent
+    )
+    assert done.returncode == 2
+    assert "load" in done.stderr
+
+
+@pytest.mark.slow
+def test_interrupted_run_keeps_rows_and_resumes(scenario, tmp_path):
+    policies = ",".join(f"static:{600 + 15 * k}" for k in range(30))
+    command = [
+        *BISCALE,
+        "compare",
+        "--phase",
+        "prefill",
+        "--scenario",
+        str(scenario),
+        "--policies",
+        policies,
+        "--jobs",
+        "1",
+        "--out",
+        "run",
+    ]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    parts = tmp_path / "run" / "parts"
+    deadline = time.monotonic() + 120
+    while not (parts.is_dir() and len(list(parts.glob("[0-9a-f]*"))) >= 4):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    said = process.stderr.read()
+    assert "of 31 are finished and kept in run" in said
+    assert "--resume" in said
+    assert "Traceback" not in said
+    kept = pd.read_parquet(tmp_path / "run" / "results.parquet")
+    assert 4 <= len(kept) < 31 * 2
+    done = run(*command[3:], "--resume", cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    whole = pd.read_parquet(tmp_path / "run" / "results.parquet")
+    assert len(whole) == 31 * 2
+    merged = whole.merge(kept, on="run_id", suffixes=("", "_before"))
+    assert len(merged) == len(kept)
+    assert (merged.energy_j == merged.energy_j_before).all()
+
+
+MISTAKES = {
+    "unknown policy": (["--policies", "mpx"], "mpx"),
+    "unknown slo": (["--slo", "biscal"], "biscal"),
+    "unknown phase": (["--phase", "prefil"], "prefill or decode"),
+    "zero load": (["--load", "0"], "load"),
+    "no seeds": (["--seeds", "0"], "seeds"),
+    "no such trace": (["--trace", "nowhere.csv"], "nowhere.csv"),
+    "model does not fit": (["--tp", "3"], "TP 3"),
+    "unknown dtype": (["--dtype", "int4"], "int4"),
+    "impossible clock": (["--policies", "static:99"], "99"),
+    "unknown scenario": (["--scenario", "azure-con"], "azure-con"),
+    "the reference renamed": (["--policies", "max=static:1200"], "'max'"),
+    "two of one name": (["--policies", "a=static:900,a=static:1200"], "'a'"),
+    "resume of nothing": (["--resume"], "resume"),
+}
+
+
+def assert_refused(result, words, folder):
+    code, _, err = result
+    assert code == 2, err
+    for word in words:
+        assert word in err
+    assert "Traceback" not in err
+    assert err.count("\n") == 1
+    assert not list(folder.rglob("*.parquet")), "something was written"
+    assert not list(folder.rglob("config.yaml"))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_sentence(mistake, call, tmp_path):
+    arguments, words = MISTAKES[mistake]
+    assert_refused(call("compare", "--quick", *arguments), [words], tmp_path)
+
+
+def test_a_mistake_in_a_real_process(tmp_path):
+    done = run("compare", "--quick", "--slo", "biscal", cwd=tmp_path)
+    assert_refused(
+        (done.returncode, done.stdout, done.stderr), ["biscal", "mlperf-server"], tmp_path
+    )
+
+
+def test_zero_slo_is_refused(call, tmp_path):
+    slo = tmp_path / "zero.yaml"
+    slo.write_text("name: zero\nttft_s: 0\ntpot_s: 0.1\nattainment: 0.99\n")
+    assert_refused(call("compare", "--quick", "--slo", slo), ["ttft_s", "zero.yaml"], tmp_path)
+
+
+def test_unknown_key_names_the_nearest(call, tmp_path):
+    path = tmp_path / "typo.yaml"
+    path.write_text("name: typo\nlaod: 0.5\n")
+    assert_refused(call("compare", "--scenario", path), ["laod", "'load'"], tmp_path)
+
+
+def test_bad_trace_row_names_file_line_and_field(call, tmp_path):
+    trace = tmp_path / "bad.csv"
+    rows = [
+        "TIMESTAMP,ContextTokens,GeneratedTokens",
+        "2023-11-16 18:15:46.68,374,44",
+        "2023-11-16 18:15:47.68,-5,44",
+    ]
+    trace.write_text("\n".join(rows) + "\n")
+    assert_refused(
+        call("compare", "--quick", "--trace", trace),
+        ["bad.csv", "line 3", "ContextTokens"],
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("compare", "--phase", "decode"), ("compare", "--load", "0.3"), ("capacity", "prefill")],
+)
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_prompt_longer_than_the_kv_room(command, kind, call, tmp_path):
+    """Named by file, line and field, although the workload is a choice of requests from a part of
+    the file.
+    """
+    prompts = [374 if k != 250 else 900_000 for k in range(300)]
+    trace = tmp_path / f"long.{kind}"
+    if kind == "csv":
+        rows = [
+            f"2023-11-16 18:{15 + k // 60:02d}:{k % 60:02d}.0,{n},44" for k, n in enumerate(prompts)
+        ]
+        rows.insert(0, "TIMESTAMP,ContextTokens,GeneratedTokens")
+    else:
+        rows = [
+            f'{{"timestamp": {1000 * k}, "input_length": {n}, "output_length": 44}}'
+            for k, n in enumerate(prompts)
+        ]
+    trace.write_text("\n".join(rows) + "\n")
+    words = [f"long.{kind}, line {252 if kind == 'csv' else 251}: prompt_tokens 900000", "KV room"]
+    assert_refused(call(*command, "--trace", trace), words, tmp_path)
+
+
+def test_capacity_command(call):
+    code, out, err = call("capacity", "decode", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    by_rate = sorted((t["rate_rps"], t["attainment"]) for t in found["tried"])
+    assert found["capacity_rps"] == max(rate for rate, attainment in by_rate if attainment >= 0.99)
+
+
+def test_a_trace_without_capacity_is_named_infeasible(call, tmp_path):
+    trace = tmp_path / "long.csv"
+    rows = [f"{20 * k},9000,10" for k in range(400)]
+    trace.write_text("\n".join(["arrival_s,prompt_tokens,output_tokens", *rows]) + "\n")
+    code, out, _ = call("capacity", "prefill", "--trace", trace)
+    assert code == 0
+    assert "infeasible: no load meets SLO 'biscale'" in out
+    assert "of 600 ms" in out
+    refused = call("compare", "--phase", "prefill", "--trace", trace)
+    assert_refused(refused, ["infeasible", "of 600 ms", "wider SLO"], tmp_path)
+
+
+INFEASIBLE = {
+    "conv": (),
+    "code": ("prefill",),
+}  # at TP4 the longest code prompts take 599 of 600 ms even alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INFEASIBLE)
+def test_real_traces(name, shared_data, tmp_path):
+    trace = shared_data / "traces" / f"AzureLLMInferenceTrace_{name}_2023.csv"
+    command = [
+        "compare",
+        "--trace",
+        trace,
+        "--policies",
+        "static-best,slack",
+        "--seeds",
+        "1",
+        "--out",
+        "run",
+    ]
+    for again in ((), ("--resume",)):
+        done = run(*command, *again, cwd=tmp_path, timeout=300)
+        assert done.returncode == 0, done.stderr
+        opened = load_run(tmp_path / "run")
+        assert set(opened.results.phase) == {"prefill", "decode"} - set(INFEASIBLE[name])
+        assert [point["phase"] for point in opened.infeasible] == list(INFEASIBLE[name])
+        report = (tmp_path / "run" / "report.html").read_text()
+        for point in opened.infeasible:
+            assert (
+                f"infeasible, so without a table: {trace.stem}, {point['phase']}, 50 % of capacity"
+                in done.stdout
+            )
+            assert point["reason"] in done.stdout.replace("\n", " ")
+            assert "the slowest request takes 599 of 600 ms" in point["reason"]
+            assert f"<li>{point['phase'].capitalize()}: {trace.stem} at 50 % load" in report
+            assert html.escape(point["reason"], quote=False).replace("'", "&#39;") in report
+        assert ("infeasible, so without" in done.stdout) == bool(INFEASIBLE[name])
+        assert ("Infeasible scenarios." in report) == bool(INFEASIBLE[name])
+
+
+@pytest.mark.parametrize(
+    ("policy", "phase", "words"),
+    [
+        ("mpc:member=abc", "prefill", "member should be a valid integer, got abc"),
+        ("mpc:member=1.5", "prefill", "member should be a valid integer, got 1.5"),
+        ("mpc:margin=nan", "prefill", "margin should be a finite number, got nan"),
+        ("mpc:margin=5", "prefill", "margin should be less than 1, got 5"),
+        ("mpc:forecast=-3", "prefill", "forecast should be greater than or equal to 0, got -3"),
+        ("throttllem:margin=-2", "decode", "margin should be greater than or equal to 0, got -2"),
+        (
+            "ecofreq:bin_requests=0",
+            "decode",
+            "bin_requests should be greater than or equal to 1, got 0",
+        ),
+        ("slack:fine=maybe", "decode", "fine should be a valid boolean, got maybe"),
+    ],
+)
+def test_nonsense_in_a_policys_name_is_refused(call, policy, phase, words):
+    code, _, error = call(
+        "compare", "--quick", "--phase", phase, "--policies", policy, "--out", "run"
+    )
+    assert code == 2
+    assert error.strip() == f"biscale: policy '{policy}': {words}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "traces generate file/x.csv --duration 60",
+        "compare --quick --policies static:1200 --out file/run",
+        "train prefill --out file/run",
+        "place --rate 10 --out file/x.yaml",
+        "hw clock-latency --out file/x.csv",
+    ],
+)
+def test_a_folder_that_is_a_file_is_one_sentence(call, tmp_path, arguments):
+    (tmp_path / "file").write_text("")
+    code, _, error = call(*arguments.split())
+    assert code == 2
+    assert re.fullmatch(
+        r"biscale: cannot [^\n]+ file/[^\n]*: [^\n]*directory[^\n]*",
+        error.strip().splitlines()[-1].lower(),
+    )
+    assert "Traceback" not in error

@@ -1,0 +1,395 @@
+"""Engine hooks on stand-ins.
+
+What they tell, that they never raise, never wait, and fall silent when they fail.
+"""
+
+import subprocess
+import sys
+import time
+import types
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import zmq
+
+from biscale_env.hardware.engines import engine_record, sglang_hook, vllm_hook, vllm_stats
+from biscale_env.hardware.engines.engine_record import EngineRecord
+from biscale_env.hardware.engines.sender import MAX_FAILURES, Sender, alive_endpoint
+from biscale_env.hardware.engines.versions import version_note, version_tuple
+from biscale_env.hardware.loop.builder import rows_of
+
+
+class Keeper:
+    """A sender that keeps what it is given."""
+
+    active = True
+
+    def __init__(self):
+        self.kept = []
+        self.failures = 0
+
+    def send(self, record):
+        self.kept.append(engine_record.decode(engine_record.encode(record)))
+        return True
+
+
+def request(name, prompt, arrival_ago=0.0, computed=0):
+    return SimpleNamespace(
+        request_id=name,
+        num_prompt_tokens=prompt,
+        num_tokens=prompt,
+        num_computed_tokens=computed,
+        arrival_time=time.time() - arrival_ago,
+    )
+
+
+def new(name, computed=0):
+    return SimpleNamespace(req_id=name, num_computed_tokens=computed)
+
+
+def cached(rows):
+    return SimpleNamespace(
+        req_ids=[r[0] for r in rows],
+        num_computed_tokens=[r[1] for r in rows],
+        num_output_tokens=[r[2] for r in rows],
+    )
+
+
+def output(new_reqs=(), rows=(), counts=None, finished=()):
+    counts = counts or {}
+    return SimpleNamespace(
+        scheduled_new_reqs=list(new_reqs), scheduled_cached_reqs=cached(list(rows)), num_scheduled_tokens=counts,
+        total_num_scheduled_tokens=sum(counts.values()), finished_req_ids=set(finished),
+    )  # fmt: skip
+
+
+def scheduler(requests=(), waiting=(), usage=0.5, deferred=()):
+    return SimpleNamespace(
+        requests={r.request_id: r for r in requests}, waiting=list(waiting), kv_cache_manager=SimpleNamespace(usage=usage),
+        deferred_waiting=list(deferred),
+    )  # fmt: skip
+
+
+def test_vllm_prefill_record_has_the_batch_first_and_then_the_queue():
+    keeper = Keeper()
+    watcher = vllm_hook.SchedulerWatcher(keeper)
+    a, b, c, d = (
+        request("a", 3000, 0.4),
+        request("b", 500, 0.3),
+        request("c", 700, 0.2),
+        request("d", 900, 0.1),
+    )
+    for r in (a, b, c, d):
+        watcher.arrives(r)
+    # a: second chunk of a long prompt; b: new with a cached prefix of 100; c, d wait
+    watcher.forms(
+        scheduler([a, b, c, d], [c, d], deferred=[1, 2]),
+        output([new("b", 100)], [("a", 2048, 0)], {"a": 952, "b": 400}),
+    )
+    (record,) = keeper.kept
+    rows = rows_of(record.detail.waiting, 3)
+    assert rows[:, 1].tolist() == [500, 3000, 700, 900]
+    assert rows[:, 2].tolist() == [100, 2048, 0, 0]
+    assert (record.detail.time_s - rows[:, 0]).tolist() == pytest.approx(
+        [0.3, 0.4, 0.2, 0.1], abs=0.05
+    )
+    s, q = record.scheduled_requests, record.queued_requests
+    assert (s.num_prefill_requests, s.sum_prefill_tokens, s.sum_prefill_kv_tokens) == (
+        2,
+        1352,
+        2148,
+    )
+    assert (q.num_prefill_requests, q.sum_prefill_tokens) == (2, 1600)
+    assert (record.detail.arrived, record.detail.arrived_tokens, record.detail.incoming) == (
+        4,
+        5100,
+        2,
+    )
+    assert rows_of(record.detail.recent, 2)[:, 1].tolist() == [3000, 500, 700, 900]
+    assert record.detail.kv_use == 0.5
+    watcher.forms(scheduler([a], []), output([], [("a", 2048, 0)], {"a": 952}))
+    assert rows_of(keeper.kept[1].detail.recent, 2).size == 0  # told once
+
+
+def test_vllm_decode_record_has_start_and_tokens_of_every_running_request():
+    keeper = Keeper()
+    watcher = vllm_hook.SchedulerWatcher(keeper)
+    watcher.forms(scheduler([request("a", 100)]), output([new("a", 99)], (), {"a": 1}))
+    time.sleep(0.02)
+    watcher.ends()
+    watcher.forms(scheduler([request("a", 100)]), output((), [("a", 100, 1)], {"a": 1}))
+    watcher.ends()
+    time.sleep(0.02)
+    watcher.forms(
+        scheduler([request("a", 100), request("b", 50)]),
+        output((), [("a", 101, 2), ("b", 50, 1)], {"a": 1, "b": 1}),
+    )
+    last = keeper.kept[-1]
+    start, tokens = (
+        rows_of(last.detail.running_start, 1)[:, 0],
+        rows_of(last.detail.running_tokens, 1)[:, 0],
+    )
+    assert tokens.tolist() == [2, 1]
+    assert last.detail.time_s - start[0] == pytest.approx(0.02, abs=0.015)
+    assert start[1] == last.detail.time_s
+    assert (
+        last.scheduled_requests.num_decode_requests,
+        last.scheduled_requests.sum_decode_kv_tokens,
+    ) == (2, 151)
+    assert last.detail.cached_tokens == 151
+    assert keeper.kept[1].wall_time == pytest.approx(0.02, abs=0.015)
+    watcher.forms(
+        scheduler([request("b", 50)]), output((), [("b", 51, 2)], {"b": 1}, finished={"a"})
+    )
+    assert list(watcher.starts) == ["b"]
+
+
+def test_vllm_empty_steps_are_not_iterations():
+    keeper = Keeper()
+    watcher = vllm_hook.SchedulerWatcher(keeper)
+    for _ in range(5):
+        watcher.forms(scheduler(), output())
+    assert keeper.kept == []
+
+
+def test_vllm_a_long_queue_is_told_in_part_and_counted_in_full():
+    keeper = Keeper()
+    waiting = [request(f"w{k}", 100) for k in range(vllm_hook.MAX_ROWS + 40)]
+    vllm_hook.SchedulerWatcher(keeper).forms(
+        scheduler([request("a", 10)], waiting), output([new("a")], (), {"a": 10})
+    )
+    (record,) = keeper.kept
+    assert record.detail.waiting_more == 40
+    assert record.queued_requests.num_prefill_requests == len(waiting)
+    assert record.queued_requests.sum_prefill_tokens == 100 * len(waiting)
+
+
+class Base:
+    """Stands for vLLM's AsyncScheduler."""
+
+    def __init__(self, *args, **kwargs):
+        self.args = args
+        self.waiting = []
+
+    def add_request(self, request):
+        self.waiting.append(request)
+        return "added"
+
+    def schedule(self, throttle_prefills=False):
+        return f"batch {throttle_prefills}"
+
+    def update_from_output(self, scheduler_output, model_runner_output):
+        return {0: model_runner_output}
+
+
+def test_the_subclass_returns_what_vllm_returns_whatever_happens_inside(monkeypatch, tmp_path):
+    monkeypatch.setenv("BISCALE_RECORDS", f"ipc://{tmp_path}/r.sock")
+    made = vllm_hook.make_scheduler(Base)("config", log_stats=True)
+    assert made.args == ("config",)
+    for _ in range(
+        MAX_FAILURES + 20
+    ):  # our steps fail every time: 'batch ...' is no SchedulerOutput
+        assert made.add_request("not a request") == "added"
+        assert made.schedule(throttle_prefills=True) == "batch True"
+        assert made.update_from_output(None, "x") == {0: "x"}
+    assert made._biscale.failures <= MAX_FAILURES
+    made._biscale.sender.close()
+
+
+def test_without_addresses_the_hook_does_nothing(monkeypatch):
+    monkeypatch.delenv("BISCALE_RECORDS", raising=False)
+    monkeypatch.delenv("BISCALE_RECORDS_ALL", raising=False)
+    made = vllm_hook.make_scheduler(Base)()
+    assert not made._biscale.sender.active
+    assert made.schedule() == "batch False"
+    assert made._biscale.failures == 0
+
+
+def test_nobody_listens_and_the_engine_does_not_wait(tmp_path):
+    sender = Sender(f"ipc://{tmp_path}/nobody.sock", f"ipc://{tmp_path}/all.sock")
+    start = time.monotonic()
+    for k in range(2000):
+        sender.send(EngineRecord(counter_id=k))
+    assert time.monotonic() - start < 1.0
+    assert sender.failures == 0
+    sender.close()
+    assert not sender.send(EngineRecord())
+
+
+def test_a_listener_gets_the_newest_record_and_heartbeats(tmp_path):
+    endpoint = f"ipc://{tmp_path}/r.sock"
+    sender = Sender(endpoint, heartbeat_s=0.02)
+    for k in range(50):
+        sender.send(EngineRecord(counter_id=k))
+    context = zmq.Context()
+    sockets = [context.socket(zmq.PULL) for _ in range(2)]
+    for socket, address in zip(sockets, (endpoint, alive_endpoint(endpoint)), strict=True):
+        socket.setsockopt(zmq.CONFLATE, 1)
+        socket.bind(address)
+    assert sockets[0].poll(2000)
+    assert engine_record.decode(sockets[0].recv()).counter_id == 49
+    assert sockets[1].poll(2000)
+    assert abs(float(sockets[1].recv()) - time.monotonic()) < 1.0
+    sender.close()
+    context.destroy(0)
+
+
+def test_every_record_reaches_the_recorder_even_where_the_controller_skips(tmp_path):
+    sender = Sender(None, f"ipc://{tmp_path}/all.sock")
+    context = zmq.Context()
+    listener = context.socket(zmq.SUB)
+    listener.setsockopt(zmq.SUBSCRIBE, b"")
+    listener.connect(f"ipc://{tmp_path}/all.sock")
+    time.sleep(0.2)
+    for k in range(500):
+        sender.send(EngineRecord(counter_id=k))
+    got = []
+    while listener.poll(200):
+        got.append(engine_record.decode(listener.recv_multipart()[-1]).counter_id)
+    assert got == list(range(500))
+    sender.close()
+    context.destroy(0)
+
+
+def test_an_address_that_cannot_be_used_makes_the_hook_silent_not_the_engine_sick():
+    sender = Sender("nonsense://", None)
+    assert sender.dead
+    assert not sender.send(EngineRecord())
+
+
+def test_vllm_stat_logger():
+    logger = vllm_stats.make_logger(object)(None, 0)
+    keeper = Keeper()
+    logger._recorder.sender = keeper
+    details = SimpleNamespace(
+        num_ctx_requests=2, num_ctx_tokens=500, num_generation_requests=3, elapsed_ms=41.0
+    )
+    stats = SimpleNamespace(iteration_details=details, num_waiting_reqs=4)
+    logger.record(
+        stats,
+        SimpleNamespace(finished_requests=[SimpleNamespace(num_prompt_tokens=100)]),
+        mm_cache_stats=None,
+        engine_idx=0,
+    )
+    logger.record(None, None)
+    logger.record(SimpleNamespace(), None)  # another version's statistics
+    logger.log_engine_initialized()
+    (record,) = keeper.kept
+    s, q = record.scheduled_requests, record.queued_requests
+    assert (
+        s.num_prefill_requests,
+        s.sum_prefill_tokens,
+        s.num_decode_requests,
+        record.wall_time,
+    ) == (2, 500, 3, 0.041)
+    assert (q.num_prefill_requests, q.sum_prefill_tokens) == (4, 400)
+    assert keeper.failures == 1
+
+
+class Mode:
+    def __init__(self, extend):
+        self.extend = extend
+
+    def is_extend(self):
+        return self.extend
+
+
+def sglang_request(name, prompt, made=0):
+    return SimpleNamespace(rid=name, origin_input_ids=[0] * prompt, output_ids=[0] * made)
+
+
+def test_sglang_prefill_and_decode_records():
+    keeper = Keeper()
+    watcher = sglang_hook.SglangWatcher(keeper)
+    a, b, c = sglang_request("a", 300), sglang_request("b", 200), sglang_request("c", 50)
+    batch = SimpleNamespace(
+        forward_mode=Mode(True), reqs=[a, b], extend_lens=[300, 150], prefix_lens=[0, 50]
+    )
+    assert watcher.before_run_batch(SimpleNamespace(waiting_queue=[c]), batch) is None
+    first = keeper.kept[0]
+    assert rows_of(first.detail.waiting, 3)[:, 1:].tolist() == [[300, 0], [200, 50], [50, 0]]
+    assert (
+        first.scheduled_requests.sum_prefill_tokens,
+        first.queued_requests.sum_prefill_tokens,
+        first.detail.arrived,
+    ) == (450, 50, 3)
+    a.output_ids, b.output_ids = [1], [1, 2]
+    batch = SimpleNamespace(forward_mode=Mode(False), reqs=[a, b], seq_lens_sum=503)
+    watcher.before_run_batch(SimpleNamespace(waiting_queue=[]), batch)
+    second = keeper.kept[1]
+    assert rows_of(second.detail.running_tokens, 1)[:, 0].tolist() == [1, 2]
+    assert (second.detail.cached_tokens, second.detail.arrived) == (503, 3)
+    watcher._forget(SimpleNamespace(waiting_queue=[]), SimpleNamespace(reqs=[b]))
+    assert set(watcher.seen) == set(watcher.starts) == {"b"}
+
+
+def test_sglang_hook_never_raises_and_registers_where_it_should(monkeypatch):
+    watcher = sglang_hook.SglangWatcher(Keeper())
+    for _ in range(MAX_FAILURES + 5):
+        watcher.before_run_batch(None, None)
+    assert watcher.failures == MAX_FAILURES
+    registered = []
+    module = types.ModuleType("sglang.srt.plugins.hook_registry")
+    module.HookType = SimpleNamespace(BEFORE="before")
+    module.HookRegistry = SimpleNamespace(register=lambda *a: registered.append(a))
+    for name in ("sglang", "sglang.srt", "sglang.srt.plugins"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "sglang.srt.plugins.hook_registry", module)
+    sglang_hook.register()
+    ((target, hook, kind),) = registered
+    assert (target, kind) == ("sglang.srt.managers.scheduler.Scheduler.run_batch", "before")
+    assert hook(None, None) is None
+
+
+@pytest.mark.parametrize(
+    ("version", "parts"),
+    [("0.33.0", (0, 33, 0)), ("0.33.1rc2", (0, 33, 1)), ("1.0+cpu", (1, 0)), ("dev", ())],
+)
+def test_versions_are_read(version, parts):
+    assert version_tuple(version) == parts
+
+
+@pytest.mark.parametrize(
+    ("engine", "version", "silent"),
+    [
+        ("vllm", "0.31.2", True),
+        ("vllm", "0.33.0", True),
+        ("vllm", "0.34.0", False),
+        ("vllm", "0.9", False),
+        ("sglang", "0.5.23", True),
+        ("other", "9", True),
+    ],
+)
+def test_unknown_engine_versions_get_a_note(engine, version, silent):
+    note = version_note(engine, version)
+    assert (note == "") == silent
+    if note:
+        assert engine in note
+
+
+def test_the_hooks_import_nothing_heavy():
+    """Inside an engine's environment there need be no numba, casadi, pandas ..."""
+    heavy = {
+        "numba",
+        "scipy",
+        "pandas",
+        "casadi",
+        "pydantic",
+        "platformdirs",
+        "yaml",
+        "torch",
+        "aiohttp",
+        "pynvml",
+    }
+    hooks = ", ".join(
+        f"biscale_env.hardware.engines.{name}"
+        for name in ("vllm_hook", "vllm_stats", "sglang_hook")
+    )
+    code = f"import sys; import {hooks}; print(sorted({{m.split('.')[0] for m in sys.modules}} & {heavy}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_tables_are_float64_rows():
+    assert np.frombuffer(engine_record.table([1, 2.5]), dtype=np.float64).tolist() == [1.0, 2.5]

@@ -1,0 +1,257 @@
+"""The replayer against a small engine of our own making.
+
+What it sends, when, what it measures, and engines that misbehave.
+"""
+
+import asyncio
+import contextlib
+import json
+import math
+import threading
+import time
+
+import numpy as np
+import pytest
+from aiohttp import web
+
+from biscale_env.core.errors import BiscaleError
+from biscale_env.hardware.replay.client import (
+    EngineGone,
+    LoadSettings,
+    Replayer,
+    completion_tokens,
+    dispatch_errors_s,
+)
+from biscale_env.traces import Trace
+
+
+class Engine:
+    """An OpenAI-compatible engine in a thread; the test says how it behaves."""
+
+    def __init__(self):
+        self.seen = []
+        self.behaviour = "good"
+        self.token_s = 0.002
+        self.per_chunk = 1
+        self.max_model_len = 4096
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self._ready.wait(5)
+
+    def _run(self):
+        asyncio.run(self._main())
+
+    async def _main(self):
+        app = web.Application(client_max_size=1 << 26)
+        app.router.add_get("/v1/models", self.models)
+        app.router.add_post("/v1/completions", self.completions)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        self._ready.set()
+        await self._stop.wait()
+        await runner.cleanup()
+
+    def close(self):
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(5)
+
+    async def models(self, request):
+        return web.json_response(
+            {"data": [{"id": "stand-in", "max_model_len": self.max_model_len}]}
+        )
+
+    async def completions(self, request):
+        body = await request.json()
+        self.seen.append((time.monotonic(), body, request.headers.get("X-Request-Id")))
+        if self.behaviour == "error":
+            return web.json_response({"error": "no"}, status=503)
+        if not body.get("stream"):
+            return web.json_response(
+                {
+                    "choices": [{}],
+                    "kv_transfer_params": {"do_remote_prefill": True, "remote_block_ids": [7]},
+                }
+            )
+        response = web.StreamResponse()
+        await response.prepare(request)
+        tokens = body["max_tokens"] - (1 if self.behaviour == "short" else 0)
+        for first in range(0, tokens, self.per_chunk):
+            await asyncio.sleep(self.token_s)
+            text = "x" * min(self.per_chunk, tokens - first)
+            await response.write(
+                b"data: " + json.dumps({"choices": [{"text": text}]}).encode() + b"\n\n"
+            )
+            if self.behaviour == "hang" and first > 1:
+                await asyncio.sleep(30)
+            if self.behaviour == "cut" and first > 1:
+                request.transport.close()
+                return response
+        usage = {"choices": [], "usage": {"completion_tokens": tokens}}
+        await response.write(b"data: " + json.dumps(usage).encode() + b"\n\ndata: [DONE]\n\n")
+        return response
+
+
+@pytest.fixture
+def engine():
+    engine = Engine()
+    yield engine
+    engine.close()
+
+
+def trace(n=6, gap=0.02, prompt=50, output=5):
+    return Trace(
+        "t", np.arange(n) * gap, np.full(n, prompt, np.int32), np.full(n, output, np.int32), "test"
+    )
+
+
+def replay(load, engine, prefill=None, **settings):
+    replayer = Replayer(
+        load, LoadSettings(engine.url, prefill.url if prefill else None, **settings)
+    )
+    return replayer, asyncio.run(replayer.run())
+
+
+def test_requests_leave_on_time_with_exact_lengths(engine):
+    replayer, records = replay(trace(), engine, vocabulary=100)
+    assert [r.index for r in records] == list(range(6))
+    assert not any(r.error for r in records)
+    arrived = np.array([t for t, _, _ in engine.seen]) - replayer.started_s
+    assert np.allclose(arrived, np.arange(6) * 0.02, atol=0.02)
+    assert (dispatch_errors_s(records) >= 0).all()
+    for _, body, _ in engine.seen:
+        assert (len(body["prompt"]), body["max_tokens"], body["ignore_eos"]) == (50, 5, True)
+        assert 10 <= min(body["prompt"]) <= max(body["prompt"]) < 100
+    assert engine.seen[0][1]["prompt"] != engine.seen[1][1]["prompt"]  # no prefix hits
+    assert engine.seen[0][1]["model"] == "stand-in"
+
+
+def test_open_loop_a_slow_engine_does_not_hold_requests_back(engine):
+    engine.token_s = 0.2
+    _, records = replay(trace(5, 0.02, output=3), engine)
+    assert records[0].last_chunk_s > records[-1].dispatched_s
+    assert np.diff([r.dispatched_s for r in records]).max() < 0.1
+
+
+def test_tpot_counts_tokens_not_chunks(engine):
+    engine.per_chunk, engine.token_s = 5, 0.05
+    _, (record,) = replay(trace(1, output=20), engine)
+    assert (record.chunks, record.completion_tokens) == (4, 20)
+    assert record.tpot_s == pytest.approx((record.last_chunk_s - record.first_chunk_s) / 19)
+    assert record.tpot_s == pytest.approx(3 * 0.05 / 19, rel=0.3)
+    assert record.longest_gap_s == pytest.approx(0.05, rel=0.5)
+    assert record.ttft_s == pytest.approx(record.first_chunk_s - record.scheduled_s)
+
+
+def test_the_hand_over_between_prefill_and_decode(engine):
+    prefill = Engine()
+    try:
+        _, records = replay(trace(3), engine, prefill)
+    finally:
+        prefill.close()
+    assert not any(r.error for r in records)
+    for (_, p, p_id), (_, d, d_id) in zip(
+        sorted(prefill.seen, key=lambda s: s[2]),
+        sorted(engine.seen, key=lambda s: s[2]),
+        strict=True,
+    ):
+        assert p_id == d_id
+        assert (p["max_tokens"], p["stream"], p["kv_transfer_params"]["do_remote_decode"]) == (
+            1,
+            False,
+            True,
+        )
+        assert "stream_options" not in p
+        assert p["kv_transfer_params"]["remote_block_ids"] is None
+        assert d["kv_transfer_params"] == {"do_remote_prefill": True, "remote_block_ids": [7]}
+        assert d["prompt"] == p["prompt"]
+        assert d["max_tokens"] == 5
+    assert all(
+        r.dispatched_s < r.prefill_done_s <= r.decode_sent_s < r.first_chunk_s <= r.last_chunk_s
+        for r in records
+    )
+
+
+def test_a_wrong_number_of_tokens_is_an_error(engine):
+    engine.behaviour = "short"
+    _, records = replay(trace(2), engine)
+    assert [r.error for r in records] == ["ValueError: asked for 5 tokens, got 4"] * 2
+
+
+def test_an_engine_that_refuses_is_on_record(engine):
+    engine.behaviour = "error"
+    _, records = replay(trace(3), engine)
+    assert all("503" in r.error for r in records)
+    assert all(math.isnan(r.first_chunk_s) for r in records)
+
+
+def test_a_trace_beyond_the_context_is_refused_before_anything_is_sent(engine):
+    engine.max_model_len = 52
+    with pytest.raises(BiscaleError, match="do not fit into 52"):
+        replay(trace(), engine)
+    assert engine.seen == []
+
+
+def test_a_vocabulary_of_special_tokens_only_is_refused():
+    with pytest.raises(BiscaleError, match="too small"):
+        LoadSettings("http://x", vocabulary=10)
+
+
+def test_nobody_there_is_said_plainly(engine):
+    url = engine.url
+    engine.close()
+    with pytest.raises(BiscaleError, match=f"no engine answers at {url}"):
+        asyncio.run(Replayer(trace(), LoadSettings(url)).run())
+
+
+def test_an_engine_that_hangs_is_given_up_and_what_was_measured_is_kept(engine):
+    engine.behaviour = "hang"
+    replayer = Replayer(trace(4), LoadSettings(engine.url, stall_s=0.6))
+    start = time.monotonic()
+    with pytest.raises(EngineGone, match="stopped answering: 4 requests"):
+        asyncio.run(replayer.run())
+    assert time.monotonic() - start < 5
+    assert len(replayer.records) == 4
+    assert all(r.error.startswith("cut off") and r.chunks > 1 for r in replayer.records)
+
+
+def test_an_engine_that_dies_midway_is_given_up(engine):
+    replayer = Replayer(trace(60, 0.02), LoadSettings(engine.url, stall_s=5))
+
+    def die():
+        time.sleep(0.3)
+        engine.close()
+
+    threading.Thread(target=die).start()
+    with pytest.raises(EngineGone, match="requests in a row failed"):
+        asyncio.run(replayer.run())
+    answered = [r for r in replayer.records if not r.error]
+    assert 3 < len(answered) < 40
+
+
+def test_every_request_is_written_as_it_ends(engine, tmp_path):
+    with (tmp_path / "r.jsonl").open("wb") as out:
+        told = []
+        replayer = Replayer(trace(3), LoadSettings(engine.url), out, told.append)
+        asyncio.run(replayer.run())
+    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert {r["index"] for r in rows} == {r.index for r in told} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("tail", "tokens"),
+    [
+        (b'data: {"choices":[],"usage":{"completion_tokens":7}}\n\ndata: [DONE]\n\n', 7),
+        (b'...": 1}\n\ndata: {"usage": {"prompt_tokens": 1, "completion_tokens": 12}}\n\n', 12),
+        (b"data: [DONE]\n\n", -1),
+        (b'data: {"completion_tokens" broken', -1),
+        (b"", -1),
+    ],
+)
+def test_usage_at_the_end_of_a_stream(tail, tokens):
+    assert completion_tokens(tail) == tokens

@@ -1,0 +1,45 @@
+"""Small clusters and workloads for the cluster tests."""
+
+import numpy as np
+
+from biscale_env.config.cluster_layout import InstanceGroup, Placement
+from biscale_env.envs.cluster.cluster_settings import ClusterPlant, ClusterSettings
+from biscale_env.traces import Trace
+
+MAX_MHZ = 1980.0
+
+
+def placement(prefill=(4,), decode=(4,), freq_mhz=MAX_MHZ, name="test"):
+    """One instance per entry, with that TP; weights in proportion to the TP."""
+    groups = [InstanceGroup(phase="prefill", tp=tp, freq_mhz=freq_mhz, weight=tp) for tp in prefill]
+    groups += [InstanceGroup(phase="decode", tp=tp, freq_mhz=freq_mhz, weight=tp) for tp in decode]
+    return Placement(name=name, groups=tuple(groups))
+
+
+def colocated(tps=(4,), freq_mhz=MAX_MHZ):
+    groups = tuple(
+        InstanceGroup(phase="colocated", tp=tp, freq_mhz=freq_mhz, weight=tp) for tp in tps
+    )
+    return Placement(name="colocated", groups=groups)
+
+
+def plant(**values):
+    return ClusterPlant(ClusterSettings.of(**{"actuation_delay_s": 0.0, **values}))
+
+
+def trace(arrival_s, prompt, output, duration_s=0.0):
+    n = len(arrival_s)
+    return Trace(
+        "made",
+        np.asarray(arrival_s, dtype=float),
+        np.broadcast_to(np.asarray(prompt, dtype=np.int32), n).copy(),
+        np.broadcast_to(np.asarray(output, dtype=np.int32), n).copy(),
+        "made for a test",
+        duration_s=duration_s,
+    )
+
+
+def random_trace(n=400, rate_rps=20.0, seed=0, prompt_max=3000, output_max=200):
+    rng = np.random.default_rng(seed)
+    times = np.cumsum(rng.exponential(1.0 / rate_rps, n))
+    return trace(times, rng.integers(1, prompt_max, n), rng.integers(1, output_max, n))

@@ -1,0 +1,263 @@
+"""The one formula: closed forms by hand, three callers of the same source, monotonicity, the power
+cap.
+"""
+
+import math
+
+import casadi as ca
+import numba
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from biscale_env.models import COEFFICIENT_DTYPE, Coefficients, as_record, load_model, physics
+
+CONFIGURATIONS = [
+    (p, t, d) for p in ("prefill", "decode") for d in ("bf16", "fp8") for t in (2, 4, 8)
+]
+PLAIN = Coefficients(
+    n_gpus=4.0,
+    freq_profile_ghz=2.0,
+    weights_s=0.0,
+    mem_loss_per_ghz=0.0,
+    mem_knee_ghz=1.0,
+    gemm_s_per_token=0.0,
+    attn0_s=0.0,
+    attn_prefill_s=0.0,
+    attn_decode_s=0.0,
+    comm0_s=0.0,
+    comm_s_per_token=0.0,
+    elem0_s=0.0,
+    elem_s_per_token=0.0,
+    core_share=1.0,
+    host0_s=0.0,
+    host_s_per_seq=0.0,
+    v_knee_ghz=1.0,
+    v_slope_per_ghz=0.0,
+    p_static_w=0.0,
+    p_clock_w_per_ghz=0.0,
+    p_busy_w=0.0,
+    flops_per_token=0.0,
+    flops_per_attn=0.0,
+    weight_bytes=0.0,
+    bytes_per_token=0.0,
+    kv_bytes_per_token=0.0,
+    link_bytes_per_token=0.0,
+    e_flop_j=0.0,
+    e_byte_j=0.0,
+    e_hbm_j=0.0,
+    e_link_j=0.0,
+    p_cap_w=700.0,
+)
+
+
+def work(phase, tokens, context, requests):
+    """Work of one iteration from three integers."""
+    if phase == "prefill":
+        return float(tokens), tokens * (tokens / requests / 2.0 + context), 0.0, float(requests)
+    return float(requests), 0.0, float(requests * context), float(requests)
+
+
+works = st.tuples(st.integers(64, 16384), st.integers(0, 8192), st.integers(1, 64))
+models = st.sampled_from(CONFIGURATIONS).map(lambda c: load_model(*c))
+members = st.integers(-1, 63)
+
+
+def test_each_latency_term_by_hand():
+    half = 1.0  # GHz, half the profile clock: compute takes twice as long
+    cases = [
+        ({"weights_s": 0.01}, (10, 0, 0, 1), 0.01),
+        ({"gemm_s_per_token": 1e-5}, (100, 0, 0, 1), 2e-3),
+        (
+            {"weights_s": 3e-3, "gemm_s_per_token": 1e-5},
+            (200, 0, 0, 1),
+            (3**4 + 4**4) ** 0.25 * 1e-3,
+        ),
+        ({"attn_prefill_s": 1e-9}, (1, 5e6, 0, 1), 1e-2),
+        ({"attn_decode_s": 1e-8}, (1, 0, 1e6, 1), 1e-2),
+        ({"attn0_s": 1e-3}, (1, 0, 0, 1), 2e-3),
+        ({"attn0_s": 1e-3, "core_share": 0.25}, (1, 0, 0, 1), 1.25e-3),
+        ({"comm0_s": 1e-3, "comm_s_per_token": 1e-6}, (500, 0, 0, 1), 1.5e-3),
+        ({"elem0_s": 1e-3, "elem_s_per_token": 1e-6, "core_share": 0.5}, (1000, 0, 0, 1), 3e-3),
+        ({"host0_s": 2e-3, "host_s_per_seq": 1e-4}, (1, 0, 0, 10), 3e-3),
+    ]
+    for change, w, expected in cases:
+        assert physics.latency_s(PLAIN._replace(**change), *w, half) == pytest.approx(
+            expected, rel=1e-12
+        ), change
+
+
+def test_memory_time_stretches_below_its_knee_only():
+    c = PLAIN._replace(weights_s=0.01, mem_loss_per_ghz=0.5, mem_knee_ghz=1.2)
+    assert physics.latency_s(c, 1, 0, 0, 1, 0.6) == pytest.approx(0.01 * (1 + 0.5 * 0.6), rel=1e-3)
+    assert physics.latency_s(c, 1, 0, 0, 1, 1.9) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_voltage_is_flat_then_linear():
+    c = PLAIN._replace(v_knee_ghz=1.1, v_slope_per_ghz=0.5)
+    assert physics.voltage(c, 0.6) == pytest.approx(1.0, abs=1e-3)
+    assert physics.voltage(c, 1.9) == pytest.approx(1.4, abs=1e-3)
+    slope = (physics.voltage(c, 1.91) - physics.voltage(c, 1.89)) / 0.02
+    assert slope == pytest.approx(0.5, rel=1e-3)
+
+
+def test_energy_by_hand():
+    c = PLAIN._replace(
+        v_knee_ghz=1.0,
+        v_slope_per_ghz=1.0,
+        p_static_w=50.0,
+        p_clock_w_per_ghz=10.0,
+        p_busy_w=30.0,
+        flops_per_token=1e9,
+        flops_per_attn=2e3,
+        weight_bytes=1e9,
+        bytes_per_token=1e5,
+        kv_bytes_per_token=1e4,
+        link_bytes_per_token=1e6,
+        e_flop_j=1e-12,
+        e_byte_j=1e-11,
+        e_hbm_j=4e-11,
+        e_link_j=1e-10,
+    )
+    v = physics.voltage(c, 1.5)
+    flops, moved = 1e9 * 100 + 2e3 * (1e6 + 5e5), 1e9 + 1e5 * 100 + 1e4 * 5e5
+    core, fixed = 1e-12 * flops + 1e-11 * moved, 4e-11 * moved + 1e-10 * 1e6 * 100
+    expected = 0.2 * (50 + 10 * 1.5 * v * v + 30) + v * v * core + fixed
+    assert physics.iteration_energy_j(c, 100, 1e6, 5e5, 0.2, 1.5) == pytest.approx(
+        expected, rel=1e-12
+    )
+    assert physics.idle_power_w(c, 1.5) == pytest.approx(50 + 15 * v * v, rel=1e-12)
+    assert v == pytest.approx(1.5, abs=2e-3)
+
+
+def test_dtype_has_the_fields_of_the_tuple_in_order():
+    assert COEFFICIENT_DTYPE.names == Coefficients._fields
+    c = load_model("prefill").coefficients
+    record = as_record(c)
+    assert [record[name] for name in Coefficients._fields] == list(c)
+
+
+@numba.njit
+def _compiled(c, tokens, attn, cached, n_seq, f, out):
+    for i in range(f.size):
+        out[0, i] = physics.latency_s(c, tokens[i], attn[i], cached[i], n_seq[i], f[i])
+        out[1, i] = physics.power_w(c, tokens[i], attn[i], cached[i], n_seq[i], f[i])
+        out[2, i] = physics.iteration_energy_j(c, tokens[i], attn[i], cached[i], out[0, i], f[i])
+        out[3, i] = physics.idle_power_w(c, f[i])
+
+
+def _numpy(c, w, f):
+    time = physics.latency_s(c, *w, f)
+    energy = physics.iteration_energy_j(c, *w[:3], time, f)
+    return np.array(
+        [time, physics.power_w(c, *w, f), energy, physics.idle_power_w(c, f) * np.ones_like(f)]
+    )
+
+
+def _symbolic(c):
+    x = ca.SX.sym("x", 5)
+    time = physics.latency_s(c, x[0], x[1], x[2], x[3], x[4])
+    power = physics.power_w(c, x[0], x[1], x[2], x[3], x[4])
+    energy = physics.iteration_energy_j(c, x[0], x[1], x[2], time, x[4])
+    return ca.Function("f", [x], [ca.vertcat(time, power, energy, physics.idle_power_w(c, x[4]))])
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+def test_numeric_compiled_and_symbolic_agree(configuration):
+    model = load_model(*configuration)
+    rng = np.random.default_rng(7)
+    n = 400
+    w = [
+        np.exp(rng.uniform(0, 10, n)),
+        np.exp(rng.uniform(0, 19, n)),
+        np.exp(rng.uniform(0, 14, n)),
+        rng.uniform(1, 512, n),
+    ]
+    f = rng.uniform(0.51, 1.98, n)
+    for k in (-1, 0, 31):
+        c = model.member(k)
+        plain, compiled = _numpy(c, w, f), np.empty((4, n))
+        _compiled(as_record(c), *w, f, compiled)
+        symbolic = np.array(_symbolic(c).map(n)(np.vstack([*w, f])))
+        np.testing.assert_allclose(compiled, plain, rtol=1e-9, atol=0)
+        np.testing.assert_allclose(symbolic, plain, rtol=1e-9, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    model=models,
+    k=members,
+    w=works,
+    grow=st.tuples(*[st.floats(1.01, 3.0)] * 3),
+    f=st.floats(0.51, 1.95),
+)
+def test_latency_rises_with_work_and_falls_with_clock(model, k, w, grow, f):
+    c = model.member(k)
+    base = work(model.phase, *w)
+    t = physics.latency_s(c, *base, f)
+    more_tokens = (base[0] * grow[0], *base[1:])
+    assert physics.latency_s(c, *more_tokens, f) > t
+    assert (
+        physics.latency_s(c, base[0], base[1] + 1e5 * grow[1], base[2] + 1e3 * grow[1], base[3], f)
+        > t
+    )
+    if model.phase == "decode":
+        assert physics.latency_s(c, *base[:3], base[3] * grow[2], f) > t
+    assert physics.latency_s(c, *base, f + 0.015) < t
+
+
+@settings(max_examples=60, deadline=None)
+@given(model=models, k=members, w=works, f=st.floats(0.51, 1.95))
+def test_power_rises_with_clock(model, k, w, f):
+    c = model.member(k)
+    base = work(model.phase, *w)
+    assert physics.power_w(c, *base, f + 0.015) > physics.power_w(c, *base, f)
+    assert physics.idle_power_w(c, f + 0.015) > physics.idle_power_w(c, f)
+    assert physics.idle_power_w(c, f) < physics.power_w(c, *base, f)
+
+
+@settings(max_examples=60, deadline=None)
+@given(model=models, k=members, w=works, f=st.floats(0.52, 1.98))
+def test_effective_clock_is_the_highest_within_the_cap(model, k, w, f):
+    c = model.member(k)
+    base = work(model.phase, *w)
+    effective = physics.effective_freq_ghz(c, *base, f, 0.51)
+    assert 0.51 <= effective <= f
+    power = physics.power_w(c, *base, effective)
+    if effective < f:
+        assert power == pytest.approx(c.p_cap_w, rel=1e-6)
+    else:
+        assert power <= c.p_cap_w * (1 + 1e-9)
+
+
+def test_cap_below_the_lowest_clock_returns_the_lowest_clock():
+    c = load_model("prefill").coefficients._replace(p_cap_w=50.0)
+    assert physics.effective_freq_ghz(c, 2048.0, 2e6, 0.0, 1.0, 1.98, 0.51) == 0.51
+    assert physics.effective_freq_ghz(c, 2048.0, 2e6, 0.0, 1.0, 0.51, 0.51) == 0.51
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    k=members, n=st.integers(256, 16384), batch=st.integers(1, 256), context=st.integers(16, 1500)
+)
+def test_energy_has_an_interior_minimum_over_the_clock(k, n, batch, context):
+    f = np.arange(0.51, 1.985, 0.015)
+    for phase, w in (
+        ("prefill", work("prefill", n, 0, 1)),
+        ("decode", work("decode", 0, context, batch)),
+    ):
+        c = load_model(phase).member(k)
+        energy = physics.power_w(c, *w, f) * physics.latency_s(c, *w, f)
+        best = int(np.argmin(energy))
+        assert 0.65 < f[best] < 1.6
+        assert np.all(np.diff(energy[best:]) > 0)  # one minimum: from there on every MHz costs
+
+
+def test_energy_of_an_iteration_does_not_depend_on_how_it_is_cut():
+    c = load_model("decode").coefficients
+    whole = physics.iteration_energy_j(c, 64.0, 0.0, 6e4, 0.03, 1.4)
+    core, fixed = physics.work_energy_j(c, 64.0, 0.0, 6e4)
+    v = physics.voltage(c, 1.4)
+    parts = 0.03 * (physics.idle_power_w(c, 1.4) + c.p_busy_w) + v * v * core + fixed
+    assert math.isclose(whole, parts, rel_tol=1e-12)
