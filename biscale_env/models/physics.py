@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
+from biscale_env.core.roots import bracket, false_position, narrowed
+
 Number = Any  # float, ndarray or CasADi expression
 HINGE_WIDTH_GHZ = 0.05  # assumed: rounding of the voltage and bandwidth hinges
 
@@ -164,7 +166,7 @@ def effective_freq_ghz(
     floats only).
 
     Power rises in the clock, so the crossing is bracketed by ``freq_min_ghz`` and the request and
-    found by false position with the Illinois rule to 1e-10 GHz. At the lowest clock the hardware
+    found by :mod:`biscale_env.core.roots` to 1e-10 GHz. At the lowest clock the hardware
     has nothing left to lower: it is returned even above the cap.
     """
     hi = freq_ghz
@@ -175,21 +177,12 @@ def effective_freq_ghz(
     excess_lo = power_w(c, tokens, attn_work, cached, n_seq, lo) - c.p_cap_w
     if excess_lo >= 0.0:
         return lo
-    side = 0
+    b = bracket(lo, excess_lo, hi, excess_hi)
     mid = lo
     for _ in range(60):
-        mid = (lo * excess_hi - hi * excess_lo) / (excess_hi - excess_lo)
+        mid = false_position(b)
         excess = power_w(c, tokens, attn_work, cached, n_seq, mid) - c.p_cap_w
-        if abs(excess) < 1e-7 or hi - lo < 1e-10:
+        if abs(excess) < 1e-7 or b.hi - b.lo < 1e-10:
             break
-        if excess > 0.0:
-            hi, excess_hi = mid, excess
-            if side == 1:
-                excess_lo *= 0.5
-            side = 1
-        else:
-            lo, excess_lo = mid, excess
-            if side == -1:
-                excess_hi *= 0.5
-            side = -1
+        b = narrowed(b, mid, excess)
     return mid

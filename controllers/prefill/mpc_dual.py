@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biscale_env.core.jit import compiled, inlined
+from biscale_env.core.roots import bracket, false_position, narrowed
 from biscale_env.models.physics import idle_power_w, iteration_energy_j, latency_s
 from controllers.base import MARGINS, Amount, Controller, Floats, PolicyContext, Share
 from controllers.prefill.mpc_options import MpcOptions
@@ -55,23 +56,14 @@ def clock_at_price(c: Any, st: Any, price_w: float, freq_min_ghz: float) -> floa
     at_lo = slope(c, st, price_w, lo)
     if at_lo >= 0.0:
         return lo
-    side = 0
+    b = bracket(lo, at_lo, hi, at_hi)
     f = lo
     for _ in range(60):
-        f = (lo * at_hi - hi * at_lo) / (at_hi - at_lo)
+        f = false_position(b)
         at = slope(c, st, price_w, f)
-        if hi - lo < CLOCK_TOL_GHZ or abs(at) < 1e-6:
+        if b.hi - b.lo < CLOCK_TOL_GHZ or abs(at) < 1e-6:
             break
-        if at > 0.0:
-            hi, at_hi = f, at
-            if side == 1:
-                at_lo *= 0.5
-            side = 1
-        else:
-            lo, at_lo = f, at
-            if side == -1:
-                at_hi *= 0.5
-            side = -1
+        b = narrowed(b, f, at)
     return f
 
 
@@ -142,24 +134,15 @@ def lowest_price(
     late_hi, tight = price_stages(c, stages, start, t0, hi, freq_min_ghz, plan)
     if late_hi >= -TIME_TOL_S:
         return tight
-    side = 0
+    b = bracket(lo, -late_lo, hi, -late_hi)
     for _ in range(100):
-        w = (lo * late_hi - hi * late_lo) / (late_hi - late_lo)
-        if side == 2 or not lo < w < hi:
-            w = 0.5 * (lo + hi)
+        w = false_position(b)
+        if not b.lo < w < b.hi:
+            w = 0.5 * (b.lo + b.hi)
         late, tight = price_stages(c, stages, start, t0, w, freq_min_ghz, plan)
-        if abs(late) < TIME_TOL_S or hi - lo < 1e-9 * hi:
+        if abs(late) < TIME_TOL_S or b.hi - b.lo < 1e-9 * b.hi:
             break
-        if late > 0.0:
-            lo, late_lo = w, late
-            if side == 1:
-                late_hi *= 0.5
-            side = 1
-        else:
-            hi, late_hi = w, late
-            if side == -1:
-                late_lo *= 0.5
-            side = -1
+        b = narrowed(b, w, -late)
     return tight
 
 
