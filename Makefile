@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SHELL  := /bin/bash
 
-.PHONY: compare test test-slow test-all lint types bench fit install docs tables test-engine clean
+.PHONY: compare test test-slow test-all test-oldest test-python lint types bench fit install docs tables test-engine clean
 
 compare: $(READY)            ## the main job on the embedded default scenario
 	$(BIN)/biscale compare
@@ -17,6 +17,22 @@ test-slow: $(READY)          ## the slow ones
 	$(BIN)/python -m pytest -q -m "slow and not gpu and not engine"  # one at a time: some run in real time
 
 test-all: test test-slow
+
+# Without torch: the base install has to work by itself. Another interpreter, or the oldest dependencies.
+ROW_EXTRAS := hw,notebooks,marl,offline,test
+OTHER_PYTHON ?= python3.13
+
+test-oldest:                 ## the fast tests on the oldest dependencies that pyproject.toml allows
+	$(call row,.venv-oldest,$(PYTHON),constraints-oldest.txt)
+
+test-python:                 ## the fast tests on another Python: make test-python OTHER_PYTHON=python3.13
+	$(call row,.venv-python,$(OTHER_PYTHON),constraints.txt)
+
+define row
+	$(2) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet -c $(3) -e ".[$(ROW_EXTRAS)]"
+	$(1)/bin/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu and not engine"
+endef
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -55,4 +71,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-python build dist *.egg-info

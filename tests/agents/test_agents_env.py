@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+pytest.importorskip("stable_baselines3")
+
 from agents.policy.features import NAMES, FeatureMap, cheapest_mhz
 from agents.training.mixture import make_groups, targets
 from agents.training.train_config import AgentConfig

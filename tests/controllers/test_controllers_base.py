@@ -7,7 +7,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from controllers_cases import context, encode, recorded
-from stable_baselines3.common.evaluation import evaluate_policy
 
 import biscale_env  # noqa: F401 - registers the environments
 from biscale_env.core.errors import BiscaleError
@@ -68,10 +67,11 @@ def test_predict_keeps_nothing_outside_its_state(phase, name):
 
 @pytest.mark.parametrize(("phase", "name"), [p for p in ALL if p[1] != "mpc-dompc"])
 def test_sb3_evaluates_it(phase, name):
+    sb3 = pytest.importorskip("stable_baselines3.common.evaluation")
     env = gym.make(f"BiScale/{phase.capitalize()}-v0", rate_rps=2.0, episode_s=5.0)
     policy = make_policy(name, context(phase))
     with pytest.warns(UserWarning, match="Monitor"):
-        rewards, lengths = evaluate_policy(
+        rewards, lengths = sb3.evaluate_policy(
             policy, env, n_eval_episodes=2, return_episode_rewards=True
         )
     assert len(rewards) == 2

@@ -1,8 +1,10 @@
 """The wheel: complete, and enough by itself."""
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -11,6 +13,46 @@ import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def minimums() -> dict[str, str]:
+    """Direct dependencies of the base and of the extras of the oldest row, with the least version allowed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = re.search(r"^ROW_EXTRAS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert extras
+    names = extras[1].split(",")
+    wanted = [
+        *project["dependencies"],
+        *(d for n in names for d in project["optional-dependencies"][n]),
+    ]
+    pairs = (re.fullmatch(r"([\w.-]+)(?:\[[\w,]+\])?>=([\w.]+)", d) for d in wanted)
+    return {canonical(m[1]): m[2] for m in pairs if m}
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins(file: str) -> dict[str, str]:
+    lines = (line.split("#")[0].strip() for line in (ROOT / file).read_text().splitlines())
+    return {canonical(n): v for n, v in (line.split("==") for line in lines if line)}
+
+
+def test_the_oldest_row_has_exactly_the_minimums_of_pyproject():
+    """`uv pip compile --resolution lowest-direct` makes the file anew after a minimum was changed."""
+    oldest = pins("constraints-oldest.txt")
+    least = minimums()
+    assert len(least) > 20
+    wrong = {
+        n: (oldest.get(n), v)
+        for n, v in least.items()
+        if not f"{oldest.get(n)}.".startswith(re.sub(r"(\.0)+$", "", v) + ".")
+    }
+    assert wrong == {}
+
+
+def test_every_direct_dependency_is_pinned():
+    assert set(minimums()) - set(pins("constraints.txt")) == set()
 
 
 @pytest.fixture(scope="module")
