@@ -4,7 +4,6 @@ Fast enough to decide every iteration.
 """
 
 import json
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from agents.policy.features import FeatureMap, check_margin, feature_id, tighten, with_price
 from biscale_env.contract import ClockRange, ObservationSpec, spec_for
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import open_whole
 
 FORMAT = 1
 
@@ -68,10 +68,8 @@ class Network:
             f"b{i}": b for i, b in enumerate(self.biases)
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as file:
+        with open_whole(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, head=np.array(json.dumps(head)), **arrays)
-        os.replace(temporary, path)
 
 
 def load_network(path: Path) -> Network:

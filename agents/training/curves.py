@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import open_whole
 
 EVALUATIONS = "evaluations.csv"
 COLUMNS = ("seed", "step", "score", "energy_ratio", "lowest_attainment")
@@ -91,5 +92,6 @@ def draw(by_phase: dict[str, pd.DataFrame], path: Path) -> None:
     axes[0][0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    with open_whole(path) as temporary:
+        figure.savefig(temporary, metadata={"Date": None})
     plt.close(figure)

@@ -3,7 +3,6 @@
 Held-out evaluations and the multipliers' path, as CSV that a resumed run takes up.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,16 +11,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from agents.training.heldout import HeldoutMetrics
+from biscale_env.core.files import write_whole
 
 Evaluation = tuple[int, HeldoutMetrics, float]
 """Env step, figures, score."""
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file in one piece."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def write_evaluations(history: Sequence[Evaluation], names: Sequence[str], path: Path) -> None:
@@ -32,7 +25,7 @@ def write_evaluations(history: Sequence[Evaluation], names: Sequence[str], path:
         + ",".join(f"{e:.5f},{a:.5f}" for e, a in zip(f.energy_ratio, f.attainment, strict=True))
         for s, f, score in history
     ]
-    write_atomically(path, "\n".join([header, *rows]) + "\n")
+    write_whole(path, "\n".join([header, *rows]) + "\n")
 
 
 def read_evaluations(path: Path) -> list[Evaluation]:
@@ -55,7 +48,7 @@ def write_path(
     """Write the multipliers' path: env step, one column per group."""
     rows = ["step," + ",".join(names)]
     rows += [f"{step}," + ",".join(f"{v:.4g}" for v in values) for step, values in path_so_far]
-    write_atomically(path, "\n".join(rows) + "\n")
+    write_whole(path, "\n".join(rows) + "\n")
 
 
 def read_path(path: Path) -> list[tuple[int, NDArray[np.float64]]]:

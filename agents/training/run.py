@@ -3,7 +3,6 @@ explains and resumes itself.
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from agents.training.heldout import HeldOut, HeldoutMetrics
 from agents.training.logs import (
     read_evaluations,
     read_path,
-    write_atomically,
     write_evaluations,
     write_path,
 )
@@ -32,6 +30,7 @@ from agents.training.train_config import AgentConfig
 from agents.training.training_env import AgentVecEnv
 from biscale_env.contract import spec_for
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import open_whole, write_whole
 from controllers.base import context_of
 from controllers.registry import make_policy
 
@@ -91,8 +90,8 @@ def open_folder(folder: Path, config: AgentConfig, resume: bool) -> None:
                 f"cannot resume {folder}: '{k}' was {old.get(k)} and is now {new.get(k)}; use the same config"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(known, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    write_atomically(folder / SPEC_FILE, spec_for(config.phase).id + "\n")
+    write_whole(known, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    write_whole(folder / SPEC_FILE, spec_for(config.phase).id + "\n")
 
 
 def make_model(config: AgentConfig, env: AgentVecEnv, folder: Path | None) -> Any:
@@ -236,9 +235,8 @@ def load_model(path: Path, algo: str, env: AgentVecEnv | None = None) -> Any:
 def save(run: TrainingRun, best: bool, step: int, figures: HeldoutMetrics) -> None:
     """Write the resumable state, and the best policy when this is it."""
     folder, names = run.folder, run.evaluate.names
-    temporary = folder / ".saving.zip"
-    run.model.save(temporary)
-    os.replace(temporary, folder / LAST)
+    with open_whole(folder / LAST) as temporary:
+        run.model.save(temporary)
     state = {
         "step": step,
         "best": run.evaluate.best,
@@ -247,12 +245,12 @@ def save(run: TrainingRun, best: bool, step: int, figures: HeldoutMetrics) -> No
         "cost_rate": run.env.cost_rate.tolist(),
         "groups": names,
     }
-    write_atomically(folder / STATE, json.dumps(state, indent=1))
+    write_whole(folder / STATE, json.dumps(state, indent=1))
     write_path(run.lagrangian.path, names, folder / MULTIPLIERS)
     write_evaluations(run.evaluate.history, names, folder / EVALUATIONS)
     if best:
-        run.model.save(temporary)
-        os.replace(temporary, folder / BEST_ZIP)
+        with open_whole(folder / BEST_ZIP) as temporary:
+            run.model.save(temporary)
         if run.config.algo != "recurrent_ppo":
             to_network(run.model, run.config, _card(run, step, figures), run.evaluate.price).save(
                 folder / BEST

@@ -11,11 +11,11 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from agents.training.logs import write_atomically
 from agents.training.run import EVALUATIONS, set_up, train
 from agents.training.train_config import AgentConfig
 from biscale_env.config.loader import validate
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import write_whole
 
 Suggest = Callable[[Any], Any]
 COMMON: dict[str, Suggest] = {
@@ -118,7 +118,7 @@ def run_study(config: AgentConfig, trials: int, steps: int, out: Path) -> tuple[
     ):  # the config as it is stands in every study, so that the search shows what it is worth
         study.enqueue_trial(starting_point(config))
     study.optimize(objective, n_trials=trials)
-    write_atomically(out / "trials.csv", trials_table(study).to_csv(index=False))
+    write_whole(out / "trials.csv", trials_table(study).to_csv(index=False))
     try:
         best = study.best_trial
     except ValueError:
@@ -133,5 +133,5 @@ def run_study(config: AgentConfig, trials: int, steps: int, out: Path) -> tuple[
     found["evidence"] = (
         f"Optuna study {name}: {len(study.trials)} trials of {steps} steps, best held-out score {best.value:.4f}"
     )
-    write_atomically(out / "best.yaml", yaml.safe_dump(found, sort_keys=False))
+    write_whole(out / "best.yaml", yaml.safe_dump(found, sort_keys=False))
     return float(best.value or 0.0), out / "best.yaml"

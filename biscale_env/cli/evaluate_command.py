@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import write_whole
 
 
 def register(app: typer.Typer) -> None:
@@ -128,11 +129,10 @@ def _write_table(folder: Path, path: Path, by_split: bool) -> None:
     from biscale_env.evaluation.experiment import robustness
     from biscale_env.evaluation.experiment.agent_jobs import shipped_seeds
     from biscale_env.evaluation.report import agent_table
-    from biscale_env.evaluation.runs import run_files
     from biscale_env.evaluation.runs.run_view import load_run
 
     results = load_run(folder).results
-    run_files.write_text(
+    write_whole(
         path,
         robustness.markdown(results)
         if by_split

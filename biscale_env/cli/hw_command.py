@@ -9,6 +9,7 @@ import typer
 
 from biscale_env.cli import profile_command, replay_command
 from biscale_env.cli.hw_options import SOCKETS, need_extra, open_log, parse_groups
+from biscale_env.core.files import write_whole
 
 group = typer.Typer(
     no_args_is_help=True, help="Real GPUs and engines: check, measure, actuate, emulate, restore."
@@ -107,7 +108,7 @@ def clock_latency_command(
         f"({summary['seen_share']:.0%} seen)"
     )
     if out:
-        change_latency.as_frame(found).to_csv(out, index=False)
+        write_whole(out, change_latency.as_frame(found).to_csv(index=False))
     if into:
         for path in change_latency.write_delays(into, found):
             typer.echo(f"delays written into {path}")

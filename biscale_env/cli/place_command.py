@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import write_whole
 
 if TYPE_CHECKING:
     from biscale_env.envs.cluster.cluster_settings import ClusterSettings
@@ -187,13 +188,9 @@ def _rows_of(plan: "Plan", settings: "ClusterSettings", workload: "Trace") -> di
 def _write(plan: "Plan", out: Path) -> None:
     import yaml
 
-    temporary = out.with_suffix(f"{out.suffix}.{os.getpid()}.tmp")
+    content = plan.placement.model_dump(mode="json")
     try:
-        temporary.write_text(
-            yaml.safe_dump(plan.placement.model_dump(mode="json"), sort_keys=False),
-            encoding="utf-8",
-        )
-        temporary.replace(out)
+        write_whole(out, yaml.safe_dump(content, sort_keys=False))
     except OSError as error:
         raise BiscaleError(f"cannot write {out}: {error.strerror}") from None
     typer.echo(f"written: {out}")

@@ -3,8 +3,6 @@ the ensemble as CSV.
 """
 
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,20 +167,6 @@ def rounded(value: float, digits: int = 6) -> float:
     solver.
     """
     return float(f"{value:.{digits}g}") if math.isfinite(value) else value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one step: it appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def dump_model_file(content: ModelFile) -> str:

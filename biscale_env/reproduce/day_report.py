@@ -1,12 +1,12 @@
 """The page of a day of a cluster: totals, and load, power and GPUs over time."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from biscale_env.core.files import open_whole, write_whole
 from biscale_env.reproduce.paper_tables import markdown
 
 COLOURS = ("#7f7f7f", "#1f77b4", "#d62728", "#2ca02c")
@@ -43,9 +43,7 @@ def write_day(
     if drawn:
         parts.append("![Load, power of all GPUs, and GPUs in service over the day](day/day.svg)")
     page = folder / "day.md"
-    temporary = page.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    temporary.replace(page)
+    write_whole(page, "\n\n".join(parts) + "\n")
     return page
 
 
@@ -76,6 +74,7 @@ def _member(days: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> bool
         fontsize=8, frameon=False, ncol=len(days), loc="lower center", bbox_to_anchor=(0.5, 1.0)
     )
     axes[2].set_xlabel("hour")
-    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+    with open_whole(path) as temporary:
+        figure.savefig(temporary, metadata={"Date": None}, bbox_inches="tight")
     plt.close(figure)
     return True

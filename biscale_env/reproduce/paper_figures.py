@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biscale_env.core.files import open_whole
 from biscale_env.reproduce.paper_tables import PUBLISHED
 
 LINES = {
@@ -51,7 +52,8 @@ def member_all(summary: pd.DataFrame, folder: Path) -> dict[str, str]:
 def _save(figure: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+    with open_whole(path) as temporary:
+        figure.savefig(temporary, metadata={"Date": None}, bbox_inches="tight")
     plt.close(figure)
 
 

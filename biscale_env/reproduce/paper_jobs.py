@@ -5,7 +5,6 @@ Built where they run, so that only names travel between processes.
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +14,7 @@ import controllers
 from biscale_env import traces
 from biscale_env.config import configs_dir
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import write_whole
 from biscale_env.envs.cluster.cluster_settings import ClusterSettings
 from biscale_env.models import load_model
 from biscale_env.reproduce import paper
@@ -170,9 +170,7 @@ def run_kept(
         return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     rows = run_task(experiment, task, arrivals)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(rows), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(rows))
     return rows
 
 

@@ -3,12 +3,12 @@
 Tables, figures, and what was and was not reproduced, all computed from the rows.
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from biscale_env.core.files import open_whole, write_whole
 from biscale_env.reproduce.paper import PaperExperiment
 from biscale_env.reproduce.paper_tables import (
     NOMINAL,
@@ -43,8 +43,9 @@ def write_report(
     summary = in_order(summarise(rows), experiment)
     data = folder / "paper"
     data.mkdir(parents=True, exist_ok=True)
-    _replace(data / "summary.csv", summary.round(5).to_csv(index=False, lineterminator="\n"))
-    rows.to_parquet(data / "rows.parquet", index=False)
+    write_whole(data / "summary.csv", summary.round(5).to_csv(index=False, lineterminator="\n"))
+    with open_whole(data / "rows.parquet") as temporary:
+        rows.to_parquet(temporary, index=False)
     figures = member_all(summary, data)
     sections = [
         _opening(experiment, about, rows),
@@ -73,7 +74,7 @@ def write_report(
         _method(experiment),
     ]
     page = folder / "paper.md"
-    _replace(page, "\n\n".join(s for s in sections if s) + "\n")
+    write_whole(page, "\n\n".join(s for s in sections if s) + "\n")
     return page
 
 
@@ -87,12 +88,6 @@ def in_order(summary: pd.DataFrame, experiment: PaperExperiment) -> pd.DataFrame
         for c, order in (("variation", variations), ("point", points), ("system", systems))
     ]
     return summary.iloc[np.lexsort([ranks[2], ranks[1], ranks[0]])].reset_index(drop=True)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _opening(experiment: PaperExperiment, about: str, rows: pd.DataFrame) -> str:

@@ -3,8 +3,6 @@
 A file appears whole or not at all.
 """
 
-import contextlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import open_whole
 from biscale_env.traces.layouts import LAYOUTS, META_KEY
 from biscale_env.traces.trace import Trace
 
@@ -71,13 +70,9 @@ def write_trace(trace: Trace, path: str | Path) -> Path:
         raise BiscaleError(
             f"cannot write a trace as '{path.name}': the name must end in {', '.join(WRITERS)}"
         )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        writer(trace, temporary)
-        os.replace(temporary, path)
+        with open_whole(path) as temporary:
+            writer(trace, temporary)
     except OSError as error:
         raise BiscaleError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):  # such as a folder that is a file: told above
-            temporary.unlink(missing_ok=True)
     return path

@@ -14,6 +14,7 @@ import platformdirs
 
 from biscale_env.config.loader import configs_dir
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import write_whole
 from biscale_env.core.jit import source_digest
 from biscale_env.envs.capacity import find_capacity, run_static
 from biscale_env.envs.cluster.cluster_options import fitting_tps
@@ -156,6 +157,4 @@ def _measure_all(
 
 def _write(path: Path, entries: Sequence[CapacityEntry]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps([asdict(e) for e in entries], indent=1), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps([asdict(e) for e in entries], indent=1))

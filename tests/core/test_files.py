@@ -1,5 +1,6 @@
 """Whole files and locks, against a full disk, a failing writer and a killed process."""
 
+import ast
 import errno
 import os
 import signal
@@ -223,3 +224,45 @@ def test_a_lock_that_cannot_be_made_is_an_error_that_names_it(tmp_path) -> None:
     with pytest.raises(OSError, match="file") as error, files.lock(tmp_path / "file" / ".lock"):
         pass
     assert str(tmp_path / "file") in str(error.value.filename)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+MAKERS = {"mkstemp", "NamedTemporaryFile", "savefig", "to_parquet"}
+ALLOWED = {"biscale_env/core/files.py", "biscale_env/traces/download.py"}
+
+
+def by_hand(source: str) -> list[int]:
+    """Lines that write or replace a file by another way than this module's."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        name, target = node.func.attr, node.func.value
+        owner = target.id if isinstance(target, ast.Name) else ""
+        first = ast.unparse(node.args[0]) if node.args else ""
+        if (
+            (name == "replace" and owner == "os")
+            or (name in ("write_text", "write_bytes") and owner != "temporary")
+            or (name in MAKERS and first.split(" / ")[0] not in ("temporary", "folder"))
+        ):
+            found.append(node.lineno)
+    return found
+
+
+def test_nothing_else_writes_files_by_hand() -> None:
+    assert by_hand("os.replace(a, b)\nx.write_text(y)\nf.savefig(path)\ntempfile.mkstemp()") == [
+        1, 2, 3, 4,
+    ]  # fmt: skip
+    sources = [
+        p
+        for top in ("biscale_env", "controllers", "agents")
+        for p in ROOT.joinpath(top).rglob("*.py")
+    ]
+    assert len(sources) > 200
+    found = {
+        name: lines
+        for path in sources
+        if (name := path.relative_to(ROOT).as_posix()) not in ALLOWED
+        and (lines := by_hand(path.read_text(encoding="utf-8")))
+    }
+    assert found == {}

@@ -1,7 +1,6 @@
-"""Whole-or-nothing writing, plain configuration, provenance."""
+"""Tables and plain configuration of a run directory, provenance."""
 
 import hashlib
-import stat
 import subprocess
 from pathlib import Path
 
@@ -23,22 +22,6 @@ def part(folder, run, values):
     columns = {"time_s": np.asarray(values, float), "power_w": np.asarray(values, float)}
     pq.write_table(run_files.run_table(run, columns, NAMES), folder / run / "t.parquet")
     return folder / run / "t.parquet"
-
-
-def test_replacing_is_all_or_nothing(tmp_path):
-    target = tmp_path / "a.txt"
-    run_files.write_text(target, "first")
-
-    def broken():
-        with run_files.replacing(target) as temporary:
-            temporary.write_text("half of the sec")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        broken()
-    assert target.read_text() == "first"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
-    assert stat.S_IMODE(target.stat().st_mode) == 0o644
 
 
 def test_plain_makes_yaml_of_anything_we_configure_with():

@@ -9,7 +9,7 @@ import pytest
 from biscale_env.config import configs_dir, load_gpu, load_llm
 from biscale_env.core.errors import BiscaleError
 from biscale_env.models import Coefficients, load_model, physics
-from biscale_env.models.coefficient_files import rounded, write_text
+from biscale_env.models.coefficient_files import rounded
 from biscale_env.models.fit.evidence import evidence_path, load_evidence, profile_path
 from biscale_env.models.fit.latency import LATENCY_FIELDS, fit_components, mape, predict_s, refine
 from biscale_env.models.fit.power import geometry
@@ -238,14 +238,14 @@ def test_committed_files_are_what_the_fit_gives(tmp_path):
 
 def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "file.yaml"
-    write_text(path, "old")
+    write_family({path.name: "old"}, tmp_path)
 
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_text(path, "new")
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    with pytest.raises(BiscaleError, match=r"cannot write into .*: disk full"):
+        write_family({path.name: "new"}, tmp_path)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file.yaml"]
 

@@ -6,9 +6,10 @@ import pytest
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.models import load_model, physics
-from biscale_env.models.coefficient_files import members_path, write_text
+from biscale_env.models.coefficient_files import members_path
 from biscale_env.models.fit import user_profile as module
 from biscale_env.models.fit.profile_table import ONE_GPU_LACKS
+from biscale_env.models.fit.shipped import write_family
 from biscale_env.models.fit.user_profile import fit_user
 
 CLOCKS = (600, 810, 1005, 1200, 1395, 1605, 1800, 1980)
@@ -110,8 +111,7 @@ def test_noise_widens_the_ensemble_and_not_the_truth(tmp_path):
 def test_the_file_loads_and_says_what_was_measured(tmp_path):
     (fit,) = fit_user(save(tmp_path, table()))
     path = tmp_path / "mine.yaml"
-    for name, text in fit.files(path).items():
-        write_text(tmp_path / name, text)
+    write_family(fit.files(path), tmp_path)
     assert members_path(path).is_file()
     model = load_model("decode", 4, "bf16", str(path))
     assert model.name == "table"

@@ -18,6 +18,7 @@ from rich.progress import (
 )
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import write_whole
 from biscale_env.evaluation.experiment.compare import ComparisonJob, JobOutcome, run_jobs
 from biscale_env.evaluation.experiment.policy_jobs import Policies, plan
 from biscale_env.evaluation.experiment.scenarios import Infeasible, Scenario, resolve
@@ -141,7 +142,7 @@ def keep_tuning(folder: Path, outcome: JobOutcome) -> None:
     frame = pd.DataFrame(rows)
     if path.is_file():
         frame = pd.concat([pd.read_csv(path), frame], ignore_index=True)
-    run_files.write_text(path, frame.to_csv(index=False))
+    write_whole(path, frame.to_csv(index=False))
 
 
 def conclude(folder: Path) -> None:

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import write_whole
 from biscale_env.evaluation.report import tables
 from biscale_env.evaluation.report.figures import NAMES, at_point, figure, without_variants
 from biscale_env.evaluation.report.palette import dark_twins, styles
@@ -62,7 +63,7 @@ def write_report(run: Run, path: Path | None = None, title: str | None = None) -
         title: heading; made from the scenarios by default.
     """
     target = path or run.path / run_files.REPORT
-    run_files.write_text(target, render(run, title))
+    write_whole(target, render(run, title))
     return target
 
 

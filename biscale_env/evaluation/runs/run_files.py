@@ -1,8 +1,5 @@
 """Files of a run directory: names, whole-or-nothing writing, tables with one row group per run."""
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -10,6 +7,8 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from biscale_env.core.files import open_whole
 
 CONFIG: Final = "config.yaml"
 PROVENANCE: Final = "provenance.json"
@@ -26,29 +25,6 @@ TABLES: Final = (REQUESTS, TIMELINES, BLOCKS)
 
 _WIDE: Final = frozenset({"arrival_s", "start_s", "first_token_s", "finish_s", "time_s"})
 """Kept in float64: instants of a long run. Everything else fits float32 (7 digits)."""
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path in the same folder.
-
-    On success it replaces ``path``, on any failure it is removed.
-    """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def plain(value: Any) -> Any:
@@ -110,7 +86,7 @@ def merge_tables(path: Path, parts: Sequence[Path]) -> None:
     if not parts:
         return
     fresh = {part.parent.name for part in parts}
-    with replacing(path) as temporary:
+    with open_whole(path) as temporary:
         writer: pq.ParquetWriter | None = None
         try:
             for table in _tables(path, parts, fresh):

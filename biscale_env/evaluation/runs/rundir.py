@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import open_whole, write_whole
 from biscale_env.evaluation.runs import results, run_files
 from biscale_env.evaluation.runs.blocks import BLOCK_COLUMNS, block_totals
 from biscale_env.evaluation.runs.provenance import provenance
@@ -120,7 +121,7 @@ class RunDirectory:
             ) from None
         for leftover in (self.path / run_files.PARTS).glob(".*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        run_files.write_text(known, yaml.safe_dump(self.config, sort_keys=True, allow_unicode=True))
+        write_whole(known, yaml.safe_dump(self.config, sort_keys=True, allow_unicode=True))
 
     def _sign(self, record: dict[str, Any]) -> None:
         """Write the provenance; that of earlier sittings stays under ``earlier``."""
@@ -128,7 +129,7 @@ class RunDirectory:
         if path.is_file():
             before = json.loads(path.read_text(encoding="utf-8"))
             record["earlier"] = [*before.pop("earlier", []), before]
-        run_files.write_text(path, json.dumps(record, indent=2) + "\n")
+        write_whole(path, json.dumps(record, indent=2) + "\n")
 
     def _take_up(self, old: Any) -> None:
         """Continue with the configuration that is there.
@@ -226,7 +227,7 @@ class RunDirectory:
         """
         if points:
             frame = pd.DataFrame(list(points), columns=list(INFEASIBLE_COLUMNS))
-            run_files.write_text(self.path / run_files.INFEASIBLE, frame.to_csv(index=False))
+            write_whole(self.path / run_files.INFEASIBLE, frame.to_csv(index=False))
 
     def merge(self) -> Run | None:
         """Merge finished parts into the Parquet files and the summary.
@@ -243,12 +244,12 @@ class RunDirectory:
             run_files.merge_tables(
                 self.path / name, [part / name for part in parts if (part / name).is_file()]
             )
-        with run_files.replacing(self.path / run_files.RESULTS) as temporary:
+        with open_whole(self.path / run_files.RESULTS) as temporary:
             results.complete(rows).to_parquet(temporary, index=False)
         for part in parts:
             shutil.rmtree(part)
         run = load_run(self.path)
-        with run_files.replacing(self.path / run_files.SUMMARY) as temporary:
+        with open_whole(self.path / run_files.SUMMARY) as temporary:
             run.summary().to_csv(temporary, index=False)
         return run
 

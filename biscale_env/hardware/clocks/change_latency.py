@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import write_whole
 from biscale_env.hardware.clocks import owner
 from biscale_env.hardware.clocks.backend import ClockBackend, ClockError
 from biscale_env.models import coefficient_files
@@ -181,7 +182,7 @@ def write_delays(folder: Path, switches: Sequence[Switch], seed: int = 0) -> lis
         if members.is_file():
             table = pd.read_csv(members, comment="#")
             table[coefficient_files.DELAY_COLUMN] = rng.choice(known, len(table)).round(6)
-            coefficient_files.write_text(members, table.to_csv(index=False))
-        coefficient_files.write_text(path, coefficient_files.dump_model_file(new))
+            write_whole(members, table.to_csv(index=False))
+        write_whole(path, coefficient_files.dump_model_file(new))
         changed.append(path)
     return changed

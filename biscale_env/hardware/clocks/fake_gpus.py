@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import write_whole
 from biscale_env.hardware.clocks.backend import (
     ClockBackend,
     ClockDenied,
@@ -127,9 +128,7 @@ def create_state(
     gpus["min_mhz"], gpus["step_mhz"], gpus["memory_mhz"] = low, step, 2619.0
     gpus["apply_at_s"], gpus["landed_at_s"], gpus["power_at_s"] = np.inf, now, now
     gpus["temperature_c"], gpus["toy_idle_w"], gpus["toy_slope_w"] = 45.0, 100.0, 50.0
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(header.tobytes() + gpus.tobytes())
-    temporary.replace(path)
+    write_whole(path, header.tobytes() + gpus.tobytes())
     return path
 
 

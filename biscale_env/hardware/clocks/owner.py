@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import platformdirs
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import open_whole
 from biscale_env.hardware.clocks.backend import ClockBackend, ClockError
 
 VARIABLE = "BISCALE_HW_STATE"
@@ -100,13 +100,9 @@ def write_note(uuid: str, backend: str) -> None:
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".note-", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with open_whole(path, durable=True) as temporary:
+            temporary.write_text(json.dumps(content), encoding="utf-8")
+            temporary.chmod(0o644)  # others read whose GPU it is, whatever the umask
     except OSError as error:
         raise BiscaleError(
             f"cannot write the owner note {path} ({error.strerror}), and no clock is touched without it: "

@@ -17,11 +17,11 @@ import yaml
 
 from biscale_env.config import Llm, load_llm
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import write_whole
 from biscale_env.hardware.clocks import owner
 from biscale_env.hardware.clocks.backend import ClockBackend
 from biscale_env.hardware.replay.recorder import Telemetry
 from biscale_env.models import IterationModel, load_model, physics
-from biscale_env.models.coefficient_files import write_text
 from biscale_env.models.fit.profile_table import ONE_GPU_LACKS
 
 COLUMNS = (
@@ -323,8 +323,9 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any
     frame.dropna(axis="columns", how="all").to_csv(
         text, index=False
     )  # power and clock are left out where nothing could be read
-    write_text(path, text.getvalue())
-    write_text(path.with_suffix(".yaml"), yaml.safe_dump(_plain(about), sort_keys=False))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text.getvalue())
+    write_whole(path.with_suffix(".yaml"), yaml.safe_dump(_plain(about), sort_keys=False))
 
 
 def _plain(value: Any) -> Any:

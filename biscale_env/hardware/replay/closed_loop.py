@@ -15,6 +15,7 @@ import pandas as pd
 import yaml
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import open_whole, write_whole
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.hardware.clocks.backend import open_backend
 from biscale_env.hardware.emulation.emulate import all_records_endpoint
@@ -305,16 +306,16 @@ class ClosedLoopReplay:
             child.stop()
 
     def _save(self, outcome: ReplayOutcome, telemetry: Telemetry) -> None:
-        outcome.telemetry.to_parquet(self.raw / "telemetry.parquet", index=False)
+        with open_whole(self.raw / "telemetry.parquet") as temporary:
+            outcome.telemetry.to_parquet(temporary, index=False)
         if telemetry.gpm_samples:
-            pd.DataFrame(telemetry.gpm_samples).to_parquet(self.raw / "gpm.parquet", index=False)
+            with open_whole(self.raw / "gpm.parquet") as temporary:
+                pd.DataFrame(telemetry.gpm_samples).to_parquet(temporary, index=False)
         facts = {
             "settings": self.settings.plain(), "trace": self.trace.name, "started_s": outcome.started_s, "ended_s": outcome.ended_s,
             "problems": outcome.problems, "gone": outcome.gone, "failed": outcome.failed, "lateness_p99_s": outcome.lateness_s,
         }  # fmt: skip
-        (self.raw / "replay.yaml").write_text(
-            yaml.safe_dump(facts, sort_keys=False), encoding="utf-8"
-        )
+        write_whole(self.raw / "replay.yaml", yaml.safe_dump(facts, sort_keys=False))
 
 
 def wait_for_engines(urls: Sequence[str], wait_s: float) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from biscale_env.config import Gpu, load_gpu, load_llm
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import write_whole
 from biscale_env.models.coefficient_files import (
     DELAY_COLUMN,
     Coefficient,
@@ -19,7 +20,6 @@ from biscale_env.models.coefficient_files import (
     members_path,
     rounded,
     stem,
-    write_text,
 )
 from biscale_env.models.ensemble import Member, fit_member, sample
 from biscale_env.models.fit.evidence import (
@@ -249,8 +249,9 @@ def write_family(files: dict[str, str], folder: Path) -> None:
         BiscaleError: the folder cannot be written.
     """
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            write_text(folder / name, text)
+            write_whole(folder / name, text)
     except OSError as error:
         raise BiscaleError(f"cannot write into {folder}: {error.strerror}") from None
 
