@@ -6,10 +6,12 @@ import importlib
 import importlib.util
 import signal
 import sys
+import warnings
+from typing import Any
 
 import typer
 
-from biscale_env.core.errors import BiscaleError
+from biscale_env.core.errors import BiscaleError, BiscaleWarning
 
 GROUPS = (
     "predict",
@@ -44,6 +46,19 @@ def build() -> typer.Typer:
     return app
 
 
+def say_warnings() -> None:
+    """Print our own warnings as a sentence on stderr, without the place in the source."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, BiscaleWarning):
+            print(f"biscale: {message}", file=sys.stderr)
+        else:
+            usual(message, category, *where, **more)
+
+    warnings.showwarning = show
+
+
 def main() -> None:
     """Entry point: errors of the user and files that cannot be used are one sentence on stderr and
     exit code 2, Ctrl-C is 130.
@@ -53,6 +68,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
+    say_warnings()
     try:
         build()()
     except BiscaleError as error:

@@ -35,12 +35,14 @@ def _family(name: str, out: Path | None, check: bool) -> None:
         typer.echo(f"{folder} is what the profile and the evidence give")
 
 
-def _user(profile: Path, power: Path | None, out: Path, base: str) -> None:
+def _user(
+    profile: Path, power: Path | None, out: Path, base: str, gpu: str | None, llm: str | None
+) -> None:
     from biscale_env.models.coefficient_files import stem
     from biscale_env.models.fit.shipped import write_family
     from biscale_env.models.fit.user_profile import fit_user
 
-    fits = fit_user(profile, power, base)
+    fits = fit_user(profile, power, base, gpu=gpu, llm=llm)
     single = out.suffix in {".yaml", ".yml"}
     if single and len(fits) > 1:
         raise BiscaleError(
@@ -72,6 +74,14 @@ def fit(
     model: Annotated[
         str, typer.Option(help="Family to regenerate, or in which your own fit starts.")
     ] = DEFAULT_MODEL,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="GPU of your table, name or YAML file. [default: the model's]"),
+    ] = None,
+    llm: Annotated[
+        str | None,
+        typer.Option(help="LLM of your table, name or YAML file. [default: the model's]"),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; fail if the committed files differ.")
     ] = False,
@@ -80,6 +90,10 @@ def fit(
     ] = False,
 ) -> None:
     """Fit the models: without options, regenerate the shipped coefficient files."""
+    if profile is None and (gpu or llm):
+        raise BiscaleError(
+            "--gpu and --llm need --profile: they say what the table was measured on"
+        )
     if report:
         _report(model)
     elif profile is None:
@@ -91,7 +105,7 @@ def fit(
             "--profile needs --out: a .yaml file, or a folder if the table holds several configurations"
         )
     else:
-        _user(profile, power, out, model)
+        _user(profile, power, out, model, gpu, llm)
 
 
 def register(app: typer.Typer) -> None:

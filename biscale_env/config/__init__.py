@@ -1,11 +1,14 @@
 """Configuration: YAML files read into frozen, validated models."""
 
 from biscale_env.config.hardware import Gpu, Llm, load_gpu, load_llm
+from biscale_env.config.instance import DEFAULT_MODEL, InstanceSpec
 from biscale_env.config.loader import configs_dir, list_names, load_named, load_yaml
 from biscale_env.config.slo import Slo, load_slo
 
 __all__ = [
+    "DEFAULT_MODEL",
     "Gpu",
+    "InstanceSpec",
     "Llm",
     "Slo",
     "configs_dir",

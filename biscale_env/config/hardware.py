@@ -1,5 +1,6 @@
 """GPU and LLM descriptions: the public facts that the models are built on."""
 
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -117,11 +118,11 @@ class Llm(Config):
         return tokens
 
 
-def load_gpu(name: str = "h100-sxm") -> Gpu:
-    """Load a GPU description by name or YAML file."""
-    return load_named("gpus", name, Gpu)
+def load_gpu(name: str = "h100-sxm", beside: Path | None = None) -> Gpu:
+    """Load a GPU description by name or YAML file (looked for in the folder ``beside`` first)."""
+    return load_named("gpus", name, Gpu, beside)
 
 
-def load_llm(name: str = "llama-3.3-70b") -> Llm:
-    """Load an LLM description by name or YAML file."""
-    return load_named("llms", name, Llm)
+def load_llm(name: str = "llama-3.3-70b", beside: Path | None = None) -> Llm:
+    """Load an LLM description by name or YAML file (looked for in the folder ``beside`` first)."""
+    return load_named("llms", name, Llm, beside)

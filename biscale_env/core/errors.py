@@ -8,3 +8,7 @@ class BiscaleError(ValueError):
 
     The command line prints it and exits with code 2.
     """
+
+
+class BiscaleWarning(UserWarning):
+    """What a user should know about a result, in one sentence; shown once, nothing stops."""

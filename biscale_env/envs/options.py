@@ -52,11 +52,12 @@ def capacity_rps(plant: Plant, trace: Trace | None, profile: str) -> float:
     Raises:
         BiscaleError: no load at all is served within the SLO.
     """
-    settings = plant.settings.model_dump(
-        exclude={"violation_weight", "drain", "ensemble_member", "min_decision_interval_s"}
-    )
+    s = plant.settings
     key = (
-        str(sorted(settings.items(), key=str)),
+        plant.model.digest,
+        s.instance.changed(slo="").model_dump_json(),
+        s.actuation_delay_s,
+        s.phase,
         plant.slo,
         trace.sha256 if trace is not None else profile,
     )

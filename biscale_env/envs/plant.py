@@ -1,19 +1,19 @@
 """Everything that defines a plant of one phase.
 
-Hardware, model, SLO, engine limits, delay, reward. One validated object.
+An instance (hardware, model, engine limits, SLO), actuation delay and reward. One validated object.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from biscale_env.config import Gpu, Slo, load_gpu, load_slo
+from biscale_env.config import Gpu, InstanceSpec, Llm, Slo, load_slo
 from biscale_env.config.hardware import Dtype
 from biscale_env.config.loader import Config, validate
 from biscale_env.contract import ClockRange, ObservationSpec, spec_for
 from biscale_env.core.errors import BiscaleError
-from biscale_env.models import IterationModel, load_model
+from biscale_env.models import IterationModel, instance_model
 from biscale_env.sim.state import PARAMS_DTYPE
 from biscale_env.traces import Trace
 
@@ -28,41 +28,45 @@ REFERENCE_BATCH = 32
 class PlantSettings(Config):
     """Plant of one phase.
 
+    The keys of :class:`biscale_env.config.InstanceSpec` (``gpu``, ``llm``, ``model``, ``tp``,
+    ``dtype``, ``token_budget``, ``max_seqs``, ``kv_watermark``, ``slo``) may stand beside the
+    others: ``PlantSettings.of("decode", tp=8)``.
+
     Attributes:
         phase: ``prefill`` or ``decode``.
-        gpu: name of the GPU configuration.
-        model: name of the fitted model or a path to a coefficient file.
-        tp: GPUs of the instance.
-        dtype: ``bf16`` or ``fp8``.
-        slo: name of the SLO or a path.
-        token_budget: new tokens per prefill batch; 2048 is vLLM's long-time default for chunked
-            prefill.
-        max_seqs: requests per batch. Assumed: 512, the edge of the fitted box; the KV cache, not
-            this cap, then limits a decode batch.
-        kv_watermark: share of KV kept free on admission; 0.01 as in vLLM.
+        instance: GPU, LLM, fitted model, TP, dtype, engine limits and SLO.
         actuation_delay_s: delay of a clock change; None takes that of the ensemble member.
         min_decision_interval_s: a decision stands at least this long; 0 decides at every iteration.
         ensemble_member: -1 nominal, k a member of the ensemble, ``random`` a fresh one per episode.
         violation_weight: reward lost per request that misses the SLO, in units of the reference
-            energy. Assumed: 30, so that losing 1 % of requests costs as much as the 30 % of energy
-            that is at stake.
+            energy. Assumed: 30, so that 1 % of SLO-violating requests cost as much as the 30 % of
+            energy that is at stake.
         drain: run an episode on after its end until every request is served.
     """
 
+    FLAT: ClassVar[tuple[str, ...]] = ("instance",)
+
     phase: Literal["prefill", "decode"]
-    gpu: str = "h100-sxm"
-    model: str = "h100-llama70b"
-    tp: int = Field(default=4, gt=0)
-    dtype: Dtype = "bf16"
-    slo: str = "biscale"
-    token_budget: int = Field(default=2048, gt=0)
-    max_seqs: int = Field(default=512, gt=0, le=4096)
-    kv_watermark: float = Field(default=0.01, ge=0, lt=1)
+    instance: InstanceSpec = InstanceSpec()
     actuation_delay_s: float | None = Field(default=None, ge=0)
     min_decision_interval_s: float = Field(default=0.0, ge=0)
     ensemble_member: int | Literal["random"] = -1
     violation_weight: float = Field(default=30.0, ge=0)
     drain: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_instance(cls, data: Any) -> Any:
+        """Keys of the instance that stand beside the others move into it."""
+        if not isinstance(data, dict):
+            return data
+        flat = {key: value for key, value in data.items() if key in InstanceSpec.model_fields}
+        if not flat:
+            return data
+        given = data.get("instance", {})
+        base = given.model_dump() if isinstance(given, InstanceSpec) else given
+        rest = {key: value for key, value in data.items() if key not in flat}
+        return {**rest, "instance": {**base, **flat} if isinstance(base, dict) else base}
 
     @classmethod
     def of(cls, phase: str, **changes: Any) -> "PlantSettings":
@@ -72,32 +76,52 @@ class PlantSettings(Config):
         """
         return validate({"phase": phase, **changes}, cls, "environment settings")
 
+    @property
+    def tp(self) -> int:
+        """GPUs of the instance."""
+        return self.instance.tp
+
+    @property
+    def dtype(self) -> Dtype:
+        """``bf16`` or ``fp8``."""
+        return self.instance.dtype
+
+    @property
+    def token_budget(self) -> int:
+        """New tokens per prefill batch."""
+        return self.instance.token_budget
+
+    @property
+    def max_seqs(self) -> int:
+        """Requests per batch."""
+        return self.instance.max_seqs
+
 
 class Plant:
-    """Settings with what they name loaded: model, SLO, clocks, observation."""
+    """Settings with what they name loaded: model, GPU, LLM, SLO, clocks, observation."""
 
     def __init__(self, settings: PlantSettings, slo: Slo | None = None) -> None:
         """Load what the settings name; ``slo`` overrides the named one.
 
         Raises:
-            BiscaleError: an unknown name, a ensemble member that does not exist, or an LLM that
+            BiscaleError: an unknown name, an ensemble member that does not exist, or an LLM that
                 does not fit on so few GPUs.
         """
+        instance = settings.instance
         self.settings = settings
-        self.gpu: Gpu = load_gpu(settings.gpu)
-        self.slo: Slo = slo or load_slo(settings.slo)
-        self.model: IterationModel = load_model(
-            settings.phase, settings.tp, settings.dtype, settings.model
-        )
+        self.slo: Slo = slo or load_slo(instance.slo)
+        self.model: IterationModel = instance_model(settings.phase, instance)
+        self.gpu: Gpu = self.model.gpu
+        self.llm: Llm = self.model.llm
         self.clocks = ClockRange.of(self.gpu)
         self.spec: ObservationSpec = spec_for(settings.phase)
         self.energy_ref_j = self._reference_energy_j()
-        self.model.llm.kv_capacity_tokens(self.model.gpu, settings.tp, settings.dtype)
+        self.llm.kv_capacity_tokens(self.gpu, instance.tp, instance.dtype)
         if settings.ensemble_member != "random":
             self.model.member(settings.ensemble_member)
         elif self.model.n_members == 0:
             raise BiscaleError(
-                f"model '{settings.model}' has no ensemble: choose ensemble_member -1, not 'random'"
+                f"model '{instance.model}' has no ensemble: choose ensemble_member -1, not 'random'"
             )
 
     @property
@@ -137,13 +161,13 @@ class Plant:
 
     def params(self, member: int, end_s: float) -> np.ndarray:
         """Engine parameters of one instance as a structured record (shape ())."""
-        s = self.settings
+        s, limits = self.settings, self.settings.instance
         record = np.zeros((), dtype=PARAMS_DTYPE)
         values = {
-            "token_budget": s.token_budget,
-            "max_seqs": s.max_seqs,
+            "token_budget": limits.token_budget,
+            "max_seqs": limits.max_seqs,
             "kv_capacity": self.kv_capacity_tokens,
-            "kv_watermark": s.kv_watermark,
+            "kv_watermark": limits.kv_watermark,
             "delay_s": self.delay_s(member),
             "min_interval_s": s.min_decision_interval_s,
             "freq_min_ghz": self.clocks.freq_min_mhz / 1e3,

@@ -8,6 +8,8 @@ from biscale_env.models.iteration_model import (
     IterationModel,
     ModelName,
     as_record,
+    instance_hardware,
+    instance_model,
     load_model,
 )
 from biscale_env.models.physics import COEFFICIENT_DTYPE, Coefficients
@@ -19,5 +21,7 @@ __all__ = [
     "IterationModel",
     "ModelName",
     "as_record",
+    "instance_hardware",
+    "instance_model",
     "load_model",
 ]

@@ -2,6 +2,7 @@
 the ensemble as CSV.
 """
 
+import io
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from pydantic import Field, model_validator
 
 from biscale_env.config import configs_dir
 from biscale_env.config.hardware import Dtype
-from biscale_env.config.loader import Config, validate
+from biscale_env.config.loader import Config, nearest, parse_yaml, read_bytes, validate
 from biscale_env.core.errors import BiscaleError
 from biscale_env.models.physics import COEFFICIENT_DTYPE, Coefficients
 
@@ -95,20 +96,62 @@ def find_file(name: str, phase: str, dtype: str, tp: int) -> Path:
     Raises:
         BiscaleError: no such family, or it has no such configuration.
     """
+    folder = find_folder(name)
+    if folder is None:
+        return Path(name)
+    path = folder / f"{stem(phase, dtype, tp)}.yaml"
+    if path.is_file():
+        return path
+    have = ", ".join(p.stem for p in files_in(folder)) or "none"
+    raise BiscaleError(
+        f"model '{name}' has no {phase} model for {dtype} at TP {tp}; it has: {have}"
+    )
+
+
+def find_folder(name: str) -> Path | None:
+    """Folder of a model family, or None where the name is that of one YAML file.
+
+    Raises:
+        BiscaleError: neither a shipped family, nor a folder, nor a YAML file.
+    """
     for folder in (configs_dir() / "models" / name, Path(name)):
         if folder.is_dir():
-            path = folder / f"{stem(phase, dtype, tp)}.yaml"
-            if path.is_file():
-                return path
-            have = ", ".join(sorted(p.stem for p in folder.glob("*-tp*.yaml"))) or "none"
-            raise BiscaleError(
-                f"model '{name}' has no {phase} model for {dtype} at TP {tp}; it has: {have}"
-            )
+            return folder
     if Path(name).suffix in {".yaml", ".yml"}:
-        return Path(name)
+        return None
+    known = known_names()
     raise BiscaleError(
-        f"unknown model '{name}'; known: {', '.join(known_names())}, or a path to a file of `biscale fit`"
+        f"unknown model '{name}'; known: {', '.join(known)}, or a path to a file of `biscale fit`; "
+        f"the nearest name is '{nearest(name, known)}'"
     )
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Coefficient files of a family, sorted."""
+    return sorted(folder.glob("*-tp*.yaml"))
+
+
+def any_file(name: str) -> Path:
+    """One coefficient file of a family, for what all of them share: GPU and LLM.
+
+    Raises:
+        BiscaleError: no such family, or an empty folder.
+    """
+    folder = find_folder(name)
+    if folder is None:
+        return Path(name)
+    for path in files_in(folder):
+        return path
+    raise BiscaleError(f"model '{name}' has no coefficient file such as prefill-bf16-tp4.yaml")
+
+
+def parse_model_file(content: bytes, where: str) -> ModelFile:
+    """Parse and validate the content of one coefficient file; ``where`` names it in errors.
+
+    Raises:
+        BiscaleError: not YAML, an unknown key, a missing or negative coefficient.
+    """
+    return validate(parse_yaml(content, where), ModelFile, where)
 
 
 def read_model_file(path: Path) -> ModelFile:
@@ -117,17 +160,7 @@ def read_model_file(path: Path) -> ModelFile:
     Raises:
         BiscaleError: missing, not YAML, an unknown key, a missing or negative coefficient.
     """
-    try:
-        data = yaml.load(
-            path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        )
-    except (OSError, UnicodeDecodeError) as error:
-        raise BiscaleError(
-            f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
-        ) from None
-    except yaml.YAMLError:
-        raise BiscaleError(f"{path} is not valid YAML") from None
-    return validate(data, ModelFile, str(path))
+    return parse_model_file(read_bytes(path), str(path))
 
 
 def members_path(path: Path) -> Path:
@@ -135,23 +168,33 @@ def members_path(path: Path) -> Path:
     return path.with_suffix(".ensemble.csv")
 
 
-def read_members(path: Path, nominal: Coefficients) -> tuple[np.recarray, NDArray[np.float64]]:
-    """Read an ensemble: columns that vary replace the nominal values.
+def read_members(
+    path: Path, content: bytes | None, nominal: Coefficients
+) -> tuple[np.recarray, NDArray[np.float64]]:
+    """Parse an ensemble: columns that vary replace the nominal values.
+
+    Args:
+        path: its file, for messages.
+        content: what is in the file; None if there is none.
+        nominal: values of the columns that do not vary.
 
     Returns:
-        Records of ``COEFFICIENT_DTYPE``, one per member (none if the file does not exist), and the
-        delays in s.
+        Records of ``COEFFICIENT_DTYPE``, one per member (none without a file), and the delays in s.
 
     Raises:
-        BiscaleError: an unknown column, or a value that is not a finite number >= 0.
+        BiscaleError: not a table, an unknown column, or a value that is not a finite number >= 0.
     """
-    if not path.is_file():
+    if content is None:
         return np.recarray(0, dtype=COEFFICIENT_DTYPE), np.zeros(0)
-    table = pd.read_csv(path, comment="#")
+    try:
+        table = pd.read_csv(io.BytesIO(content), comment="#")
+    except ValueError as error:  # the errors of pandas, and bytes that are not UTF-8
+        raise BiscaleError(f"{path}: not a table: {str(error).splitlines()[0]}") from None
     unknown = set(table.columns) - set(Coefficients._fields) - {DELAY_COLUMN}
     if unknown or DELAY_COLUMN not in table:
         raise BiscaleError(
-            f"{path}: columns must be {DELAY_COLUMN} and coefficient names; wrong or missing: {unknown}"
+            f"{path}: columns must be {DELAY_COLUMN} and coefficient names; wrong or missing: "
+            f"{unknown or DELAY_COLUMN}"
         )
     values = table.apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
     if not np.all(np.isfinite(values) & (values >= 0.0)):
@@ -159,7 +202,7 @@ def read_members(path: Path, nominal: Coefficients) -> tuple[np.recarray, NDArra
     records = np.recarray(len(table), dtype=COEFFICIENT_DTYPE)
     for field, value in zip(Coefficients._fields, nominal, strict=True):
         records[field] = table[field].to_numpy() if field in table else value
-    return records, table[DELAY_COLUMN].to_numpy(np.float64)
+    return records, table[DELAY_COLUMN].to_numpy(np.float64).copy()
 
 
 def rounded(value: float, digits: int = 6) -> float:

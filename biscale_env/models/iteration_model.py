@@ -1,7 +1,10 @@
-"""`IterationModel`: latency and power of one engine iteration of one configuration, with its
-ensemble.
+"""`IterationModel`: latency and power of one engine iteration of one configuration.
+
+With its ensemble, on the GPU and LLM of the fit or moved to others.
 """
 
+import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -10,23 +13,26 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from biscale_env.config import Gpu, Llm, load_gpu, load_llm
-from biscale_env.core.errors import BiscaleError
+from biscale_env.config import DEFAULT_MODEL, Gpu, InstanceSpec, Llm, load_gpu, load_llm
+from biscale_env.config.loader import read_bytes
+from biscale_env.core.errors import BiscaleError, BiscaleWarning
 from biscale_env.core.jit import compiled
 from biscale_env.models import physics
 from biscale_env.models.coefficient_files import (
     WORK_AXES,
     ModelFile,
     Phase,
+    any_file,
     find_file,
     members_path,
+    parse_model_file,
     read_members,
-    read_model_file,
 )
 from biscale_env.models.physics import COEFFICIENT_DTYPE, Coefficients
+from biscale_env.models.transfer import Hardware, moved_file, plan_move
 
 ModelName = str
-DEFAULT_NAME = "h100-llama70b"
+DEFAULT_NAME = DEFAULT_MODEL
 Floats = NDArray[np.float64]
 
 
@@ -64,6 +70,14 @@ class IterationModel:
     ``cached`` (KV tokens), ``n_seq`` (requests), ``freq_mhz`` (requested SM clock, MHz). Results
     have the broadcast shape. Methods with ``member`` take an index into the ensemble, or None (-1)
     for the nominal coefficients.
+
+    Attributes:
+        content: the coefficient file, with the provenance of every coefficient.
+        coefficients: the nominal values.
+        gpu: the GPU that the numbers are for.
+        llm: the LLM that the numbers are for.
+        fitted_on: GPU and LLM of the fit where they are others, for messages; empty where not.
+        digest: hash of everything that the numbers depend on.
     """
 
     content: ModelFile
@@ -72,6 +86,8 @@ class IterationModel:
     llm: Llm
     _members: np.recarray = field(repr=False)
     _delays_s: Floats = field(repr=False)
+    fitted_on: str = ""
+    digest: str = ""
 
     @property
     def phase(self) -> Phase:
@@ -249,31 +265,104 @@ class IterationModel:
         return clocks[np.argmin(self.energy_j(t, a, k, n, clocks, member), axis=-1)]
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """Everything that a loaded model is made of: equal origins, equal models."""
+
+    path: str
+    coefficients: bytes
+    ensemble: bytes | None
+    own: tuple[str, str]  # GPU and LLM of the fit, as JSON
+    asked: tuple[str, str]  # GPU and LLM that were asked for
+
+    def digest(self) -> str:
+        """Hash of the contents, wherever the file lies."""
+        parts = (self.coefficients, self.ensemble or b"", *map(str.encode, self.own + self.asked))
+        return hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in parts)).hexdigest()
+
+
+def _hardware(texts: tuple[str, str]) -> Hardware:
+    return Hardware(Gpu.model_validate_json(texts[0]), Llm.model_validate_json(texts[1]))
+
+
 @lru_cache(maxsize=64)
-def _load(path: str, mtime_ns: int) -> IterationModel:
-    content = read_model_file(Path(path))
-    nominal = content.as_tuple()
-    members, delays_s = read_members(members_path(Path(path)), nominal)
+def _made(origin: _Origin) -> IterationModel:
+    """The model of an origin; shared by all that ask, so its arrays cannot be written."""
+    path = Path(origin.path)
+    content = parse_model_file(origin.coefficients, origin.path)
+    members, delays_s = read_members(members_path(path), origin.ensemble, content.as_tuple())
+    own, asked = _hardware(origin.own), _hardware(origin.asked)
+    move = plan_move(content, own, asked)
+    fitted_on = ""
+    if move is not None:
+        content = moved_file(content, move, own, asked)
+        members, fitted_on = move.apply(members), own.label
+    members.setflags(write=False)
+    delays_s.setflags(write=False)
     return IterationModel(
-        content, nominal, load_gpu(content.gpu), load_llm(content.llm), members, delays_s
+        content, content.as_tuple(), asked.gpu, asked.llm, members, delays_s, fitted_on,
+        origin.digest(),
+    )  # fmt: skip
+
+
+_warned: set[tuple[str, str, str]] = set()
+
+
+def _warn_once(model: IterationModel) -> None:
+    """Say once per model and hardware that the numbers are not measured on it."""
+    here = Hardware(model.gpu, model.llm).label
+    key = (model.name, model.fitted_on, here)
+    if model.fitted_on and key not in _warned:
+        _warned.add(key)
+        warnings.warn(
+            f"model '{model.name}' was fitted on {model.fitted_on}; on {here} its times are scaled "
+            "by counted work and data-sheet rates and its energies are kept: for measured numbers "
+            "use `biscale fit --profile` with --gpu and --llm",
+            BiscaleWarning,
+            stacklevel=3,
+        )
+
+
+@lru_cache(maxsize=64)
+def _named_hardware(content: bytes, where: str) -> tuple[str, str]:
+    file = parse_model_file(content, where)
+    return file.gpu, file.llm
+
+
+def fitted_hardware(path: Path) -> Hardware:
+    """GPU and LLM that a coefficient file names; their own files may lie beside it."""
+    gpu, llm = _named_hardware(read_bytes(path), str(path))
+    return Hardware(load_gpu(gpu, path.parent), load_llm(llm, path.parent))
+
+
+def instance_hardware(instance: InstanceSpec) -> Hardware:
+    """GPU and LLM of an instance: those it gives, else those of its fitted model.
+
+    Raises:
+        BiscaleError: an unknown GPU, LLM or model.
+    """
+    own = fitted_hardware(any_file(instance.model))
+    return Hardware(
+        load_gpu(instance.gpu) if instance.gpu else own.gpu,
+        load_llm(instance.llm) if instance.llm else own.llm,
     )
 
 
-def load_model(
-    phase: str, tp: int = 4, dtype: str = "bf16", name: str = DEFAULT_NAME
+def instance_model(phase: str, instance: InstanceSpec) -> IterationModel:
+    """The fitted model of one phase of an instance, on the instance's GPU and with its LLM."""
+    s = instance
+    return load_model(phase, s.tp, s.dtype, s.model, s.gpu, s.llm)
+
+
+def read_model(
+    phase: str,
+    tp: int = 4,
+    dtype: str = "bf16",
+    name: str = DEFAULT_NAME,
+    gpu: str | None = None,
+    llm: str | None = None,
 ) -> IterationModel:
-    """Load the fitted model of one configuration.
-
-    Args:
-        phase: ``prefill`` or ``decode``.
-        tp: GPUs per instance.
-        dtype: ``bf16`` or ``fp8``.
-        name: a shipped family (``h100-llama70b``), a folder of coefficient files, or one such file.
-
-    Raises:
-        BiscaleError: unknown phase, dtype, family or configuration, or a file that is about
-            something else.
-    """
+    """As :func:`load_model`, without a word about a foreign GPU or LLM."""
     if phase not in ("prefill", "decode"):
         raise BiscaleError(f"unknown phase '{phase}': choose prefill or decode")
     if dtype not in ("bf16", "fp8"):
@@ -281,8 +370,48 @@ def load_model(
     path = find_file(name, phase, dtype, tp)
     if not path.is_file():
         raise BiscaleError(f"model file {path} does not exist")
-    model = _load(str(path.resolve()), path.stat().st_mtime_ns)
+    own = fitted_hardware(path)
+    asked = Hardware(load_gpu(gpu) if gpu else own.gpu, load_llm(llm) if llm else own.llm)
+    ensemble = members_path(path)
+    origin = _Origin(
+        str(path.resolve()),
+        read_bytes(path),
+        read_bytes(ensemble) if ensemble.is_file() else None,
+        own.as_json(),
+        asked.as_json(),
+    )
+    model = _made(origin)
     if (model.phase, model.tp, model.dtype) != (phase, tp, dtype):
         have = f"{model.phase}, TP {model.tp}, {model.dtype}"
         raise BiscaleError(f"{path} describes {have}, but {phase}, TP {tp}, {dtype} was asked for")
+    return model
+
+
+def load_model(
+    phase: str,
+    tp: int = 4,
+    dtype: str = "bf16",
+    name: str = DEFAULT_NAME,
+    gpu: str | None = None,
+    llm: str | None = None,
+) -> IterationModel:
+    """Load the fitted model of one configuration.
+
+    Parsed once per content of the files; a changed file is read anew, whatever its time stamp.
+
+    Args:
+        phase: ``prefill`` or ``decode``.
+        tp: GPUs per instance.
+        dtype: ``bf16`` or ``fp8``.
+        name: a shipped family (``h100-llama70b``), a folder of coefficient files, or one such file.
+        gpu: another GPU than that of the fit: name or YAML file (see
+            :mod:`biscale_env.models.transfer` for what follows it; warned about once).
+        llm: another LLM than that of the fit, likewise.
+
+    Raises:
+        BiscaleError: unknown phase, dtype, family, configuration, GPU or LLM, or a file that is
+            about something else.
+    """
+    model = read_model(phase, tp, dtype, name, gpu, llm)
+    _warn_once(model)
     return model

@@ -12,13 +12,14 @@ from pathlib import Path
 import joblib
 import platformdirs
 
-from biscale_env.config.loader import configs_dir
+from biscale_env.config import load_slo
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import write_whole
 from biscale_env.core.jit import source_digest
 from biscale_env.envs.capacity import find_capacity, run_static
 from biscale_env.envs.cluster.cluster_options import fitting_tps
 from biscale_env.envs.cluster.cluster_settings import ClusterPlant, ClusterSettings, check_gpus
+from biscale_env.models import instance_model
 from biscale_env.traces import Trace
 from controllers.placement.ilp import PHASES, CapacityEntry, CapacityTable, Phase
 
@@ -72,17 +73,11 @@ def table_key(request: TableRequest, trace: Trace) -> str:
         ).encode()
     )
     digest.update(trace.sha256.encode())
-    name = request.settings.model
-    folder = (
-        configs_dir() / "models" / name
-        if (configs_dir() / "models" / name).is_dir()
-        else Path(name)
-    )
-    for file in sorted(folder.glob("*")) if folder.is_dir() else [folder]:
-        digest.update(file.name.encode() + file.read_bytes())
-    for kind, config in (("slos", request.settings.slo), ("gpus", request.settings.gpu)):
-        shipped = configs_dir() / kind / f"{config}.yaml"
-        digest.update((shipped if shipped.is_file() else Path(config)).read_bytes())
+    for phase in PHASES:
+        for tp in fitting_tps(request.settings, phase):
+            model = instance_model(phase, request.settings.instance(phase, tp))
+            digest.update(f"{phase} {tp} {model.digest}".encode())
+    digest.update(load_slo(request.settings.slo).model_dump_json().encode())
     return digest.hexdigest()[:24]
 
 

@@ -12,7 +12,6 @@ from biscale_env.models import Coefficients, load_model, physics
 from biscale_env.models.coefficient_files import rounded
 from biscale_env.models.fit.evidence import evidence_path, load_evidence, profile_path
 from biscale_env.models.fit.latency import LATENCY_FIELDS, fit_components, mape, predict_s, refine
-from biscale_env.models.fit.power import geometry
 from biscale_env.models.fit.profile_table import ProfileTable, read_profile, sha256
 from biscale_env.models.fit.shipped import (
     fit_family,
@@ -21,6 +20,7 @@ from biscale_env.models.fit.shipped import (
     tables,
     write_family,
 )
+from biscale_env.models.geometry import counted_work
 
 NAME = "h100-llama70b"
 EVIDENCE = load_evidence(NAME)
@@ -149,13 +149,13 @@ def test_mape_by_hand():
 
 def test_geometry_by_hand():
     llm = load_llm()
-    g = geometry(llm, 4, "bf16", 700.0)
+    g = counted_work(llm, 4, "bf16")
     assert g["flops_per_token"] == pytest.approx(2 * (70.6e9 - 2 * 128256 * 8192) / 4)
     assert g["flops_per_attn"] == 4 * 64 * 128 * 80 / 4
     assert g["kv_bytes_per_token"] == 327680 / 4
     assert g["weight_bytes"] == pytest.approx((70.6e9 - 128256 * 8192) * 2 / 4)
-    assert geometry(llm, 4, "fp8", 700.0)["weight_bytes"] == pytest.approx(g["weight_bytes"] / 2)
-    assert geometry(llm, 1, "bf16", 700.0)["link_bytes_per_token"] == 0.0
+    assert counted_work(llm, 4, "fp8")["weight_bytes"] == pytest.approx(g["weight_bytes"] / 2)
+    assert counted_work(llm, 1, "bf16")["link_bytes_per_token"] == 0.0
     # two all-reduces of 8192 bf16 per layer; a ring moves 2 (p - 1) / p of them
     assert g["link_bytes_per_token"] == pytest.approx(80 * 2 * 8192 * 2 * 2 * 3 / 4)
 

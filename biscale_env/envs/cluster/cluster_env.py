@@ -14,7 +14,6 @@ from biscale_env.config.cluster_layout import Placement
 from biscale_env.config.slo import within
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.cluster.cluster_options import (
-    DEFAULT_FREQS_MHZ,
     ClusterOptions,
     enumerate_placements,
     make_cluster_options,
@@ -66,7 +65,7 @@ class ClusterEnv(gym.Env[NDArray[np.float32], Any]):
         self,
         windows: int = 12,
         window_s: float = 300.0,
-        freqs_mhz: tuple[float, ...] = DEFAULT_FREQS_MHZ,
+        freqs_mhz: tuple[float, ...] | None = None,
         capacities_rps: Mapping[tuple[str, int, float], float] | None = None,
         prefill_policy: str = "mpc",
         decode_policy: str = "slack",

@@ -14,12 +14,11 @@ from biscale_env.config.cluster_layout import InstanceGroup, Placement
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.cluster.cluster_settings import ClusterPlant, ClusterSettings, check_gpus
 from biscale_env.envs.workloads import WorkloadSource, generated, trace_windows
-from biscale_env.models import load_model
+from biscale_env.models import instance_hardware, instance_model
 from biscale_env.traces import Trace, load_named
 
 DEFAULT_PROFILE = "gamma-sharegpt-like"
 DEFAULT_RATE_RPS = 30.0  # about half of what 16 GPUs serve of this workload at max clock
-DEFAULT_FREQS_MHZ = (810.0, 1200.0, 1605.0, 1980.0)
 TPS = (1, 2, 4, 8, 16)
 
 
@@ -83,13 +82,17 @@ def make_cluster_options(
 
 
 def fitting_tps(settings: ClusterSettings, phase: str) -> list[int]:
-    """TP degrees with a fitted model whose weights leave room for KV."""
+    """TP degrees with a fitted model whose weights leave room for KV.
+
+    Raises:
+        BiscaleError: an unknown GPU, LLM or model.
+    """
+    instance_hardware(settings.instance("prefill", TPS[0]))
     found = []
     for tp in TPS:
         try:
-            model = load_model(
-                "prefill" if phase == "prefill" else "decode", tp, settings.dtype, settings.model
-            )
+            kind = "prefill" if phase == "prefill" else "decode"
+            model = instance_model(kind, settings.instance(kind, tp))
         except BiscaleError:
             continue
         if model.kv_capacity_tokens > 0 and tp <= settings.gpus:
@@ -98,16 +101,25 @@ def fitting_tps(settings: ClusterSettings, phase: str) -> list[int]:
 
 
 def enumerate_placements(
-    settings: ClusterSettings, freqs_mhz: Sequence[float] = DEFAULT_FREQS_MHZ
+    settings: ClusterSettings, freqs_mhz: Sequence[float] | None = None
 ) -> tuple[Placement, ...]:
-    """Every placement with one TP and one base clock per phase that fits the GPUs, in a fixed
-    order.
+    """Every placement with one TP and one base clock per phase that fits the GPUs.
+
+    Args:
+        settings: the cluster.
+        freqs_mhz: base clocks; None: every second level of the GPU, from the lowest.
+
+    Returns:
+        Placements in a fixed order.
 
     Raises:
         BiscaleError: no TP divides the GPUs, or nothing fits.
     """
     tps = {phase: fitting_tps(settings, phase) for phase in ("prefill", "decode")}
     check_gpus(settings.gpus, tuple(sorted({tp for found in tps.values() for tp in found})))
+    if freqs_mhz is None:
+        hardware = instance_hardware(settings.instance("prefill", tps["prefill"][0]))
+        freqs_mhz = hardware.gpu.control_levels_mhz[::2]
     made: list[Any] = []
     for tp_p, tp_d in product(tps["prefill"], tps["decode"]):
         for n_p, n_d in product(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from biscale_env.config import Slo, load_slo
+from biscale_env.config import DEFAULT_MODEL, InstanceSpec, Slo, load_slo
 from biscale_env.config.hardware import Dtype
 from biscale_env.config.loader import Config, validate
 from biscale_env.core.errors import BiscaleError
@@ -57,7 +57,8 @@ class ClusterSettings(Config):
 
     Attributes:
         gpus: GPUs of the cluster, in the placement or not.
-        gpu: name of the GPU configuration.
+        gpu: name of a GPU description or a YAML file; None: the one that the model was fitted on.
+        llm: name of an LLM description or a YAML file, likewise.
         model: family of fitted models.
         dtype: ``bf16`` or ``fp8``.
         slo: name of the SLO or a path.
@@ -85,8 +86,9 @@ class ClusterSettings(Config):
     """
 
     gpus: int = Field(default=16, gt=0)
-    gpu: str = "h100-sxm"
-    model: str = "h100-llama70b"
+    gpu: str | None = None
+    llm: str | None = None
+    model: str = DEFAULT_MODEL
     dtype: Dtype = "bf16"
     slo: str = "biscale"
     token_budget: int = Field(default=2048, gt=0)
@@ -117,6 +119,20 @@ class ClusterSettings(Config):
         """A copy with some values changed, validated anew."""
         return self.of(**{**self.model_dump(), **values})
 
+    def instance(self, phase: str, tp: int) -> InstanceSpec:
+        """One instance of the cluster."""
+        return InstanceSpec(
+            gpu=self.gpu,
+            llm=self.llm,
+            model=self.model,
+            tp=tp,
+            dtype=self.dtype,
+            token_budget=self.token_budget,
+            max_seqs=self.prefill_max_seqs if phase == "prefill" else self.decode_max_seqs,
+            kv_watermark=self.kv_watermark,
+            slo=self.slo,
+        )
+
 
 class ClusterPlant:
     """Settings with what they name loaded.
@@ -139,15 +155,14 @@ class ClusterPlant:
         key = ("decode" if phase == "colocated" else phase, tp)
         if key not in self._plants:
             s = self.settings
-            max_seqs = s.prefill_max_seqs if key[0] == "prefill" else s.decode_max_seqs
-            self._plants[key] = Plant(
-                PlantSettings.of(
-                    key[0], gpu=s.gpu, model=s.model, tp=tp, dtype=s.dtype, slo=s.slo, token_budget=s.token_budget,
-                    max_seqs=max_seqs, kv_watermark=s.kv_watermark, actuation_delay_s=s.actuation_delay_s,
-                    ensemble_member=s.ensemble_member, drain=True,
-                ),
-                self.slo,
-            )  # fmt: skip
+            settings = PlantSettings.of(
+                key[0],
+                instance=s.instance(key[0], tp),
+                actuation_delay_s=s.actuation_delay_s,
+                ensemble_member=s.ensemble_member,
+                drain=True,
+            )
+            self._plants[key] = Plant(settings, self.slo)
         return self._plants[key]
 
     def params(self, phase: str, tp: int) -> np.ndarray:

@@ -61,7 +61,7 @@ def prepare(
                 infeasible.append(error)
                 continue
             s = case.plant.settings
-            model_files.add(find_file(s.model, s.phase, s.dtype, s.tp))
+            model_files.add(find_file(s.instance.model, s.phase, s.dtype, s.tp))
             jobs += plan(
                 point,
                 case,

@@ -9,8 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import lsq_linear
 
-from biscale_env.config import Llm
-from biscale_env.config.hardware import Dtype
 from biscale_env.models import physics
 from biscale_env.models.fit.evidence import (
     ENERGY_NAMES,
@@ -34,7 +32,6 @@ Kernels = Mapping[tuple[str, str, int], Coefficients]
 # rounds
 CAP_ROUNDS = 6
 SHAPE_BATCH, SHAPE_CLOCK_GHZ = 8.0, 0.78  # where `decode_power_share_780` is defined
-ACTIVATION_BYTES = 2.0  # activations are bf16 in either dtype
 SCALE = {
     "e_flop_j": 1e-12,
     "e_byte_j": 1e-12,
@@ -76,38 +73,6 @@ class EnergyFit:
         if dtype == "fp8":
             values["e_flop_j"] = self.e_flop_fp8_j
         return c._replace(**values)
-
-
-def geometry(llm: Llm, tp: int, dtype: Dtype, power_cap_w: float) -> dict[str, float]:
-    """Operations and bytes per GPU, counted from the shape of the transformer.
-
-    GEMMs: 2 operations per parameter and row without embedding and output head (the head runs on
-        one row per request). Attention: 4 x
-    heads x head size per layer and query-key pair. Weights: everything but the embedding table is
-    read once. Activations: every tensor of a layer is written once and read once (norms with
-    residuals 12 x hidden; q, k, v and attention output; gate, up and down). Link: two ring
-    all-reduces of a hidden vector per layer.
-    """
-    heads = llm.heads * llm.head_dim
-    qkv = heads + 2 * llm.kv_heads * llm.head_dim
-    embedding = float(llm.vocabulary * llm.hidden)
-    elements = 12.0 * llm.hidden + (3.0 * qkv + heads + 6.0 * llm.intermediate) / tp
-    return {
-        "n_gpus": float(tp),
-        "flops_per_token": 2.0 * (llm.parameters - 2.0 * embedding) / tp,
-        "flops_per_attn": 4.0 * heads * llm.layers / tp,
-        "weight_bytes": (llm.parameters - embedding) * (2.0 if dtype == "bf16" else 1.0) / tp,
-        "bytes_per_token": elements * ACTIVATION_BYTES * llm.layers,
-        "kv_bytes_per_token": llm.kv_bytes_per_token(dtype) / tp,
-        "link_bytes_per_token": 2.0
-        * llm.layers
-        * llm.hidden
-        * ACTIVATION_BYTES
-        * 2.0
-        * (tp - 1)
-        / tp,
-        "p_cap_w": power_cap_w,
-    }
 
 
 def with_sample(

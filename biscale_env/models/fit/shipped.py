@@ -38,8 +38,8 @@ from biscale_env.models.fit.latency import (
     predict_s,
     refine,
 )
-from biscale_env.models.fit.power import geometry
 from biscale_env.models.fit.profile_table import ProfileTable, read_profile, sha256
+from biscale_env.models.geometry import counted_work
 from biscale_env.models.physics import Coefficients
 
 Floats = NDArray[np.float64]
@@ -94,7 +94,8 @@ def fit_kernels(table: ProfileTable, ev: Evidence, gpu: Gpu) -> KernelFit:
     sample = {name: ev.sample[name].nominal for name in SAMPLED_COEFFICIENTS}
     start = ZERO._replace(
         **sample,
-        **geometry(load_llm(ev.llm), table.tp, table.dtype, gpu.power_cap_w),
+        **counted_work(load_llm(ev.llm), table.tp, table.dtype),
+        p_cap_w=gpu.power_cap_w,
         **fit_components(table, ~held_out),
     )
     clock = np.full(len(table.rows), start.freq_profile_ghz)

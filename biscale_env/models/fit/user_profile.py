@@ -15,22 +15,26 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.optimize import least_squares, lsq_linear
 
+from biscale_env.config import configs_dir
+from biscale_env.config.loader import find_named
 from biscale_env.core.errors import BiscaleError
 from biscale_env.models import physics
 from biscale_env.models.coefficient_files import (
     Coefficient,
     ModelFile,
     dump_model_file,
+    find_file,
     members_path,
     rounded,
     stem,
 )
 from biscale_env.models.fit.evidence import ENERGY_NAMES
 from biscale_env.models.fit.latency import LATENCY_FIELDS, WORK_FIELD, Rows, mape, predict_s, refine
-from biscale_env.models.fit.power import SCALE, LinearSystem, energy_columns, geometry
+from biscale_env.models.fit.power import SCALE, LinearSystem, energy_columns
 from biscale_env.models.fit.profile_table import ONE_GPU_LACKS, ProfileTable, read_profile, sha256
 from biscale_env.models.fit.shipped import DRAW_DIGITS, GEOMETRY_FIELDS, box_of
-from biscale_env.models.iteration_model import DEFAULT_NAME, IterationModel, load_model
+from biscale_env.models.geometry import counted_work
+from biscale_env.models.iteration_model import DEFAULT_NAME, IterationModel, read_model
 from biscale_env.models.physics import Coefficients
 
 Floats = NDArray[np.float64]
@@ -57,30 +61,83 @@ class UserFit:
         members: bootstrap ensemble, one row per member.
         latency_mape: error on held-out rows.
         power_mape: error on held-out rows; NaN without power.
+        descriptions: file name to text of the GPU and the LLM where they are not shipped ones; they
+            lie beside the coefficient file, which names them.
     """
 
     content: ModelFile
     members: pd.DataFrame
     latency_mape: float
     power_mape: float
+    descriptions: dict[str, str]
 
     def files(self, path: Path) -> dict[str, str]:
-        """File name to text for a coefficient file at ``path`` and its ensemble."""
-        head = "# Bootstrap members: the table resampled, everything refitted; delays as in the start model\n"
+        """File name to text for a coefficient file at ``path``, its ensemble, its GPU and LLM."""
+        head = (
+            "# Bootstrap members: the table resampled, everything refitted; delays as in the start "
+            "model\n"
+        )
         text = self.members.map(lambda v: rounded(v, DRAW_DIGITS)).to_csv(
             index=False, lineterminator="\n"
         )
-        return {path.name: dump_model_file(self.content), members_path(path).name: head + text}
+        own = {path.name: dump_model_file(self.content), members_path(path).name: head + text}
+        if clash := set(own) & set(self.descriptions):
+            raise BiscaleError(
+                f"{min(clash)} is the name of the coefficient file and of a GPU or LLM: rename one"
+            )
+        return {**own, **self.descriptions}
 
 
-def _start(table: ProfileTable, base: str) -> IterationModel:
-    """The base model of the same phase that is nearest to the table's configuration."""
+@dataclass(frozen=True)
+class StartModel:
+    """Where a fit starts.
+
+    Attributes:
+        model: coefficients of the base model, moved to the new GPU and LLM.
+        gpu: how the new file names its GPU.
+        llm: how it names its LLM.
+        descriptions: file name to text of those that are not shipped.
+    """
+
+    model: IterationModel
+    gpu: str
+    llm: str
+    descriptions: dict[str, str]
+
+
+def _named_in(kind: str, name: str, beside: Path) -> tuple[str, dict[str, str]]:
+    """How a new coefficient file names a description, and its text if it is not a shipped one."""
+    path = find_named(kind, name, beside)
+    if path.parent == configs_dir() / kind:
+        return path.stem, {}
+    return path.name, {path.name: path.read_text(encoding="utf-8")}
+
+
+def start_model(
+    table: ProfileTable, base: str, gpu: str | None = None, llm: str | None = None
+) -> StartModel:
+    """The base model of the same phase that is nearest to the table's configuration.
+
+    Args:
+        table: what is fitted.
+        base: model family.
+        gpu: GPU that the table was measured on; None: that of the base model.
+        llm: LLM that ran; None: that of the base model.
+
+    Raises:
+        BiscaleError: an unknown GPU or LLM, or a base without such a phase.
+    """
     for dtype in (table.dtype, "bf16"):
         for tp in sorted((1, 2, 4, 8, 16), key=lambda n: abs(np.log2(n / table.tp))):
             try:
-                return load_model(table.phase, tp, dtype, base)
+                path = find_file(base, table.phase, dtype, tp)
+                fitted = read_model(table.phase, tp, dtype, base).content
             except BiscaleError:
                 continue
+            model = read_model(table.phase, tp, dtype, base, gpu, llm)
+            gpu_name, gpu_text = _named_in("gpus", gpu or fitted.gpu, path.parent)
+            llm_name, llm_text = _named_in("llms", llm or fitted.llm, path.parent)
+            return StartModel(model, gpu_name, llm_name, {**gpu_text, **llm_text})
     raise BiscaleError(f"model '{base}' has no {table.phase} model to start the fit from")
 
 
@@ -189,19 +246,20 @@ def _coefficient(
 
 
 def fit_table(
-    table: ProfileTable, power: ProfileTable | None, model: IterationModel, path: Path, name: str
+    table: ProfileTable, power: ProfileTable | None, begin: StartModel, path: Path, name: str
 ) -> UserFit:
     """Fit one configuration.
 
     Args:
         table: rows with ``latency_s`` and ``freq_mhz``.
-        power: rows with ``power_w``, or None to keep the energy coefficients of ``model``.
-        model: where the fit starts.
+        power: rows with ``power_w``, or None to keep the energy coefficients of the start.
+        begin: where the fit starts: base model, GPU and LLM.
         path: the file, for messages and provenance.
         name: name of the new model family.
     """
+    model = begin.model
     whole = model.coefficients._replace(
-        **geometry(model.llm, table.tp, table.dtype, model.gpu.power_cap_w)
+        **counted_work(model.llm, table.tp, table.dtype), p_cap_w=model.gpu.power_cap_w
     )
     start = whole._replace(**ONE_GPU_LACKS) if table.shard else whole
     held_out = table.held_out()
@@ -231,10 +289,9 @@ def fit_table(
     moved = {
         n for n in Coefficients._fields if n not in kept and getattr(c, n) != getattr(start, n)
     }
-    content = _content(c._replace(**kept), moved, table, model, path, name, record)
-    return UserFit(
-        content, _bootstrap(c, start, table, power, moved, model), latency_mape, power_mape
-    )
+    content = _content(c._replace(**kept), moved, table, begin, path, name, record)
+    members = _bootstrap(c, start, table, power, moved, model)
+    return UserFit(content, members, latency_mape, power_mape, begin.descriptions)
 
 
 def _kept_of(whole: Coefficients) -> dict[str, float]:
@@ -246,19 +303,19 @@ def _content(
     c: Coefficients,
     moved: set[str],
     table: ProfileTable,
-    model: IterationModel,
+    begin: StartModel,
     path: Path,
     name: str,
     record: dict[str, object],
 ) -> ModelFile:
-    clocks = table.column("freq_mhz")
+    clocks, model = table.column("freq_mhz"), begin.model
     return ModelFile(
         name=name,
         phase=table.phase,
         dtype=table.dtype,
         tp=table.tp,
-        gpu=model.content.gpu,
-        llm=model.content.llm,
+        gpu=begin.gpu,
+        llm=begin.llm,
         coefficients={
             n: _coefficient(n, v, model, moved, path)
             for n, v in zip(Coefficients._fields, c, strict=True)
@@ -298,7 +355,12 @@ def _bootstrap(
 
 
 def fit_user(
-    profile: Path, power: Path | None = None, base: str = DEFAULT_NAME, name: str = ""
+    profile: Path,
+    power: Path | None = None,
+    base: str = DEFAULT_NAME,
+    name: str = "",
+    gpu: str | None = None,
+    llm: str | None = None,
 ) -> list[UserFit]:
     """Fit every configuration of a user's profile table.
 
@@ -308,6 +370,8 @@ def fit_user(
         power: a second table with ``power_w`` and ``freq_mhz``; its latency is optional.
         base: model family in which the fit starts and which supplies what was not measured.
         name: name of the new family; by default the stem of the profile file.
+        gpu: GPU that the table was measured on, name or YAML file; None: that of the base.
+        llm: LLM that ran, name or YAML file; None: that of the base.
 
     Raises:
         BiscaleError: a bad table, a missing column, or too few rows.
@@ -330,5 +394,6 @@ def fit_user(
                 )
             for column in ("power_w", "freq_mhz"):
                 _need(joined, column, power or profile)
-        fits.append(fit_table(table, joined, _start(table, base), profile, name or profile.stem))
+        begin = start_model(table, base, gpu, llm)
+        fits.append(fit_table(table, joined, begin, profile, name or profile.stem))
     return fits

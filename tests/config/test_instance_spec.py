@@ -1,0 +1,107 @@
+"""One description of an instance: a GPU or LLM that is given is followed by all that is physical."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+from toy_hardware import TOY_GPU, TOY_LLM
+
+from biscale_env.config import InstanceSpec, load_gpu, load_llm
+from biscale_env.core.errors import BiscaleError, BiscaleWarning
+from biscale_env.envs.plant import Plant, PlantSettings
+from biscale_env.models import iteration_model, load_model
+
+GPU, LLM = load_gpu(TOY_GPU), load_llm(TOY_LLM)
+
+
+def test_the_default_is_the_fitted_hardware():
+    plain, named = (
+        Plant(PlantSettings.of("decode", **given))
+        for given in ({}, {"gpu": "h100-sxm", "llm": "llama-3.3-70b"})
+    )
+    assert plain.model is named.model, "nothing differs, so nothing is moved"
+    assert plain.model.fitted_on == ""
+    assert (plain.kv_capacity_tokens, plain.model.coefficients.p_cap_w) == (405_273, 700.0)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_memory_cap_clocks_and_levels_follow_a_gpu(phase):
+    plant = Plant(PlantSettings.of(phase, tp=4, gpu=TOY_GPU, llm=TOY_LLM))
+    assert plant.gpu == plant.model.gpu == GPU
+    assert plant.llm == plant.model.llm == LLM
+    assert plant.kv_capacity_tokens == LLM.kv_capacity_tokens(GPU, 4, "bf16")
+    assert plant.clocks.levels_mhz == GPU.control_levels_mhz
+    assert (plant.clocks.freq_min_mhz, plant.clocks.freq_max_mhz) == (300, 1200)
+    for member in (-1, 0, 63):
+        assert plant.model.member(member).p_cap_w == 250.0
+        params = plant.params(member, 10.0)
+        assert int(params["kv_capacity"]) == plant.kv_capacity_tokens
+        assert float(params["freq_max_ghz"]) == 1.2
+    work = (4096.0, 4096.0**2 / 2, 0.0, 4.0)
+    assert float(plant.model.power_w(*work, 1200.0)) <= 250.0 * (1 + 1e-6)
+
+
+def test_an_llm_that_does_not_fit_says_so():
+    with pytest.raises(BiscaleError, match="does not fit on TP 2 of toy-40gb"):
+        Plant(PlantSettings.of("decode", tp=2, gpu=TOY_GPU))
+
+
+def test_flat_keys_and_an_instance_are_the_same():
+    spec = InstanceSpec.of(tp=8, dtype="fp8", max_seqs=64)
+    flat = PlantSettings.of("decode", tp=8, dtype="fp8", max_seqs=64)
+    nested = PlantSettings.of("decode", instance=spec)
+    both = PlantSettings.of("decode", instance=spec.changed(tp=4), tp=8)
+    assert flat == nested == both
+    assert (flat.tp, flat.dtype, flat.max_seqs, flat.token_budget) == (8, "fp8", 64, 2048)
+    assert PlantSettings.model_validate(flat.model_dump()) == flat
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"tpp": 4}, "unknown key 'tpp'; the nearest known key is 'tp'"),
+        ({"tp": 0}, "environment settings: 'tp' = 0"),
+        ({"instance": {"tp": 0}}, "environment settings: 'tp' = 0"),
+        ({"max_seqs": 5000}, "'max_seqs' = 5000"),
+        ({"gpu": "h100"}, "unknown gpu 'h100'; .*nearest name is 'h100-sxm'"),
+        ({"llm": "llama"}, "unknown llm 'llama'; .*nearest name is 'llama-3.3-70b'"),
+        ({"model": "h100"}, "unknown model 'h100'; .*nearest name is 'h100-llama70b'"),
+        ({"slo": "biscal"}, "unknown slo 'biscal'; .*nearest name is 'biscale'"),
+        ({"gpu": "no/such.yaml"}, "unknown gpu 'no/such.yaml'"),
+        ({"gpu": 3}, "'gpu' = 3"),
+        ({"instance": 3}, "'top level' = 3|instance"),
+    ],
+)
+def test_mistakes_are_one_sentence(values, words):
+    with pytest.raises(BiscaleError, match=words) as caught:
+        Plant(PlantSettings.of("decode", **values))
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_there_and_back(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(Path(TOY_GPU).parent)
+    spec = InstanceSpec.of(gpu=Path(TOY_GPU).name, tp=8, slo="mlperf-server")
+    file = spec.to_yaml(tmp_path / "instance.yaml")
+    monkeypatch.chdir(tmp_path)
+    back = InstanceSpec.from_yaml(file)
+    assert back == spec.changed(gpu=TOY_GPU), "a file is named so that it is found from anywhere"
+    assert back.changed(gpu=None).to_yaml(file) == file
+    assert InstanceSpec.from_yaml(file) == InstanceSpec.of(tp=8, slo="mlperf-server")
+    (tmp_path / "mine.yaml").write_text(Path(TOY_GPU).read_text())
+    file.write_text("gpu: mine.yaml\n")
+    monkeypatch.chdir("/")
+    assert load_gpu(InstanceSpec.from_yaml(file).gpu) == GPU, "a file beside the description"
+    file.write_text("gpus: x\n")
+    with pytest.raises(BiscaleError, match=r"instance.yaml: unknown key 'gpus'"):
+        InstanceSpec.from_yaml(file)
+
+
+def test_a_foreign_gpu_is_warned_about_once(monkeypatch):
+    monkeypatch.setattr(iteration_model, "_warned", set())
+    with pytest.warns(BiscaleWarning, match="fitted on h100-sxm with llama-3.3-70b; on toy-40gb"):
+        load_model("decode", 4, gpu=TOY_GPU)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model("decode", 4, gpu=TOY_GPU)
+        load_model("prefill", 4, gpu=TOY_GPU)
+        load_model("decode", 4, gpu="h100-sxm")
