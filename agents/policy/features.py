@@ -1,28 +1,36 @@
-"""Fixed, physics-based features of the observation.
-
-What a small network is given instead of the raw vector.
+"""Fixed, physics-based features of the observation: what a small network sees instead of it.
 
 A feature is a fixed function of the observation and of the fitted latency model (the same knowledge
 that MPC and slack use), never of the simulator's state. The network sees, per clock level, how the
 projected work would stand against its deadlines if that level were asked for now: the delay of a
-clock change is counted, requests that are lost already have no deadline any more. Nothing is
-learned here.
+clock change is counted, requests that are late already have no deadline any more. Nothing is learned
+here.
+
+The features look at :data:`agents.policy.feature_parts.N_LEVELS` clock levels on every GPU; where
+it has another number of control levels, they are spread over those.
 """
 
-from typing import Any
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
+from agents.policy.feature_parts import (
+    FeatureRows,
+    Floats32,
+    Floats64,
+    Records,
+    feature_clocks,
+)
 from agents.policy.features_decode import DECODE_NAMES, decode_features
 from agents.policy.features_prefill import NO_DEADLINE, PREFILL_NAMES, prefill_features
-from biscale_env.contract import ClockRange, ObservationSpec
+from biscale_env.contract import ClockRange, ObservationSpec, spec_for
 from biscale_env.contract.observation import HORIZON
 from biscale_env.core.errors import BiscaleError
 from biscale_env.models import COEFFICIENT_DTYPE, IterationModel
 
-Floats32 = NDArray[np.float32]
-VERSION = 1  # raised with any change of a feature; checkpoints of another version are refused
+VERSION = 1  # raised with any change of a feature; others are refused
 PRICE_SCALE = 30.0  # the environments' own weight of a violation, in reference energies
 NAMES = {"prefill": PREFILL_NAMES, "decode": DECODE_NAMES}
 _REFERENCE_WORK = {
@@ -37,16 +45,19 @@ def feature_id(phase: str) -> str:
 
 
 def cheapest_mhz(model: IterationModel, phase: str, member: int) -> float:
-    """Clock of least energy for a typical iteration of a phase (assumed: a prompt of 1024 tokens;
-    64 requests of 1024), MHz.
+    """Clock of least energy for a typical iteration of a phase, MHz.
+
+    Assumed as typical: a prompt of 1024 tokens; 64 requests of 1024 tokens each.
     """
     return float(model.optimal_freq_mhz(*_REFERENCE_WORK[phase], member=member))
 
 
-def with_price(features: Floats32, price: Any) -> Floats32:
-    """Features with one more column.
+def with_price(features: Floats32, price: ArrayLike) -> Floats32:
+    """Features with one more column: the SLO-violation penalty on a logarithmic scale.
 
-    The price of a lost request, a number or one per row, on a logarithmic scale.
+    Args:
+        features: (n, F).
+        price: the penalty, one number or one per row, reference energies.
     """
     column = np.broadcast_to(
         0.5 * np.log(np.asarray(price, dtype=np.float32) / PRICE_SCALE), len(features)
@@ -55,12 +66,11 @@ def with_price(features: Floats32, price: Any) -> Floats32:
 
 
 def tighten(obs: Floats32, spec: ObservationSpec, margin: float) -> Floats32:
-    """The prefill observation that a plant with the TTFT bound ``(1 - margin)`` times as long would
-    give, ``(n, dim)``.
+    """The prefill observation under a TTFT bound ``(1 - margin)`` times as long, ``(n, dim)``.
 
     The same deadlines come earlier by ``margin`` SLOs, as with the margin of MPC. One thing stays
-    as it was: which requests count as not lost yet. Those between the tighter bound and the real
-    one show negative slack, so that the rule hurries for them.
+    as it was: which requests can still meet the real bound. Those between the tighter bound and
+    the real one show negative slack, so that the rule hurries for them.
     """
     if margin == 0.0:
         return obs
@@ -93,60 +103,56 @@ def check_margin(margin: float, phase: str) -> float:
     return float(margin)
 
 
+class NominalModel(NamedTuple):
+    """What the features take the plants of some rows to be.
+
+    Attributes:
+        coefs: coefficients, one record for all rows or one per row.
+        cheapest_ghz: clock of least energy for a typical iteration, as many as coefs.
+    """
+
+    coefs: Records
+    cheapest_ghz: Floats64
+
+
 class FeatureMap:
     """Observation to features and to the rule's action, for any number of rows."""
 
     def __init__(self, phase: str, spec: ObservationSpec, clocks: ClockRange) -> None:
-        """Prepare the columns.
+        """Prepare the levels.
 
         Args:
             phase: ``prefill`` or ``decode``.
             spec: observation of that phase.
-            clocks: control range.
+            clocks: control range, with any number of levels.
 
         Raises:
-            BiscaleError: no such phase.
+            BiscaleError: no such phase, or another observation than the features are made of.
         """
         if phase not in NAMES:
             raise BiscaleError(f"unknown phase '{phase}': choose prefill or decode")
+        spec.check(spec_for(phase).id, "the feature map")
         self.phase, self.dim = phase, len(NAMES[phase])
         self._kernel = prefill_features if phase == "prefill" else decode_features
-        self._scale = spec.scale
-        self._levels_ghz = np.asarray(clocks.levels_mhz) * 1e-3
-        self._range_ghz = np.array([clocks.freq_min_mhz, clocks.freq_max_mhz]) * 1e-3
+        self._clocks = feature_clocks(clocks)
 
-    def belief(
-        self, model: IterationModel, members: Any
-    ) -> tuple[NDArray[Any], NDArray[np.float64]]:
-        """Coefficients and cheapest clocks (GHz) that rows believe in, one per ensemble member
-        given.
-        """
-        coefs = np.array([tuple(model.member(int(k))) for k in members], dtype=COEFFICIENT_DTYPE)
-        return coefs, np.array([cheapest_mhz(model, self.phase, int(k)) * 1e-3 for k in members])
+    def nominal_model(self, model: IterationModel, members: Iterable[int]) -> NominalModel:
+        """Coefficients and cheapest clocks for some members of a model, one each; -1 nominal."""
+        ks = [int(k) for k in members]
+        coefs = np.array([tuple(model.member(k)) for k in ks], dtype=COEFFICIENT_DTYPE)
+        cheapest = [cheapest_mhz(model, self.phase, k) * 1e-3 for k in ks]
+        return NominalModel(coefs, np.array(cheapest))
 
-    def __call__(
-        self, obs: Floats32, coefs: NDArray[Any], cheapest_ghz: NDArray[np.float64]
-    ) -> tuple[Floats32, Floats32, Floats32]:
-        """Features (n, dim), the rule's action (n,) in [-1, 1], and how many requests are lost even
-        at the highest clock (n,).
+    def __call__(self, obs: Floats32, coefs: Records, cheapest_ghz: Floats64) -> FeatureRows:
+        """Features, the rule's actions and how many requests are late at any clock.
 
         Args:
-            obs: encoded observations (n, spec.dim).
+            obs: encoded observations (n, spec.dim), contiguous.
             coefs: coefficients, one record for all rows or one per row.
             cheapest_ghz: energy-optimal clock, as many as coefs.
         """
         n = len(obs)
         out = np.empty((n, self.dim), dtype=np.float32)
         rule, lost = np.empty(n, dtype=np.float32), np.empty(n, dtype=np.float32)
-        self._kernel(
-            obs,
-            self._scale,
-            coefs,
-            cheapest_ghz,
-            self._levels_ghz,
-            self._range_ghz,
-            out,
-            rule,
-            lost,
-        )
-        return out, rule, lost
+        self._kernel(obs, coefs, cheapest_ghz, self._clocks, out, rule, lost)
+        return FeatureRows(out, rule, lost)

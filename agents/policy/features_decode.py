@@ -1,124 +1,189 @@
-"""Compiled decode features: the next iteration's time against the TPOT SLO at each clock level,
-slack, waiting, arrivals, clocks.
+"""Compiled decode features: the next iteration's time against the TPOT SLO at each clock level.
+
+The *rule* is the lowest clock at which the next iteration takes at most::
+
+    SLO (1 - RULE_MARGIN) (1 + min(tightest slack / LOOKAHEAD, 0))
+
+linearly between two levels, and never below the clock of least energy.
 """
 
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
 
-from agents.policy.features_prefill import N_LEVELS, physical, squash
+from agents.policy.feature_parts import (
+    N_LEVELS,
+    Floats32,
+    Floats64,
+    Records,
+    between_levels,
+    squash,
+    symmetric_log,
+)
 from biscale_env.contract.observation import DECODE_SPEC
 from biscale_env.core.jit import compiled, inlined
-from biscale_env.models.physics import effective_freq_ghz, latency_s
+from biscale_env.models.physics import Coefficients, effective_freq_ghz, latency_s
 
-RULE_MARGIN = 0.05  # assumed: share of the SLO that the rule keeps free
+RULE_MARGIN = 0.05  # assumed: fraction of the SLO that the rule keeps free
 # assumed: intervals over which the rule spends saved slack, as in controllers.decode.slack
 LOOKAHEAD = 16.0
 
 DECODE_NAMES = (
     *(f"time_at_level_{k}" for k in range(N_LEVELS)),
-    "rule", "batch", "batch_log", "cached", "kv_use", "waiting", "waiting_tokens", "oldest_wait", "incoming", "recompute",
-    "slack_min", "slack_mean", "rate_1s", "rate_10s", "rate_60s", "token_rate", "rate_trend",
-    "freq_current", "freq_pending", "time_to_apply", "delay", "last_time", "slo", "cheapest", "time_at_lowest",
+    "rule", "batch", "batch_log", "cached", "kv_use", "waiting", "waiting_tokens", "oldest_wait",
+    "incoming", "recompute", "slack_min", "slack_mean", "rate_1s", "rate_10s", "rate_60s",
+    "token_rate", "rate_trend", "freq_current", "freq_pending", "time_to_apply", "delay",
+    "last_time", "slo", "cheapest", "time_at_lowest",
 )  # fmt: skip
+"""Names of the features, in order; changing one makes checkpoints of before unreadable."""
 
-_BATCH, _CACHED, _KV, _RECOMPUTE, _WAITING, _WTOKENS, _OLDEST, _INCOMING, _MIN, _MEAN = (
-    DECODE_SPEC.index(n)
-    for n in (
-        "batch", "cached_tokens", "kv_use", "recompute_tokens", "waiting_requests", "waiting_tokens", "oldest_wait",
-        "incoming_requests", "tpot_slack_min", "tpot_slack_mean",
-    )
-)  # fmt: skip
-_RATES, _TOKEN_RATE = DECODE_SPEC.index("arrival_rate_1s"), DECODE_SPEC.index("token_rate_10s")
-_CURRENT, _PENDING = DECODE_SPEC.index("freq_current"), DECODE_SPEC.index("freq_pending")
-_APPLY, _DELAY, _LAST, _SLO = (
-    DECODE_SPEC.index(n) for n in ("time_to_apply", "actuation_delay", "last_time", "slo")
-)
+
+class DecodeSeen(NamedTuple):
+    """Columns of the observation."""
+
+    batch: int
+    cached_tokens: int
+    kv_use: int
+    recompute_tokens: int
+    waiting_requests: int
+    waiting_tokens: int
+    oldest_wait: int
+    incoming_requests: int
+    tpot_slack_min: int
+    tpot_slack_mean: int
+    arrival_rate_1s: int
+    token_rate_10s: int
+    freq_current: int
+    freq_pending: int
+    time_to_apply: int
+    actuation_delay: int
+    last_time: int
+    slo: int
+
+
+class DecodeMade(NamedTuple):
+    """Columns of the features behind those of the levels."""
+
+    rule: int
+    batch: int
+    batch_log: int
+    cached: int
+    kv_use: int
+    waiting: int
+    waiting_tokens: int
+    oldest_wait: int
+    incoming: int
+    recompute: int
+    slack_min: int
+    slack_mean: int
+    rate_1s: int
+    rate_10s: int
+    rate_60s: int
+    token_rate: int
+    rate_trend: int
+    freq_current: int
+    freq_pending: int
+    time_to_apply: int
+    delay: int
+    last_time: int
+    slo: int
+    cheapest: int
+    time_at_lowest: int
+
+
+SEEN = DecodeSeen(*(DECODE_SPEC.index(name) for name in DecodeSeen._fields))
+MADE = DecodeMade(*(DECODE_NAMES.index(name) for name in DecodeMade._fields))
+SCALE = DECODE_SPEC.scale
 
 
 @inlined
-def time_at(x: Any, scale: Any, i: int, c: Any, f: float, fmin: float) -> float:
+def seen(x: Floats32, at: int) -> float:
+    """Physical value of one observed quantity."""
+    return x[at] * SCALE[at]
+
+
+@inlined
+def time_at(x: Floats32, c: Coefficients, f: float, fmin: float) -> float:
     """Duration of the next iteration at clock ``f`` (GHz), s."""
-    batch, redo = physical(x, scale, i, _BATCH), physical(x, scale, i, _RECOMPUTE)
+    batch, redo = seen(x, SEEN.batch), seen(x, SEEN.recompute_tokens)
     tokens = max(batch + redo, 1.0)
-    attn, cached = 0.5 * redo * redo, physical(x, scale, i, _CACHED)
+    attn, cached = 0.5 * redo * redo, seen(x, SEEN.cached_tokens)
     return latency_s(
         c, tokens, attn, cached, batch, effective_freq_ghz(c, tokens, attn, cached, batch, f, fmin)
     )
 
 
 @inlined
-def symmetric_log(value: float) -> float:
-    """Signed logarithm, linear near 0."""
-    return np.log1p(value) if value >= 0.0 else -np.log1p(-value)
+def write_requests(x: Floats32, slo: float, out: Floats32) -> None:
+    """Running and waiting requests of one observation, and their slack."""
+    out[MADE.batch] = seen(x, SEEN.batch) / 256.0
+    out[MADE.batch_log] = squash(seen(x, SEEN.batch), 16.0)
+    out[MADE.cached] = seen(x, SEEN.cached_tokens) / 2e5
+    out[MADE.kv_use] = x[SEEN.kv_use]
+    out[MADE.waiting] = squash(seen(x, SEEN.waiting_requests), 8.0)
+    out[MADE.waiting_tokens] = squash(seen(x, SEEN.waiting_tokens), 16384.0)
+    out[MADE.oldest_wait] = squash(seen(x, SEEN.oldest_wait) / slo, 10.0)
+    out[MADE.incoming] = squash(seen(x, SEEN.incoming_requests), 8.0)
+    out[MADE.recompute] = squash(seen(x, SEEN.recompute_tokens), 2048.0)
+    out[MADE.slack_min] = 0.5 * symmetric_log(seen(x, SEEN.tpot_slack_min))
+    out[MADE.slack_mean] = 0.5 * symmetric_log(seen(x, SEEN.tpot_slack_mean))
 
 
 @inlined
-def write_rest(x: Any, scale: Any, i: int, fmin: float, out: Any, at: int) -> None:
-    """Batch, slack, arrivals and clocks, from column ``at`` on."""
-    slo = physical(x, scale, i, _SLO)
-    out[i, at] = physical(x, scale, i, _BATCH) / 256.0
-    out[i, at + 1] = squash(physical(x, scale, i, _BATCH), 16.0)
-    out[i, at + 2] = physical(x, scale, i, _CACHED) / 2e5
-    out[i, at + 3] = x[i, _KV]
-    out[i, at + 4] = squash(physical(x, scale, i, _WAITING), 8.0)
-    out[i, at + 5] = squash(physical(x, scale, i, _WTOKENS), 16384.0)
-    out[i, at + 6] = squash(physical(x, scale, i, _OLDEST) / slo, 10.0)
-    out[i, at + 7] = squash(physical(x, scale, i, _INCOMING), 8.0)
-    out[i, at + 8] = squash(physical(x, scale, i, _RECOMPUTE), 2048.0)
-    out[i, at + 9] = 0.5 * symmetric_log(physical(x, scale, i, _MIN))
-    out[i, at + 10] = 0.5 * symmetric_log(physical(x, scale, i, _MEAN))
+def write_load_and_clocks(x: Floats32, slo: float, fmin: float, out: Floats32) -> None:
+    """Arrival rates and clocks of one observation."""
     for k in range(3):
-        out[i, at + 11 + k] = squash(physical(x, scale, i, _RATES + k), 10.0)
-    out[i, at + 14] = squash(physical(x, scale, i, _TOKEN_RATE), 2e4)
-    out[i, at + 15] = out[i, at + 11] - out[i, at + 13]
-    out[i, at + 16] = physical(x, scale, i, _CURRENT) * 1e-3 - fmin
-    out[i, at + 17] = physical(x, scale, i, _PENDING) * 1e-3 - fmin
-    out[i, at + 18] = min(physical(x, scale, i, _APPLY) / slo, 4.0)
-    out[i, at + 19] = min(physical(x, scale, i, _DELAY) / slo, 4.0)
-    out[i, at + 20] = min(physical(x, scale, i, _LAST) / slo, 4.0)
-    out[i, at + 21] = min(10.0 * slo, 4.0)
+        out[MADE.rate_1s + k] = squash(seen(x, SEEN.arrival_rate_1s + k), 10.0)
+    out[MADE.token_rate] = squash(seen(x, SEEN.token_rate_10s), 2e4)
+    out[MADE.rate_trend] = out[MADE.rate_1s] - out[MADE.rate_60s]
+    out[MADE.freq_current] = seen(x, SEEN.freq_current) * 1e-3 - fmin
+    out[MADE.freq_pending] = seen(x, SEEN.freq_pending) * 1e-3 - fmin
+    out[MADE.time_to_apply] = min(seen(x, SEEN.time_to_apply) / slo, 4.0)
+    out[MADE.delay] = min(seen(x, SEEN.actuation_delay) / slo, 4.0)
+    out[MADE.last_time] = min(seen(x, SEEN.last_time) / slo, 4.0)
+    out[MADE.slo] = min(10.0 * slo, 4.0)
 
 
 @compiled
 def decode_features(
-    x: Any,
-    scale: Any,
-    coefs: Any,
-    cheapest_ghz: Any,
-    levels_ghz: Any,
-    range_ghz: Any,
-    out: Any,
-    rule: Any,
-    lost: Any,
+    x: Floats32,
+    coefs: Records,
+    cheapest_ghz: Floats64,
+    clocks: Records,
+    out: Floats32,
+    rule: Floats32,
+    lost: Floats32,
 ) -> None:
-    """Fill features (n, F), the rule's actions (n,) and the requests lost (n,; not foreseen in
-    decode, 0) of observations (n, dim).
+    """Fill the parts of :class:`agents.policy.feature_parts.FeatureRows` from encoded observations.
+
+    Args:
+        x: observations (n, dim).
+        coefs: coefficients, one record for all rows or one per row.
+        cheapest_ghz: clock of least energy, as many as coefs.
+        clocks: the GPU's, one record of `CLOCKS_DTYPE`.
+        out: features (n, F), written.
+        rule: the rule's actions (n,), written.
+        lost: late requests are not foreseen in decode: 0 (n,), written.
     """
-    fmin, fmax = range_ghz[0], range_ghz[1]
+    g = clocks[0]
+    fmin, fmax = g.freq_min_ghz, g.freq_max_ghz
     for i in range(x.shape[0]):
         j = i if coefs.size > 1 else 0
-        c, best = coefs[j], cheapest_ghz[j]
-        slo = physical(x, scale, i, _SLO)
-        limit = (
-            slo * (1.0 - RULE_MARGIN) * (1.0 + min(physical(x, scale, i, _MIN) / LOOKAHEAD, 0.0))
-        )
+        row, made, c, best = x[i], out[i], coefs[j], cheapest_ghz[j]
+        slo = seen(row, SEEN.slo)
+        tightest = min(seen(row, SEEN.tpot_slack_min) / LOOKAHEAD, 0.0)
+        limit = slo * (1.0 - RULE_MARGIN) * (1.0 + tightest)
         need, last = fmax, 0.0
         for k in range(N_LEVELS):
-            t = time_at(x, scale, i, c, levels_ghz[k], fmin)
-            out[i, k] = min(t / slo, 3.0)
+            t = time_at(row, c, g.levels_ghz[k], fmin)
+            made[k] = min(t / slo, 3.0)
             spare = limit - t
             if need == fmax and spare >= 0.0:
-                share = -last / (spare - last) if k > 0 and spare > last else 0.0
-                need = (
-                    levels_ghz[k - 1] + share * (levels_ghz[k] - levels_ghz[k - 1])
-                    if k > 0
-                    else levels_ghz[0]
-                )
+                need = between_levels(g.levels_ghz, k, last, spare)
             last = spare
         rule[i] = 2.0 * (max(need, best) - fmin) / (fmax - fmin) - 1.0
         lost[i] = 0.0
-        out[i, N_LEVELS] = rule[i]
-        write_rest(x, scale, i, fmin, out, N_LEVELS + 1)
-        out[i, N_LEVELS + 23] = best - fmin
-        out[i, N_LEVELS + 24] = min(time_at(x, scale, i, c, fmin, fmin) / slo, 3.0)
+        made[MADE.rule] = rule[i]
+        write_requests(row, slo, made)
+        write_load_and_clocks(row, slo, fmin, made)
+        made[MADE.cheapest] = best - fmin
+        made[MADE.time_at_lowest] = min(time_at(row, c, fmin, fmin) / slo, 3.0)

@@ -1,184 +1,252 @@
-"""Compiled prefill features.
+"""Compiled prefill features: the projected queue against its TTFT deadlines at each clock level.
 
-The projected queue against its TTFT deadlines at each clock level, arrivals, clocks.
+For every level f the projected batches are walked at f (before the delay is over, at the clock
+asked for before)::
+
+    slack(f) = min over batches with a request that can still be met of (deadline - completion)
+
+The *rule* is the lowest clock whose slack leaves :data:`RULE_MARGIN` of the SLO free, linearly
+between two levels, and never below the clock of least energy.
 """
 
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
 
+from agents.policy.feature_parts import (
+    N_LEVELS,
+    FeatureClocks,
+    Floats32,
+    Floats64,
+    Records,
+    between_levels,
+    squash,
+)
 from biscale_env.contract.observation import HORIZON, PREFILL_SPEC
 from biscale_env.core.jit import compiled, inlined
-from biscale_env.models.physics import effective_freq_ghz, latency_s
+from biscale_env.models.physics import Coefficients, effective_freq_ghz, latency_s
 
-N_LEVELS = 7
 NO_DEADLINE = 9.99  # encoded slacks from here on mean that no request completes in the batch
 SLACK_CLIP = 1.5
-RULE_MARGIN = 0.05  # assumed: share of the SLO that the rule keeps free for what it cannot see
-LOST_SPREAD_S = 0.3  # assumed: lateness at which every request of a late batch is counted as lost
+RULE_MARGIN = 0.05  # assumed: fraction of the SLO that the rule keeps free for what it cannot see
+LOST_SPREAD_S = 0.3  # assumed: lateness from which on every request of a late batch counts as late
+REFERENCE_TOKENS = 1024.0
+MEAN_PROMPT = 1155.0  # Azure conversation trace: used where no prompt has arrived yet
 
 PREFILL_NAMES = (
     *(f"slack_at_level_{k}" for k in range(N_LEVELS)),
     "drain_at_cheapest", "drain_at_max", "rule", "needed", "lost_at_max", "lost_at_cheapest",
-    "queue_requests", "queue_tokens", "batch_tokens", "batch_requests", "next_tokens", "oldest_wait",
-    "rate_1s", "rate_10s", "rate_60s", "token_rate", "mean_prompt", "utilisation", "utilisation_60s",
-    "freq_current", "freq_pending", "time_to_apply", "delay", "first_batch_s", "slo", "backpressure", "cheapest",
+    "queue_requests", "queue_tokens", "batch_tokens", "batch_requests", "next_tokens",
+    "oldest_wait", "rate_1s", "rate_10s", "rate_60s", "token_rate", "mean_prompt", "utilisation",
+    "utilisation_60s", "freq_current", "freq_pending", "time_to_apply", "delay", "first_batch_s",
+    "slo", "backpressure", "cheapest",
 )  # fmt: skip
-
-_B_TOKENS, _B_ATTN, _B_SEQ = (
-    PREFILL_SPEC.index(n) for n in ("batch_tokens", "batch_attn", "batch_requests")
-)
-_B_DONE, _B_SLACK, _B_ALIVE = (
-    PREFILL_SPEC.index(n) for n in ("batch_completing", "batch_slack", "batch_slack_alive")
-)
-_QUEUE, _QTOKENS, _OLDEST = (
-    PREFILL_SPEC.index(n) for n in ("queue_requests", "queue_tokens", "oldest_wait")
-)
-_RATES, _TOKEN_RATE = PREFILL_SPEC.index("arrival_rate_1s"), PREFILL_SPEC.index("token_rate_10s")
-_CURRENT, _PENDING = PREFILL_SPEC.index("freq_current"), PREFILL_SPEC.index("freq_pending")
-_APPLY, _DELAY = PREFILL_SPEC.index("time_to_apply"), PREFILL_SPEC.index("actuation_delay")
-_SLO, _BACK = PREFILL_SPEC.index("slo"), PREFILL_SPEC.index("kv_backpressure")
-_REFERENCE_TOKENS = 1024.0
-_MEAN_PROMPT = 1155.0  # Azure conversation trace: used where no prompt has arrived yet
+"""Names of the features, in order; changing one makes checkpoints of before unreadable."""
 
 
-@inlined
-def physical(x: Any, scale: Any, i: int, at: int) -> float:
-    """Physical value of one observed quantity."""
-    return x[i, at] * scale[at]
+class PrefillSeen(NamedTuple):
+    """Columns of the observation; of projected quantities, that of the first batch."""
+
+    batch_tokens: int
+    batch_attn: int
+    batch_requests: int
+    batch_completing: int
+    batch_slack: int
+    batch_slack_alive: int
+    queue_requests: int
+    queue_tokens: int
+    oldest_wait: int
+    arrival_rate_1s: int
+    arrival_rate_10s: int
+    arrival_rate_60s: int
+    token_rate_10s: int
+    freq_current: int
+    freq_pending: int
+    time_to_apply: int
+    actuation_delay: int
+    slo: int
+    kv_backpressure: int
 
 
-@inlined
-def queue_at(
-    x: Any,
-    scale: Any,
-    i: int,
-    c: Any,
-    f: float,
-    before: float,
-    lead: float,
-    fmin: float,
-    fmax: float,
-) -> Any:
-    """Walk the projected batches at clock ``f`` (GHz), in force after ``lead`` seconds at clock
-    ``before``.
+class PrefillMade(NamedTuple):
+    """Columns of the features behind those of the levels."""
 
-    Returns:
-        ``(tightest slack of what can still be met, s; time to drain, s; requests late; duration of
-        the first batch, s)``.
+    drain_at_cheapest: int
+    drain_at_max: int
+    rule: int
+    needed: int
+    lost_at_max: int
+    lost_at_cheapest: int
+    queue_requests: int
+    queue_tokens: int
+    batch_tokens: int
+    batch_requests: int
+    next_tokens: int
+    oldest_wait: int
+    rate_1s: int
+    rate_10s: int
+    rate_60s: int
+    token_rate: int
+    mean_prompt: int
+    utilisation: int
+    utilisation_60s: int
+    freq_current: int
+    freq_pending: int
+    time_to_apply: int
+    delay: int
+    first_batch_s: int
+    slo: int
+    backpressure: int
+    cheapest: int
+
+
+SEEN = PrefillSeen(*(PREFILL_SPEC.index(name) for name in PrefillSeen._fields))
+MADE = PrefillMade(*(PREFILL_NAMES.index(name) for name in PrefillMade._fields))
+SCALE = PREFILL_SPEC.scale
+
+
+class ClockChange(NamedTuple):
+    """A clock change: until ``lead_s`` from now the clock is ``before_ghz``."""
+
+    before_ghz: float
+    lead_s: float
+
+
+class QueueWalk(NamedTuple):
+    """The projected queue walked at one clock.
+
+    Attributes:
+        slack_s: tightest slack of the requests that can still be met.
+        drain_s: time until the queue is empty.
+        late: requests that miss their deadline.
+        first_s: duration of the first batch.
     """
-    slo = physical(x, scale, i, _SLO)
+
+    slack_s: float
+    drain_s: float
+    late: float
+    first_s: float
+
+
+@inlined
+def seen(x: Floats32, at: int) -> float:
+    """Physical value of one observed quantity."""
+    return x[at] * SCALE[at]
+
+
+@inlined
+def walk_queue(x: Floats32, c: Coefficients, f: float, change: ClockChange, clocks: FeatureClocks) -> QueueWalk:
+    """Walk the projected batches of one observation at clock ``f`` (GHz)."""
+    slo = seen(x, SEEN.slo)
+    fmin, fmax = clocks.freq_min_ghz, clocks.freq_max_ghz
     t, slack, late, first = 0.0, SLACK_CLIP * slo, 0.0, 0.0
     for k in range(HORIZON):
-        tokens = physical(x, scale, i, _B_TOKENS + k)
+        tokens = seen(x, SEEN.batch_tokens + k)
         if tokens <= 0.0:
             break
-        attn, seqs = physical(x, scale, i, _B_ATTN + k), physical(x, scale, i, _B_SEQ + k)
+        attn, seqs = seen(x, SEEN.batch_attn + k), seen(x, SEEN.batch_requests + k)
         cap = effective_freq_ghz(c, tokens, attn, 0.0, seqs, fmax, fmin)
         duration = latency_s(c, tokens, attn, 0.0, seqs, min(f, cap))
-        if lead > t:
-            slow = latency_s(c, tokens, attn, 0.0, seqs, min(before, cap))
-            share = min((lead - t) / slow, 1.0)
-            duration = share * slow + (1.0 - share) * duration
+        if change.lead_s > t:
+            slow = latency_s(c, tokens, attn, 0.0, seqs, min(change.before_ghz, cap))
+            fraction = min((change.lead_s - t) / slow, 1.0)
+            duration = fraction * slow + (1.0 - fraction) * duration
         t += duration
         if k == 0:
             first = t
-        alive, tightest = x[i, _B_ALIVE + k], x[i, _B_SLACK + k]
+        alive, tightest = x[SEEN.batch_slack_alive + k], x[SEEN.batch_slack + k]
         if alive < NO_DEADLINE:
             slack = min(slack, alive * slo - t)
         if tightest < NO_DEADLINE and t > tightest * slo:
-            done = physical(x, scale, i, _B_DONE + k)
+            done = seen(x, SEEN.batch_completing + k)
             late += 1.0 + max(done - 1.0, 0.0) * min((t - tightest * slo) / LOST_SPREAD_S, 1.0)
-    return slack, t, late, first
+    return QueueWalk(slack, t, late, first)
 
 
 @inlined
-def squash(value: float, scale: float) -> float:
-    """Logarithm that is about linear below ``scale``."""
-    return np.log1p(max(value, 0.0) / scale)
+def write_queue(x: Floats32, out: Floats32) -> None:
+    """Queue, next batches, clocks and their timing of one observation."""
+    slo = seen(x, SEEN.slo)
+    out[MADE.queue_requests] = squash(seen(x, SEEN.queue_requests), 4.0)
+    out[MADE.queue_tokens] = squash(seen(x, SEEN.queue_tokens), 2048.0)
+    out[MADE.batch_tokens] = seen(x, SEEN.batch_tokens) / 2048.0
+    out[MADE.batch_requests] = squash(seen(x, SEEN.batch_requests), 4.0)
+    out[MADE.next_tokens] = seen(x, SEEN.batch_tokens + 1) / 2048.0
+    out[MADE.oldest_wait] = min(x[SEEN.oldest_wait], 3.0)
+    out[MADE.time_to_apply] = min(seen(x, SEEN.time_to_apply) / slo, 1.0)
+    out[MADE.delay] = min(seen(x, SEEN.actuation_delay) / slo, 1.0)
+    out[MADE.slo] = min(slo, 4.0)
+    out[MADE.backpressure] = x[SEEN.kv_backpressure]
 
 
 @inlined
-def write_rest(
-    x: Any, scale: Any, i: int, c: Any, fmax: float, fmin: float, out: Any, at: int
-) -> None:
-    """Queue, arrivals and clocks, from column ``at`` on."""
-    slo = physical(x, scale, i, _SLO)
-    out[i, at] = squash(physical(x, scale, i, _QUEUE), 4.0)
-    out[i, at + 1] = squash(physical(x, scale, i, _QTOKENS), 2048.0)
-    out[i, at + 2] = physical(x, scale, i, _B_TOKENS) / 2048.0
-    out[i, at + 3] = squash(physical(x, scale, i, _B_SEQ), 4.0)
-    out[i, at + 4] = physical(x, scale, i, _B_TOKENS + 1) / 2048.0
-    out[i, at + 5] = min(x[i, _OLDEST], 3.0)
+def write_arrivals(x: Floats32, c: Coefficients, fmin: float, fmax: float, out: Floats32) -> None:
+    """Arrival rates, the load they make at the highest clock, and the clocks of one observation."""
     for k in range(3):
-        out[i, at + 6 + k] = squash(physical(x, scale, i, _RATES + k), 2.0)
-    token_rate = physical(x, scale, i, _TOKEN_RATE)
-    rate_10, rate_60 = physical(x, scale, i, _RATES + 1), physical(x, scale, i, _RATES + 2)
-    mean = token_rate / rate_10 if rate_10 > 1e-3 else _MEAN_PROMPT
-    cap = effective_freq_ghz(c, _REFERENCE_TOKENS, 0.5 * _REFERENCE_TOKENS**2, 0.0, 1.0, fmax, fmin)
-    per_token = (
-        latency_s(c, _REFERENCE_TOKENS, 0.5 * _REFERENCE_TOKENS**2, 0.0, 1.0, cap)
-        / _REFERENCE_TOKENS
-    )
-    out[i, at + 9] = squash(token_rate, 4000.0)
-    out[i, at + 10] = squash(mean, 1024.0)
-    out[i, at + 11] = min(token_rate * per_token, 2.0)
-    out[i, at + 12] = min(rate_60 * _MEAN_PROMPT * per_token, 2.0)
-    out[i, at + 13] = physical(x, scale, i, _CURRENT) * 1e-3 - fmin
-    out[i, at + 14] = physical(x, scale, i, _PENDING) * 1e-3 - fmin
-    out[i, at + 15] = min(physical(x, scale, i, _APPLY) / slo, 1.0)
-    out[i, at + 16] = min(physical(x, scale, i, _DELAY) / slo, 1.0)
-    out[i, at + 18] = min(slo, 4.0)
-    out[i, at + 19] = x[i, _BACK]
+        out[MADE.rate_1s + k] = squash(seen(x, SEEN.arrival_rate_1s + k), 2.0)
+    token_rate = seen(x, SEEN.token_rate_10s)
+    rate_10, rate_60 = seen(x, SEEN.arrival_rate_10s), seen(x, SEEN.arrival_rate_60s)
+    mean = token_rate / rate_10 if rate_10 > 1e-3 else MEAN_PROMPT
+    attn = 0.5 * REFERENCE_TOKENS**2
+    cap = effective_freq_ghz(c, REFERENCE_TOKENS, attn, 0.0, 1.0, fmax, fmin)
+    per_token = latency_s(c, REFERENCE_TOKENS, attn, 0.0, 1.0, cap) / REFERENCE_TOKENS
+    out[MADE.token_rate] = squash(token_rate, 4000.0)
+    out[MADE.mean_prompt] = squash(mean, 1024.0)
+    out[MADE.utilisation] = min(token_rate * per_token, 2.0)
+    out[MADE.utilisation_60s] = min(rate_60 * MEAN_PROMPT * per_token, 2.0)
+    out[MADE.freq_current] = seen(x, SEEN.freq_current) * 1e-3 - fmin
+    out[MADE.freq_pending] = seen(x, SEEN.freq_pending) * 1e-3 - fmin
 
 
 @compiled
 def prefill_features(
-    x: Any,
-    scale: Any,
-    coefs: Any,
-    cheapest_ghz: Any,
-    levels_ghz: Any,
-    range_ghz: Any,
-    out: Any,
-    rule: Any,
-    lost: Any,
+    x: Floats32,
+    coefs: Records,
+    cheapest_ghz: Floats64,
+    clocks: Records,
+    out: Floats32,
+    rule: Floats32,
+    lost: Floats32,
 ) -> None:
-    """Fill features (n, F), the rule's actions (n,) and the requests lost at the highest clock (n,)
-    of observations (n, dim).
+    """Fill the parts of :class:`agents.policy.feature_parts.FeatureRows` from encoded observations.
+
+    Args:
+        x: observations (n, dim).
+        coefs: coefficients, one record for all rows or one per row.
+        cheapest_ghz: clock of least energy, as many as coefs.
+        clocks: the GPU's, one record of `CLOCKS_DTYPE`.
+        out: features (n, F), written.
+        rule: the rule's actions (n,), written.
+        lost: requests late even at the highest level (n,), written.
     """
-    fmin, fmax = range_ghz[0], range_ghz[1]
+    g = clocks[0]
+    fmin, fmax = g.freq_min_ghz, g.freq_max_ghz
     for i in range(x.shape[0]):
         j = i if coefs.size > 1 else 0
-        c, best = coefs[j], cheapest_ghz[j]
-        slo = physical(x, scale, i, _SLO)
-        before = max(physical(x, scale, i, _PENDING) * 1e-3, fmin)
-        lead = physical(x, scale, i, _DELAY) + physical(x, scale, i, _APPLY)
-        need, drain, late, first, last = fmax, 0.0, 0.0, 0.0, 0.0
+        row, made, c, best = x[i], out[i], coefs[j], cheapest_ghz[j]
+        slo = seen(row, SEEN.slo)
+        change = ClockChange(
+            max(seen(row, SEEN.freq_pending) * 1e-3, fmin),
+            seen(row, SEEN.actuation_delay) + seen(row, SEEN.time_to_apply),
+        )
+        need, last = fmax, 0.0
+        at = QueueWalk(0.0, 0.0, 0.0, 0.0)
         for k in range(N_LEVELS):
-            slack, drain, late, first = queue_at(
-                x, scale, i, c, levels_ghz[k], before, lead, fmin, fmax
-            )
-            out[i, k] = min(max(slack / slo, -SLACK_CLIP), SLACK_CLIP)
-            spare = slack - RULE_MARGIN * slo
+            at = walk_queue(row, c, g.levels_ghz[k], change, g)
+            made[k] = min(max(at.slack_s / slo, -SLACK_CLIP), SLACK_CLIP)
+            spare = at.slack_s - RULE_MARGIN * slo
             if need == fmax and spare >= 0.0:
-                share = -last / (spare - last) if k > 0 and spare > last else 0.0
-                need = (
-                    levels_ghz[k - 1] + share * (levels_ghz[k] - levels_ghz[k - 1])
-                    if k > 0
-                    else levels_ghz[0]
-                )
+                need = between_levels(g.levels_ghz, k, last, spare)
             last = spare
-        _, drain_best, late_best, first = queue_at(x, scale, i, c, best, before, lead, fmin, fmax)
-        rule_ghz = max(need, best)
-        rule[i] = 2.0 * (rule_ghz - fmin) / (fmax - fmin) - 1.0
-        lost[i] = late
-        out[i, N_LEVELS] = squash(drain_best / slo, 1.0)
-        out[i, N_LEVELS + 1] = squash(drain / slo, 1.0)
-        out[i, N_LEVELS + 2] = rule[i]
-        out[i, N_LEVELS + 3] = need - fmin
-        out[i, N_LEVELS + 4] = squash(late, 1.0)
-        out[i, N_LEVELS + 5] = squash(late_best, 1.0)
-        write_rest(x, scale, i, c, fmax, fmin, out, N_LEVELS + 6)
-        out[i, N_LEVELS + 6 + 17] = min(first / slo, 3.0)
-        out[i, N_LEVELS + 6 + 20] = best - fmin
+        at_best = walk_queue(row, c, best, change, g)
+        rule[i] = 2.0 * (max(need, best) - fmin) / (fmax - fmin) - 1.0
+        lost[i] = at.late
+        made[MADE.drain_at_cheapest] = squash(at_best.drain_s / slo, 1.0)
+        made[MADE.drain_at_max] = squash(at.drain_s / slo, 1.0)
+        made[MADE.rule] = rule[i]
+        made[MADE.needed] = need - fmin
+        made[MADE.lost_at_max] = squash(at.late, 1.0)
+        made[MADE.lost_at_cheapest] = squash(at_best.late, 1.0)
+        write_queue(row, made)
+        write_arrivals(row, c, fmin, fmax, made)
+        made[MADE.first_batch_s] = min(at_best.first_s / slo, 3.0)
+        made[MADE.cheapest] = best - fmin

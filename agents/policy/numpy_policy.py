@@ -13,8 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.policy.features import FeatureMap, check_margin, feature_id, tighten, with_price
-from biscale_env.contract import ClockRange, ObservationSpec, spec_for
+from agents.policy.action_map import ActionMap
+from agents.policy.feature_parts import Floats32
+from agents.policy.feature_policy import (
+    Bools,
+    ControlledPlant,
+    FeaturePolicy,
+    check_phase,
+    check_price,
+)
+from agents.policy.features import feature_id
+from biscale_env.contract import spec_for
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import open_whole
 
@@ -31,12 +40,13 @@ class Network:
         feature_id: features it was made for.
         action: ``rule``, ``clock`` or ``levels``, see
             :class:`agents.training.train_config.AgentConfig`.
-        span: share of the control range that full output spans, with ``rule``.
+        span: fraction of the control range that full output spans, with ``rule``.
         activation: ``tanh`` or ``relu``.
         weights: matrices (in, out), first to last layer.
         biases: vectors (out,).
         card: who made it, from what, with what result; free form.
-        price: default price of a lost request that the network is told; None: it takes none.
+        price: default SLO-violation penalty that the network is told; None: it takes none.
+        trained_on: GPU, LLM, model and clocks of the training plant; empty in older checkpoints.
     """
 
     phase: str
@@ -49,8 +59,9 @@ class Network:
     biases: Sequence[NDArray[np.float32]]
     card: Mapping[str, Any] = field(default_factory=dict)
     price: float | None = None
+    trained_on: Mapping[str, Any] = field(default_factory=dict)
 
-    def forward(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+    def forward(self, features: Floats32) -> Floats32:
         """Output of the last layer, (n, out), for features (n, in)."""
         x = features
         for w, b in zip(self.weights[:-1], self.biases[:-1], strict=True):
@@ -63,6 +74,7 @@ class Network:
         head = {
             "format": FORMAT, "phase": self.phase, "spec_id": self.spec_id, "feature_id": self.feature_id, "action": self.action,
             "span": self.span, "activation": self.activation, "card": dict(self.card), "price": self.price,
+            "trained_on": dict(self.trained_on),
         }  # fmt: skip
         arrays = {f"w{i}": w for i, w in enumerate(self.weights)} | {
             f"b{i}": b for i, b in enumerate(self.biases)
@@ -111,19 +123,19 @@ def load_network(path: Path) -> Network:
         raise BiscaleError(
             f"checkpoint {path} says nothing about its {missing[0]}: export it again"
         )
-    return Network(weights=weights, biases=biases, **{name: head[name] for name in fields})
+    known = {name: head[name] for name in fields}
+    return Network(
+        weights=weights, biases=biases, trained_on=head.get("trained_on", {}), **known
+    )
 
 
-class NumpyPolicy:
-    """A network with the ``predict`` of SB3, in a given context."""
+class NumpyPolicy(FeaturePolicy):
+    """A network with the ``predict`` of SB3, in a given context; it keeps no state."""
 
     def __init__(
         self,
         network: Network,
-        phase: str,
-        spec: ObservationSpec,
-        clocks: ClockRange,
-        model: Any,
+        plant: ControlledPlant,
         member: int = -1,
         price: float | None = None,
         margin: float | None = None,
@@ -132,101 +144,47 @@ class NumpyPolicy:
 
         Args:
             network: the checkpoint.
-            phase: phase of the environment.
-            spec: its observation.
-            clocks: its control range.
-            model: latency model that the features believe in.
+            plant: gives phase, observation, clocks and the model that the features use.
             member: coefficients of that model; -1 nominal.
-            price: price of a lost request, in reference energies; None takes the checkpoint's own.
-            margin: share of the TTFT bound that is kept free (prefill); None takes the checkpoint's
-                own.
+            price: SLO-violation penalty, in energies of a mean request at max clock; None takes
+                the checkpoint's own.
+            margin: fraction of the TTFT bound that is kept free (prefill); None takes the
+                checkpoint's own.
 
         Raises:
-            BiscaleError: a checkpoint of the other phase or of another observation.
+            BiscaleError: a checkpoint of the other phase or of another observation, an impossible
+                price or margin.
         """
-        if network.phase != phase:
-            raise BiscaleError(
-                f"the checkpoint is for {network.phase}, but the environment is {phase}"
-            )
-        spec.check(network.spec_id, "the checkpoint")
-        if price is not None and network.price is None:
-            raise BiscaleError(
-                "the checkpoint was trained at one constraint and takes no price: leave the price out"
-            )
-        if price is not None and not price > 0:
-            raise BiscaleError(f"the price of a lost request must be positive, got {price}")
-        self.price = network.price if price is None else float(price)
-        self.margin = check_margin(
-            network.card.get("margin", 0.0) if margin is None else margin, phase
+        check_phase(network.phase, plant.phase)
+        plant.spec.check(network.spec_id, "the checkpoint")
+        outputs = len(network.biases[-1])
+        super().__init__(
+            plant,
+            ActionMap.of(network.action, network.span, plant.clocks, outputs),
+            member,
+            check_price(price, network.price),
+            network.card.get("margin", 0.0) if margin is None else margin,
+            network.trained_on,
         )
-        self.network, self.spec = network, spec
-        self._features = FeatureMap(phase, spec, clocks)
-        self._coefs, self._cheapest = self._features.belief(model, [member])
-        self._levels = clocks.to_action(np.array(clocks.levels_mhz))
+        self.network = network
 
     @classmethod
     def load(
         cls,
         path: Path,
-        plant: Any,
+        plant: ControlledPlant,
         member: int = -1,
         price: float | None = None,
         margin: float | None = None,
     ) -> "NumpyPolicy":
-        """Load a checkpoint for a plant (an object with ``phase``, ``spec``, ``clocks``,
-        ``model``).
-        """
-        return cls(
-            load_network(path),
-            plant.phase,
-            plant.spec,
-            plant.clocks,
-            plant.model,
-            member,
-            price,
-            margin,
-        )
+        """Load a checkpoint for a plant; parameters as of the constructor."""
+        return cls(load_network(path), plant, member, price, margin)
 
-    def predict(
-        self,
-        observation: NDArray[np.float32],
-        state: Any = None,
-        episode_start: NDArray[np.bool_] | None = None,
-        deterministic: bool = True,
-    ) -> tuple[NDArray[np.float32], Any]:
-        """Choose clocks; see :class:`biscale_env.contract.Policy`.
-
-        It keeps no state and is always deterministic.
-
-        Raises:
-            BiscaleError: an observation of another length.
-        """
-        rows = observation[None] if observation.ndim == 1 else observation
-        if rows.shape[-1] != self.spec.dim:
-            raise BiscaleError(
-                f"observation has {rows.shape[-1]} values, but {self.spec.id} has {self.spec.dim}: wrong phase?"
-            )
-        rows = tighten(np.ascontiguousarray(rows, dtype=np.float32), self.spec, self.margin)
-        features, rule, _ = self._features(rows, self._coefs, self._cheapest)
-        if self.price is not None:
-            features = with_price(features, self.price)
-        action = decode_output(self.network, self.network.forward(features), rule, self._levels)
-        return (action if observation.ndim == 1 else action[:, None]), state
-
-
-def decode_output(
-    network: Network,
-    output: NDArray[np.float32],
-    rule: NDArray[np.float32],
-    levels: NDArray[np.float32],
-) -> NDArray[np.float32]:
-    """Action (n,) in [-1, 1] of the raw output (n, out) of a network.
-
-    SB3 clips the output to [-1, 1] before it is used.
-    """
-    if network.action == "levels":
-        return levels[np.argmax(output, axis=1)]
-    flat = np.clip(output[:, 0], -1.0, 1.0)
-    if network.action == "rule":
-        flat = rule + np.float32(2.0 * network.span) * flat
-    return np.clip(flat, -1.0, 1.0)
+    def output(
+        self, features: Floats32, state: Any, episode_start: Bools | None, deterministic: bool
+    ) -> tuple[NDArray[Any], Any]:
+        """Best level, or the first output clipped to [-1, 1] as SB3 does."""
+        raw = self.network.forward(features)
+        if self.network.action == "levels":
+            return np.argmax(raw, axis=1), state
+        return np.clip(raw[:, 0], -1.0, 1.0), state

@@ -51,7 +51,7 @@ def test_saved_and_loaded_it_decides_the_same(tmp_path, plant):
     made = network()
     made.save(tmp_path / "a.npz")
     obs = some_observations(plant)
-    before = NumpyPolicy(made, "prefill", plant.spec, plant.clocks, plant.model).predict(obs)[0]
+    before = NumpyPolicy(made, plant).predict(obs)[0]
     after = NumpyPolicy.load(tmp_path / "a.npz", plant).predict(obs)[0]
     assert np.array_equal(before, after)
     assert after.shape == (64, 1)
@@ -60,7 +60,7 @@ def test_saved_and_loaded_it_decides_the_same(tmp_path, plant):
 
 
 def test_one_observation_and_many_agree(plant):
-    policy = NumpyPolicy(network(), "prefill", plant.spec, plant.clocks, plant.model)
+    policy = NumpyPolicy(network(), plant)
     obs = some_observations(plant)
     many = policy.predict(obs)[0]
     assert np.allclose([policy.predict(o)[0] for o in obs[:8]], many[:8], atol=1e-5)
@@ -74,7 +74,7 @@ def test_full_output_spans_what_it_says(plant):
     for bias in (-5.0, 0.0, 5.0):
         biases = [np.zeros_like(b) for b in made.biases[:-1]] + [np.array([bias], np.float32)]
         fixed = Network(**{**made.__dict__, "weights": flat, "biases": biases})
-        at[bias] = NumpyPolicy(fixed, "prefill", plant.spec, plant.clocks, plant.model).predict(
+        at[bias] = NumpyPolicy(fixed, plant).predict(
             obs
         )[0]
     assert np.allclose(
@@ -87,15 +87,15 @@ def test_price_is_a_free_parameter(plant):
     made = network(price=20.0)
     obs = some_observations(plant)
     actions = [
-        NumpyPolicy(made, "prefill", plant.spec, plant.clocks, plant.model, price=p).predict(obs)[0]
+        NumpyPolicy(made, plant, price=p).predict(obs)[0]
         for p in (None, 20.0, 200.0)
     ]
     assert np.array_equal(actions[0], actions[1])
     assert not np.array_equal(actions[0], actions[2])
     with pytest.raises(BiscaleError, match="must be positive"):
-        NumpyPolicy(made, "prefill", plant.spec, plant.clocks, plant.model, price=0.0)
+        NumpyPolicy(made, plant, price=0.0)
     with pytest.raises(BiscaleError, match="takes no price"):
-        NumpyPolicy(network(), "prefill", plant.spec, plant.clocks, plant.model, price=2.0)
+        NumpyPolicy(network(), plant, price=2.0)
 
 
 def queued(plant, slo_s):
@@ -126,18 +126,18 @@ def test_margin_makes_the_agent_faster_and_is_checked(plant):
         }
     )
     mean = [
-        NumpyPolicy(flat, "prefill", plant.spec, plant.clocks, plant.model, margin=m)
+        NumpyPolicy(flat, plant, margin=m)
         .predict(obs)[0]
         .mean()
         for m in (0.0, 0.5, 0.7)
     ]
     assert mean[0] <= mean[1] < mean[2]
-    assert NumpyPolicy(made, "prefill", plant.spec, plant.clocks, plant.model).margin == 0.0
+    assert NumpyPolicy(made, plant).margin == 0.0
     with pytest.raises(BiscaleError, match="below 1 of the TTFT bound"):
-        NumpyPolicy(made, "prefill", plant.spec, plant.clocks, plant.model, margin=1.0)
+        NumpyPolicy(made, plant, margin=1.0)
     other = Plant(PlantSettings.of("decode"))
     with pytest.raises(BiscaleError, match="a margin is for prefill agents"):
-        NumpyPolicy(network("decode"), "decode", other.spec, other.clocks, other.model, margin=0.1)
+        NumpyPolicy(network("decode"), other, margin=0.1)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_corrupt_missing_or_wrong_phase_is_one_sentence(tmp_path, plant):
     with pytest.raises(BiscaleError, match="not finite"):
         load_network(tmp_path / "nan.npz")
     with pytest.raises(BiscaleError, match="wrong phase"):
-        NumpyPolicy(network(), "prefill", plant.spec, plant.clocks, plant.model).predict(
+        NumpyPolicy(network(), plant).predict(
             np.zeros((1, 5), np.float32)
         )
 
@@ -194,7 +194,7 @@ def test_torch_is_not_imported(tmp_path):
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_a_decision_takes_at_most_100_microseconds(phase):
     plant = Plant(PlantSettings.of(phase))
-    policy = NumpyPolicy(network(phase, price=10.0), phase, plant.spec, plant.clocks, plant.model)
+    policy = NumpyPolicy(network(phase, price=10.0), plant)
     obs = some_observations(plant, 1)
     policy.predict(obs)
     spent = []
