@@ -9,7 +9,6 @@ linearly between two levels, and never below the clock of least energy.
 
 from typing import NamedTuple
 
-
 from agents.policy.feature_parts import (
     N_LEVELS,
     Floats32,

@@ -11,7 +11,6 @@ between two levels, and never below the clock of least energy.
 
 from typing import NamedTuple
 
-
 from agents.policy.feature_parts import (
     N_LEVELS,
     FeatureClocks,
@@ -104,7 +103,7 @@ MADE = PrefillMade(*(PREFILL_NAMES.index(name) for name in PrefillMade._fields))
 SCALE = PREFILL_SPEC.scale
 
 
-class ClockChange(NamedTuple):
+class PendingClock(NamedTuple):
     """A clock change: until ``lead_s`` from now the clock is ``before_ghz``."""
 
     before_ghz: float
@@ -134,7 +133,9 @@ def seen(x: Floats32, at: int) -> float:
 
 
 @inlined
-def walk_queue(x: Floats32, c: Coefficients, f: float, change: ClockChange, clocks: FeatureClocks) -> QueueWalk:
+def walk_queue(
+    x: Floats32, c: Coefficients, f: float, change: PendingClock, clocks: FeatureClocks
+) -> QueueWalk:
     """Walk the projected batches of one observation at clock ``f`` (GHz)."""
     slo = seen(x, SEEN.slo)
     fmin, fmax = clocks.freq_min_ghz, clocks.freq_max_ghz
@@ -224,7 +225,7 @@ def prefill_features(
         j = i if coefs.size > 1 else 0
         row, made, c, best = x[i], out[i], coefs[j], cheapest_ghz[j]
         slo = seen(row, SEEN.slo)
-        change = ClockChange(
+        change = PendingClock(
             max(seen(row, SEEN.freq_pending) * 1e-3, fmin),
             seen(row, SEEN.actuation_delay) + seen(row, SEEN.time_to_apply),
         )

@@ -124,9 +124,7 @@ def load_network(path: Path) -> Network:
             f"checkpoint {path} says nothing about its {missing[0]}: export it again"
         )
     known = {name: head[name] for name in fields}
-    return Network(
-        weights=weights, biases=biases, trained_on=head.get("trained_on", {}), **known
-    )
+    return Network(weights=weights, biases=biases, trained_on=head.get("trained_on", {}), **known)
 
 
 class NumpyPolicy(FeaturePolicy):

@@ -132,18 +132,18 @@ class Evaluate(BaseCallback):
         self.best, self.worse, self._next = float("inf"), 0, 0
         self.reached = False
 
-    def _settings(self) -> list[tuple[float, float]]:
+    def _settings(self) -> list[tuple[float | None, float]]:
         """``(price, margin)`` pairs to choose among.
 
         Margins at the default price, else prices, else the only one there is.
         """
         config = self.config
         if config.margins:
-            return [(config.default_price, m) for m in config.margins]
+            return [(config.default_price if config.price else None, m) for m in config.margins]
         return (
             [(float(p), 0.0) for p in np.geomspace(*config.price, config.evaluation.prices)]
             if config.price
-            else [(0.0, 0.0)]
+            else [(None, 0.0)]
         )
 
     def at_best_setting(self) -> HeldoutMetrics:
@@ -160,8 +160,7 @@ class Evaluate(BaseCallback):
         )
         value = energy + SHORTFALL_PRICE * np.maximum(self.targets - attained, 0.0)
         at, groups = value.argmin(axis=0), np.arange(energy.shape[1])
-        price, self.margin = settings[int(value.mean(axis=1).argmin())]
-        self.price = price if self.config.price else None
+        self.price, self.margin = settings[int(value.mean(axis=1).argmin())]
         return HeldoutMetrics(energy[at, groups], attained[at, groups])
 
     def evaluate(self) -> HeldoutMetrics:

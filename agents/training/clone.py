@@ -88,7 +88,7 @@ def _planned(
         seen.append((observation[0], np.float32(np.ravel(action)[0])))
         batch.step(np.asarray(action, dtype=np.float32).reshape(1))
     observations, actions = np.stack([s[0] for s in seen]), np.array([s[1] for s in seen])
-    coefs, cheapest = env.features.belief(group.plant.model, [-1])
+    coefs, cheapest = env.features.nominal_model(group.plant.model, [-1])
     features, rule, _ = env.features(observations, coefs, cheapest)
     if env.config.price is not None:
         low, high = (math.log(price) for price in env.config.price)

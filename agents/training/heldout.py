@@ -75,7 +75,7 @@ class HeldOut:
         self._slo = np.array([g.slo_s for g in groups])[self._owner]
         self._capacity = np.array([g.plant.kv_capacity_tokens for g in groups])[self._owner]
         features = FeatureMap(config.phase, self.plant.spec, self.plant.clocks)
-        beliefs = [features.belief(g.plant.model, [-1]) for g in groups]
+        beliefs = [features.nominal_model(g.plant.model, [-1]) for g in groups]
         self.coefs = np.concatenate([b[0] for b in beliefs])[self._owner]
         self.cheapest_ghz = np.concatenate([b[1] for b in beliefs])[self._owner]
         self._shape = (len(groups), workloads)

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import yaml
-from numpy.typing import NDArray
 
-from agents.policy.features import FeatureMap, tighten, with_price
-from agents.policy.sb3_policy import SPEC_FILE
+from agents.policy.feature_parts import Floats32
+from agents.policy.features import NominalModel
+from agents.policy.sb3_policy import SPEC_FILE, Sb3Policy
 from agents.training.algorithms import algorithm
 from agents.training.callbacks import Evaluate, FiniteGuard, Lagrangian
 from agents.training.clone import warm_start
@@ -134,44 +134,23 @@ def make_model(config: AgentConfig, env: AgentVecEnv, folder: Path | None) -> An
         ) from None
 
 
-class ActOf:
-    """The model's deterministic policy on the held-out rows.
+class HeldOutPolicy(Sb3Policy):
+    """The model's deterministic policy on the held-out rows, each in its own group's plant.
 
-    Recurrent ones carry their memory along.
-
-    Attributes:
-        price: price of a lost request that a price-conditioned network is told.
-        margin: share of the TTFT bound that is kept free.
+    Recurrent ones carry their memory along. ``price`` and ``margin`` are set by the evaluation.
     """
 
     def __init__(self, model: Any, config: AgentConfig, held_out: HeldOut) -> None:
         """Bind the model to the rows."""
-        plant = held_out.plant
-        self._model, self._config, self._held_out = model, config, held_out
-        self._features = FeatureMap(config.phase, plant.spec, plant.clocks)
-        self._levels = plant.clocks.to_action(np.array(plant.clocks.levels_mhz))
+        super().__init__(model, config, held_out.plant)
+        self._nominal = NominalModel(held_out.coefs, held_out.cheapest_ghz)
         self._state: Any = None
-        self.price, self.margin = config.default_price, 0.0
 
-    def __call__(self, obs: NDArray[np.float32], start: bool) -> NDArray[np.float32]:
+    def __call__(self, obs: Floats32, start: bool) -> Floats32:
         """Actions (n,)."""
-        config, held_out = self._config, self._held_out
-        obs = tighten(obs, held_out.plant.spec, self.margin)
-        x, rule, _ = self._features(obs, held_out.coefs, held_out.cheapest_ghz)
-        x = x if config.price is None else with_price(x, self.price)
-        begins = np.full(len(obs), start)
         state = None if start else self._state
-        output, self._state = self._model.predict(
-            x, state=state, episode_start=begins, deterministic=True
-        )
-        if config.action == "levels":
-            return self._levels[np.asarray(output).reshape(len(obs))]
-        flat = np.asarray(output, dtype=np.float32).reshape(len(obs))
-        return np.clip(
-            rule + np.float32(2.0 * config.span) * flat if config.action == "rule" else flat,
-            -1.0,
-            1.0,
-        )
+        action, self._state = self.predict(obs, state, np.full(len(obs), start))
+        return action[:, 0]
 
 
 def set_up(config: AgentConfig, folder: Path, resume: bool = False) -> TrainingRun:
@@ -200,7 +179,12 @@ def set_up(config: AgentConfig, folder: Path, resume: bool = False) -> TrainingR
         model,
         lagrangian,
         Evaluate(
-            config, held_out, held_out.targets, names, ActOf(model, config, held_out), _nothing
+            config,
+            held_out,
+            held_out.targets,
+            names,
+            HeldOutPolicy(model, config, held_out),
+            _nothing,
         ),
     )
     if state:

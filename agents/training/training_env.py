@@ -147,7 +147,7 @@ class AgentVecEnv(VecEnv):
         self.cost_rate = np.zeros(len(self.groups) * PRICE_BINS)
         self.tally = self.new_tally()
         self._members = np.arange(-1, self.plant.model.n_members)
-        beliefs = [self.features.belief(g.plant.model, self._members) for g in self.groups]
+        beliefs = [self.features.nominal_model(g.plant.model, self._members) for g in self.groups]
         self._coefs = np.stack([b[0] for b in beliefs])
         self._cheapest = np.stack([b[1] for b in beliefs])
         self._capacity = np.array([g.plant.kv_capacity_tokens for g in self.groups])

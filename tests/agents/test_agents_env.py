@@ -209,7 +209,7 @@ def test_prefill_slack_feature_is_the_slack_that_then_happens():
     """
     plant, batch = plant_with("prefill", [1500], [0.5])
     features = FeatureMap("prefill", plant.spec, plant.clocks)
-    coefs, cheapest = features.belief(plant.model, [-1])
+    coefs, cheapest = features.nominal_model(plant.model, [-1])
     out, rule, lost = features(batch.obs, coefs, cheapest)
     levels = np.array(plant.clocks.levels_mhz)
     duration = plant.model.latency_s(1500, 1500**2 / 2, 0, 1, levels)
@@ -227,19 +227,19 @@ def test_delay_costs_slack_and_a_hopeless_request_is_counted_lost():
     slacks = []
     for delay in (0.0, 0.05, 0.1):
         batch.obs[0, plant.spec.index("actuation_delay")] = delay / 0.1
-        slacks.append(features(batch.obs, *features.belief(plant.model, [-1]))[0][0, 6])
+        slacks.append(features(batch.obs, *features.nominal_model(plant.model, [-1]))[0][0, 6])
     assert slacks[0] > slacks[1] > slacks[2]
     plant, batch = plant_with("prefill", [30000], [0.5])
     batch.obs[0, plant.spec.index("batch_completing_0")] = 1 / 32
     batch.obs[0, plant.spec.index("batch_slack_0")] = -0.1
     features = FeatureMap("prefill", plant.spec, plant.clocks)
-    assert features(batch.obs, *features.belief(plant.model, [-1]))[2][0] >= 1.0
+    assert features(batch.obs, *features.nominal_model(plant.model, [-1]))[2][0] >= 1.0
 
 
 def test_decode_time_features_are_the_models_latencies():
     plant, batch = plant_with("decode", [800] * 4, [0.1, 0.1, 0.1, 0.1])
     features = FeatureMap("decode", plant.spec, plant.clocks)
-    out, rule, _ = features(batch.obs, *features.belief(plant.model, [-1]))
+    out, rule, _ = features(batch.obs, *features.nominal_model(plant.model, [-1]))
     st = batch.states[0]
     expected = plant.model.latency_s(
         st["batch"], 0, st["cached"], st["batch"], np.array(plant.clocks.levels_mhz)
@@ -261,7 +261,7 @@ def test_features_are_finite_on_any_observation(phase):
         0.3, 1, (2, 500)
     )
     features = FeatureMap(phase, spec, plant.clocks)
-    out, rule, lost = features(obs, *features.belief(plant.model, [-1]))
+    out, rule, lost = features(obs, *features.nominal_model(plant.model, [-1]))
     assert np.isfinite(out).all()
     assert np.isfinite(rule).all()
     assert (lost >= 0).all()

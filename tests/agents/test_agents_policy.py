@@ -74,9 +74,7 @@ def test_full_output_spans_what_it_says(plant):
     for bias in (-5.0, 0.0, 5.0):
         biases = [np.zeros_like(b) for b in made.biases[:-1]] + [np.array([bias], np.float32)]
         fixed = Network(**{**made.__dict__, "weights": flat, "biases": biases})
-        at[bias] = NumpyPolicy(fixed, plant).predict(
-            obs
-        )[0]
+        at[bias] = NumpyPolicy(fixed, plant).predict(obs)[0]
     assert np.allclose(
         at[5.0], np.clip(at[0.0] + 1.0, -1, 1)
     )  # span 0.5 of the range is 1.0 of [-1, 1]
@@ -86,10 +84,7 @@ def test_full_output_spans_what_it_says(plant):
 def test_price_is_a_free_parameter(plant):
     made = network(price=20.0)
     obs = some_observations(plant)
-    actions = [
-        NumpyPolicy(made, plant, price=p).predict(obs)[0]
-        for p in (None, 20.0, 200.0)
-    ]
+    actions = [NumpyPolicy(made, plant, price=p).predict(obs)[0] for p in (None, 20.0, 200.0)]
     assert np.array_equal(actions[0], actions[1])
     assert not np.array_equal(actions[0], actions[2])
     with pytest.raises(BiscaleError, match="must be positive"):
@@ -125,12 +120,7 @@ def test_margin_makes_the_agent_faster_and_is_checked(plant):
             "biases": [np.zeros_like(b) for b in made.biases],
         }
     )
-    mean = [
-        NumpyPolicy(flat, plant, margin=m)
-        .predict(obs)[0]
-        .mean()
-        for m in (0.0, 0.5, 0.7)
-    ]
+    mean = [NumpyPolicy(flat, plant, margin=m).predict(obs)[0].mean() for m in (0.0, 0.5, 0.7)]
     assert mean[0] <= mean[1] < mean[2]
     assert NumpyPolicy(made, plant).margin == 0.0
     with pytest.raises(BiscaleError, match="below 1 of the TTFT bound"):
@@ -172,9 +162,7 @@ def test_corrupt_missing_or_wrong_phase_is_one_sentence(tmp_path, plant):
     with pytest.raises(BiscaleError, match="not finite"):
         load_network(tmp_path / "nan.npz")
     with pytest.raises(BiscaleError, match="wrong phase"):
-        NumpyPolicy(network(), plant).predict(
-            np.zeros((1, 5), np.float32)
-        )
+        NumpyPolicy(network(), plant).predict(np.zeros((1, 5), np.float32))
 
 
 def test_torch_is_not_imported(tmp_path):

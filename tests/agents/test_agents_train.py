@@ -159,12 +159,7 @@ def test_margins_are_evaluated_and_the_best_common_one_is_the_default(tmp_path):
     train(run, print)
     network = load_network(tmp_path / "run" / "best.npz")
     assert network.card["margin"] in (0.0, 0.5)
-    assert (
-        NumpyPolicy(
-            network, "prefill", run.env.plant.spec, run.env.plant.clocks, run.env.plant.model
-        ).margin
-        == network.card["margin"]
-    )
+    assert NumpyPolicy(network, run.env.plant).margin == network.card["margin"]
     assert run.model.lr_schedule(1.0) == pytest.approx(3e-4)
     assert run.model.lr_schedule(0.0) == 0.0
 
