@@ -8,6 +8,7 @@ was. The cache therefore lives in a folder named after the sources: those of the
 kernels of other rooms (controllers, hardware) also all files of their room.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numba
-import platformdirs
+from numba.core.caching import FunctionCache
 from numba.extending import register_jitable
+
+from biscale_env.core import user_cache
 
 PACKAGE = Path(__file__).resolve().parent.parent
 SOURCES = (
@@ -30,7 +33,9 @@ SOURCES = (
 )
 SHARED_ROOMS = frozenset(source.partition("/")[0] for source in SOURCES)
 
-KERNEL: dict[str, Any] = {"cache": True, "error_model": "numpy", "_nrt": False}
+KERNEL: dict[str, Any] = {"error_model": "numpy", "_nrt": False}
+KEPT_FOLDERS = 16
+"""Folders of compiled kernels that stay when the sources change; see `user_cache.prune`."""
 PART: dict[str, Any] = {"forceinline": True, "_nrt": False}
 
 
@@ -40,8 +45,9 @@ def python_files(path: Path) -> list[Path]:
 
 
 def source_digest(package: Path = PACKAGE, room: Path | None = None) -> str:
-    """Hash of every source file that kernels are made from (constants of other files are frozen
-    into them too).
+    """Hash of every source file that kernels are made from.
+
+    Constants of other files are frozen into kernels too.
 
     Args:
         package: where the sources of the shared parts lie.
@@ -69,27 +75,64 @@ def room_of(folder: Path) -> Path | None:
 
 
 @lru_cache
-def cache_dir(folder: Path | None = None) -> Path:
-    """Folder of compiled kernels for exactly these sources, in ``$BISCALE_CACHE``,
-    ``$NUMBA_CACHE_DIR`` or the user's cache folder.
+def cache_dir(folder: Path | None = None) -> Path | None:
+    """Folder of compiled kernels for exactly these sources; None where none can be written.
+
+    It lies in ``$BISCALE_CACHE``, ``$NUMBA_CACHE_DIR``, the user's cache folder or, if that cannot
+    be written, a temporary one. Those of sources that have not been used for long are removed.
     """
-    chosen = os.environ.get("BISCALE_CACHE") or os.environ.get("NUMBA_CACHE_DIR")
-    root = chosen or platformdirs.user_cache_dir("biscale-env")
-    return Path(root) / "kernels" / source_digest(PACKAGE, room_of(folder) if folder else None)
+    root = user_cache.writable_root(os.environ.get("NUMBA_CACHE_DIR"))
+    if root is None:
+        return None
+    digest = source_digest(PACKAGE, room_of(folder) if folder else None)
+    made = root / "kernels" / digest
+    if not made.is_dir():
+        user_cache.prune(made.parent, KEPT_FOLDERS, "[0-9a-f]" * len(digest))
+    user_cache.mark_used(made)
+    return made
+
+
+class KernelCache(FunctionCache):
+    """Numba's cache of one kernel, which a full disk or a damaged file cannot make fail.
+
+    What cannot be read is compiled again, what cannot be written is not kept.
+    """
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Compiled code for a signature; None where there is none that can be read."""
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # unpickling a file that was cut off raises almost anything
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep compiled code if that is possible; a warning says so if not."""
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            user_cache.warn_once(f"compiled kernels are not kept in {self.cache_path}: {reason}")
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Compile a kernel, cached on disk.
+    """Compile a kernel, cached on disk where that is possible.
 
     Division follows IEEE (no exceptions in the hot loop), arrays are not counted.
     """
+    kernel: Any = numba.njit(**KERNEL)(function)
+    folder = cache_dir(Path(function.__code__.co_filename).resolve().parent)
+    if folder is None or kernel is function:  # the latter under NUMBA_DISABLE_JIT
+        return kernel
     config: Any = numba.config
     before = config.CACHE_DIR
-    config.CACHE_DIR = str(cache_dir(Path(function.__code__.co_filename).resolve().parent))
+    config.CACHE_DIR = str(folder)
     try:
-        return numba.njit(**KERNEL)(function)
+        kernel._cache = KernelCache(function)
     finally:
         config.CACHE_DIR = before
+    return kernel
 
 
 def inlined(function: Callable[..., Any]) -> Any:

@@ -11,11 +11,11 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import platformdirs
 from pydantic import Field
 
 from biscale_env.config import configs_dir, load_yaml
 from biscale_env.config.loader import Config
+from biscale_env.core import user_cache
 from biscale_env.core.errors import BiscaleError
 from biscale_env.traces.synthetic.profiles import DOWNLOADS, FOLDER
 
@@ -66,10 +66,7 @@ def cache_dir() -> Path:
 
     ``$BISCALE_CACHE/traces`` if that is set, else in the user's cache.
     """
-    root = os.environ.get("BISCALE_CACHE") or platformdirs.user_cache_dir(
-        "biscale-env", appauthor=False
-    )
-    return Path(root) / FOLDER
+    return user_cache.cache_root() / FOLDER
 
 
 def _download(name: str) -> Download:

@@ -4,17 +4,15 @@ the hash of all that it depends on.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import joblib
-import platformdirs
 
 from biscale_env.config import load_slo
+from biscale_env.core import user_cache
 from biscale_env.core.errors import BiscaleError
-from biscale_env.core.files import write_whole
 from biscale_env.core.jit import source_digest
 from biscale_env.envs.capacity import find_capacity, run_static
 from biscale_env.envs.cluster.cluster_options import fitting_tps
@@ -83,10 +81,7 @@ def table_key(request: TableRequest, trace: Trace) -> str:
 
 def cache_folder() -> Path:
     """Where tables are kept: ``$BISCALE_CACHE`` or the user's cache folder."""
-    return (
-        Path(os.environ.get("BISCALE_CACHE") or platformdirs.user_cache_dir("biscale-env"))
-        / "capacity"
-    )
+    return (user_cache.writable_root() or user_cache.cache_root()) / "capacity"
 
 
 def capacity_table(
@@ -124,13 +119,13 @@ def capacity_table(
     plant = ClusterPlant(request.settings).plant(PHASES[0], tps[PHASES[0]][0])
     freqs = request.freqs_mhz or plant.clocks.levels_mhz
     path = cache_folder() / f"{table_key(request, trace)}.json"
-    if use_cache and path.is_file():
-        entries = [CapacityEntry(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    if use_cache and (kept := user_cache.recall(path)):
+        entries = [CapacityEntry(**row) for row in kept]
         return CapacityTable(tuple(entries), request.settings.slo, trace.name)
     todo = [(phase, tp, freq) for phase in PHASES for tp in tps[phase] for freq in freqs]
     found = _measure_all(request, trace, todo, n_jobs, progress)
     if use_cache:
-        _write(path, found)
+        user_cache.remember(path, json.dumps([asdict(e) for e in found], indent=1))
     return CapacityTable(tuple(found), request.settings.slo, trace.name)
 
 
@@ -148,8 +143,3 @@ def _measure_all(
         if progress is not None:
             progress(len(found), len(todo))
     return found
-
-
-def _write(path: Path, entries: Sequence[CapacityEntry]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps([asdict(e) for e in entries], indent=1))

@@ -30,12 +30,17 @@ def state_dir() -> Path:
     ``$BISCALE_HW_STATE``, else ``/run/biscale-env`` for root and the user's state folder for
     others.
     """
-    if folder := os.environ.get(VARIABLE):
-        return Path(folder)
-    return (
-        Path("/run/biscale-env")
-        if os.geteuid() == 0
-        else platformdirs.user_state_path("biscale-env") / "clocks"
+    if chosen := os.environ.get(VARIABLE):
+        return Path(chosen)
+    if os.geteuid() == 0:
+        return Path("/run/biscale-env")
+    with contextlib.suppress(RuntimeError):  # HOME not set, no entry in the password file
+        folder = platformdirs.user_state_path("biscale-env") / "clocks"
+        if folder.is_absolute():
+            return folder
+    raise BiscaleError(
+        f"no folder for the owner notes, since this user has no home: set {VARIABLE} to a "
+        "writable folder"
     )
 
 
