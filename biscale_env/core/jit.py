@@ -28,6 +28,7 @@ SOURCES = (
     "models/physics.py",
     "models/iteration_model.py",
     "contract/observation.py",
+    "laws",
     "sim",
     "envs",
 )

@@ -6,21 +6,25 @@ from typing import Any, ClassVar
 import numpy as np
 
 from biscale_env.core.jit import compiled, inlined
+from biscale_env.laws.level_search import interval_limit_s, table_latency_s
+from biscale_env.laws.slack_law import slack_level
 from controllers.base import MARGINS, Amount, Controller, Floats, PolicyContext, Positive, Share
 from controllers.surrogates.scan import Belief, NextWork, search_grid
 
 
 @compiled
-def lowest_meeting(latency: Any, limit: Any, clocks_mhz: Any, freq: Any) -> None:
-    """Lowest clock whose latency is within the limit, per row; the highest clock where none is.
+def slack_clocks(
+    latency: Any, limit: Any, kv_use: Any, kv_guard: float, clocks_mhz: Any, freq: Any
+) -> None:
+    """The law of :func:`biscale_env.laws.slack_law.slack_level` for every row.
 
-    ``latency`` is (n, clocks), ``limit`` and ``freq`` (the result, MHz) are (n,), the clocks rise.
+    ``latency`` is (n, clocks), ``limit``, ``kv_use`` and ``freq`` (the result, MHz) are (n,), the
+    clocks rise.
     """
     for i in range(freq.size):
-        k = 0
-        while k < clocks_mhz.size - 1 and not latency[i, k] <= limit[i]:
-            k += 1
-        freq[i] = clocks_mhz[k]
+        above = kv_use[i] > kv_guard
+        level = slack_level(table_latency_s, latency[i], clocks_mhz.size, limit[i], above)
+        freq[i] = clocks_mhz[level]
 
 
 @compiled
@@ -189,7 +193,7 @@ class SlackRule(Controller):
 
     def limit_s(self, x: Floats) -> Floats:
         """Longest next interval allowed, (n,), s."""
-        limit = x[:, self._slo] * (1.0 - self.margin)
+        limit = interval_limit_s(x[:, self._slo], self.margin)
         if self.accumulated:
             limit = limit * (1.0 + x[:, self._slack] / self.lookahead)
         return np.asarray(limit)
@@ -207,10 +211,9 @@ class SlackRule(Controller):
             latency = self._belief.levels(work)[0]
             resist_lowering(latency, clocks, x, self._clock_columns[0], self.hysteresis)
         freq = np.empty(len(x))
-        lowest_meeting(latency, self.limit_s(x), clocks, freq)
+        slack_clocks(latency, self.limit_s(x), x[:, self._kv], self.kv_guard, clocks, freq)
         if floor is not None:
             raise_to_cheapest(floor, clocks, freq)
-        freq[x[:, self._kv] > self.kv_guard] = clocks[-1]
         return freq, None
 
     def _floor_cost(

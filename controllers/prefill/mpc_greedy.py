@@ -9,64 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from biscale_env.contract.observation import HORIZON
-from biscale_env.core.jit import compiled, inlined
+from biscale_env.core.jit import compiled
+from biscale_env.laws.greedy_law import lower_greedily
 from controllers.base import MARGINS, Controller, Floats, PolicyContext, Share
 from controllers.prefill.mpc_options import FAR_S, NO_DEADLINE
 from controllers.surrogates.scan import Belief
-
-TIME_TOL_S = 1e-12
-# relative: two levels above the power cap run alike but for the rounding of the search for the
-# effective clock
-SAME = 1e-6
-
-
-@inlined
-def room_s(latency: Any, level: Any, deadline: Any, stage: int) -> float:
-    """Time by which a batch may be prolonged without missing a deadline that is met now, s.
-
-    0 before a missed one.
-    """
-    t = 0.0
-    room = np.inf
-    for k in range(level.size):
-        t += latency[k, level[k]]
-        if k >= stage:
-            room = min(room, max(deadline[k] - t, 0.0))
-    return room
-
-
-@inlined
-def greedy_row(latency: Any, energy: Any, deadline: Any, level: Any) -> int:
-    """Lower one batch by one level at a time, the one that saves most energy per second added.
-
-    Returns the number of moves.
-    """
-    top = latency.shape[1] - 1
-    for k in range(level.size):
-        level[k] = top
-    moves = 0
-    while True:
-        best, best_gain = -1, 0.0
-        for k in range(level.size):
-            now = level[k]
-            if now == 0 or latency[k, now] <= 0.0:
-                continue
-            longer = latency[k, now - 1] - latency[k, now]
-            saved = energy[k, now] - energy[k, now - 1]
-            free = (
-                abs(saved) <= SAME * energy[k, now] and abs(longer) <= SAME * latency[k, now]
-            )  # above the power cap
-            if not free and (
-                saved <= 0.0 or longer > room_s(latency, level, deadline, k) + TIME_TOL_S
-            ):
-                continue
-            gain = 1e-12 if free else saved / max(longer, 1e-9)
-            if gain > best_gain:
-                best, best_gain = k, gain
-        if best < 0:
-            return moves
-        level[best] -= 1
-        moves += 1
 
 
 @compiled
@@ -77,7 +24,7 @@ def greedy_all(latency: Any, energy: Any, deadline: Any, level: Any) -> int:
     """
     moves = 0
     for i in range(level.shape[0]):
-        moves += greedy_row(latency[i], energy[i], deadline[i], level[i])
+        moves += lower_greedily(latency[i], energy[i], deadline[i], level[i])
     return moves
 
 

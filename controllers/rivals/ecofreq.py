@@ -6,16 +6,34 @@ from typing import Any, ClassVar
 import numpy as np
 
 from biscale_env.core.jit import compiled
+from biscale_env.laws.ecofreq_law import binned_requests, ecofreq_level
+from biscale_env.laws.level_search import (
+    first_token_limit_s,
+    interval_limit_s,
+    table_latency_s,
+)
 from controllers.base import MARGINS, Controller, Count, Floats, PolicyContext, Share
-from controllers.decode.slack import lowest_meeting
 from controllers.surrogates.scan import Belief, NextWork
 
 
 @compiled
-def round_up(work: Any, column: int, size: float) -> None:
-    """Round one column of work (n, 4) up to whole bins, in place."""
+def ecofreq_clocks(latency: Any, limit: Any, waiting: Any, clocks_mhz: Any, freq: Any) -> None:
+    """The law of :func:`biscale_env.laws.ecofreq_law.ecofreq_level` for every row.
+
+    ``latency`` is (n, clocks), ``limit``, ``waiting`` and ``freq`` (the result, MHz) are (n,), the
+    clocks rise.
+    """
+    for i in range(freq.size):
+        level = ecofreq_level(table_latency_s, latency[i], clocks_mhz.size, limit[i], waiting[i])
+        freq[i] = clocks_mhz[level]
+
+
+@compiled
+def bin_batches(work: Any, bin_requests: float) -> None:
+    """Round the requests of decode work (n, 4) up to whole bins, in place."""
     for i in range(work.shape[0]):
-        work[i, column] = np.ceil(work[i, column] / size - 1e-9) * size
+        work[i, 3] = binned_requests(work[i, 3], bin_requests)
+        work[i, 0] = max(work[i, 0], work[i, 3])
 
 
 class EcoFreq(Controller):
@@ -60,13 +78,11 @@ class EcoFreq(Controller):
         slo = x[:, self._slo]
         if self._prefill:
             waiting = x[:, self._queue] > work[:, 3]
-            limit = slo * (1.0 - self.margin - x[:, self._wait])  # the wait is given in SLOs
+            limit = first_token_limit_s(slo, self.margin, x[:, self._wait])
         else:
             waiting = x[:, self._queue] > 0.0
-            limit = slo * (1.0 - self.margin)
-            round_up(work, 3, self.bin_requests)
-            work[:, 0] = np.maximum(work[:, 0], work[:, 3])
+            limit = interval_limit_s(slo, self.margin)
+            bin_batches(work, self.bin_requests)
         freq = np.empty(len(x))
-        lowest_meeting(self._belief.levels(work)[0], limit, clocks, freq)
-        freq[waiting] = clocks[-1]
+        ecofreq_clocks(self._belief.levels(work)[0], limit, waiting, clocks, freq)
         return freq, None

@@ -5,66 +5,64 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from biscale_env.core.jit import compiled, inlined
+from biscale_env.core.jit import compiled
+from biscale_env.laws.level_search import interval_limit_s, table_latency_s
+from biscale_env.laws.throttllem_law import (
+    DecodeOutlook,
+    lowest_level_for_queue,
+    project_decode,
+    throttllem_level,
+)
 from controllers.base import MARGINS, Controller, Count, Floats, PolicyContext, Share
-from controllers.decode.slack import lowest_meeting
 from controllers.prefill.mpc_greedy import QueueTables
 from controllers.surrogates.scan import Belief, search_grid
 
 
-@inlined
-def queue_meets(latency: Any, deadline: Any, clock: int) -> bool:
-    """Whether every projected batch completes by its deadline at one clock.
-
-    ``latency`` is (K, N).
-    """
-    t = 0.0
-    for k in range(deadline.size):
-        t += latency[k, clock]
-        if latency[k, clock] > 0.0 and t > deadline[k]:
-            return False
-    return True
-
-
 @compiled
-def lowest_for_queue(latency: Any, deadline: Any, clocks_mhz: Any, freq: Any) -> None:
-    """Per row, binary search for the lowest single clock at which the whole queue meets its
-    deadlines; the highest if none does.
-    """
+def queue_clocks(latency: Any, deadline: Any, clocks_mhz: Any, freq: Any) -> None:
+    """The law of :func:`biscale_env.laws.throttllem_law.lowest_level_for_queue` for every row."""
     for i in range(freq.size):
-        lo, hi = 0, clocks_mhz.size - 1
-        while lo < hi:
-            middle = (lo + hi) // 2
-            if queue_meets(latency[i], deadline[i], middle):
-                hi = middle
-            else:
-                lo = middle + 1
-        freq[i] = clocks_mhz[hi]
+        freq[i] = clocks_mhz[lowest_level_for_queue(latency[i], deadline[i])]
 
 
 @compiled
-def project_decode(
+def project_batches_ahead(
     x: Any, columns: Any, steps: float, capacity: float, max_seqs: float, work: Any, over: Any
 ) -> None:
-    """Work (n, 4) of the heaviest iteration within ``steps``.
+    """The law of :func:`biscale_env.laws.throttllem_law.project_decode` for every row.
 
-    All that waits or comes is admitted, and every request grows.
-
-    ``over`` (n,) tells where the KV cache would overflow.
+    Requests on their way are taken to be as long as the running ones. ``work`` is (n, 4), ``over``
+    (n,) tells where the KV cache would overflow.
     """
     for i in range(x.shape[0]):
         batch, cached, waiting, waiting_tokens, incoming, recompute = columns
-        running = x[i, batch]
-        ahead = min(running + x[i, waiting] + x[i, incoming], max_seqs)
+        running, redo = x[i, batch], x[i, recompute]
         tokens_each = x[i, cached] / max(running, 1.0)
-        grown = (
-            x[i, cached] + x[i, waiting_tokens] + x[i, incoming] * tokens_each + 0.5 * steps * ahead
+        now = DecodeOutlook(
+            running,
+            x[i, waiting] + x[i, incoming],
+            x[i, cached] + x[i, waiting_tokens] + x[i, incoming] * tokens_each,
+            redo,
+            0.5 * redo * redo,
         )
-        work[i, 0] = ahead + x[i, recompute] / max(steps, 1.0)
-        work[i, 1] = 0.5 * x[i, recompute] * x[i, recompute] / max(steps, 1.0)
-        work[i, 2] = grown
-        work[i, 3] = ahead
-        over[i] = grown > capacity
+        then = project_decode(now, steps, capacity, max_seqs)
+        work[i, 0] = then.rows
+        work[i, 1] = then.attn_work
+        work[i, 2] = then.cached
+        work[i, 3] = then.n_seq
+        over[i] = then.overflows
+
+
+@compiled
+def throttllem_clocks(latency: Any, limit: Any, over: Any, clocks_mhz: Any, freq: Any) -> None:
+    """The law of :func:`biscale_env.laws.throttllem_law.throttllem_level` for every row.
+
+    ``latency`` is (n, clocks), ``limit``, ``over`` and ``freq`` (the result, MHz) are (n,), the
+    clocks rise.
+    """
+    for i in range(freq.size):
+        level = throttllem_level(table_latency_s, latency[i], clocks_mhz.size, limit[i], over[i])
+        freq[i] = clocks_mhz[level]
 
 
 class ThrottllEm(Controller):
@@ -119,12 +117,11 @@ class ThrottllEm(Controller):
         freq = np.empty(len(x))
         if self.context.phase == "prefill":
             latency, _, deadline = self._tables(x)
-            lowest_for_queue(latency, deadline, self._grid, freq)
+            queue_clocks(latency, deadline, self._grid, freq)
             return freq, None
         work, over = np.empty((len(x), 4)), np.empty(len(x), dtype=np.bool_)
         capacity, seqs = float(self.context.kv_capacity_tokens), float(self.context.max_seqs)
-        project_decode(x, self._columns, self.steps, capacity, seqs, work, over)
-        limit = x[:, self._slo] * (1.0 - self.margin)
-        lowest_meeting(self._belief.levels(work)[0], limit, self._grid, freq)
-        freq[over] = self._grid[-1]
+        project_batches_ahead(x, self._columns, self.steps, capacity, seqs, work, over)
+        limit = interval_limit_s(x[:, self._slo], self.margin)
+        throttllem_clocks(self._belief.levels(work)[0], limit, over, self._grid, freq)
         return freq, None

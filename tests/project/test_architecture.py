@@ -12,6 +12,7 @@ LAYERS = [  # lowest first; a room may import from earlier entries only
     "biscale_env.core",
     "biscale_env.config",
     "biscale_env.contract",
+    "biscale_env.laws",
     "biscale_env.models",
     "biscale_env.traces",
     "biscale_env.sim",
@@ -25,8 +26,9 @@ LAYERS = [  # lowest first; a room may import from earlier entries only
     "biscale_env.cli",
 ]
 FORBIDDEN = {  # exceptions to "earlier is allowed"
-    "biscale_env.models": {"biscale_env.contract"},
-    "biscale_env.traces": {"biscale_env.contract", "biscale_env.models"},
+    "biscale_env.laws": {"biscale_env.config", "biscale_env.contract"},
+    "biscale_env.models": {"biscale_env.contract", "biscale_env.laws"},
+    "biscale_env.traces": {"biscale_env.contract", "biscale_env.laws", "biscale_env.models"},
     "biscale_env.sim": {"biscale_env.traces", "biscale_env.contract"},
 }
 CONTROLLERS_MAY_SEE_ENVS = ("controllers/oracle/", "controllers/placement/")

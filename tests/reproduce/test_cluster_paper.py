@@ -309,7 +309,7 @@ def test_memory_of_a_stream_does_not_grow(bench):
         )
         for _ in loop.over(iter(pieces)):
             pass
-        sizes.append(loop.cluster.prefills.prompt.shape[1])
+        sizes.append(loop.cluster.prefills.queue.prompt.shape[1])
     assert all(served)
     assert sizes[1] <= 2 * sizes[0]
 

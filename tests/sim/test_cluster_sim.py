@@ -85,7 +85,11 @@ def test_energy_of_a_window_from_its_timeline():
         if k == 0:
             budget = int(cluster.prefills.params["token_budget"][0])
             load = batch_by_hand(
-                cluster.prefills.prompt[0], state["head"], state["head_done"], state["tail"], budget
+                cluster.prefills.queue.prompt[0],
+                state["head"],
+                state["head_done"],
+                state["tail"],
+                budget,
             )
         else:
             load = int(state["batch"]), 0.0, int(state["cached"]), int(state["batch"])
@@ -273,7 +277,7 @@ def test_streaming_in_pieces_is_the_whole():
         atol=1e-6,
     )
     assert pieces.energies().decode_j == pytest.approx(whole.energies().decode_j, rel=1e-9)
-    assert pieces.prefills.prompt.shape[1] < whole.prefills.prompt.shape[1] / 4
+    assert pieces.prefills.queue.prompt.shape[1] < whole.prefills.queue.prompt.shape[1] / 4
 
 
 def test_seeded_weighted_routing_is_reproducible_and_proportional():

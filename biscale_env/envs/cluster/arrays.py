@@ -1,19 +1,29 @@
-"""Memory of a cluster: arrays of instance records and queues that grow when more instances or
-longer queues need it.
+"""Memory of a cluster: records and queues of its instances.
+
+They grow when more instances or longer queues need it.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from biscale_env.contract import HORIZON
 from biscale_env.envs.kernels import ring_size
 from biscale_env.models import COEFFICIENT_DTYPE
-from biscale_env.sim.cluster.layout import INSTANCE_DTYPE, Decodes, Prefills
+from biscale_env.sim.cluster.layout import (
+    INSTANCE_DTYPE,
+    BatchPlans,
+    Decodes,
+    Prefills,
+    PromptQueue,
+    ReadyQueue,
+    RunningRequests,
+)
 from biscale_env.sim.state import DECODE_DTYPE, PARAMS_DTYPE, PREFILL_DTYPE, SLOT_DTYPE
 
-QUEUES: dict[str, dict[str, Any]] = {
+QUEUES: Mapping[str, Mapping[str, DTypeLike]] = {
     "prefill": {
         "arrival_s": np.float64,
         "prompt": np.int32,
@@ -30,29 +40,27 @@ QUEUES: dict[str, dict[str, Any]] = {
         "source": np.int32,
     },
 }
+LEAST_ROWS = 64
 
 
 def widen(rows: int) -> int:
     """Next power of two, at least 64: arrays grow seldom."""
-    return int(2 ** np.ceil(np.log2(max(rows, 64))))
+    return int(2 ** np.ceil(np.log2(max(rows, LEAST_ROWS))))
 
 
 def grown(array: NDArray[Any], shape: tuple[int, ...], fill: float = 0.0) -> NDArray[Any]:
-    """A larger array with the old one in its corner."""
-    out = (
-        np.full(shape, fill, dtype=array.dtype)
-        if array.dtype.fields is None
-        else np.zeros(shape, dtype=array.dtype)
-    )
+    """A larger array with the old one in its corner; the rest is ``fill`` (records: zero)."""
+    records = array.dtype.fields is not None
+    out = np.zeros(shape, array.dtype) if records else np.full(shape, fill, array.dtype)
     out[tuple(slice(0, n) for n in array.shape)] = array
     return out
 
 
-class Arrays:
+class InstanceArrays:
     """Records and queues of the instances of one phase."""
 
     def __init__(self, phase: str, n_levels: int) -> None:
-        """An empty pool; ``n_levels`` clocks are considered by the MPC rule."""
+        """Arrays without instances; ``n_levels`` clocks are considered by rules that look ahead."""
         self.phase, self.n_levels = phase, n_levels
         self.tps = np.zeros(0, dtype=np.int64)
         self.states = np.zeros(0, dtype=PREFILL_DTYPE if phase == "prefill" else DECODE_DTYPE)
@@ -61,13 +69,13 @@ class Arrays:
         self.meta = np.zeros(0, dtype=INSTANCE_DTYPE)
         self.next_s = np.zeros(0)
         self.queues: dict[str, NDArray[Any]] = {
-            n: np.zeros((0, 64), dtype=t) for n, t in QUEUES[phase].items()
+            name: np.zeros((0, LEAST_ROWS), dtype=kind) for name, kind in QUEUES[phase].items()
         }
-        self.cumulative = np.zeros((0, 65), dtype=np.int64)
+        self.cumulative = np.zeros((0, LEAST_ROWS + 1), dtype=np.int64)
         self.slots = np.zeros((0, 1), dtype=SLOT_DTYPE)
         self.tree = np.zeros((0, 2))
         self.stack = np.zeros((0, 1, 2), dtype=np.int64)
-        self.ring = np.zeros((0, 4), dtype=np.int32)
+        self.wheel = np.zeros((0, 4), dtype=np.int32)
         self.past = dict.fromkeys(
             ("energy_j", "energy_idle_j", "iterations", "preemptions", "gpu_s"), 0.0
         )  # of instances whose row was given to another
@@ -77,7 +85,7 @@ class Arrays:
         retired = np.flatnonzero(np.isfinite(self.meta["retired_s"]))
         if retired.size:
             i = int(retired[0])
-            self._bury(i)
+            self._clear(i)
             self.tps[i] = tp
             return i
         n = len(self.tps)
@@ -86,23 +94,18 @@ class Arrays:
             setattr(self, name, grown(getattr(self, name), (n + 1,), np.inf))
         for name, queue in self.queues.items():
             self.queues[name] = grown(queue, (n + 1, queue.shape[1]))
-        for name in ("cumulative", "slots", "tree", "stack", "ring"):
+        for name in ("cumulative", "slots", "tree", "stack", "wheel"):
             old = getattr(self, name)
             setattr(self, name, grown(old, (n + 1, *old.shape[1:])))
         return n
 
-    def _bury(self, i: int) -> None:
+    def _clear(self, i: int) -> None:
         """Keep the totals of a retired instance and clear its row."""
-        for field in (
-            "energy_j",
-            "energy_idle_j",
-            "iterations",
-            *(("preemptions",) if self.phase == "decode" else ()),
-        ):
-            self.past[field] += float(self.states[field][i])
-        self.past["gpu_s"] += float(
-            self.tps[i] * (self.meta["retired_s"][i] - self.meta["born_s"][i])
-        )
+        for field in ("energy_j", "energy_idle_j", "iterations", "preemptions"):
+            if field in (self.states.dtype.names or ()):
+                self.past[field] += float(self.states[field][i])
+        in_service_s = self.meta["retired_s"][i] - self.meta["born_s"][i]
+        self.past["gpu_s"] += float(self.tps[i] * in_service_s)
         self.states[i] = np.zeros((), dtype=self.states.dtype)
         self.meta[i] = np.zeros((), dtype=INSTANCE_DTYPE)
 
@@ -111,11 +114,10 @@ class Arrays:
         return self.past[field] + float(self.states[field].sum())
 
     def gpu_seconds(self, now_s: float) -> float:
-        """GPU time in service until now."""
+        """GPU time in service until now, s."""
         end_s = np.minimum(self.meta["retired_s"], now_s)
-        return self.past["gpu_s"] + float(
-            np.sum(self.tps * np.maximum(end_s - self.meta["born_s"], 0.0))
-        )
+        in_service_s = np.maximum(end_s - self.meta["born_s"], 0.0)
+        return self.past["gpu_s"] + float(np.sum(self.tps * in_service_s))
 
     def fit_rows(self, rows: int) -> None:
         """Make every queue at least ``rows`` long."""
@@ -126,43 +128,60 @@ class Arrays:
             self.cumulative = grown(self.cumulative, (n, rows + 1))
 
     def fit_slots(self, max_seqs: int) -> None:
-        """Make room for ``max_seqs`` running requests per instance; only while nothing runs."""
+        """Make room for ``max_seqs`` running requests per instance.
+
+        Only while nothing runs: the slots are cleared.
+        """
         n, have = self.slots.shape
         if max_seqs > have:
             self.slots = np.zeros((n, max_seqs), dtype=SLOT_DTYPE)
             self.tree = np.zeros((n, 2 * int(2 ** np.ceil(np.log2(max_seqs)))))
             self.stack = np.zeros((n, max_seqs, 2), dtype=np.int64)
 
-    def fit_ring(self, longest_output: int) -> None:
-        """Make every finish ring long enough; what hangs in the old ones moves over."""
+    def fit_wheel(self, longest_output: int) -> None:
+        """Make every timing wheel long enough; what is linked in the old ones moves over."""
         size = ring_size(longest_output)
-        n, have = self.ring.shape
+        n, have = self.wheel.shape
         if size <= have:
             return
-        ring = np.full((n, size), -1, dtype=np.int32)
+        wheel = np.full((n, size), -1, dtype=np.int32)
         for j in range(n):
-            passed = int(self.states["iterations"][j])
+            passed = int(self.states["iterations"][j])  # the one under way is counted already
             for k in range(have):
-                at = (
-                    passed + (k - passed) % have
-                )  # the iteration that cell k stands for; the one under way is already counted
-                ring[j, at % size] = self.ring[j, k]
-        self.ring = ring
+                iteration = passed + (k - passed) % have  # the one that cell k stands for
+                wheel[j, iteration % size] = self.wheel[j, k]
+        self.wheel = wheel
 
     def prefills(self) -> Prefills:
-        """The view that kernels take."""
-        n = len(self.tps)
-        q = self.queues
-        return Prefills(
-            self.states, self.coefs, self.params, self.meta, self.next_s, q["arrival_s"], q["prompt"], q["output"], q["request"],
-            self.cumulative, np.zeros((n, HORIZON, self.n_levels)), np.zeros((n, HORIZON, self.n_levels)),
-            np.zeros((n, HORIZON)), np.zeros((n, HORIZON), dtype=np.int64),
-        )  # fmt: skip
+        """The group that kernels take."""
+        n, q = len(self.tps), self.queues
+        table = (n, HORIZON, self.n_levels)
+        plans = BatchPlans(
+            np.zeros(table),
+            np.zeros(table),
+            np.zeros((n, HORIZON)),
+            np.zeros((n, HORIZON), dtype=np.int64),
+        )
+        queue = PromptQueue(q["arrival_s"], q["prompt"], q["output"], q["request"], self.cumulative)
+        return Prefills(*self._records(), queue, plans)
 
     def decodes(self) -> Decodes:
-        """The view that kernels take."""
+        """The group that kernels take."""
         q = self.queues
-        return Decodes(
-            self.states, self.coefs, self.params, self.meta, self.next_s, q["ready_s"], q["first_s"], q["arrival_s"], q["prompt"],
-            q["output"], q["request"], q["source"], self.cumulative, self.slots, self.ring, self.tree, self.stack,
-        )  # fmt: skip
+        queue = ReadyQueue(
+            q["ready_s"],
+            q["first_s"],
+            q["arrival_s"],
+            q["prompt"],
+            q["output"],
+            q["request"],
+            q["source"],
+            self.cumulative,
+        )
+        slots: Any = self.slots  # a structured array stands for an array of records
+        running = RunningRequests(slots, self.wheel, self.tree, self.stack)
+        return Decodes(*self._records(), queue, running)
+
+    def _records(self) -> tuple[Any, Any, Any, Any, NDArray[np.float64]]:
+        """What both phases begin with; structured arrays stand for arrays of records."""
+        return self.states, self.coefs, self.params, self.meta, self.next_s

@@ -6,22 +6,32 @@ Offer it requests piece by piece, let time pass, read records, change the placem
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from biscale_env.config.cluster_layout import InstanceGroup, Placement
 from biscale_env.core.errors import BiscaleError
-from biscale_env.envs.cluster.arrays import Arrays, widen
+from biscale_env.envs.cluster.arrays import InstanceArrays, widen
 from biscale_env.envs.cluster.cluster_settings import ClusterPlant
 from biscale_env.models import COEFFICIENT_DTYPE
-from biscale_env.sim.cluster import loop as kernels
 from biscale_env.sim.cluster.colocated import advance_colocated
-from biscale_env.sim.cluster.layout import CLUSTER_DTYPE, LOG_DTYPE, Decodes, Prefills, Work
+from biscale_env.sim.cluster.layout import (
+    CLUSTER_DTYPE,
+    LOG_DTYPE,
+    ClusterArrays,
+    Decodes,
+    OfferedWork,
+    Prefills,
+)
+from biscale_env.sim.cluster.lifecycle import compact, open_decode, open_prefill, settle
+from biscale_env.sim.cluster.loop import UNTIL, advance
 from biscale_env.traces import Trace
 
 PHASES = ("prefill", "decode")
-NOTHING = np.zeros(0)
+NO_TIMES = np.zeros(0)
+NO_WORK = OfferedWork(np.zeros(0), np.zeros(0, np.int32), np.zeros(0, np.int32), 0)
 
 
 @dataclass(frozen=True)
@@ -102,9 +112,9 @@ class Cluster:
         self.spare_w = plant.spare_power_w(first)
         self.log = np.zeros(0, dtype=LOG_DTYPE)
         self._log_buffer = np.zeros(0, dtype=LOG_DTYPE)
-        self._work = Work(NOTHING, np.zeros(0, np.int32), np.zeros(0, np.int32), 0)
+        self._work = NO_WORK
         self._offered = 0
-        self._arrays = {phase: Arrays(phase, len(self.levels_ghz)) for phase in PHASES}
+        self._arrays = {phase: InstanceArrays(phase, len(self.levels_ghz)) for phase in PHASES}
         self._rebuild()
         self.place(placement)
 
@@ -182,14 +192,22 @@ class Cluster:
             arrays.fit_slots(int(arrays.params[i]["max_seqs"]))
         self._rebuild()
         if phase == "prefill":
-            kernels.open_prefill(self.prefills, i, self.time_s, group.freq_mhz / 1e3)
+            open_prefill(self.prefills, i, self.time_s, group.freq_mhz / 1e3)
         else:
-            kernels.open_decode(self.decodes, i, self.time_s, group.freq_mhz / 1e3, NOTHING)
+            open_decode(self.decodes, i, self.time_s, group.freq_mhz / 1e3, NO_TIMES)
 
     def _rebuild(self) -> None:
-        """Make the views that the kernels take; needed whenever an array was replaced."""
+        """Make the groups that the kernels take; needed whenever an array was replaced."""
         self.prefills: Prefills = self._arrays["prefill"].prefills()
         self.decodes: Decodes = self._arrays["decode"].decodes()
+
+    def _groups(self) -> ClusterArrays:
+        """All groups of the event loops."""
+        totals: Any = self.state[0]
+        log: Any = self._log_buffer
+        return ClusterArrays(
+            totals, self.prefills, self.decodes, self._work, log, self.levels_ghz, NO_TIMES
+        )
 
     # --- time
     # --------------------------------------------------------------------------------------------------------
@@ -211,9 +229,9 @@ class Cluster:
             )
         rooms = [int(a.params["kv_capacity"].min()) for a in self._arrays.values() if len(a.params)]
         trace.check_fits(min(rooms))
-        kernels.compact(self.state[0], self.prefills, self.decodes)
+        compact(self._groups())
         arrival_s = trace.arrival_s + (self.time_s if start_s is None else start_s)
-        self._work = Work(arrival_s, trace.prompt_tokens, trace.output_tokens, self._offered)
+        self._work = OfferedWork(arrival_s, trace.prompt_tokens, trace.output_tokens, self._offered)
         self._offered += len(trace)
         longest_queue = max(
             (int(a.states["end"].max()) for a in self._arrays.values() if len(a.states)), default=0
@@ -222,7 +240,7 @@ class Cluster:
         longest = int(trace.output_tokens.max()) if len(trace) else 1
         for arrays in self._arrays.values():
             arrays.fit_rows(rows)
-        self._arrays["decode"].fit_ring(longest)
+        self._arrays["decode"].fit_wheel(longest)
         if len(self._log_buffer) < rows:
             self._log_buffer = np.zeros(rows, dtype=LOG_DTYPE)
         self._rebuild()
@@ -237,19 +255,18 @@ class Cluster:
         """
         cluster = self.state[0]
         cluster["logged"] = 0
-        args = (self._work, self._log_buffer, self.levels_ghz, NOTHING, float(until_s))
-        waits = kernels.UNTIL
+        waits = UNTIL
         if self.placement.colocated:
-            advance_colocated(cluster, self.decodes, *args)
+            advance_colocated(self._groups(), float(until_s))
         else:
-            waits = int(kernels.advance(cluster, self.prefills, self.decodes, *args))
+            waits = int(advance(self._groups(), float(until_s)))
         self.log = self._log_buffer[: int(cluster["logged"])].copy()
-        if waits != kernels.UNTIL:
+        if waits != UNTIL:
             self.time_s = float(cluster["clock_s"])
             return waits
         self.time_s = self._last_event_s() if np.isinf(until_s) else float(until_s)
-        kernels.settle(self.prefills, self.time_s, self._alive("prefill"))
-        kernels.settle(self.decodes, self.time_s, self._alive("decode"))
+        settle(self.prefills, self.time_s, self._alive("prefill"))
+        settle(self.decodes, self.time_s, self._alive("decode"))
         return None
 
     def _last_event_s(self) -> float:

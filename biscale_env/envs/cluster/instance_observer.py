@@ -3,7 +3,7 @@
 The very vectors of the single-instance environments.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,29 +12,45 @@ from biscale_env.contract import DECODE_SPEC, PREFILL_SPEC, ClockRange, Observat
 from biscale_env.core.jit import compiled
 from biscale_env.envs.cluster.engine import Cluster
 from biscale_env.envs.observe import encode, observe_decode, observe_prefill
+from biscale_env.sim.cluster.layout import Decodes, Prefills
+
+
+class Encoding(NamedTuple):
+    """How physical values become an observation, see :func:`biscale_env.envs.observe.encode`."""
+
+    scale: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    physical: NDArray[np.float64]  # scratch
 
 
 @compiled
 def observe_prefill_instance(
-    pool: Any, i: int, scale: Any, low: Any, high: Any, physical: Any, out: Any
+    pool: Prefills, i: int, how: Encoding, out: NDArray[np.float32]
 ) -> None:
     """Observation of prefill instance ``i``."""
+    q = pool.queue
     observe_prefill(
-        pool.states[i], pool.params[i], pool.arrival_s[i], pool.prompt[i], pool.cumulative[i], physical
-    )  # fmt: skip
-    encode(physical, scale, low, high, out)
+        pool.states[i], pool.params[i], q.arrival_s[i], q.prompt[i], q.cumulative[i], how.physical
+    )
+    encode(how.physical, how.scale, how.low, how.high, out)
 
 
 @compiled
-def observe_decode_instance(
-    pool: Any, j: int, scale: Any, low: Any, high: Any, physical: Any, out: Any
-) -> None:
+def observe_decode_instance(pool: Decodes, j: int, how: Encoding, out: NDArray[np.float32]) -> None:
     """Observation of decode instance ``j``."""
+    q, run = pool.queue, pool.running
     observe_decode(
-        pool.states[j], pool.params[j], pool.ready_s[j], pool.prompt[j], pool.cumulative[j], pool.tree[j], pool.stack[j],
-        physical,
-    )  # fmt: skip
-    encode(physical, scale, low, high, out)
+        pool.states[j],
+        pool.params[j],
+        q.ready_s[j],
+        q.prompt[j],
+        q.cumulative[j],
+        run.tree[j],
+        run.stack[j],
+        how.physical,
+    )
+    encode(how.physical, how.scale, how.low, how.high, out)
 
 
 class ClusterObserver:
@@ -50,9 +66,9 @@ class ClusterObserver:
         self._parts = {spec.name: self._part(spec) for spec in (PREFILL_SPEC, DECODE_SPEC)}
 
     @staticmethod
-    def _part(spec: ObservationSpec) -> tuple[Any, ...]:
+    def _part(spec: ObservationSpec) -> Encoding:
         low, high = spec.low.astype(np.float64), spec.high.astype(np.float64)
-        return spec.scale, low, high, np.zeros(spec.dim)
+        return Encoding(spec.scale, low, high, np.zeros(spec.dim))
 
     def phase_of(self, instance: int) -> tuple[str, int]:
         """Phase and number within it of an instance, counted prefill first."""
@@ -65,9 +81,9 @@ class ClusterObserver:
         spec = PREFILL_SPEC if phase == "prefill" else DECODE_SPEC
         out = np.zeros(spec.dim, dtype=np.float32)
         if phase == "prefill":
-            observe_prefill_instance(self.cluster.prefills, i, *self._parts[phase], out)
+            observe_prefill_instance(self.cluster.prefills, i, self._parts[phase], out)
         else:
-            observe_decode_instance(self.cluster.decodes, i, *self._parts[phase], out)
+            observe_decode_instance(self.cluster.decodes, i, self._parts[phase], out)
         return phase, out
 
     def freq_mhz(self, phase: str, action: float) -> float:

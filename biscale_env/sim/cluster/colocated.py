@@ -8,48 +8,55 @@ prompts in order of arrival. KV for a prompt is reserved when its first chunk is
 requests have priority; preempted ones are recomputed before new prompts are taken.
 """
 
-from typing import Any
-
 import numpy as np
 
 from biscale_env.core.jit import compiled, inlined
 from biscale_env.sim.arrivals import admit_arrivals
 from biscale_env.sim.clock import begin_step, request_clock, run_idle, run_work, snap_ghz
-from biscale_env.sim.cluster.loop import count_prompt, end_iteration, soonest
+from biscale_env.sim.cluster.decode_parts import admit, preempt, start_decoding
+from biscale_env.sim.cluster.layout import ClusterArrays, Decodes, FinishedRequest, Floats
+from biscale_env.sim.cluster.loop import (
+    count_prompt,
+    end_iteration,
+    next_arrival_s,
+    soonest,
+    take_arrival,
+)
 from biscale_env.sim.cluster.queues import insert_ready, write_log
 from biscale_env.sim.cluster.routing import route_decode
-from biscale_env.sim.cluster.tier2_rules import decode_ghz
-from biscale_env.sim.decode import admit_waiting, enter, make_room
+from biscale_env.sim.cluster.tier2_rules import IterationWork, decode_ghz
 from biscale_env.sim.prefill import form_batch
 
 
 @inlined
-def end_chunk(cluster: Any, dc: Any, log: Any, j: int) -> None:
-    """Prompts whose last chunk was in the iteration that just ended have their first token and
-    start to decode.
+def end_chunk(a: ClusterArrays, j: int) -> None:
+    """Prompts whose last chunk was in the iteration that just ended have their first token.
+
+    They start to decode.
     """
-    st, meta, p = dc.states[j], dc.meta[j], dc.params[j]
-    now = st.time_s
+    dc = a.decodes
+    st, meta, q = dc.states[j], dc.meta[j], dc.queue
+    now_s = st.time_s
     for r in range(st.head, meta.next_head):
-        prompt, output = dc.prompt[j, r], dc.output[j, r]
-        dc.first_s[j, r] = now
+        prompt, output = q.prompt[j, r], q.output[j, r]
+        q.first_s[j, r] = now_s
         meta.reserved_tokens -= prompt
-        count_prompt(cluster, output)
+        count_prompt(a.totals, output)
         if output == 1:
-            write_log(
-                cluster, log, dc.request[j, r], dc.arrival_s[j, r], now, now, prompt, output, -1, j
-            )
+            request, arrival_s = q.request[j, r], q.arrival_s[j, r]
+            done = FinishedRequest(request, arrival_s, now_s, now_s, prompt, output, -1, j)
+            write_log(a.totals, a.log, done)
         else:
-            st.cached += prompt + 1
-            enter(st, p, dc.slots[j], dc.ring[j], dc.tree[j], now, r, 1, output)
+            start_decoding(dc, j, r)
     st.head = meta.next_head
 
 
 @inlined
-def reserve(dc: Any, j: int) -> int:
+def reserve(dc: Decodes, j: int) -> int:
     """Give KV room to waiting prompts in order of arrival.
 
-    Returns the row behind the last that has room.
+    Returns:
+        The row behind the last that has room.
     """
     st, meta, p = dc.states[j], dc.meta[j], dc.params[j]
     room = p.kv_capacity * (1.0 - p.kv_watermark)
@@ -57,111 +64,91 @@ def reserve(dc: Any, j: int) -> int:
     tokens = 0
     started = meta.next_head_done > 0
     while limit < st.tail and limit - st.head + st.batch < p.max_seqs and tokens < p.token_budget:
-        prompt = dc.prompt[j, limit]
+        prompt = dc.queue.prompt[j, limit]
         has_room = limit == st.head and started
         if not has_room:
             alone = st.batch == 0 and meta.reserved_tokens == 0
-            if (
-                not alone
-                and st.cached + meta.reserved_tokens + tokens + prompt + 2 * st.batch + 1 > room
-            ):
+            needed = st.cached + meta.reserved_tokens + tokens + prompt + 2 * st.batch + 1
+            if not alone and needed > room:
                 break
         tokens += prompt
         limit += 1
-    return limit
+    return int(limit)
 
 
 @inlined
-def take_chunk(dc: Any, j: int) -> Any:
-    """Schedule the next chunk: ``(tokens, attention work, requests)``.
-
-    The record remembers where it ends.
-    """
-    st, meta, p = dc.states[j], dc.meta[j], dc.params[j]
+def take_chunk(dc: Decodes, j: int) -> IterationWork:
+    """Schedule the next chunk of instance ``j``; the record remembers where it ends."""
+    st, meta, p, prompt = dc.states[j], dc.meta[j], dc.params[j], dc.queue.prompt
     done = meta.next_head_done
     limit = reserve(dc, j) if st.preempted == 0 else st.head
     budget = max(p.token_budget - st.batch - st.recompute_tokens, 0)
     tokens, attn_work, n_seq, head, head_done = form_batch(
-        dc.prompt[j], st.head, done, limit, budget, p.max_seqs - st.batch
+        prompt[j], st.head, done, limit, budget, p.max_seqs - st.batch
     )
     touched = head + 1 if head_done > 0 else head
     for r in range(st.head + (1 if done > 0 else 0), touched):
-        meta.reserved_tokens += dc.prompt[j, r]
+        meta.reserved_tokens += prompt[j, r]
     meta.next_head = head
     meta.next_head_done = head_done if n_seq > 0 else done
     meta.load_tokens -= tokens
-    return tokens, attn_work, n_seq
+    return IterationWork(tokens, attn_work, 0.0, n_seq)
 
 
 @inlined
-def readmit(dc: Any, nothing: Any, j: int) -> None:
+def readmit(dc: Decodes, no_times: Floats, j: int) -> None:
     """Preempted requests come back as room allows; prompts in progress keep theirs."""
-    st, p = dc.states[j], dc.params[j]
+    st = dc.states[j]
     tail = st.tail
     reserved = dc.meta[j].reserved_tokens
     st.tail = st.head  # no new requests this way: they must be prefilled first
     st.cached += reserved
-    make_room(st, p, dc.prompt[j], dc.output[j], dc.slots[j], dc.ring[j], dc.tree[j], dc.stack[j])
-    admit_waiting(
-        st,
-        p,
-        dc.first_s[j],
-        dc.prompt[j],
-        dc.output[j],
-        nothing,
-        dc.slots[j],
-        dc.ring[j],
-        dc.tree[j],
-        dc.stack[j],
-    )
+    preempt(dc, j)
+    admit(dc, no_times, j)
     st.cached -= reserved
     st.tail = tail
 
 
 @inlined
-def server_event(cluster: Any, dc: Any, log: Any, levels_ghz: Any, nothing: Any, j: int) -> None:
+def server_event(a: ClusterArrays, j: int) -> None:
     """An iteration of server ``j`` ends, or a request reaches it while it sleeps."""
+    dc = a.decodes
     st, c, p, meta = dc.states[j], dc.coefs[j], dc.params[j], dc.meta[j]
     if meta.running == 1:
-        end_iteration(cluster, dc, log, nothing, j)
-        end_chunk(cluster, dc, log, j)
+        end_iteration(a, j)
+        end_chunk(a, j)
     elif st.time_s < dc.next_s[j]:
         run_idle(st, c, p, dc.next_s[j])
-    admit_arrivals(st, dc.ready_s[j], dc.prompt[j])
-    readmit(dc, nothing, j)
-    tokens, attn_work, n_seq = take_chunk(dc, j)
-    if st.batch == 0 and n_seq == 0:
+    admit_arrivals(st, dc.queue.ready_s[j], dc.queue.prompt[j])
+    readmit(dc, a.no_times, j)
+    chunk = take_chunk(dc, j)
+    if st.batch == 0 and chunk.n_seq == 0:
         dc.next_s[j] = np.inf
         return
-    freq = decode_ghz(st, c, p, meta, levels_ghz)
+    freq = decode_ghz(dc, j, a.levels_ghz)
     begin_step(st)
     request_clock(st, p, snap_ghz(p, freq))
-    rows = st.batch + st.recompute_tokens + tokens
-    run_work(st, c, p, rows, st.recompute_attn + attn_work, st.cached, st.batch + n_seq)
+    rows = st.batch + st.recompute_tokens + chunk.tokens
+    attn_work = st.recompute_attn + chunk.attn_work
+    run_work(st, c, p, rows, attn_work, st.cached, st.batch + chunk.n_seq)
     meta.running = 1
     dc.next_s[j] = st.time_s
 
 
 @compiled
-def advance_colocated(
-    cluster: Any, dc: Any, work: Any, log: Any, levels_ghz: Any, nothing: Any, until_s: float
-) -> None:
+def advance_colocated(a: ClusterArrays, until_s: float) -> None:
     """Process every event of a cluster of co-located servers before ``until_s``."""
+    next_s = a.decodes.next_s
     while True:
-        j = soonest(dc.next_s)
-        arrival = work.arrival_s[cluster.next] if cluster.next < work.arrival_s.size else np.inf
-        now = min(arrival, dc.next_s[j])
-        if now >= until_s:
+        j = soonest(next_s)
+        arrival_s = next_arrival_s(a)
+        now_s = min(arrival_s, next_s[j])
+        if now_s >= until_s:
             return
-        cluster.clock_s = now
-        if arrival <= now:
-            k = cluster.next
-            cluster.next += 1
-            cluster.arrived += 1
-            prompt = work.prompt[k]
-            j = route_decode(cluster, dc, levels_ghz, prompt, now)
-            insert_ready(
-                dc, j, arrival, np.nan, arrival, prompt, work.output[k], work.first + k, -1
-            )
+        a.totals.clock_s = now_s
+        if arrival_s <= now_s:
+            new = take_arrival(a)
+            j = route_decode(a.totals, a.decodes, a.levels_ghz, new.prompt, now_s)
+            insert_ready(a.decodes, j, new)
         else:
-            server_event(cluster, dc, log, levels_ghz, nothing, j)
+            server_event(a, j)

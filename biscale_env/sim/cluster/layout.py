@@ -1,20 +1,23 @@
-"""Data layout of a cluster: the records of its instances, their own request queues, and the log of
-finished requests.
+"""Data layout of a cluster: records and queues of its instances, and the log of requests.
 
 An instance of a cluster holds the same record as a single instance (:mod:`biscale_env.sim.state`)
-and runs the same transitions. What is added here: a queue of its own that the router fills, what it
-is told to do (policy, clock), and the KV it keeps for others. Rows of a queue that are over are
+and runs the same transitions. What is added here: a queue of its own that the router fills, the
+rule and clock it is given, and the KV it keeps for others. Rows of a queue that are over are
 dropped between calls, so memory does not grow with the length of a trace.
+
+Kernels take named groups: :class:`ClusterArrays` holds everything, :class:`Prefills` and
+:class:`Decodes` the instances of a phase, with one row per instance in every array.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-STATIC, SLACK, MPC, ECOFREQ, THROTTLLEM, EXTERNAL = range(6)  # tier-2 rules, see cluster_rules
+STATIC, SLACK, MPC, ECOFREQ, THROTTLLEM, EXTERNAL = range(6)  # tier-2 rules, see tier2_rules
 POLICIES = ("static", "slack", "mpc", "ecofreq", "throttllem", "external")
 
-WEIGHTED, ROUND_ROBIN, SHORTEST, WHAT_IF = range(4)  # routers, see cluster_route
+WEIGHTED, ROUND_ROBIN, SHORTEST, WHAT_IF = range(4)  # routers, see routing
 ROUTERS = ("weighted", "round_robin", "shortest", "what_if")
 
 INSTANCE_DTYPE = np.dtype(
@@ -22,20 +25,17 @@ INSTANCE_DTYPE = np.dtype(
         ("policy", np.int64),  # index into POLICIES
         ("base_ghz", np.float64),  # clock of tier 1; the clock of the static policy
         ("decided_ghz", np.float64),  # answer of an external policy; 0: none yet
-        ("margin", np.float64),  # share of the SLO that the policy keeps back
-        ("kv_guard", np.float64),  # decode: share of KV above which slack runs at the highest clock
+        ("margin", np.float64),  # fraction of the SLO that the policy keeps free
+        ("kv_guard", np.float64),  # decode: KV use above which slack takes the highest clock
         ("ahead", np.float64),  # throttllem: iterations that the KV is projected ahead
-        ("weight", np.float64),  # share of the load in weighted routing; speed in the other routers
+        ("weight", np.float64),  # fraction of the load in weighted routing; speed in the others
         ("accepting", np.int64),  # 1: the router may choose it
         ("ready_s", np.float64),  # runs nothing before (cold start, re-shard)
         ("running", np.int64),  # 1: an iteration is under way and ends at time_s of the record
         ("stalled", np.int64),  # prefill: waits for decode to take KV over
         ("next_head", np.int64),  # prefill: head after the batch under way
         ("next_head_done", np.int64),
-        (
-            "load_tokens",
-            np.int64,
-        ),  # tokens not yet prefilled / tokens queued for decode and not yet admitted
+        ("load_tokens", np.int64),  # tokens not yet prefilled / queued and not yet admitted
         ("held_tokens", np.int64),  # prefill: KV of requests that decode has not admitted yet
         ("reserved_tokens", np.int64),  # co-located: KV of prompts in progress
         ("link_free_s", np.float64),  # prefill: its network link is busy until then
@@ -43,7 +43,6 @@ INSTANCE_DTYPE = np.dtype(
         ("born_s", np.float64),
         ("retired_s", np.float64),  # inf: in service
         ("routed", np.int64),  # requests sent here
-        ("chunk_tokens", np.int64),  # co-located: prompt tokens in the iteration under way
     ]
 )
 
@@ -64,10 +63,7 @@ CLUSTER_DTYPE = np.dtype(
         ("random", np.uint64),  # state of the router's own random numbers
         ("kv_bytes_per_token", np.float64),
         ("transfer_latency_s", np.float64),
-        (
-            "transfer_overlap",
-            np.float64,
-        ),  # share of the bytes that travel while prefill still computes
+        ("transfer_overlap", np.float64),  # fraction of the bytes that travel during prefill
         ("clock_s", np.float64),  # time of the latest event
     ]
 )
@@ -85,55 +81,118 @@ LOG_DTYPE = np.dtype(
     ]
 )
 
+Records = NDArray[np.record]  # records with the fields of a dtype above or of sim.state
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+ShortInts = NDArray[np.int32]
+
+
+class PromptQueue(NamedTuple):
+    """Requests of prefill instances in order of arrival, (instances, rows)."""
+
+    arrival_s: Floats
+    prompt: ShortInts
+    output: ShortInts
+    request: Ints  # number of the request since the beginning
+    cumulative: Ints  # (instances, rows + 1): prompt tokens before each row
+
+
+class BatchPlans(NamedTuple):
+    """Projected prefill batches, scratch of the rules that look ahead."""
+
+    latency_s: Floats  # (instances, HORIZON, levels)
+    energy_j: Floats  # likewise, of one GPU
+    deadline_s: Floats  # (instances, HORIZON), s from now; inf: none that can still be met
+    level: Ints  # (instances, HORIZON)
+
 
 class Prefills(NamedTuple):
-    """Prefill instances; first axis: instance, second axis of queues: row."""
+    """Prefill instances; the first axis of every array is the instance."""
 
-    states: Any
-    coefs: Any
-    params: Any
-    meta: Any
-    next_s: Any  # time of the next event, inf: asleep
-    arrival_s: Any
-    prompt: Any
-    output: Any
-    request: Any
-    cumulative: Any  # prompt tokens before each row
-    batch_time_s: Any  # scratch of the MPC rule, (instances, HORIZON, levels)
-    batch_energy_j: Any
-    batch_slack_s: Any  # (instances, HORIZON)
-    batch_level: Any  # (instances, HORIZON)
+    states: Records  # PREFILL_DTYPE
+    coefs: Records  # COEFFICIENT_DTYPE
+    params: Records  # PARAMS_DTYPE
+    meta: Records  # INSTANCE_DTYPE
+    next_s: Floats  # time of the next event, inf: asleep
+    queue: PromptQueue
+    plans: BatchPlans
+
+
+class ReadyQueue(NamedTuple):
+    """Requests of decode (or co-located) instances in order of readiness, (instances, rows)."""
+
+    ready_s: Floats  # when the KV (co-located: the prompt) is there
+    first_s: Floats  # when the first token came; TPOT counts from there
+    arrival_s: Floats
+    prompt: ShortInts
+    output: ShortInts
+    request: Ints
+    source: ShortInts  # prefill instance that holds the KV, -1: none
+    cumulative: Ints  # (instances, rows + 1): prompt tokens before each row
+
+
+class RunningRequests(NamedTuple):
+    """Running and preempted requests of decode instances, see :mod:`biscale_env.sim.decode`."""
+
+    slots: Records  # SLOT_DTYPE, (instances, max_seqs)
+    wheel: ShortInts  # timing wheel by iteration of the last token, (instances, size)
+    tree: Floats  # tournament tree of slack keys, (instances, 2 leaves)
+    stack: Ints  # preempted requests, (instances, max_seqs, 2)
 
 
 class Decodes(NamedTuple):
-    """Decode (or co-located) instances.
+    """Decode (or co-located) instances; the first axis of every array is the instance."""
 
-    ``ready_s`` is when a request's KV (or, co-located, its prompt) is there.
-    """
-
-    states: Any
-    coefs: Any
-    params: Any
-    meta: Any
-    next_s: Any
-    ready_s: Any
-    first_s: Any
-    arrival_s: Any
-    prompt: Any
-    output: Any
-    request: Any
-    source: Any  # prefill instance that holds the KV
-    cumulative: Any
-    slots: Any
-    ring: Any
-    tree: Any
-    stack: Any
+    states: Records  # DECODE_DTYPE
+    coefs: Records
+    params: Records
+    meta: Records
+    next_s: Floats
+    queue: ReadyQueue
+    running: RunningRequests
 
 
-class Work(NamedTuple):
-    """Requests on offer: arrival times since the beginning, lengths, number of the first one."""
+class OfferedWork(NamedTuple):
+    """Requests on offer."""
 
-    arrival_s: Any
-    prompt: Any
-    output: Any
-    first: int
+    arrival_s: Floats  # since the beginning of the run
+    prompt: ShortInts
+    output: ShortInts
+    first: int  # number of the first request
+
+
+class ClusterArrays(NamedTuple):
+    """Everything that the event loops read and write."""
+
+    totals: np.record  # CLUSTER_DTYPE
+    prefills: Prefills
+    decodes: Decodes
+    work: OfferedWork
+    log: Records  # LOG_DTYPE, with room for every request in the cluster and on offer
+    levels_ghz: Floats  # clocks that the rules choose from, rising
+    no_times: Floats  # empty: transitions keep no times per request here, the log does
+
+
+class QueuedRequest(NamedTuple):
+    """A request on its way into the queue of a decode (or co-located) instance."""
+
+    ready_s: float
+    first_s: float
+    arrival_s: float
+    prompt: int
+    output: int
+    request: int
+    source: int
+
+
+class FinishedRequest(NamedTuple):
+    """A request whose last token has come: a row of the log."""
+
+    request: int
+    arrival_s: float
+    first_token_s: float
+    finish_s: float
+    prompt_tokens: int
+    output_tokens: int
+    prefill: int
+    decode: int

@@ -3,118 +3,131 @@
 Filling them, logging what is over, dropping rows that nobody needs any more.
 """
 
-from typing import Any
+import numpy as np
 
 from biscale_env.core.jit import inlined
+from biscale_env.sim.cluster.layout import (
+    ClusterArrays,
+    Decodes,
+    FinishedRequest,
+    Prefills,
+    QueuedRequest,
+    ReadyQueue,
+    Records,
+)
 from biscale_env.sim.decode import NO_SLOT
 
 
 @inlined
-def append_prompt(
-    pool: Any, i: int, arrival_s: float, prompt: int, output: int, request: int
-) -> None:
+def append_prompt(pool: Prefills, i: int, arrived: QueuedRequest) -> None:
     """Put a request behind the queue of prefill instance ``i`` and wake it if it sleeps."""
-    st = pool.states[i]
+    st, q = pool.states[i], pool.queue
     row = st.end
-    pool.arrival_s[i, row] = arrival_s
-    pool.prompt[i, row] = prompt
-    pool.output[i, row] = output
-    pool.request[i, row] = request
-    pool.cumulative[i, row + 1] = pool.cumulative[i, row] + prompt
+    q.arrival_s[i, row] = arrived.arrival_s
+    q.prompt[i, row] = arrived.prompt
+    q.output[i, row] = arrived.output
+    q.request[i, row] = arrived.request
+    q.cumulative[i, row + 1] = q.cumulative[i, row] + arrived.prompt
     st.end += 1
     pool.meta[i].routed += 1
-    pool.meta[i].load_tokens += prompt
+    pool.meta[i].load_tokens += arrived.prompt
     if pool.meta[i].running == 0:
-        pool.next_s[i] = max(arrival_s, pool.meta[i].ready_s)
+        pool.next_s[i] = max(arrived.arrival_s, pool.meta[i].ready_s)
 
 
 @inlined
-def copy_row(pool: Any, j: int, to: int, row: int) -> None:
+def copy_row(q: ReadyQueue, j: int, to: int, row: int) -> None:
     """Copy a row within the queue of decode instance ``j``."""
-    pool.ready_s[j, to] = pool.ready_s[j, row]
-    pool.first_s[j, to] = pool.first_s[j, row]
-    pool.arrival_s[j, to] = pool.arrival_s[j, row]
-    pool.prompt[j, to] = pool.prompt[j, row]
-    pool.output[j, to] = pool.output[j, row]
-    pool.request[j, to] = pool.request[j, row]
-    pool.source[j, to] = pool.source[j, row]
+    q.ready_s[j, to] = q.ready_s[j, row]
+    q.first_s[j, to] = q.first_s[j, row]
+    q.arrival_s[j, to] = q.arrival_s[j, row]
+    q.prompt[j, to] = q.prompt[j, row]
+    q.output[j, to] = q.output[j, row]
+    q.request[j, to] = q.request[j, row]
+    q.source[j, to] = q.source[j, row]
 
 
 @inlined
-def insert_ready(
-    pool: Any, j: int, ready_s: float, first_s: float, arrival_s: float, prompt: int, output: int, request: int, source: int
-) -> None:  # fmt: skip
-    """Put a request into the queue of decode instance ``j``, in order of readiness, and wake it in
-    time if it sleeps.
+def insert_ready(pool: Decodes, j: int, new: QueuedRequest) -> None:
+    """Put a request into the queue of decode instance ``j``, in order of readiness.
+
+    Wakes the instance in time if it sleeps.
     """
-    st = pool.states[j]
+    st, q = pool.states[j], pool.queue
     row = st.end
-    while row > st.tail and pool.ready_s[j, row - 1] > ready_s:
-        copy_row(pool, j, row, row - 1)
+    while row > st.tail and q.ready_s[j, row - 1] > new.ready_s:
+        copy_row(q, j, row, row - 1)
         row -= 1
-    pool.ready_s[j, row] = ready_s
-    pool.first_s[j, row] = first_s
-    pool.arrival_s[j, row] = arrival_s
-    pool.prompt[j, row] = prompt
-    pool.output[j, row] = output
-    pool.request[j, row] = request
-    pool.source[j, row] = source
+    q.ready_s[j, row] = new.ready_s
+    q.first_s[j, row] = new.first_s
+    q.arrival_s[j, row] = new.arrival_s
+    q.prompt[j, row] = new.prompt
+    q.output[j, row] = new.output
+    q.request[j, row] = new.request
+    q.source[j, row] = new.source
     st.end += 1
     for r in range(row, st.end):
-        pool.cumulative[j, r + 1] = pool.cumulative[j, r] + pool.prompt[j, r]
+        q.cumulative[j, r + 1] = q.cumulative[j, r] + q.prompt[j, r]
     st.incoming = st.end - st.tail
     pool.meta[j].routed += 1
-    pool.meta[j].load_tokens += prompt
+    pool.meta[j].load_tokens += new.prompt
     if pool.meta[j].running == 0:
-        pool.next_s[j] = min(pool.next_s[j], max(ready_s, pool.meta[j].ready_s))
+        pool.next_s[j] = min(pool.next_s[j], max(new.ready_s, pool.meta[j].ready_s))
 
 
 @inlined
-def write_log(
-    cluster: Any, log: Any, request: int, arrival_s: float, first_s: float, finish_s: float, prompt: int, output: int, prefill: int,
-    decode: int,
-) -> None:  # fmt: skip
-    """Note a finished request."""
-    row = log[cluster.logged]
-    row.request = request
-    row.arrival_s = arrival_s
-    row.first_token_s = first_s
-    row.finish_s = finish_s
-    row.prompt_tokens = prompt
-    row.output_tokens = output
-    row.prefill = prefill
-    row.decode = decode
-    cluster.logged += 1
-    cluster.finished += 1
+def write_log(totals: np.record, log: Records, done: FinishedRequest) -> None:
+    """Log a finished request."""
+    row = log[totals.logged]
+    row.request = done.request
+    row.arrival_s = done.arrival_s
+    row.first_token_s = done.first_token_s
+    row.finish_s = done.finish_s
+    row.prompt_tokens = done.prompt_tokens
+    row.output_tokens = done.output_tokens
+    row.prefill = done.prefill
+    row.decode = done.decode
+    totals.logged += 1
+    totals.finished += 1
 
 
 @inlined
-def log_finishing(cluster: Any, pool: Any, j: int, log: Any) -> None:
-    """Note every request whose last token has just come (they hang at this iteration of the ring)."""
-    st = pool.states[j]
-    slot = pool.ring[j, st.iterations % pool.ring.shape[1]]
+def log_finishing(a: ClusterArrays, j: int) -> None:
+    """Log every request of decode instance ``j`` whose last token has just come.
+
+    They are linked at this iteration of the timing wheel.
+    """
+    st, q, run = a.decodes.states[j], a.decodes.queue, a.decodes.running
+    slot = run.wheel[j, st.iterations % run.wheel.shape[1]]
     while slot != NO_SLOT:
-        r = pool.slots[j, slot].request
-        write_log(
-            cluster, log, pool.request[j, r], pool.arrival_s[j, r], pool.first_s[j, r], st.time_s, pool.prompt[j, r],
-            pool.output[j, r], pool.source[j, r], j,
-        )  # fmt: skip
-        slot = pool.slots[j, slot].ring_next
+        r = run.slots[j, slot].request
+        done = FinishedRequest(
+            q.request[j, r],
+            q.arrival_s[j, r],
+            q.first_s[j, r],
+            st.time_s,
+            q.prompt[j, r],
+            q.output[j, r],
+            q.source[j, r],
+            j,
+        )
+        write_log(a.totals, a.log, done)
+        slot = run.slots[j, slot].ring_next
 
 
 @inlined
-def drop_prompts(pool: Any, i: int) -> None:
+def drop_prompts(pool: Prefills, i: int) -> None:
     """Drop the rows of prefill instance ``i`` that are over."""
-    st = pool.states[i]
+    st, q = pool.states[i], pool.queue
     gone = st.head
-    before = pool.cumulative[i, gone]
+    before = q.cumulative[i, gone]
     for r in range(gone, st.end):
-        pool.arrival_s[i, r - gone] = pool.arrival_s[i, r]
-        pool.prompt[i, r - gone] = pool.prompt[i, r]
-        pool.output[i, r - gone] = pool.output[i, r]
-        pool.request[i, r - gone] = pool.request[i, r]
+        q.arrival_s[i, r - gone] = q.arrival_s[i, r]
+        q.prompt[i, r - gone] = q.prompt[i, r]
+        q.output[i, r - gone] = q.output[i, r]
+        q.request[i, r - gone] = q.request[i, r]
     for r in range(gone, st.end + 1):
-        pool.cumulative[i, r - gone] = pool.cumulative[i, r] - before
+        q.cumulative[i, r - gone] = q.cumulative[i, r] - before
     pool.meta[i].next_head -= gone
     st.begin = 0
     st.head = 0
@@ -123,27 +136,35 @@ def drop_prompts(pool: Any, i: int) -> None:
 
 
 @inlined
-def drop_finished(pool: Any, j: int) -> None:
+def first_row_alive(pool: Decodes, j: int) -> int:
+    """First row of decode instance ``j`` that a waiting, running or preempted request is in."""
+    st, run = pool.states[j], pool.running
+    first = st.head
+    slot = st.admitted_last
+    while slot != NO_SLOT:
+        first = min(first, run.slots[j, slot].request)
+        slot = run.slots[j, slot].older
+    for k in range(st.preempted):
+        first = min(first, run.stack[j, k, 0])
+    return int(first)
+
+
+@inlined
+def drop_finished(pool: Decodes, j: int) -> None:
     """Drop the rows of decode instance ``j`` that lie before every request still alive there."""
-    st = pool.states[j]
-    gone = st.head
+    st, q, run = pool.states[j], pool.queue, pool.running
+    gone = first_row_alive(pool, j)
     slot = st.admitted_last
     while slot != NO_SLOT:
-        gone = min(gone, pool.slots[j, slot].request)
-        slot = pool.slots[j, slot].older
+        run.slots[j, slot].request -= gone
+        slot = run.slots[j, slot].older
     for k in range(st.preempted):
-        gone = min(gone, pool.stack[j, k, 0])
-    slot = st.admitted_last
-    while slot != NO_SLOT:
-        pool.slots[j, slot].request -= gone
-        slot = pool.slots[j, slot].older
-    for k in range(st.preempted):
-        pool.stack[j, k, 0] -= gone
-    before = pool.cumulative[j, gone]
+        run.stack[j, k, 0] -= gone
+    before = q.cumulative[j, gone]
     for r in range(gone, st.end):
-        copy_row(pool, j, r - gone, r)
+        copy_row(q, j, r - gone, r)
     for r in range(gone, st.end + 1):
-        pool.cumulative[j, r - gone] = pool.cumulative[j, r] - before
+        q.cumulative[j, r - gone] = q.cumulative[j, r] - before
     pool.meta[j].next_head -= gone
     st.begin = 0
     st.head -= gone

@@ -1,35 +1,42 @@
 """Routers: which instance a request goes to. The same four serve both pools."""
 
-from typing import Any
-
 import numpy as np
 
 from biscale_env.core.jit import inlined
-from biscale_env.sim.cluster.layout import ROUND_ROBIN, WEIGHTED, WHAT_IF
-from biscale_env.sim.cluster.tier2_rules import lowest_level_ghz
+from biscale_env.laws.level_search import interval_limit_s, lowest_meeting_level
+from biscale_env.sim.cluster.layout import (
+    ROUND_ROBIN,
+    WEIGHTED,
+    WHAT_IF,
+    Decodes,
+    Floats,
+    Prefills,
+    Records,
+)
+from biscale_env.sim.cluster.tier2_rules import IterationWork, WorkAtClocks, capped_latency_s
 
 NOWHERE = -1
 
 
 @inlined
-def random_share(cluster: Any) -> float:
+def random_fraction(totals: np.record) -> float:
     """Next number in [0, 1) of the router's own stream (SplitMix64; Steele, Lea, Flood 2014)."""
-    cluster.random += np.uint64(0x9E3779B97F4A7C15)
-    z = cluster.random
+    totals.random += np.uint64(0x9E3779B97F4A7C15)
+    z: np.uint64 = totals.random  # type: ignore[assignment]
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     z = z ^ (z >> np.uint64(31))
-    return np.float64(z >> np.uint64(11)) * (1.0 / 9007199254740992.0)
+    return float(np.float64(z >> np.uint64(11)) * (1.0 / 9007199254740992.0))
 
 
 @inlined
-def is_open(meta: Any, now_s: float) -> bool:
+def is_open(meta: np.record, now_s: float) -> bool:
     """Whether the router may choose an instance now."""
-    return meta.accepting == 1 and meta.ready_s <= now_s
+    return bool(meta.accepting == 1 and meta.ready_s <= now_s)
 
 
 @inlined
-def first_ready(metas: Any) -> int:
+def first_ready(metas: Records) -> int:
     """With no instance open: the accepting one that is ready first."""
     best = NOWHERE
     for i in range(metas.size):
@@ -39,13 +46,13 @@ def first_ready(metas: Any) -> int:
 
 
 @inlined
-def weighted(cluster: Any, metas: Any, now_s: float) -> int:
+def weighted(totals: np.record, metas: Records, now_s: float) -> int:
     """Random choice with probabilities in proportion to the weights."""
     total = 0.0
     for i in range(metas.size):
         if is_open(metas[i], now_s):
             total += metas[i].weight
-    left = random_share(cluster) * total
+    left = random_fraction(totals) * total
     chosen = NOWHERE
     for i in range(metas.size):
         if is_open(metas[i], now_s):
@@ -57,7 +64,7 @@ def weighted(cluster: Any, metas: Any, now_s: float) -> int:
 
 
 @inlined
-def in_turn(metas: Any, turn: int, now_s: float) -> int:
+def in_turn(metas: Records, turn: int, now_s: float) -> int:
     """The first open instance from ``turn`` on."""
     for k in range(metas.size):
         i = (turn + k) % metas.size
@@ -67,65 +74,84 @@ def in_turn(metas: Any, turn: int, now_s: float) -> int:
 
 
 @inlined
-def route_prefill(cluster: Any, pool: Any, now_s: float) -> int:
-    """Prefill instance for a request that arrives now.
+def shortest_prefill(pool: Prefills, now_s: float) -> int:
+    """The open instance with the shortest queue by tokens over speed."""
+    chosen, least = NOWHERE, np.inf
+    for i in range(pool.meta.size):
+        if is_open(pool.meta[i], now_s):
+            length = pool.meta[i].load_tokens / pool.meta[i].weight
+            if length < least:
+                chosen, least = i, length
+    return chosen
 
-    Shortest queue by tokens over speed unless told otherwise.
-    """
-    chosen = NOWHERE
-    if cluster.router_prefill == WEIGHTED:
-        chosen = weighted(cluster, pool.meta, now_s)
-    elif cluster.router_prefill == ROUND_ROBIN:
-        chosen = in_turn(pool.meta, cluster.turn_prefill, now_s)
-        cluster.turn_prefill = chosen + 1
+
+@inlined
+def route_prefill(totals: np.record, pool: Prefills, now_s: float) -> int:
+    """Prefill instance for a request that arrives now."""
+    if totals.router_prefill == WEIGHTED:
+        chosen = weighted(totals, pool.meta, now_s)
+    elif totals.router_prefill == ROUND_ROBIN:
+        chosen = in_turn(pool.meta, totals.turn_prefill, now_s)
+        totals.turn_prefill = chosen + 1
     else:
-        least = np.inf
-        for i in range(pool.meta.size):
-            if is_open(pool.meta[i], now_s):
-                length = pool.meta[i].load_tokens / pool.meta[i].weight
-                if length < least:
-                    chosen, least = i, length
+        chosen = shortest_prefill(pool, now_s)
     return chosen if chosen != NOWHERE else first_ready(pool.meta)
 
 
 @inlined
-def level_with(pool: Any, j: int, levels_ghz: Any, requests: int, tokens: int) -> float:
-    """Lowest level at which decode instance ``j`` meets its bound with ``requests`` and ``tokens``
-    more than it has.
+def level_with(pool: Decodes, j: int, levels_ghz: Floats, requests: int, tokens: int) -> float:
+    """Lowest level at which decode instance ``j`` meets its bound with so many more, GHz.
+
+    Args:
+        pool: decode instances.
+        j: which.
+        levels_ghz: clocks, rising.
+        requests: more requests than it has.
+        tokens: more KV tokens than it has.
     """
-    st = pool.states[j]
-    meta = pool.meta[j]
-    batch = min(st.batch + (st.end - st.head) + requests, pool.params[j].max_seqs)
-    cached = min(st.cached + meta.load_tokens + tokens, pool.params[j].kv_capacity)
-    bound = pool.params[j].slo_s * (1.0 - meta.margin)
-    return lowest_level_ghz(
-        pool.coefs[j], pool.params[j], levels_ghz, batch, 0.0, cached, batch, bound
-    )
+    st, p, meta = pool.states[j], pool.params[j], pool.meta[j]
+    batch = min(st.batch + (st.end - st.head) + requests, p.max_seqs)
+    cached = min(st.cached + meta.load_tokens + tokens, p.kv_capacity)
+    at = WorkAtClocks(pool.coefs[j], p, IterationWork(batch, 0.0, cached, batch), levels_ghz)
+    limit = interval_limit_s(p.slo_s, meta.margin)
+    return float(levels_ghz[lowest_meeting_level(capped_latency_s, at, levels_ghz.size, limit)])
 
 
 @inlined
-def route_decode(cluster: Any, pool: Any, levels_ghz: Any, prompt: int, now_s: float) -> int:
+def shortest_decode(
+    pool: Decodes, levels_ghz: Floats, prompt: int, now_s: float, what_if: bool
+) -> int:
+    """The open instance with the shortest queue by KV tokens over speed.
+
+    With ``what_if``: among those whose lowest feasible clock rises least by the request.
+    """
+    chosen, least, least_rise = NOWHERE, np.inf, np.inf
+    for j in range(pool.meta.size):
+        if is_open(pool.meta[j], now_s):
+            length = (pool.states[j].cached + pool.meta[j].load_tokens) / pool.meta[j].weight
+            rise = 0.0
+            if what_if:
+                before = level_with(pool, j, levels_ghz, 0, 0)
+                rise = level_with(pool, j, levels_ghz, 1, prompt) - before
+            if rise < least_rise or (rise == least_rise and length < least):
+                chosen, least, least_rise = j, length, rise
+    return chosen
+
+
+@inlined
+def route_decode(
+    totals: np.record, pool: Decodes, levels_ghz: Floats, prompt: int, now_s: float
+) -> int:
     """Decode instance for a request whose prefill is done now.
 
-    The what-if router (VoltanaLLM's EcoRoute) takes the instance whose lowest feasible clock rises
-    least by the request, and among equals the shortest queue.
+    The what-if router is VoltanaLLM's EcoRoute (arXiv 2509.04827).
     """
-    chosen = NOWHERE
-    if cluster.router_decode == WEIGHTED:
-        chosen = weighted(cluster, pool.meta, now_s)
-    elif cluster.router_decode == ROUND_ROBIN:
-        chosen = in_turn(pool.meta, cluster.turn_decode, now_s)
-        cluster.turn_decode = chosen + 1
+    if totals.router_decode == WEIGHTED:
+        chosen = weighted(totals, pool.meta, now_s)
+    elif totals.router_decode == ROUND_ROBIN:
+        chosen = in_turn(pool.meta, totals.turn_decode, now_s)
+        totals.turn_decode = chosen + 1
     else:
-        least, least_rise = np.inf, np.inf
-        for j in range(pool.meta.size):
-            if is_open(pool.meta[j], now_s):
-                length = (pool.states[j].cached + pool.meta[j].load_tokens) / pool.meta[j].weight
-                rise = 0.0
-                if cluster.router_decode == WHAT_IF:
-                    rise = level_with(pool, j, levels_ghz, 1, prompt) - level_with(
-                        pool, j, levels_ghz, 0, 0
-                    )
-                if rise < least_rise or (rise == least_rise and length < least):
-                    chosen, least, least_rise = j, length, rise
+        what_if = totals.router_decode == WHAT_IF
+        chosen = shortest_decode(pool, levels_ghz, prompt, now_s, what_if)
     return chosen if chosen != NOWHERE else first_ready(pool.meta)

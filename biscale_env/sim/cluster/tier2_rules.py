@@ -1,278 +1,261 @@
 """Tier-2 rules inside the cluster simulator.
 
-Which clock an instance asks for when an iteration is about to start.
+Which clock an instance requests when an iteration is about to start.
 
-These are the rules of the published controllers, evaluated on the state with the plant's own
-coefficients, so that a day of a cluster runs in minutes. The policies in ``controllers`` work from
-observations and may hold another model than the plant; tests compare the two. Bounds are the SLO
-less a margin: ``bound = slo * (1 - margin)``.
+The laws are those of the published controllers (:mod:`biscale_env.laws`), fed here from the state
+and with the plant's own coefficients, so that a day of a cluster runs in minutes. The policies in
+``controllers`` feed the same laws from observations and may hold another model than the plant.
+Limits are the SLO less a margin.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from biscale_env.core.jit import inlined
+from biscale_env.laws.ecofreq_law import binned_requests, ecofreq_level
+from biscale_env.laws.greedy_law import lower_greedily
+from biscale_env.laws.level_search import first_token_limit_s, interval_limit_s
+from biscale_env.laws.slack_law import slack_level
+from biscale_env.laws.throttllem_law import (
+    DecodeOutlook,
+    lowest_level_for_queue,
+    project_decode,
+    throttllem_level,
+)
 from biscale_env.sim.clock import time_to_apply_s, under_cap
-from biscale_env.sim.cluster.layout import ECOFREQ, EXTERNAL, MPC, SLACK, STATIC, THROTTLLEM
+from biscale_env.sim.cluster.layout import (
+    ECOFREQ,
+    EXTERNAL,
+    MPC,
+    SLACK,
+    THROTTLLEM,
+    Decodes,
+    Floats,
+    Prefills,
+)
 from biscale_env.sim.prefill import form_batch
 
 BIN_REQUESTS = 8.0  # EcoFreq's bins of the decode batch
-# relative: two levels above the power cap run alike but for the rounding of the search for the
-# effective clock
-SAME = 1e-6
-LOST_S = np.inf  # slack of a batch whose deadlines have passed: it constrains nothing
+
+
+class IterationWork(NamedTuple):
+    """Work of one iteration, as the latency formula takes it."""
+
+    tokens: float  # GEMM rows
+    attn_work: float  # attention work, token^2
+    cached: float  # KV tokens read
+    n_seq: float  # requests
+
+
+class WorkAtClocks(NamedTuple):
+    """Where :func:`capped_latency_s` computes latencies from."""
+
+    coef: np.record
+    params: np.record
+    work: IterationWork
+    levels_ghz: Floats
 
 
 @inlined
-def lowest_level_ghz(
-    c: Any,
-    p: Any,
-    levels_ghz: Any,
-    tokens: float,
-    attn_work: float,
-    cached: float,
-    n_seq: float,
-    bound_s: float,
-) -> float:
-    """Lowest level at which an iteration takes no longer than ``bound_s``.
-
-    The highest if none does.
-    """
-    for k in range(levels_ghz.size - 1):
-        if under_cap(c, p, tokens, attn_work, cached, n_seq, levels_ghz[k])[1] <= bound_s:
-            return levels_ghz[k]
-    return levels_ghz[-1]
+def capped_latency_s(at: WorkAtClocks, k: int) -> float:
+    """Latency of the work at level ``k`` under the power cap, s."""
+    w = at.work
+    freq_ghz = at.levels_ghz[k]
+    capped = under_cap(at.coef, at.params, w.tokens, w.attn_work, w.cached, w.n_seq, freq_ghz)
+    return float(capped[1])
 
 
 @inlined
-def slack_ghz(st: Any, c: Any, p: Any, meta: Any, levels_ghz: Any) -> float:
-    """BiScale decode: lowest level whose next interval between tokens meets the TPOT bound.
+def slack_ghz(pool: Decodes, j: int, levels_ghz: Floats) -> float:
+    """BiScale decode, see :mod:`biscale_env.laws.slack_law`."""
+    st, p, meta = pool.states[j], pool.params[j], pool.meta[j]
+    rows = st.batch + st.recompute_tokens
+    work = IterationWork(rows, st.recompute_attn, st.cached, st.batch)
+    at = WorkAtClocks(pool.coefs[j], p, work, levels_ghz)
+    limit = interval_limit_s(p.slo_s, meta.margin)
+    above = st.cached > meta.kv_guard * p.kv_capacity
+    return float(levels_ghz[slack_level(capped_latency_s, at, levels_ghz.size, limit, above)])
 
-    KV above the guard: highest.
-    """
-    if st.cached > meta.kv_guard * p.kv_capacity:
-        return levels_ghz[-1]
-    bound = p.slo_s * (1.0 - meta.margin)
-    return lowest_level_ghz(
-        c,
-        p,
-        levels_ghz,
-        st.batch + st.recompute_tokens,
+
+@inlined
+def decode_outlook(pool: Decodes, j: int) -> DecodeOutlook:
+    """What decode instance ``j`` has and what will join it; prompt lengths are known here."""
+    st = pool.states[j]
+    cached = st.cached + pool.meta[j].load_tokens
+    for k in range(st.preempted):
+        row = pool.running.stack[j, k, 0]
+        cached += pool.queue.prompt[j, row] + pool.running.stack[j, k, 1]
+    joining = st.end - st.head + st.preempted
+    return DecodeOutlook(
+        float(st.batch),
+        float(joining),
+        float(cached),
+        float(st.recompute_tokens),
         st.recompute_attn,
-        st.cached,
-        st.batch,
-        bound,
     )
 
 
 @inlined
-def throttllem_ghz(st: Any, c: Any, p: Any, meta: Any, levels_ghz: Any) -> float:
-    """throttLL'eM: batch and KV projected ahead (all that wait join, all run on), lowest level
-    whose mean interval meets the bound.
-    """
-    batch = min(st.batch + st.end - st.head, p.max_seqs)
-    cached = min(st.cached + meta.load_tokens + 0.5 * meta.ahead * batch, p.kv_capacity)
-    bound = p.slo_s * (1.0 - meta.margin)
-    return lowest_level_ghz(
-        c, p, levels_ghz, batch + st.recompute_tokens, st.recompute_attn, cached, batch, bound
-    )
+def throttllem_decode_ghz(pool: Decodes, j: int, levels_ghz: Floats) -> float:
+    """throttLL'eM, see :mod:`biscale_env.laws.throttllem_law`, on the control levels."""
+    p, meta = pool.params[j], pool.meta[j]
+    then = project_decode(decode_outlook(pool, j), meta.ahead, p.kv_capacity, p.max_seqs)
+    work = IterationWork(then.rows, then.attn_work, then.cached, then.n_seq)
+    at = WorkAtClocks(pool.coefs[j], p, work, levels_ghz)
+    limit = interval_limit_s(p.slo_s, meta.margin)
+    n = levels_ghz.size
+    return float(levels_ghz[throttllem_level(capped_latency_s, at, n, limit, then.overflows)])
 
 
 @inlined
-def ecofreq_decode_ghz(st: Any, c: Any, p: Any, meta: Any, levels_ghz: Any) -> float:
-    """VoltanaLLM EcoFreq, decode: anything waiting: highest.
-
-    Else the first level whose iteration meets the bound.
-
-    As in the source, the predictor is binned by batches of 8.
-    """
-    if st.head < st.tail or st.preempted > 0:
-        return levels_ghz[-1]
-    bound = p.slo_s * (1.0 - meta.margin)
-    batch = np.ceil(st.batch / BIN_REQUESTS) * BIN_REQUESTS
+def ecofreq_decode_ghz(pool: Decodes, j: int, levels_ghz: Floats) -> float:
+    """EcoFreq, decode, see :mod:`biscale_env.laws.ecofreq_law`."""
+    st, p, meta = pool.states[j], pool.params[j], pool.meta[j]
+    batch = binned_requests(st.batch, BIN_REQUESTS)
     rows = max(st.batch + st.recompute_tokens, batch)
-    return lowest_level_ghz(c, p, levels_ghz, rows, st.recompute_attn, st.cached, batch, bound)
+    work = IterationWork(rows, st.recompute_attn, st.cached, batch)
+    at = WorkAtClocks(pool.coefs[j], p, work, levels_ghz)
+    limit = interval_limit_s(p.slo_s, meta.margin)
+    waiting = st.head < st.tail or st.preempted > 0
+    return float(levels_ghz[ecofreq_level(capped_latency_s, at, levels_ghz.size, limit, waiting)])
 
 
 @inlined
-def decode_ghz(st: Any, c: Any, p: Any, meta: Any, levels_ghz: Any) -> float:
-    """Clock that the instance's policy asks for now, GHz.
+def decode_ghz(pool: Decodes, j: int, levels_ghz: Floats) -> float:
+    """Clock that the rule of decode (or co-located) instance ``j`` requests now, GHz.
 
-    A policy of the other phase means the base clock.
+    A rule of the other phase means the base clock.
     """
+    meta = pool.meta[j]
     if meta.policy == EXTERNAL:
-        return meta.decided_ghz
+        return float(meta.decided_ghz)
     if meta.policy == SLACK:
-        return slack_ghz(st, c, p, meta, levels_ghz)
+        return slack_ghz(pool, j, levels_ghz)
     if meta.policy == ECOFREQ:
-        return ecofreq_decode_ghz(st, c, p, meta, levels_ghz)
+        return ecofreq_decode_ghz(pool, j, levels_ghz)
     if meta.policy == THROTTLLEM:
-        return throttllem_ghz(st, c, p, meta, levels_ghz)
-    return meta.base_ghz
+        return throttllem_decode_ghz(pool, j, levels_ghz)
+    return float(meta.base_ghz)
 
 
 @inlined
-def ecofreq_prefill_ghz(
-    st: Any,
-    c: Any,
-    p: Any,
-    meta: Any,
-    levels_ghz: Any,
-    arrival_s: Any,
-    tokens: float,
-    attn_work: float,
-    n_seq: float,
-) -> float:
-    """EcoFreq, prefill: requests behind this batch: highest.
+def ecofreq_prefill_ghz(pool: Prefills, i: int, levels_ghz: Floats, batch: IterationWork) -> float:
+    """EcoFreq, prefill, see :mod:`biscale_env.laws.ecofreq_law`."""
+    st, p, meta = pool.states[i], pool.params[i], pool.meta[i]
+    waited = (st.time_s - pool.queue.arrival_s[i, st.head]) / p.slo_s
+    limit = first_token_limit_s(p.slo_s, meta.margin, waited)
+    waiting = st.tail - st.head > batch.n_seq
+    at = WorkAtClocks(pool.coefs[i], p, batch, levels_ghz)
+    return float(levels_ghz[ecofreq_level(capped_latency_s, at, levels_ghz.size, limit, waiting)])
 
-    Else the first level that meets SLO (1 - margin) - wait.
+
+@inlined
+def tightest_slack_s(pool: Prefills, i: int, first: int, end: int, now_s: float) -> float:
+    """Least slack of rows ``first .. end - 1`` of prefill instance ``i`` at ``now_s``, s.
+
+    Deadlines that have passed constrain nothing (inf); one that only misses the margin has
+    slack 0.
     """
-    if st.tail - st.head > n_seq:
-        return levels_ghz[-1]
-    bound = p.slo_s * (1.0 - meta.margin) - (st.time_s - arrival_s[st.head])
-    return lowest_level_ghz(c, p, levels_ghz, tokens, attn_work, 0.0, n_seq, bound)
+    p = pool.params[i]
+    slack = np.inf
+    for r in range(first, end):
+        left = pool.queue.arrival_s[i, r] + p.slo_s - now_s
+        if left >= 0.0:
+            slack = min(slack, max(left - pool.meta[i].margin * p.slo_s, 0.0))
+    return float(slack)
 
 
 @inlined
-def project_batches(
-    st: Any, c: Any, p: Any, margin: float, levels_ghz: Any, arrival_s: Any, prompt: Any, times: Any, joules: Any, slack: Any
-) -> int:  # fmt: skip
-    """Roll out the queue in batches.
+def project_batches(pool: Prefills, i: int, levels_ghz: Floats) -> int:
+    """Project the queue of prefill instance ``i`` in batches, into its plans.
 
-    Time and energy of each at every level, and its slack if all ran at the highest.
-
-    A batch counts by its tightest deadline that can still be met. One that only misses the margin
-    has slack 0.
+    Latency and energy of each at every level, and its deadline: the tightest of its requests that
+    can still be met if every batch runs at the highest level.
 
     Returns:
         How many batches the queue fills, at most the horizon.
     """
-    head = st.head
-    head_done = st.head_done
-    now = st.time_s
+    st, c, p, plans = pool.states[i], pool.coefs[i], pool.params[i], pool.plans
+    head, head_done = st.head, st.head_done
     top = levels_ghz.size - 1
-    count = 0
-    while count < slack.size and head < st.tail:
+    now_s, done_s, count = st.time_s, 0.0, 0
+    while count < plans.deadline_s.shape[1] and head < st.tail:
         first = head
         tokens, attn_work, n_seq, head, head_done = form_batch(
-            prompt, head, head_done, st.tail, p.token_budget, p.max_seqs
+            pool.queue.prompt[i], head, head_done, st.tail, p.token_budget, p.max_seqs
         )
         for k in range(levels_ghz.size):
-            _, times[count, k], joules[count, k] = under_cap(
-                c, p, tokens, attn_work, 0.0, n_seq, levels_ghz[k]
-            )
-        now += times[count, top]
-        slack[count] = LOST_S
-        for r in range(first, head):
-            left = arrival_s[r] + p.slo_s - now
-            if left >= 0.0:
-                slack[count] = min(slack[count], max(left - margin * p.slo_s, 0.0))
+            _, latency, joules = under_cap(c, p, tokens, attn_work, 0.0, n_seq, levels_ghz[k])
+            plans.latency_s[i, count, k] = latency
+            plans.energy_j[i, count, k] = joules
+        now_s += plans.latency_s[i, count, top]
+        done_s += plans.latency_s[i, count, top]
+        plans.deadline_s[i, count] = done_s + tightest_slack_s(pool, i, first, head, now_s)
         count += 1
     return count
 
 
 @inlined
-def best_lowering(times: Any, joules: Any, slack: Any, level: Any, count: int) -> int:
-    """Batch whose next lower level saves the most energy per second lost and breaks no deadline.
+def spend_clock_delay(pool: Prefills, i: int, levels_ghz: Floats, n: int) -> None:
+    """Take off the deadlines what the first of ``n`` batches loses at the applied clock.
 
-    -1: none.
+    The highest clock takes effect only after a delay. A deadline that is missed thereby constrains
+    as if it were just met.
     """
-    best = -1
-    best_gain = 0.0
-    room = np.inf
-    for k in range(count - 1, -1, -1):
-        room = min(room, slack[k])
-        now = level[k]
-        if now == 0:
-            continue
-        lost = times[k, now - 1] - times[k, now]
-        saved = joules[k, now] - joules[k, now - 1]
-        if lost > room or saved < -SAME * joules[k, now]:
-            continue
-        gain = saved / max(lost, 1e-12)
-        if best < 0 or gain > best_gain:
-            best, best_gain = k, gain
-    return best
-
-
-@inlined
-def mpc_ghz(
-    st: Any, c: Any, p: Any, meta: Any, levels_ghz: Any, arrival_s: Any, prompt: Any, times: Any, joules: Any, slack: Any, level: Any
-) -> float:  # fmt: skip
-    """BiScale prefill: one level per projected batch, all at the highest first, then greedily
-    lowered; the first is applied.
-
-    The clock under way is taken into account: until it applies, the first batch runs at the clock
-    in force.
-    """
-    count = project_batches(
-        st, c, p, meta.margin, levels_ghz, arrival_s, prompt, times, joules, slack
+    st, p, plans = pool.states[i], pool.params[i], pool.plans
+    highest = levels_ghz[-1]
+    if not st.freq_ghz < highest:
+        return
+    wait = time_to_apply_s(st, p) if st.wanted_ghz == highest else p.delay_s
+    tokens, attn_work, n_seq, _, _ = form_batch(
+        pool.queue.prompt[i], st.head, st.head_done, st.tail, p.token_budget, p.max_seqs
     )
-    top = levels_ghz.size - 1
-    late = 0.0
-    if st.freq_ghz < levels_ghz[-1] and count > 0:
-        wait = time_to_apply_s(st, p) if st.wanted_ghz == levels_ghz[-1] else p.delay_s
-        tokens, attn_work, n_seq, _, _ = form_batch(
-            prompt, st.head, st.head_done, st.tail, p.token_budget, p.max_seqs
-        )
-        slow = under_cap(c, p, tokens, attn_work, 0.0, n_seq, st.freq_ghz)[1]
-        late = min(wait, slow) * (1.0 - times[0, top] / slow)
-    for k in range(count):
-        level[k] = top
-        slack[k] = max(slack[k] - late, 0.0)
-    while True:
-        k = best_lowering(times, joules, slack, level, count)
-        if k < 0:
-            break
-        lost = times[k, level[k] - 1] - times[k, level[k]]
-        level[k] -= 1
-        for m in range(k, count):
-            slack[m] -= lost
-    return levels_ghz[level[0]]
+    slow = under_cap(pool.coefs[i], p, tokens, attn_work, 0.0, n_seq, st.freq_ghz)[1]
+    late = min(wait, slow) * (1.0 - plans.latency_s[i, 0, levels_ghz.size - 1] / slow)
+    done_s = 0.0
+    for k in range(n):
+        done_s += plans.latency_s[i, k, levels_ghz.size - 1]
+        plans.deadline_s[i, k] = max(plans.deadline_s[i, k] - late, done_s)
 
 
 @inlined
-def throttllem_prefill_ghz(
-    st: Any, c: Any, p: Any, meta: Any, levels_ghz: Any, arrival_s: Any, prompt: Any, times: Any, joules: Any, slack: Any
-) -> float:  # fmt: skip
-    """throttLL'eM, prefill: the lowest single level at which every projected batch meets its
-    deadlines; the highest if none.
+def mpc_ghz(pool: Prefills, i: int, levels_ghz: Floats) -> float:
+    """BiScale prefill, see :mod:`biscale_env.laws.greedy_law`.
+
+    The clock under way is taken into account: until it takes effect, the first batch runs at the
+    applied one.
     """
-    count = project_batches(
-        st, c, p, meta.margin, levels_ghz, arrival_s, prompt, times, joules, slack
+    n = project_batches(pool, i, levels_ghz)
+    spend_clock_delay(pool, i, levels_ghz, n)
+    plans = pool.plans
+    lower_greedily(
+        plans.latency_s[i, :n], plans.energy_j[i, :n], plans.deadline_s[i, :n], plans.level[i, :n]
     )
-    top = levels_ghz.size - 1
-    for level in range(top):
-        lost = 0.0
-        meets = True
-        for k in range(count):
-            lost += times[k, level] - times[k, top]
-            meets = meets and lost <= slack[k]
-        if meets:
-            return levels_ghz[level]
-    return levels_ghz[-1]
+    return float(levels_ghz[plans.level[i, 0]])
 
 
 @inlined
-def prefill_ghz(
-    st: Any, c: Any, p: Any, meta: Any, levels_ghz: Any, arrival_s: Any, prompt: Any, tokens: float, attn_work: float, n_seq: float,
-    times: Any, joules: Any, slack: Any, level: Any,
-) -> float:  # fmt: skip
-    """Clock that the instance's policy asks for before a batch, GHz.
+def throttllem_prefill_ghz(pool: Prefills, i: int, levels_ghz: Floats) -> float:
+    """throttLL'eM, prefill, see :mod:`biscale_env.laws.throttllem_law`, on the control levels."""
+    n = project_batches(pool, i, levels_ghz)
+    level = lowest_level_for_queue(pool.plans.latency_s[i, :n], pool.plans.deadline_s[i, :n])
+    return float(levels_ghz[level])
 
-    A policy of the other phase means the base clock.
+
+@inlined
+def prefill_ghz(pool: Prefills, i: int, levels_ghz: Floats, batch: IterationWork) -> float:
+    """Clock that the rule of prefill instance ``i`` requests before a batch, GHz.
+
+    A rule of the other phase means the base clock.
     """
-    if meta.policy == STATIC:
-        return meta.base_ghz
+    meta = pool.meta[i]
     if meta.policy == EXTERNAL:
-        return meta.decided_ghz
+        return float(meta.decided_ghz)
     if meta.policy == MPC:
-        return mpc_ghz(st, c, p, meta, levels_ghz, arrival_s, prompt, times, joules, slack, level)
+        return mpc_ghz(pool, i, levels_ghz)
     if meta.policy == ECOFREQ:
-        return ecofreq_prefill_ghz(st, c, p, meta, levels_ghz, arrival_s, tokens, attn_work, n_seq)
+        return ecofreq_prefill_ghz(pool, i, levels_ghz, batch)
     if meta.policy == THROTTLLEM:
-        return throttllem_prefill_ghz(
-            st, c, p, meta, levels_ghz, arrival_s, prompt, times, joules, slack
-        )
-    return meta.base_ghz
+        return throttllem_prefill_ghz(pool, i, levels_ghz)
+    return float(meta.base_ghz)
