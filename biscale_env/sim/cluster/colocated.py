@@ -24,7 +24,7 @@ from biscale_env.sim.cluster.loop import (
 )
 from biscale_env.sim.cluster.queues import insert_ready, write_log
 from biscale_env.sim.cluster.routing import route_decode
-from biscale_env.sim.cluster.tier2_rules import IterationWork, decode_ghz
+from biscale_env.sim.cluster.tier2_rules import BatchWork, decode_ghz
 from biscale_env.sim.prefill import form_batch
 
 
@@ -77,7 +77,7 @@ def reserve(dc: Decodes, j: int) -> int:
 
 
 @inlined
-def take_chunk(dc: Decodes, j: int) -> IterationWork:
+def take_chunk(dc: Decodes, j: int) -> BatchWork:
     """Schedule the next chunk of instance ``j``; the record remembers where it ends."""
     st, meta, p, prompt = dc.states[j], dc.meta[j], dc.params[j], dc.queue.prompt
     done = meta.next_head_done
@@ -92,7 +92,7 @@ def take_chunk(dc: Decodes, j: int) -> IterationWork:
     meta.next_head = head
     meta.next_head_done = head_done if n_seq > 0 else done
     meta.load_tokens -= tokens
-    return IterationWork(tokens, attn_work, 0.0, n_seq)
+    return BatchWork(tokens, attn_work, 0.0, n_seq)
 
 
 @inlined

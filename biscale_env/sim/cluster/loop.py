@@ -35,7 +35,7 @@ from biscale_env.sim.cluster.layout import (
 )
 from biscale_env.sim.cluster.queues import append_prompt, insert_ready, log_finishing, write_log
 from biscale_env.sim.cluster.routing import route_decode, route_prefill
-from biscale_env.sim.cluster.tier2_rules import IterationWork, decode_ghz, prefill_ghz
+from biscale_env.sim.cluster.tier2_rules import BatchWork, decode_ghz, prefill_ghz
 from biscale_env.sim.prefill import finish_requests, form_batch
 
 UNTIL = -1  # advance() has reached its end; any other value: an instance that waits for a decision
@@ -111,7 +111,7 @@ def kv_spoken_for(dc: Decodes) -> float:
 
 
 @inlined
-def run_batch(pf: Prefills, i: int, work: IterationWork, freq_ghz: float) -> None:
+def run_batch(pf: Prefills, i: int, work: BatchWork, freq_ghz: float) -> None:
     """Start a batch of prefill instance ``i``."""
     st, p, meta = pf.states[i], pf.params[i], pf.meta[i]
     meta.decided_ghz = 0.0
@@ -153,7 +153,7 @@ def prefill_event(a: ClusterArrays, i: int) -> bool:
     if meta.policy == EXTERNAL and meta.decided_ghz == 0.0:
         pf.next_s[i] = st.time_s
         return False
-    work = IterationWork(tokens, attn_work, 0.0, n_seq)
+    work = BatchWork(tokens, attn_work, 0.0, n_seq)
     run_batch(pf, i, work, prefill_ghz(pf, i, a.levels_ghz, work))
     meta.next_head = head
     meta.next_head_done = head_done

@@ -13,7 +13,7 @@ from biscale_env.sim.cluster.layout import (
     Prefills,
     Records,
 )
-from biscale_env.sim.cluster.tier2_rules import IterationWork, WorkAtClocks, capped_latency_s
+from biscale_env.sim.cluster.tier2_rules import BatchWork, WorkAtClocks, capped_latency_s
 
 NOWHERE = -1
 
@@ -112,7 +112,7 @@ def level_with(pool: Decodes, j: int, levels_ghz: Floats, requests: int, tokens:
     st, p, meta = pool.states[j], pool.params[j], pool.meta[j]
     batch = min(st.batch + (st.end - st.head) + requests, p.max_seqs)
     cached = min(st.cached + meta.load_tokens + tokens, p.kv_capacity)
-    at = WorkAtClocks(pool.coefs[j], p, IterationWork(batch, 0.0, cached, batch), levels_ghz)
+    at = WorkAtClocks(pool.coefs[j], p, BatchWork(batch, 0.0, cached, batch), levels_ghz)
     limit = interval_limit_s(p.slo_s, meta.margin)
     return float(levels_ghz[lowest_meeting_level(capped_latency_s, at, levels_ghz.size, limit)])
 

@@ -39,7 +39,7 @@ from biscale_env.sim.prefill import form_batch
 BIN_REQUESTS = 8.0  # EcoFreq's bins of the decode batch
 
 
-class IterationWork(NamedTuple):
+class BatchWork(NamedTuple):
     """Work of one iteration, as the latency formula takes it."""
 
     tokens: float  # GEMM rows
@@ -53,7 +53,7 @@ class WorkAtClocks(NamedTuple):
 
     coef: np.record
     params: np.record
-    work: IterationWork
+    work: BatchWork
     levels_ghz: Floats
 
 
@@ -71,7 +71,7 @@ def slack_ghz(pool: Decodes, j: int, levels_ghz: Floats) -> float:
     """BiScale decode, see :mod:`biscale_env.laws.slack_law`."""
     st, p, meta = pool.states[j], pool.params[j], pool.meta[j]
     rows = st.batch + st.recompute_tokens
-    work = IterationWork(rows, st.recompute_attn, st.cached, st.batch)
+    work = BatchWork(rows, st.recompute_attn, st.cached, st.batch)
     at = WorkAtClocks(pool.coefs[j], p, work, levels_ghz)
     limit = interval_limit_s(p.slo_s, meta.margin)
     above = st.cached > meta.kv_guard * p.kv_capacity
@@ -101,7 +101,7 @@ def throttllem_decode_ghz(pool: Decodes, j: int, levels_ghz: Floats) -> float:
     """throttLL'eM, see :mod:`biscale_env.laws.throttllem_law`, on the control levels."""
     p, meta = pool.params[j], pool.meta[j]
     then = project_decode(decode_outlook(pool, j), meta.ahead, p.kv_capacity, p.max_seqs)
-    work = IterationWork(then.rows, then.attn_work, then.cached, then.n_seq)
+    work = BatchWork(then.rows, then.attn_work, then.cached, then.n_seq)
     at = WorkAtClocks(pool.coefs[j], p, work, levels_ghz)
     limit = interval_limit_s(p.slo_s, meta.margin)
     n = levels_ghz.size
@@ -114,7 +114,7 @@ def ecofreq_decode_ghz(pool: Decodes, j: int, levels_ghz: Floats) -> float:
     st, p, meta = pool.states[j], pool.params[j], pool.meta[j]
     batch = binned_requests(st.batch, BIN_REQUESTS)
     rows = max(st.batch + st.recompute_tokens, batch)
-    work = IterationWork(rows, st.recompute_attn, st.cached, batch)
+    work = BatchWork(rows, st.recompute_attn, st.cached, batch)
     at = WorkAtClocks(pool.coefs[j], p, work, levels_ghz)
     limit = interval_limit_s(p.slo_s, meta.margin)
     waiting = st.head < st.tail or st.preempted > 0
@@ -140,7 +140,7 @@ def decode_ghz(pool: Decodes, j: int, levels_ghz: Floats) -> float:
 
 
 @inlined
-def ecofreq_prefill_ghz(pool: Prefills, i: int, levels_ghz: Floats, batch: IterationWork) -> float:
+def ecofreq_prefill_ghz(pool: Prefills, i: int, levels_ghz: Floats, batch: BatchWork) -> float:
     """EcoFreq, prefill, see :mod:`biscale_env.laws.ecofreq_law`."""
     st, p, meta = pool.states[i], pool.params[i], pool.meta[i]
     waited = (st.time_s - pool.queue.arrival_s[i, st.head]) / p.slo_s
@@ -244,7 +244,7 @@ def throttllem_prefill_ghz(pool: Prefills, i: int, levels_ghz: Floats) -> float:
 
 
 @inlined
-def prefill_ghz(pool: Prefills, i: int, levels_ghz: Floats, batch: IterationWork) -> float:
+def prefill_ghz(pool: Prefills, i: int, levels_ghz: Floats, batch: BatchWork) -> float:
     """Clock that the rule of prefill instance ``i`` requests before a batch, GHz.
 
     A rule of the other phase means the base clock.
