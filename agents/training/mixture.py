@@ -50,9 +50,7 @@ def plant_of(
     return Plant(
         PlantSettings.of(
             config.phase,
-            slo=slo,
-            tp=tp or config.tp,
-            dtype=config.dtype,
+            instance=config.instance.changed(slo=slo, tp=tp or config.tp),
             drain=drain,
             min_decision_interval_s=config.decision_interval_s,
         )

@@ -28,6 +28,7 @@ from agents.training.logs import (
 from agents.training.mixture import make_groups, targets
 from agents.training.train_config import AgentConfig
 from agents.training.training_env import AgentVecEnv
+from biscale_env.config.loader import validate
 from biscale_env.contract import spec_for
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import open_whole, write_whole
@@ -82,7 +83,7 @@ def open_folder(folder: Path, config: AgentConfig, resume: bool) -> None:
             raise BiscaleError(
                 f"{folder} holds a training run already: add --resume or choose another --out"
             )
-        old, new = yaml.safe_load(known.read_text()), config.model_dump(mode="json")
+        old, new = _known_config(known), config.model_dump(mode="json")
         changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
         if changed:
             k = changed[0]
@@ -92,6 +93,15 @@ def open_folder(folder: Path, config: AgentConfig, resume: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(known, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     write_whole(folder / SPEC_FILE, spec_for(config.phase).id + "\n")
+
+
+def _known_config(path: Path) -> dict[str, Any]:
+    """The config of a run directory in today's form; what cannot be read so, as it stands there."""
+    found = yaml.safe_load(path.read_text())
+    try:
+        return validate(found, AgentConfig, str(path)).model_dump(mode="json")
+    except BiscaleError:
+        return dict(found or {})
 
 
 def make_model(config: AgentConfig, env: AgentVecEnv, folder: Path | None) -> Any:

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from agents.policy.features import check_margin
 from agents.training.algorithms import ALGORITHMS, check_hyper
+from biscale_env.config import InstanceSpec, WithInstance
 from biscale_env.config.loader import Config, load_named, load_yaml
 from biscale_env.core.errors import BiscaleError
 
@@ -129,8 +130,10 @@ class EvaluationConfig(Config):
     goal: float | None = Field(default=None, gt=0)
 
 
-class AgentConfig(Config):
-    """A training run.
+class AgentConfig(WithInstance):
+    """A training run; the instance's keys (``gpu``, ``model``, ``tp``, ``dtype``, ...) may be given too.
+
+    The SLO is that of each family of the mixture.
 
     Attributes:
         phase: ``prefill`` or ``decode``.
@@ -161,8 +164,6 @@ class AgentConfig(Config):
             iteration.
         reward_scale: factor on the reward.
         anneal: let the learning rate fall linearly to 0 over the run.
-        tp: GPUs per instance.
-        dtype: ``bf16`` or ``fp8``.
         seed: seed of everything.
         device: torch device.
         evidence: where the hyper-parameters come from.
@@ -188,11 +189,15 @@ class AgentConfig(Config):
     decision_interval_s: float = Field(default=0.0, ge=0)
     reward_scale: float = Field(default=0.2, gt=0)
     anneal: bool = False
-    tp: int = Field(default=4, gt=0)
-    dtype: Literal["bf16", "fp8"] = "bf16"
     seed: int = Field(default=0, ge=0)
     device: str = "cpu"
     evidence: str = ""
+
+    @model_validator(mode="after")
+    def _slo_in_the_mixture(self) -> "AgentConfig":
+        if "slo" in self.instance.model_fields_set and self.slo != InstanceSpec().slo:
+            raise ValueError("give the SLO in the parts of the mixture")
+        return self
 
     @property
     def default_price(self) -> float:

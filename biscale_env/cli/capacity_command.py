@@ -5,6 +5,14 @@ from typing import Annotated
 
 import typer
 
+from biscale_env.cli.instance_options import (
+    GpuName,
+    InstanceFile,
+    LlmName,
+    ModelName,
+    instance_changes,
+)
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -17,9 +25,15 @@ def capacity(
         str | None,
         typer.Option(help="Trace file or name; default: the embedded generated workload."),
     ] = None,
-    slo: Annotated[str, typer.Option(help="SLO name.")] = "biscale",
-    tp: Annotated[int, typer.Option(help="GPUs per instance.")] = 4,
-    dtype: Annotated[str, typer.Option(help="bf16 or fp8.")] = "bf16",
+    slo: Annotated[
+        str | None, typer.Option(help="SLO, name or YAML file. [default: biscale]")
+    ] = None,
+    tp: Annotated[int | None, typer.Option(help="GPUs per instance. [default: 4]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp8. [default: bf16]")] = None,
+    gpu: GpuName = None,
+    llm: LlmName = None,
+    model: ModelName = None,
+    instance: InstanceFile = None,
     clock: Annotated[
         float | None, typer.Option(help="SM clock in MHz; default: the highest.")
     ] = None,
@@ -36,7 +50,9 @@ def capacity(
     from biscale_env.envs.workloads import capacity_sample
     from biscale_env.traces import load_named
 
-    plant = Plant(PlantSettings.of(phase, slo=slo, tp=tp, dtype=dtype, drain=True))
+    given = instance_changes(instance, gpu=gpu, llm=llm, model=model, slo=slo, tp=tp, dtype=dtype)
+    plant = Plant(PlantSettings.of(phase, drain=True, **given))
+    slo, tp, dtype = plant.settings.slo, plant.settings.tp, plant.settings.dtype
     sample = load_named(trace) if trace else capacity_sample(DEFAULT_PROFILE)
     freq = plant.gpu.freq_max_mhz if clock is None else plant.gpu.check_clock(clock)
     found = (

@@ -9,6 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from biscale_env.cli.instance_options import (
+    GpuName,
+    InstanceFile,
+    LlmName,
+    ModelName,
+    instance_changes,
+)
 from biscale_env.core.errors import BiscaleError
 
 if TYPE_CHECKING:
@@ -55,6 +62,10 @@ def compare(
     delay: Annotated[
         float | None, typer.Option(help="Actuation delay in seconds; default: the model's.")
     ] = None,
+    gpu: GpuName = None,
+    llm: LlmName = None,
+    model: ModelName = None,
+    instance: InstanceFile = None,
     out: Annotated[
         Path | None, typer.Option(help="Run directory; default: runs/<time>-<scenario>.")
     ] = None,
@@ -80,15 +91,9 @@ def compare(
     from biscale_env.evaluation.experiment.scenarios import PHASES
     from biscale_env.evaluation.runs.rundir import RunDirectory
 
-    changes = {
-        "trace": trace,
-        "slo": slo,
-        "load": load,
-        "seeds": seeds,
-        "tp": tp,
-        "dtype": dtype,
-        "delay_s": delay,
-    }
+    changes = instance_changes(
+        instance, gpu=gpu, llm=llm, model=model, slo=slo, tp=tp, dtype=dtype
+    ) | {"trace": trace, "load": load, "seeds": seeds, "delay_s": delay}
     if experiment is None:
         phases = _phases(phase, PHASES)
         points = [_scenario(scenario, changes, quick)]
@@ -150,13 +155,16 @@ def _experiment(
     from biscale_env.evaluation.experiment.experiments import load_experiment
 
     given = {key: value for key, value in changes.items() if value is not None}
-    allowed = {"trace", "seeds", "load"}
+    hardware = {"gpu", "llm", "model"}
+    allowed = {"trace", "seeds", "load", *hardware}
     if set(given) - allowed:
         raise BiscaleError(
             f"--experiment is frozen: leave out --{min(set(given) - allowed).removesuffix('_s')}"
         )
     frozen = load_experiment(name)
-    update: dict[str, Any] = {} if phase is None else {"phases": (phase,)}
+    update: dict[str, Any] = {key: given[key] for key in hardware & set(given)}
+    if phase is not None:
+        update["phases"] = (phase,)
     if "seeds" in given or quick:
         update["seeds"] = 1 if quick else given["seeds"]
     if "load" in given:

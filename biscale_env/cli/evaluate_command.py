@@ -6,6 +6,13 @@ from typing import Annotated
 
 import typer
 
+from biscale_env.cli.instance_options import (
+    GpuName,
+    InstanceFile,
+    LlmName,
+    ModelName,
+    instance_changes,
+)
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import write_whole
 
@@ -39,6 +46,10 @@ def evaluate(
     delay: Annotated[
         float | None, typer.Option(help="Actuation delay, s. [default: the scenario's]")
     ] = None,
+    gpu: GpuName = None,
+    llm: LlmName = None,
+    model: ModelName = None,
+    instance: InstanceFile = None,
     out: Annotated[
         Path | None, typer.Option(help="Run directory; default: runs/evaluate-<name>.")
     ] = None,
@@ -81,9 +92,7 @@ def evaluate(
     )
     shares = [_share(text) for text in loads.split(",")] if loads else [None]
     names = [name.strip() for name in scenario.split(",") if name.strip()]
-    changes = {
-        key: value for key, value in {"seeds": seeds, "delay_s": delay}.items() if value is not None
-    }
+    changes = instance_changes(instance, gpu=gpu, llm=llm, model=model, seeds=seeds, delay_s=delay)
     planned: list[ComparisonJob] = []
     infeasible: list[Infeasible] = []
     if robustness is not None:

@@ -6,6 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from biscale_env.cli.instance_options import (
+    GpuName,
+    InstanceFile,
+    LlmName,
+    ModelName,
+    instance_changes,
+)
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import write_whole
 
@@ -28,16 +35,23 @@ def place(
     rate: Annotated[float, typer.Option(help="Load to serve, requests/s.")],
     gpus: Annotated[int, typer.Option(help="GPUs of the cluster.")] = 16,
     slo: Annotated[
-        str,
-        typer.Option(help="biscale, mlperf-interactive, mlperf-server, distserve, or a YAML file."),
-    ] = "biscale",
+        str | None,
+        typer.Option(
+            help="biscale, mlperf-interactive, mlperf-server, distserve, or a YAML file. "
+            "[default: biscale]"
+        ),
+    ] = None,
     trace: Annotated[
         str | None,
         typer.Option(
             help="Trace file or name; default: the generated workload gamma-sharegpt-like."
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="bf16 or fp8.")] = "bf16",
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp8. [default: bf16]")] = None,
+    gpu: GpuName = None,
+    llm: LlmName = None,
+    model: ModelName = None,
+    instance: InstanceFile = None,
     alpha: Annotated[
         float, typer.Option(help="Head-room of BiScale's placement over the load.")
     ] = 0.1,
@@ -62,8 +76,10 @@ def place(
     from biscale_env.config import load_slo
     from biscale_env.envs.cluster.cluster_settings import ClusterSettings
 
-    load_slo(slo)
-    settings = ClusterSettings.of(gpus=gpus, slo=slo, dtype=dtype)
+    given = instance_changes(instance, gpu=gpu, llm=llm, model=model, slo=slo, dtype=dtype)
+    own = {"tp", "max_seqs"}  # chosen by the placement, and given per phase
+    settings = ClusterSettings.of(gpus=gpus, **{k: v for k, v in given.items() if k not in own})
+    load_slo(settings.slo)
     workload = _workload(trace, rate, window)
     capacities = _table(settings, workload, jobs or os.cpu_count() or 1)
     if table:

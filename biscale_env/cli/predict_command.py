@@ -1,22 +1,41 @@
 """`biscale predict`: latency, power and energy of one iteration."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from biscale_env.cli.instance_options import (
+    GpuName,
+    InstanceFile,
+    LlmName,
+    ModelName,
+    instance_changes,
+)
+
 if TYPE_CHECKING:
+    from biscale_env.models import IterationModel
     from biscale_env.models.predict import Prediction
 
-Tp = Annotated[int, typer.Option(help="GPUs of the instance (tensor parallel).")]
-Dtype = Annotated[str, typer.Option(help="bf16, or fp8 for weights and KV cache.")]
-Clock = Annotated[float, typer.Option(help="Requested SM clock, MHz.")]
-Model = Annotated[
-    str, typer.Option(help="Model family, folder of coefficient files, or one such file.")
+Tp = Annotated[
+    int | None, typer.Option(help="GPUs of the instance (tensor parallel). [default: 4]")
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="bf16, or fp8 for weights and KV cache. [default: bf16]")
+]
+Clock = Annotated[
+    float | None, typer.Option(help="Requested SM clock, MHz. [default: the GPU's highest]")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-DEFAULT_CLOCK_MHZ = 1980.0
-DEFAULT_MODEL = "h100-llama70b"
+
+
+def _model(phase: str, file: Path | None, **options: str | int | None) -> "IterationModel":
+    from biscale_env.config import InstanceSpec
+    from biscale_env.models import instance_model
+
+    given = instance_changes(file, **options)  # what cannot be is said by the loader of the model
+    return instance_model(phase, InstanceSpec().model_copy(update=given))
 
 
 def _band(p: "Prediction", key: str, scale: float, digits: int) -> str:
@@ -47,39 +66,48 @@ def _show(p: "Prediction", as_json: bool) -> None:
 
 
 def prefill(
+    *,
     tokens: Annotated[int, typer.Option(help="New prompt tokens of the whole batch.")],
     requests: Annotated[int, typer.Option(help="Prompts in the batch, of equal length.")] = 1,
     prefix: Annotated[int, typer.Option(help="Tokens per prompt that are cached already.")] = 0,
-    tp: Tp = 4,
-    dtype: Dtype = "bf16",
-    clock: Clock = DEFAULT_CLOCK_MHZ,
-    model: Model = DEFAULT_MODEL,
+    tp: Tp = None,
+    dtype: Dtype = None,
+    clock: Clock = None,
+    gpu: GpuName = None,
+    llm: LlmName = None,
+    model: ModelName = None,
+    instance: InstanceFile = None,
     as_json: Json = False,
 ) -> None:
     """Predict one prefill batch."""
-    from biscale_env.models import load_model
     from biscale_env.models.predict import predict_prefill
 
-    _show(
-        predict_prefill(load_model("prefill", tp, dtype, model), tokens, requests, prefix, clock),
-        as_json,
-    )
+    fitted = _model("prefill", instance, gpu=gpu, llm=llm, model=model, tp=tp, dtype=dtype)
+    _show(predict_prefill(fitted, tokens, requests, prefix, _clock(fitted, clock)), as_json)
 
 
 def decode(
+    *,
     batch: Annotated[int, typer.Option(help="Running requests.")],
     context: Annotated[int, typer.Option(help="KV-cache tokens per request.")] = 1024,
-    tp: Tp = 4,
-    dtype: Dtype = "bf16",
-    clock: Clock = DEFAULT_CLOCK_MHZ,
-    model: Model = DEFAULT_MODEL,
+    tp: Tp = None,
+    dtype: Dtype = None,
+    clock: Clock = None,
+    gpu: GpuName = None,
+    llm: LlmName = None,
+    model: ModelName = None,
+    instance: InstanceFile = None,
     as_json: Json = False,
 ) -> None:
     """Predict one decode iteration."""
-    from biscale_env.models import load_model
     from biscale_env.models.predict import predict_decode
 
-    _show(predict_decode(load_model("decode", tp, dtype, model), batch, context, clock), as_json)
+    fitted = _model("decode", instance, gpu=gpu, llm=llm, model=model, tp=tp, dtype=dtype)
+    _show(predict_decode(fitted, batch, context, _clock(fitted, clock)), as_json)
+
+
+def _clock(model: "IterationModel", clock: float | None) -> float:
+    return model.gpu.freq_max_mhz if clock is None else clock
 
 
 def register(app: typer.Typer) -> None:

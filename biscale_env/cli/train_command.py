@@ -6,6 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
+from biscale_env.cli.instance_options import (
+    GpuName,
+    InstanceFile,
+    LlmName,
+    ModelName,
+    instance_changes,
+)
 from biscale_env.core.errors import BiscaleError
 
 
@@ -38,6 +45,10 @@ def train(
         int | None, typer.Option(help="First training seed instead of the config's.")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Train this many seeds, one after the other.")] = 1,
+    gpu: GpuName = None,
+    llm: LlmName = None,
+    model: ModelName = None,
+    instance: InstanceFile = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory; default: runs/train-<time>-<phase>-<algo>.")
     ] = None,
@@ -55,8 +66,9 @@ def train(
     if resume and out is None:
         raise BiscaleError("--resume needs the directory of the run: give it with --out")
     base = load_config(config, phase, algo)
-    changes = {"total_timesteps": steps, "seed": seed}
-    given = {key: value for key, value in changes.items() if value is not None}
+    given = instance_changes(
+        instance, gpu=gpu, llm=llm, model=model, total_timesteps=steps, seed=seed
+    )
     base = validate(base.model_dump() | given, AgentConfig, "train")
     folder = out or Path("runs") / f"train-{datetime.now():%Y%m%d-%H%M%S}-{phase}-{base.algo}"
     for k in range(seeds):

@@ -1,7 +1,7 @@
 """Configuration: YAML files read into frozen, validated models."""
 
 from biscale_env.config.hardware import Gpu, Llm, load_gpu, load_llm
-from biscale_env.config.instance import DEFAULT_MODEL, InstanceSpec
+from biscale_env.config.instance import DEFAULT_MODEL, InstanceSpec, WithInstance
 from biscale_env.config.loader import configs_dir, list_names, load_named, load_yaml
 from biscale_env.config.slo import Slo, load_slo
 
@@ -11,6 +11,7 @@ __all__ = [
     "InstanceSpec",
     "Llm",
     "Slo",
+    "WithInstance",
     "configs_dir",
     "list_names",
     "load_gpu",

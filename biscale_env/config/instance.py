@@ -5,14 +5,16 @@ simulates, controls, emulates or measures an instance takes this object; child p
 YAML file.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final, Self
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from biscale_env.config.hardware import Dtype
 from biscale_env.config.loader import Config, configs_dir, load_yaml, validate
+from biscale_env.core.files import write_whole
 
 DEFAULT_MODEL: Final = "h100-llama70b"
 MAX_SEQS_LIMIT: Final = 4096  # requests of a batch that the simulator has room for
@@ -69,9 +71,8 @@ class InstanceSpec(Config):
         """
         data = self.model_dump(mode="json")
         data |= {key: _absolute(kind, data[key], Path()) for key, kind in _FILES.items()}
-        path = Path(path)
-        path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
-        return path
+        write_whole(path, yaml.safe_dump(data, sort_keys=False))
+        return Path(path)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "InstanceSpec":
@@ -93,3 +94,77 @@ def _absolute(kind: str, name: str | None, folder: Path) -> str | None:
         return name
     path = folder / name
     return str(path.resolve()) if path.exists() else name
+
+
+class WithInstance(Config):
+    """A configuration of something that happens on one instance.
+
+    The keys of :class:`InstanceSpec` may stand beside its own: ``tp: 8`` is ``instance: {tp: 8}``.
+
+    Attributes:
+        instance: GPU, LLM, fitted model, TP, dtype, engine limits and SLO.
+    """
+
+    FLAT: ClassVar[tuple[str, ...]] = ("instance",)
+
+    instance: InstanceSpec = InstanceSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_instance(cls, data: Any) -> Any:
+        return _gathered(data) if isinstance(data, dict) else data
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with some values changed; keys of the instance may be among them.
+
+        As pydantic's own it trusts the values; :meth:`changed` validates them.
+        """
+        if flat := {k: v for k, v in (update or {}).items() if k in InstanceSpec.model_fields}:
+            rest = {k: v for k, v in (update or {}).items() if k not in flat}
+            instance = rest.get("instance", self.instance).model_copy(update=flat)
+            update = {**rest, "instance": instance}
+        return super().model_copy(update=update, deep=deep)
+
+    def changed(self, **values: Any) -> Self:
+        """A copy with some values changed, validated anew.
+
+        Raises:
+            BiscaleError: an unknown key or an impossible value.
+        """
+        return validate({**self.model_dump(), **values}, type(self), type(self).__name__)
+
+    @property
+    def tp(self) -> int:
+        """GPUs of the instance."""
+        return self.instance.tp
+
+    @property
+    def dtype(self) -> Dtype:
+        """``bf16`` or ``fp8``."""
+        return self.instance.dtype
+
+    @property
+    def slo(self) -> str:
+        """Name of the SLO, or its YAML file."""
+        return self.instance.slo
+
+    @property
+    def token_budget(self) -> int:
+        """New tokens per prefill batch."""
+        return self.instance.token_budget
+
+    @property
+    def max_seqs(self) -> int:
+        """Requests per batch."""
+        return self.instance.max_seqs
+
+
+def _gathered(data: dict[str, Any]) -> dict[str, Any]:
+    """The same data with the keys of an instance moved into it; they win over those inside."""
+    flat = {key: value for key, value in data.items() if key in InstanceSpec.model_fields}
+    if not flat:
+        return data
+    given = data.get("instance", {})
+    base = given.model_dump() if isinstance(given, InstanceSpec) else given
+    rest = {key: value for key, value in data.items() if key not in flat}
+    return {**rest, "instance": {**base, **flat} if isinstance(base, dict) else base}

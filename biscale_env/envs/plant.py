@@ -3,14 +3,13 @@
 An instance (hardware, model, engine limits, SLO), actuation delay and reward. One validated object.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from biscale_env.config import Gpu, InstanceSpec, Llm, Slo, load_slo
-from biscale_env.config.hardware import Dtype
-from biscale_env.config.loader import Config, validate
+from biscale_env.config import Gpu, Llm, Slo, WithInstance, load_slo
+from biscale_env.config.loader import validate
 from biscale_env.contract import ClockRange, ObservationSpec, spec_for
 from biscale_env.core.errors import BiscaleError
 from biscale_env.models import IterationModel, instance_model
@@ -25,16 +24,15 @@ REFERENCE_OUTPUT_TOKENS = (
 REFERENCE_BATCH = 32
 
 
-class PlantSettings(Config):
+class PlantSettings(WithInstance):
     """Plant of one phase.
 
     The keys of :class:`biscale_env.config.InstanceSpec` (``gpu``, ``llm``, ``model``, ``tp``,
-    ``dtype``, ``token_budget``, ``max_seqs``, ``kv_watermark``, ``slo``) may stand beside the
-    others: ``PlantSettings.of("decode", tp=8)``.
+    ``dtype``, ``token_budget``, ``max_seqs``, ``kv_watermark``, ``slo``) may stand beside its own:
+    ``PlantSettings.of("decode", tp=8)``.
 
     Attributes:
         phase: ``prefill`` or ``decode``.
-        instance: GPU, LLM, fitted model, TP, dtype, engine limits and SLO.
         actuation_delay_s: delay of a clock change; None takes that of the ensemble member.
         min_decision_interval_s: a decision stands at least this long; 0 decides at every iteration.
         ensemble_member: -1 nominal, k a member of the ensemble, ``random`` a fresh one per episode.
@@ -44,29 +42,12 @@ class PlantSettings(Config):
         drain: run an episode on after its end until every request is served.
     """
 
-    FLAT: ClassVar[tuple[str, ...]] = ("instance",)
-
     phase: Literal["prefill", "decode"]
-    instance: InstanceSpec = InstanceSpec()
     actuation_delay_s: float | None = Field(default=None, ge=0)
     min_decision_interval_s: float = Field(default=0.0, ge=0)
     ensemble_member: int | Literal["random"] = -1
     violation_weight: float = Field(default=30.0, ge=0)
     drain: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _gather_instance(cls, data: Any) -> Any:
-        """Keys of the instance that stand beside the others move into it."""
-        if not isinstance(data, dict):
-            return data
-        flat = {key: value for key, value in data.items() if key in InstanceSpec.model_fields}
-        if not flat:
-            return data
-        given = data.get("instance", {})
-        base = given.model_dump() if isinstance(given, InstanceSpec) else given
-        rest = {key: value for key, value in data.items() if key not in flat}
-        return {**rest, "instance": {**base, **flat} if isinstance(base, dict) else base}
 
     @classmethod
     def of(cls, phase: str, **changes: Any) -> "PlantSettings":
@@ -75,26 +56,6 @@ class PlantSettings(Config):
         Mistakes raise BiscaleError naming the key.
         """
         return validate({"phase": phase, **changes}, cls, "environment settings")
-
-    @property
-    def tp(self) -> int:
-        """GPUs of the instance."""
-        return self.instance.tp
-
-    @property
-    def dtype(self) -> Dtype:
-        """``bf16`` or ``fp8``."""
-        return self.instance.dtype
-
-    @property
-    def token_budget(self) -> int:
-        """New tokens per prefill batch."""
-        return self.instance.token_budget
-
-    @property
-    def max_seqs(self) -> int:
-        """Requests per batch."""
-        return self.instance.max_seqs
 
 
 class Plant:

@@ -75,6 +75,9 @@ class PaperExperiment(Config):
     Attributes:
         name: name of the configuration.
         gpus: GPUs of the cluster.
+        gpu: GPU, name or YAML file; None: that of the fitted model.
+        llm: LLM, likewise.
+        model: fitted model; None: the default one.
         slo: name of the SLO.
         profile: generator of workload A.
         trace: trace of workload B's arrivals, used when it is at hand.
@@ -96,6 +99,9 @@ class PaperExperiment(Config):
 
     name: str
     gpus: int = Field(default=16, gt=0)
+    gpu: str | None = None
+    llm: str | None = None
+    model: str | None = None
     slo: str = "biscale"
     profile: str = "gamma-sharegpt-like"
     trace: str = "azure-conv-2023"
@@ -124,6 +130,12 @@ class PaperExperiment(Config):
             if "distserve" not in systems:
                 raise ValueError("every list of systems needs 'distserve', the reference")
         return self
+
+    def cluster(self) -> dict[str, Any]:
+        """Cluster settings that the experiment gives."""
+        named = {"gpu": self.gpu, "llm": self.llm, "model": self.model}
+        given = {key: value for key, value in named.items() if value is not None}
+        return {"gpus": self.gpus, "slo": self.slo, **given}
 
     def point(self, name: str) -> OperatingPoint:
         """An operating point by name."""

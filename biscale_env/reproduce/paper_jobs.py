@@ -15,8 +15,9 @@ from biscale_env import traces
 from biscale_env.config import configs_dir
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import write_whole
+from biscale_env.envs.cluster.cluster_options import fitting_tps
 from biscale_env.envs.cluster.cluster_settings import ClusterSettings
-from biscale_env.models import load_model
+from biscale_env.models import instance_model
 from biscale_env.reproduce import paper
 from biscale_env.reproduce.experiment import ReproductionJob, distserve_capacity_rps, run_job
 from biscale_env.reproduce.paper import (
@@ -49,7 +50,7 @@ def tasks_of(experiment: PaperExperiment) -> list[Task]:
     varied = [Task(experiment.point(v.point), NOMINAL, v) for v in experiment.variations]
     drawn = []
     for point in experiment.points:
-        available = load_model("prefill", 4, point.dtype).n_members
+        available = _members_of(experiment, point)
         drawn += list(
             enumerate(
                 Task(point, member) for member in member_indices(experiment.members, available)
@@ -61,11 +62,17 @@ def tasks_of(experiment: PaperExperiment) -> list[Task]:
     return nominal + varied + [task for _, task in drawn]
 
 
+def _members_of(experiment: PaperExperiment, point: OperatingPoint) -> int:
+    """Members in the ensemble of a point's models; all TP degrees have the same."""
+    settings = settings_of(experiment, Task(point, NOMINAL))
+    tps = fitting_tps(settings, "prefill")
+    return instance_model("prefill", settings.instance("prefill", tps[0])).n_members if tps else 0
+
+
 def settings_of(experiment: PaperExperiment, task: Task) -> ClusterSettings:
     """Cluster of a task."""
     base: dict[str, Any] = {
-        "gpus": experiment.gpus,
-        "slo": experiment.slo,
+        **experiment.cluster(),
         "dtype": task.point.dtype,
         "ensemble_member": task.member,
     }

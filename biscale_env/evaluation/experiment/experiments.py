@@ -22,6 +22,9 @@ class Experiment(Config):
         phases: phases it runs.
         loads: shares of capacity.
         slos: SLO names.
+        gpu: GPU of every instance, name or YAML file; None takes the workload's.
+        llm: LLM, likewise.
+        model: fitted model, likewise.
         delays_s: actuation delays; a null entry takes that of the ensemble member.
         members: ensemble members.
         policies: build strings; ``all`` for the default ones of the phase, ``ablations``,
@@ -38,6 +41,9 @@ class Experiment(Config):
     phases: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
     loads: tuple[float, ...] = (0.5, 0.75, 0.9)
     slos: tuple[str, ...] = ("biscale",)
+    gpu: str | None = None
+    llm: str | None = None
+    model: str | None = None
     delays_s: tuple[float | None, ...] = (0.05,)
     members: tuple[int, ...] = (-1,)
     policies: tuple[str, ...] = ("all",)
@@ -75,9 +81,14 @@ class Experiment(Config):
                 "delay_s": delay,
                 "members": self.members,
                 "seeds": self.seeds,
+                **self._instance_changes(),
             }
-            made.append(scenario.model_copy(update=changes))
+            made.append(scenario.changed(**changes))
         return made
+
+    def _instance_changes(self) -> dict[str, str]:
+        given = {"gpu": self.gpu, "llm": self.llm, "model": self.model}
+        return {key: value for key, value in given.items() if value is not None}
 
 
 def load_experiment(name: str) -> Experiment:

@@ -8,9 +8,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from biscale_env.config import load_slo
-from biscale_env.config.hardware import Dtype
-from biscale_env.config.loader import Config, load_named
+from biscale_env.config import WithInstance, load_slo
+from biscale_env.config.loader import load_named
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.capacity import Capacity, find_capacity, profile_capacity, slowest_alone_s
 from biscale_env.envs.plant import Plant, PlantSettings
@@ -40,17 +39,14 @@ class Infeasible(BiscaleError):
         return "scenario {scenario}, {phase}: infeasible, since {reason}".format(**self.point)
 
 
-class Scenario(Config):
-    """One operating point of both phases.
+class Scenario(WithInstance):
+    """One operating point of both phases; the instance's keys (``gpu``, ``slo``, ``tp``, ...) too.
 
     Attributes:
         name: short name used in tables.
         trace: name or path of a trace; without one, workloads are generated from ``profile``.
         profile: generator profile.
         load: share of the capacity of one instance at max clock.
-        slo: name of the SLO.
-        tp: GPUs per instance.
-        dtype: ``bf16`` or ``fp8``.
         delay_s: actuation delay; None takes that of the ensemble member.
         duration_s: length of generated workloads; of a trace, the part used after ``tune_fraction``
             at most.
@@ -60,23 +56,24 @@ class Scenario(Config):
             table shows.
         seeds: workload seeds 0 .. seeds - 1.
         members: ensemble members, -1 nominal.
-        token_budget: new tokens per prefill batch.
     """
 
     name: str
     trace: str | None = None
     profile: str = "azure-conv-like"
     load: float = Field(default=0.75, gt=0)
-    slo: str = "biscale"
-    tp: int = Field(default=4, gt=0)
-    dtype: Dtype = "bf16"
     delay_s: float | None = Field(default=None, ge=0)
     duration_s: float | None = Field(default=None, gt=0)
     decode_duration_s: float | None = Field(default=None, gt=0)
     tune_fraction: float = Field(default=0.5, gt=0, lt=1)
     seeds: int = Field(default=3, gt=0)
     members: tuple[int, ...] = (-1,)
-    token_budget: int = Field(default=2048, gt=0)
+
+    def plant_settings(self, phase: str) -> PlantSettings:
+        """Settings of the plant of a phase; runs go on until every request is served."""
+        return PlantSettings.of(
+            phase, instance=self.instance, actuation_delay_s=self.delay_s, drain=True
+        )
 
 
 @dataclass(frozen=True)
@@ -138,11 +135,7 @@ def _trace(name: str) -> Trace:
 @lru_cache(maxsize=64)
 def _capacity(phase: str, scenario_key: str) -> tuple[Plant, Capacity, Trace | None, Trace | None]:
     scenario = Scenario.model_validate_json(scenario_key)
-    settings = PlantSettings.of(
-        phase, slo=scenario.slo, tp=scenario.tp, dtype=scenario.dtype, actuation_delay_s=scenario.delay_s,
-        token_budget=scenario.token_budget, drain=True,
-    )  # fmt: skip
-    plant = Plant(settings)
+    plant = Plant(scenario.plant_settings(phase))
     if scenario.trace is None:
         return plant, profile_capacity(plant, scenario.profile), None, None
     tune, part = _trace(scenario.trace).split(scenario.tune_fraction)
@@ -171,13 +164,9 @@ def resolve(scenario: Scenario, phase: str) -> Case:
         update={"name": "", "load": 1.0, "seeds": 1, "members": (-1,), "delay_s": 0.0}
     )
     _, capacity, part, tune = _capacity(phase, capacity_part.model_dump_json())
-    settings = PlantSettings.of(
-        phase, slo=scenario.slo, tp=scenario.tp, dtype=scenario.dtype, actuation_delay_s=scenario.delay_s,
-        token_budget=scenario.token_budget, drain=True,
-    )  # fmt: skip
     if capacity.rate_rps <= 0:
         rate_rps, attainment = capacity.tried[-1]
-        plant = Plant(settings)
+        plant = Plant(scenario.plant_settings(phase))
         alone_s = slowest_alone_s(
             plant, capacity_sample(scenario.profile) if part is None else part
         )
@@ -187,4 +176,5 @@ def resolve(scenario: Scenario, phase: str) -> Case:
             f"{1e3 * plant.slo.bound_s(phase):.0f} ms); use a wider SLO or a larger TP"
         )
         raise Infeasible(scenario, phase, reason)
-    return Case(scenario, Plant(settings), capacity, scenario.load * capacity.rate_rps, part, tune)
+    plant = Plant(scenario.plant_settings(phase))
+    return Case(scenario, plant, capacity, scenario.load * capacity.rate_rps, part, tune)

@@ -1,0 +1,40 @@
+"""Options that say what the instance is, the same in every command."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+InstanceFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--instance", help="YAML file of an instance (gpu, llm, model, tp, ...); options override."
+    ),
+]
+GpuName = Annotated[
+    str | None,
+    typer.Option("--gpu", help="GPU, name or YAML file. [default: that of the fitted model]"),
+]
+LlmName = Annotated[
+    str | None,
+    typer.Option("--llm", help="LLM, name or YAML file. [default: that of the fitted model]"),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Fitted model: name, folder of coefficient files, or one. [default: h100-llama70b]",
+    ),
+]
+
+
+def instance_changes(file: Path | None, **options: Any) -> dict[str, Any]:
+    """Keys of an instance that the user gave: those of the file, and options that are not None.
+
+    Raises:
+        BiscaleError: the file is not the description of an instance.
+    """
+    from biscale_env.config import InstanceSpec
+
+    given = InstanceSpec.from_yaml(file).model_dump(exclude_unset=True) if file else {}
+    return given | {key: value for key, value in options.items() if value is not None}
