@@ -60,6 +60,7 @@ def train(
     _need_rl()
     from agents.training.train_config import AgentConfig, load_config
     from biscale_env.config.loader import validate
+    from biscale_env.models import instance_hardware
 
     if seeds < 1:
         raise BiscaleError(f"--seeds must be at least 1, got {seeds}")
@@ -70,6 +71,7 @@ def train(
         instance, gpu=gpu, llm=llm, model=model, total_timesteps=steps, seed=seed
     )
     base = validate(base.model_dump() | given, AgentConfig, "train")
+    instance_hardware(base.instance)  # a wrong name is said before a directory is made
     folder = out or Path("runs") / f"train-{datetime.now():%Y%m%d-%H%M%S}-{phase}-{base.algo}"
     for k in range(seeds):
         mine = base.model_copy(update={"seed": base.seed + k})
