@@ -86,6 +86,7 @@ def compare(
 
     Write table, figures and every number behind them.
     """
+    from biscale_env.evaluation.experiment.input_digests import inputs_of
     from biscale_env.evaluation.experiment.policy_jobs import parse
     from biscale_env.evaluation.experiment.run_comparison import conclude, prepare, run_all
     from biscale_env.evaluation.experiment.scenarios import PHASES
@@ -118,7 +119,7 @@ def compare(
     prepared = prepare(points, phases, chosen, tuned, oracle_seeds)
     seed_note = {"workloads": points[0].seeds}
     with RunDirectory(
-        folder, config, resume=resume, model_files=prepared.model_files, seeds=seed_note
+        folder, config, resume=resume, inputs=inputs_of(prepared.jobs), seeds=seed_note
     ) as run:
         run_all(run, prepared.jobs, jobs, prepared.infeasible)
     conclude(folder)

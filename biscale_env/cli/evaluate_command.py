@@ -81,6 +81,7 @@ def evaluate(
     """
     from biscale_env.evaluation.experiment.agent_jobs import checkpoints_of, phase_of, scenario_jobs
     from biscale_env.evaluation.experiment.compare import ComparisonJob
+    from biscale_env.evaluation.experiment.input_digests import inputs_of
     from biscale_env.evaluation.experiment.robustness import robustness_jobs
     from biscale_env.evaluation.experiment.run_comparison import conclude, run_all
     from biscale_env.evaluation.experiment.scenarios import Infeasible
@@ -120,7 +121,8 @@ def evaluate(
         "tuned": tuned,
         **changes,
     }
-    with RunDirectory(folder, config, resume=resume) as run:
+    inputs = inputs_of(planned)
+    with RunDirectory(folder, config, resume=resume, inputs=inputs) as run:
         run_all(run, planned, jobs, infeasible)
     conclude(folder)
     if table is not None:

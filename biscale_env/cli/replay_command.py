@@ -181,7 +181,7 @@ def run_replay(
         replay = ClosedLoopReplay(settings, trace, raw_folder, tell)
         empty = not (out.is_dir() and any(out.iterdir()))
         try:
-            with RunDirectory(out, config) as run:
+            with RunDirectory(out, config, inputs={f"trace {trace.name}": trace.sha256}) as run:
                 outcome = replay.run()
                 raw = read_raw(raw_folder)
                 for phase in raw.phases:

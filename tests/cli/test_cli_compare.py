@@ -96,8 +96,8 @@ def test_run_directory_explains_itself(finished):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["points"][0]["duration_s"] == 40
     provenance = json.loads((folder / "provenance.json").read_text())
-    assert provenance["model_sha256"]
-    assert all(len(digest) == 64 for digest in provenance["model_sha256"].values())
+    assert provenance["sha256"]
+    assert all(len(digest) == 64 for digest in provenance["sha256"].values())
     assert provenance["packages"]["numba"]
 
 

@@ -1,6 +1,11 @@
 """The run directory: whole or absent, resumable, faithful."""
 
+import errno
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,8 +25,9 @@ CONFIG = {"scenario": {"load": 0.75, "policies": ("max", "mpc")}, "slo": SLO, "s
 
 
 def visible(path):
-    """Names in a run directory, hidden leftovers included."""
-    return sorted(str(p.relative_to(path)) for p in path.rglob("*"))
+    """Names in a run directory, hidden leftovers included; the lock always stays."""
+    names = sorted(str(p.relative_to(path)) for p in path.rglob("*"))
+    return [name for name in names if Path(name).name != run_files.LOCK]
 
 
 def test_round_trip(tmp_path):
@@ -57,7 +63,8 @@ def test_row_group_of_each_run_can_be_read_alone(tmp_path):
 
 
 def test_directory_holds_exactly_the_promised_files(tmp_path):
-    with RunDirectory(tmp_path, {}, seeds={"workload": [0]}, model_files=[__file__]) as run:
+    inputs = {"trace a": "1" * 64}
+    with RunDirectory(tmp_path, {}, seeds={"workload": [0]}, inputs=inputs) as run:
         run.add(tiny())
     expected = [
         *run_files.TABLES,
@@ -71,7 +78,7 @@ def test_directory_holds_exactly_the_promised_files(tmp_path):
     provenance = json.loads((tmp_path / run_files.PROVENANCE).read_text())
     assert provenance["seeds"] == {"workload": [0]}
     assert provenance["packages"]["numpy"] == np.__version__
-    assert len(provenance["model_sha256"]["test_evaluation_rundir.py"]) == 64
+    assert provenance["sha256"] == inputs
     assert provenance["command"]
     assert provenance["time_utc"].endswith("+00:00")
 
@@ -284,3 +291,206 @@ def test_blocks_split_energy_by_time_and_spread_what_the_timeline_lacks():
     assert blocks["energy_j"] == pytest.approx([150 + 30, 150 + 15])
     assert blocks["n_counted"].tolist() == [1, 1]
     assert blocks["n_met"].tolist() == [1, 0]
+
+
+def test_a_second_writer_is_refused_and_leaves_the_first_ones_part_alone(tmp_path):
+    with RunDirectory(tmp_path / "run", CONFIG) as first:
+        half = tmp_path / "run" / run_files.PARTS / ".half"
+        half.mkdir()
+        for resume in (True, False):
+            with pytest.raises(BiscaleError, match=r"the run directory .*run is in use by another"):
+                RunDirectory(tmp_path / "run", CONFIG, resume=resume)
+        assert half.is_dir()
+        first.add(tiny())
+    again = RunDirectory(tmp_path / "run", CONFIG, resume=True)
+    assert again.has(tiny().key)
+    assert not half.exists()
+
+
+def test_a_writer_that_is_refused_or_fails_keeps_no_lock(tmp_path):
+    RunDirectory(tmp_path, CONFIG)
+    refused = []
+    for config, resume in ((CONFIG, False), (CONFIG | {"seeds": 7}, True)):
+        with pytest.raises(BiscaleError) as error:
+            RunDirectory(tmp_path, config, resume=resume)
+        refused.append(error)  # its traceback holds the object
+    with pytest.raises(ZeroDivisionError), RunDirectory(tmp_path, CONFIG, resume=True):
+        raise ZeroDivisionError
+    with RunDirectory(tmp_path, CONFIG, resume=True) as run:
+        run.add(tiny())
+
+
+def test_a_killed_writer_is_resumed_and_its_debris_removed(tmp_path):
+    code = (
+        "import os, signal; from biscale_env.evaluation.runs.rundir import RunDirectory\n"
+        f"run = RunDirectory({str(tmp_path / 'run')!r}, {{'a': 1}}); os.kill(os.getpid(), 9)"
+    )
+    child = subprocess.run([sys.executable, "-c", code])
+    assert child.returncode == -9
+    debris = [tmp_path / "run" / f".0123abcd.{name}" for name in ("results.parquet", "tuning.csv")]
+    for path in debris:
+        path.write_text("half")
+    with RunDirectory(tmp_path / "run", {"a": 1}, resume=True) as run:
+        run.add(tiny())
+    assert not any(path.exists() for path in debris)
+    assert len(load_run(tmp_path / "run").results) == 1
+
+
+def test_a_run_that_died_before_its_first_file_is_begun_anew(tmp_path):
+    for name in (".lock", ".0123abcd.config.yaml"):
+        (tmp_path / name).write_text("")
+    RunDirectory(tmp_path, CONFIG)
+    assert visible(tmp_path) == [run_files.CONFIG, run_files.PARTS, run_files.PROVENANCE]
+
+
+A, B = "a" * 64, "b" * 64
+
+
+@pytest.mark.parametrize("name", ["trace t.csv (prefill)", "checkpoint x.npz", "model m (f.yaml)"])
+def test_resume_on_changed_inputs_names_what_changed(tmp_path, name):
+    RunDirectory(tmp_path, CONFIG, inputs={"other": B, name: A})
+    with pytest.raises(BiscaleError) as error:
+        RunDirectory(tmp_path, CONFIG, resume=True, inputs={"other": B, name: B})
+    assert f"cannot resume {tmp_path}: {name} has changed since" in str(error.value)
+    assert f"(sha256 was {A[:12]} and is now {B[:12]})" in str(error.value)
+    # inputs of new policies are added, those of policies that are left out now are remembered
+    RunDirectory(tmp_path, CONFIG, resume=True, inputs={name: A, "new": A})
+    RunDirectory(tmp_path, CONFIG, resume=True)
+    with pytest.raises(BiscaleError, match="new has changed since"):
+        RunDirectory(tmp_path, CONFIG, resume=True, inputs={"new": B})
+    kept = json.loads((tmp_path / run_files.PROVENANCE).read_text())
+    assert kept["sha256"] == {"other": B, name: A, "new": A}
+    assert len(kept["earlier"]) == 2
+
+
+def test_a_directory_of_an_older_version_without_digests_is_resumed(tmp_path):
+    RunDirectory(tmp_path, CONFIG)
+    path = tmp_path / run_files.PROVENANCE
+    old = json.loads(path.read_text())
+    del old["sha256"]
+    path.write_text(json.dumps(old) + "\n")
+    RunDirectory(tmp_path, CONFIG, resume=True, inputs={"a": A})
+    assert json.loads(path.read_text())["sha256"] == {"a": A}
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """A run directory with one of every file, a finished part included."""
+    point = {"scenario": "s", "phase": "prefill", "slo": "b", "load": 0.5, "tp": 4, "dtype": "bf16"}
+    with RunDirectory(tmp_path / "run", CONFIG, inputs={"a": A}) as run:
+        run.name_infeasible([point | {"reason": "too fast"}])
+        pd.DataFrame({"policy": ["max"]}).to_csv(tmp_path / "run" / run_files.TUNING, index=False)
+        run.add(tiny(workload_seed=0))
+    RunDirectory(tmp_path / "run", CONFIG, resume=True).add(tiny(workload_seed=1))
+    return tmp_path / "run"
+
+
+PART = tiny(workload_seed=1).run_id
+EVERY_FILE = [
+    run_files.CONFIG,
+    run_files.PROVENANCE,
+    run_files.RESULTS,
+    *run_files.TABLES,
+    run_files.SUMMARY,
+    run_files.INFEASIBLE,
+    run_files.TUNING,
+    *(f"{run_files.PARTS}/{PART}/{name}" for name in (run_files.RESULTS, *run_files.TABLES)),
+]
+
+
+def test_every_file_of_a_run_directory_is_among_those_damaged(whole):
+    found = {str(p.relative_to(whole)) for p in whole.rglob("*") if p.is_file()}
+    assert found == {*EVERY_FILE, run_files.LOCK}
+
+
+@pytest.mark.parametrize("kept", ["nothing", "half", "all but the end", "noise"])
+@pytest.mark.parametrize("name", EVERY_FILE)
+def test_a_damaged_file_is_one_sentence_with_a_way_on(whole, name, kept):
+    path = whole / name
+    content = path.read_bytes()
+    keep = {"nothing": 0, "half": len(content) // 2, "all but the end": len(content) - 1}
+    path.write_bytes(content[: keep[kept]] if kept in keep else b"\x00\xff: [" * 20)
+
+    def use():
+        with RunDirectory(whole, CONFIG, resume=True) as run:
+            run.add(tiny(workload_seed=2))
+        opened = load_run(whole)
+        assert opened.config
+        assert opened.provenance
+        assert len(opened.infeasible) == len(opened.tuning) == 1
+        return opened.summary(), opened.requests, opened.timelines
+
+    if name == run_files.SUMMARY:  # written, never read
+        use()
+        return
+    with pytest.raises(BiscaleError) as error:
+        use()
+    assert str(path) in str(error.value)
+    advice = "restore it" if name in (run_files.CONFIG, run_files.PROVENANCE) else "delete "
+    assert advice in str(error.value)
+    assert ("is empty" if kept == "nothing" else "is damaged or cut off") in str(error.value)
+    if name == run_files.CONFIG:
+        return
+    # the advice helps: what is deleted is made again or done without
+    for doomed in [path.parent] if run_files.PARTS in name else [path, whole / run_files.RESULTS]:
+        if doomed.is_dir():
+            [inside.unlink() for inside in doomed.iterdir()]
+            doomed.rmdir()
+        elif name != run_files.PROVENANCE or doomed == path:
+            doomed.unlink(missing_ok=True)
+    with RunDirectory(whole, CONFIG, resume=True) as run:
+        missing = [seed for seed in (0, 1) if not run.has(tiny(workload_seed=seed).key)]
+        for seed in missing:
+            run.add(tiny(workload_seed=seed))
+    assert load_run(whole).results["workload_seed"].tolist() == [0, 1]
+
+
+def test_a_part_without_its_row_is_one_sentence(whole):
+    (whole / run_files.PARTS / PART / run_files.RESULTS).unlink()
+    with pytest.raises(BiscaleError, match=r"is missing: delete the folder .*parts.*runs it again"):
+        RunDirectory(whole, CONFIG, resume=True)
+
+
+def test_a_full_disk_names_the_part_or_file_and_keeps_what_is_finished(whole, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "Error writing bytes to file. Detail: [errno 28]")
+
+    def interrupted():
+        with RunDirectory(whole, CONFIG, resume=True) as run:
+            monkeypatch.setattr(pq, "write_table", full)
+            monkeypatch.setattr(pd.DataFrame, "to_parquet", full)  # merging fails after it
+            run.add(tiny(workload_seed=2))
+
+    with pytest.raises(OSError, match="No space left on device") as error:
+        interrupted()
+    third = tiny(workload_seed=2).run_id
+    assert error.value.filename == str(whole / run_files.PARTS / third)
+    monkeypatch.undo()
+    with RunDirectory(whole, CONFIG, resume=True) as run:
+        assert not run.has(tiny(workload_seed=2).key)
+    assert load_run(whole).results["workload_seed"].tolist() == [0, 1]
+
+
+def fill(path):
+    with RunDirectory(path, CONFIG) as run:
+        for seed in range(50):
+            run.add(tiny(workload_seed=seed))
+
+
+def test_a_run_directory_on_a_full_disk(tmp_path):
+    tiny_disk = tmp_path / "disk"
+    tiny_disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tiny_disk)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        with pytest.raises(OSError, match="No space left on device") as error:
+            fill(tiny_disk / "run")
+        assert str(error.value.filename).startswith(str(tiny_disk / "run"))
+        finished = {p.name for p in (tiny_disk / "run" / run_files.PARTS).iterdir()}
+        assert 0 < len(finished) < 50
+        assert not any(name.startswith(".") for name in finished)
+        for name in finished:
+            assert len(os.listdir(tiny_disk / "run" / run_files.PARTS / name)) == 4
+    finally:
+        subprocess.run(["umount", str(tiny_disk)], check=True)

@@ -76,7 +76,7 @@ class ComparisonJob:
         """Key columns of the run on one workload seed, as in :class:`RunRecord`."""
         s = self.scenario
         return {
-            "phase": self.phase, "policy": self.policy, "variant": self.variant, "scenario": s.name, "slo": s.slo,
+            "phase": self.phase, "policy": self.policy, "variant": self.variant, "scenario": s.name, "slo": s.slo_name,
             "load": s.load, "workload_seed": seed, "ensemble_member": self.member, "training_seed": self.training_seed,
             "tp": s.tp, "dtype": s.dtype,
         }  # fmt: skip

@@ -13,6 +13,7 @@ import pandas as pd
 from biscale_env.contract import Policy
 from biscale_env.envs.plant import Plant
 from biscale_env.evaluation.experiment.compare import ComparisonJob, record_of
+from biscale_env.evaluation.experiment.input_digests import case_inputs
 from biscale_env.evaluation.experiment.rollout import Rollout, rollout
 from biscale_env.evaluation.experiment.scenarios import Scenario, resolve
 from biscale_env.evaluation.runs.record import Column
@@ -40,9 +41,8 @@ def compare_policies(
     """
     case = resolve(scenario, phase)
     traces = [case.workload(seed) for seed in range(scenario.seeds)]
-    with RunDirectory(
-        out, {"scenario": scenario.model_dump(), "phase": phase, "policies": sorted(policies)}
-    ) as run:
+    config = {"scenario": scenario.model_dump(), "phase": phase, "policies": sorted(policies)}
+    with RunDirectory(out, config, inputs=case_inputs(case)) as run:
         for name, make in policies.items():
             job = ComparisonJob(scenario, phase, name, name, -1, tuple(range(scenario.seeds)))
             policy = make(case.plant)

@@ -24,17 +24,13 @@ from biscale_env.evaluation.experiment.policy_jobs import Policies, plan
 from biscale_env.evaluation.experiment.scenarios import Infeasible, Scenario, resolve
 from biscale_env.evaluation.runs import run_files
 from biscale_env.evaluation.runs.rundir import RunDirectory
-from biscale_env.models.coefficient_files import find_file
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Jobs of a comparison, the coefficient files behind them, and the points that cannot be served
-    at all.
-    """
+    """Jobs of a comparison, and the points that cannot be served at all."""
 
     jobs: list[ComparisonJob]
-    model_files: list[Path]
     infeasible: list[Infeasible]
 
 
@@ -52,7 +48,7 @@ def prepare(
     Raises:
         BiscaleError: no point can be served, or a mistake in a policy's parameters.
     """
-    jobs, infeasible, model_files = [], [], set()
+    jobs, infeasible = [], []
     for point in points:
         for phase in phases:
             try:
@@ -60,8 +56,6 @@ def prepare(
             except Infeasible as error:
                 infeasible.append(error)
                 continue
-            s = case.plant.settings
-            model_files.add(find_file(s.instance.model, s.phase, s.dtype, s.tp))
             jobs += plan(
                 point,
                 case,
@@ -71,7 +65,7 @@ def prepare(
             )
     if not jobs:
         raise infeasible[0]
-    return Prepared(jobs, sorted(model_files), infeasible)
+    return Prepared(jobs, infeasible)
 
 
 def run_all(
@@ -123,7 +117,7 @@ def keep_tuning(folder: Path, outcome: JobOutcome) -> None:
     job, path = outcome.job, folder / run_files.TUNING
     key = {
         "scenario": job.scenario.name,
-        "slo": job.scenario.slo,
+        "slo": job.scenario.slo_name,
         "load": job.scenario.load,
         "phase": job.phase,
     }
@@ -141,7 +135,7 @@ def keep_tuning(folder: Path, outcome: JobOutcome) -> None:
     ]  # fmt: skip
     frame = pd.DataFrame(rows)
     if path.is_file():
-        frame = pd.concat([pd.read_csv(path), frame], ignore_index=True)
+        frame = pd.concat([run_files.read_csv(path), frame], ignore_index=True)
     write_whole(path, frame.to_csv(index=False))
 
 

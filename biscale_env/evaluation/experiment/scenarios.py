@@ -4,11 +4,12 @@ members. Named ones are frozen in YAML.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from biscale_env.config import WithInstance, load_slo
+from biscale_env.config import Slo, WithInstance, load_slo
 from biscale_env.config.loader import load_named
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.capacity import Capacity, find_capacity, profile_capacity, slowest_alone_s
@@ -32,8 +33,9 @@ class Infeasible(BiscaleError):
     def __init__(self, scenario: "Scenario", phase: str, reason: str) -> None:
         super().__init__(scenario, phase, reason)
         self.point = {"scenario": scenario.name, "phase": phase, "reason": reason} | {
-            name: getattr(scenario, name) for name in ("slo", "load", "tp", "dtype")
+            name: getattr(scenario, name) for name in ("load", "tp", "dtype")
         }
+        self.point["slo"] = scenario.slo_name
 
     def __str__(self) -> str:
         return "scenario {scenario}, {phase}: infeasible, since {reason}".format(**self.point)
@@ -68,6 +70,11 @@ class Scenario(WithInstance):
     tune_fraction: float = Field(default=0.5, gt=0, lt=1)
     seeds: int = Field(default=3, gt=0)
     members: tuple[int, ...] = (-1,)
+
+    @property
+    def slo_name(self) -> str:
+        """Name of the SLO as it stands in results, whether it was given by name or as a file."""
+        return load_slo(self.slo).name
 
     def plant_settings(self, phase: str) -> PlantSettings:
         """Settings of the plant of a phase; runs go on until every request is served."""
@@ -127,18 +134,29 @@ def load_scenario(name: str) -> Scenario:
     return load_named("scenarios", name, Scenario)
 
 
+def _stamp(name: str | None) -> tuple[int, int] | None:
+    """What tells one content of a file from the next; None where no file is named."""
+    try:
+        found = Path(name).stat() if name else None
+    except OSError:
+        found = None
+    return None if found is None else (found.st_mtime_ns, found.st_size)
+
+
 @lru_cache(maxsize=8)
-def _trace(name: str) -> Trace:
+def _trace(name: str, stamp: tuple[int, int] | None) -> Trace:
     return load_named_trace(name)
 
 
 @lru_cache(maxsize=64)
-def _capacity(phase: str, scenario_key: str) -> tuple[Plant, Capacity, Trace | None, Trace | None]:
+def _capacity(
+    phase: str, scenario_key: str, slo: Slo, stamp: tuple[int, int] | None
+) -> tuple[Plant, Capacity, Trace | None, Trace | None]:
     scenario = Scenario.model_validate_json(scenario_key)
     plant = Plant(scenario.plant_settings(phase))
     if scenario.trace is None:
         return plant, profile_capacity(plant, scenario.profile), None, None
-    tune, part = _trace(scenario.trace).split(scenario.tune_fraction)
+    tune, part = _trace(scenario.trace, stamp).split(scenario.tune_fraction)
     if scenario.duration_s is not None and scenario.duration_s < part.duration_s:
         part = part.window(0.0, scenario.duration_s)
     if phase == "decode" and scenario.decode_duration_s is not None:
@@ -159,11 +177,13 @@ def resolve(scenario: Scenario, phase: str) -> Case:
         Infeasible: not even a small load meets the SLO at max clock, so there is no capacity to
             take a share of.
     """
-    load_slo(scenario.slo)
+    slo = load_slo(scenario.slo)
     capacity_part = scenario.model_copy(
         update={"name": "", "load": 1.0, "seeds": 1, "members": (-1,), "delay_s": 0.0}
     )
-    _, capacity, part, tune = _capacity(phase, capacity_part.model_dump_json())
+    _, capacity, part, tune = _capacity(
+        phase, capacity_part.model_dump_json(), slo, _stamp(scenario.trace)
+    )
     if capacity.rate_rps <= 0:
         rate_rps, attainment = capacity.tried[-1]
         plant = Plant(scenario.plant_settings(phase))

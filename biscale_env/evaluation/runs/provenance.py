@@ -1,6 +1,6 @@
 """Where a result comes from.
 
-Command line, source revision, package versions, model hashes, seeds, time.
+Command line, source revision, package versions, digests of inputs, seeds, time.
 """
 
 import hashlib
@@ -8,7 +8,7 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -63,10 +63,20 @@ def _version(package: str) -> str | None:
         return None
 
 
+def text_hash(text: str) -> str:
+    """SHA-256 of a text, hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def provenance(
-    *, model_files: Sequence[Path] = (), seeds: Mapping[str, Any] | None = None
+    *, inputs: Mapping[str, str] | None = None, seeds: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Everything that is needed to make the same run again, as plain data."""
+    """Everything that is needed to make the same run again, as plain data.
+
+    Args:
+        inputs: SHA-256 of what went in (traces, models, checkpoints), by its name in a sentence.
+        seeds: seeds that the comparison was made with.
+    """
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -74,6 +84,6 @@ def provenance(
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        "model_sha256": {Path(p).name: file_hash(Path(p)) for p in model_files},
+        "sha256": dict(inputs or {}),
         "seeds": dict(seeds or {}),
     }

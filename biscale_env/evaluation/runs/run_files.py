@@ -1,13 +1,19 @@
-"""Files of a run directory: names, whole-or-nothing writing, tables with one row group per run."""
+"""Files of a run directory: names, reading with one sentence for a damaged one, tables by run."""
 
+import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
+from numpy.typing import ArrayLike
 
+from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import open_whole
 
 CONFIG: Final = "config.yaml"
@@ -21,10 +27,133 @@ SUMMARY: Final = "summary.csv"
 INFEASIBLE: Final = "infeasible.csv"
 REPORT: Final = "report.html"
 TUNING: Final = "tuning.csv"
+LOCK: Final = ".lock"
 TABLES: Final = (REQUESTS, TIMELINES, BLOCKS)
 
+_RUN_AGAIN: Final = f"delete it and {RESULTS}, and --resume runs again what they held"
+_ADVICE: Final = {
+    CONFIG: "restore it or choose another --out",
+    PROVENANCE: "restore it, or delete it to resume without a check of traces and models",
+    RESULTS: "delete it, and --resume runs again what it held",
+    INFEASIBLE: "delete it, and --resume writes it again",
+}
 _WIDE: Final = frozenset({"arrival_s", "start_s", "first_token_s", "finish_s", "time_s"})
 """Kept in float64: instants of a long run. Everything else fits float32 (7 digits)."""
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what a damaged file of a run directory raises into a sentence with a way on.
+
+    Raises:
+        BiscaleError: the file is missing, empty, cut off or of another kind.
+    """
+    try:
+        yield
+    except BiscaleError:
+        raise
+    except (ValueError, KeyError, EOFError, OSError, yaml.YAMLError, pa.ArrowException) as error:
+        if isinstance(error, PermissionError | IsADirectoryError):
+            raise
+        part = path.parent if path.parent.parent.name == PARTS else None
+        advice = (
+            _ADVICE.get(path.name, _RUN_AGAIN)
+            if part is None
+            else f"delete the folder {part}, and --resume runs it again"
+        )
+        raise BiscaleError(f"{path} {_damage(path)}: {advice}") from None
+
+
+def _damage(path: Path) -> str:
+    if not path.exists():
+        return "is missing"
+    return "is damaged or cut off" if path.stat().st_size else "is empty"
+
+
+def read_text(path: Path) -> str:
+    """Text of a file that ends with a line end, as all that we write do.
+
+    Raises:
+        BiscaleError: it is missing, empty or cut off.
+    """
+    with reading(path):
+        text = path.read_text(encoding="utf-8")
+        if not text.endswith("\n"):
+            raise ValueError("cut off")
+    return text
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved configuration of a run directory.
+
+    Raises:
+        BiscaleError: the file is missing or damaged.
+    """
+    with reading(folder / CONFIG):
+        found = yaml.safe_load(read_text(folder / CONFIG))
+        if not isinstance(found, dict):
+            raise ValueError("not a mapping")
+    return found
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """The provenance of a run directory.
+
+    Raises:
+        BiscaleError: the file is missing or damaged.
+    """
+    with reading(folder / PROVENANCE):
+        found = json.loads(read_text(folder / PROVENANCE))
+        if not isinstance(found, dict):
+            raise ValueError("not a mapping")
+    return found
+
+
+def read_csv(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """A CSV file of a run directory; an empty frame with ``columns`` where there is none.
+
+    Raises:
+        BiscaleError: the file is damaged.
+    """
+    if not path.is_file():
+        return pd.DataFrame(columns=list(columns))
+    read_text(path)
+    with reading(path):
+        return pd.read_csv(path)
+
+
+def read_results(path: Path) -> pd.DataFrame:
+    """Result rows of a run directory or of one of its parts.
+
+    Raises:
+        BiscaleError: the file is missing or damaged.
+    """
+    with reading(path):
+        frame = pd.read_parquet(path)
+        frame["run_id"]
+    return frame
+
+
+def check_readable(folder: Path) -> None:
+    """Look into every file of a run directory that resuming needs, before hours of work.
+
+    Of Parquet files the footer is read, which is at the end and thus missing where one is cut off.
+
+    Raises:
+        BiscaleError: a file is damaged.
+    """
+    read_config(folder)
+    if (folder / PROVENANCE).is_file():
+        read_provenance(folder)
+    for name in (TUNING, INFEASIBLE):
+        read_csv(folder / name)
+    parts = [part for part in (folder / PARTS).glob("*") if not part.name.startswith(".")]
+    tables = [folder / name for name in (RESULTS, *TABLES)]
+    tables += [part / name for part in parts for name in (RESULTS, *TABLES)]
+    for path in tables:
+        if path.is_file() or (path.name == RESULTS and path.parent in parts):
+            with reading(path):
+                pq.read_schema(path).field("run_id")
 
 
 def plain(value: Any) -> Any:
@@ -51,7 +180,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix or "configuration": value}
 
 
-def run_table(run: str, columns: Mapping[str, Any], names: Sequence[str]) -> pa.Table:
+def run_table(run: str, columns: Mapping[str, ArrayLike], names: Sequence[str]) -> pa.Table:
     """Arrow table of one run's arrays: its id, instants in float64, all else in float32."""
     size = int(np.size(columns[names[0]]))
     arrays: dict[str, pa.Array] = {
@@ -82,6 +211,10 @@ def merge_tables(path: Path, parts: Sequence[Path]) -> None:
     Args:
         path: the merged file.
         parts: one file per run, in a folder named by the run's id.
+
+    Raises:
+        BiscaleError: a file that is read is damaged.
+        OSError: the merged file cannot be written; the old one stays.
     """
     if not parts:
         return
@@ -99,12 +232,16 @@ def merge_tables(path: Path, parts: Sequence[Path]) -> None:
 
 def _tables(path: Path, parts: Sequence[Path], fresh: set[str]) -> Iterator[pa.Table]:
     if path.is_file():
-        with pq.ParquetFile(path) as old:
+        with reading(path):
+            old = pq.ParquetFile(path)
+        with old:
             for run, index in row_groups(old).items():
                 if run not in fresh:
-                    yield old.read_row_group(index)
+                    with reading(path):
+                        table = old.read_row_group(index)
+                    yield table
     for part in parts:
-        with pq.ParquetFile(part) as file:
+        with reading(part), pq.ParquetFile(part) as file:
             table = file.read()
         if table.num_rows:
             yield table

@@ -1,6 +1,5 @@
 """A finished run directory, opened: in notebooks, by the report, by tests."""
 
-import json
 import os
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
-import yaml
 from numpy.typing import NDArray
 
 from biscale_env.config.slo import Slo
@@ -38,12 +36,12 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The resolved configuration."""
-        return yaml.safe_load((self.path / run_files.CONFIG).read_text(encoding="utf-8")) or {}
+        return run_files.read_config(self.path)
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """Command line, revision, package versions, model hashes, seeds."""
-        return json.loads((self.path / run_files.PROVENANCE).read_text(encoding="utf-8"))
+        """Command line, revision, package versions, digests of inputs, seeds."""
+        return run_files.read_provenance(self.path)
 
     @cached_property
     def infeasible(self) -> list[dict[str, Any]]:
@@ -51,23 +49,22 @@ class Run:
 
         ``reason`` says what shows it.
         """
-        path = self.path / run_files.INFEASIBLE
-        frame = (
-            pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=list(INFEASIBLE_COLUMNS))
-        )
+        frame = run_files.read_csv(self.path / run_files.INFEASIBLE, INFEASIBLE_COLUMNS)
         return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
 
     @property
     def requests(self) -> pd.DataFrame:
-        """All kept requests of all runs, with their ``run_id`` (large; :meth:`requests_of` reads
-        one run).
+        """All kept requests of all runs, with their ``run_id``.
+
+        Large; :meth:`requests_of` reads one run.
         """
         return self._all(run_files.REQUESTS)
 
     @property
     def timelines(self) -> pd.DataFrame:
-        """All kept decisions of all runs, with their ``run_id`` (large; :meth:`timeline_of` reads
-        one run).
+        """All kept decisions of all runs, with their ``run_id``.
+
+        Large; :meth:`timeline_of` reads one run.
         """
         return self._all(run_files.TIMELINES)
 
@@ -82,25 +79,25 @@ class Run:
 
         Empty without tuning.
         """
-        path = self.path / run_files.TUNING
-        return pd.read_csv(path) if path.is_file() else pd.DataFrame()
+        return run_files.read_csv(self.path / run_files.TUNING)
 
     def _all(self, name: str) -> pd.DataFrame:
         path = self.path / name
-        frame = pq.read_table(path).to_pandas() if path.is_file() else pd.DataFrame({"run_id": []})
-        return frame.astype({"run_id": str})
+        if not path.is_file():
+            return pd.DataFrame({"run_id": pd.Series([], dtype=str)})
+        return run_files.read_results(path).astype({"run_id": str})
 
     def _one(self, name: str, run_id: str) -> dict[str, NDArray[np.float64]] | None:
         path = self.path / name
         if not path.is_file():
             return None
         if name not in self._groups:
-            with pq.ParquetFile(path) as file:
+            with run_files.reading(path), pq.ParquetFile(path) as file:
                 self._groups[name] = (file.metadata, run_files.row_groups(file))
         metadata, groups = self._groups[name]
         if run_id not in groups:
             return None
-        with pq.ParquetFile(path, metadata=metadata) as file:
+        with run_files.reading(path), pq.ParquetFile(path, metadata=metadata) as file:
             table = file.read_row_group(groups[run_id])
         return {
             n: np.asarray(table[n].to_numpy(), dtype=np.float64)
@@ -168,9 +165,7 @@ class Run:
         return self._summary.copy()
 
     def points(self) -> list[dict[str, Any]]:
-        """The operating points (phase, scenario, SLO, load, placement), in the order of the
-        results.
-        """
+        """The operating points (phase, scenario, SLO, load, placement), in order of the results."""
         rows = self.results.drop_duplicates(list(SCENARIO_COLUMNS))[list(SCENARIO_COLUMNS)].to_dict(
             "records"
         )
@@ -211,9 +206,10 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         raise BiscaleError(
             f"{folder} holds no {run_files.RESULTS}: give the folder that a comparison wrote"
         )
-    frame = pd.read_parquet(folder / run_files.RESULTS)
+    frame = run_files.read_results(folder / run_files.RESULTS)
     if "target" not in frame:
         raise BiscaleError(
-            f"{folder / run_files.RESULTS} has no column 'target': an older version wrote it; run the comparison again"
+            f"{folder / run_files.RESULTS} has no column 'target': an older version wrote it; "
+            "run the comparison again"
         )
     return Run(folder, frame)

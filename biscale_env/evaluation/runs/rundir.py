@@ -1,11 +1,11 @@
-"""The run directory: rows appended as runs finish, merged atomically, resumable after any
-interruption.
+"""The run directory: rows appended as runs finish, merged atomically, resumable at any point.
 
 Layout. ``config.yaml`` (resolved), ``provenance.json``, ``parts/<run_id>/`` (one folder per
 finished run), and once merged ``results.parquet``, ``requests.parquet``, ``timelines.parquet``,
 ``blocks.parquet`` (one row group per run) and ``summary.csv``; ``infeasible.csv`` where a point
 cannot be served at all. A part folder appears in one rename, so it is whole or absent; merged files
-are written beside and then renamed, and parts go only when all of them are in place.
+are written beside and then renamed, and parts go only when all of them are in place. One writer
+holds ``.lock``.
 """
 
 import json
@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.core.files import open_whole, write_whole
+from biscale_env.core.files import debris, lock, naming, open_whole, write_whole
 from biscale_env.evaluation.runs import results, run_files
 from biscale_env.evaluation.runs.blocks import BLOCK_COLUMNS, block_totals
 from biscale_env.evaluation.runs.provenance import provenance
@@ -37,6 +38,16 @@ from biscale_env.evaluation.runs.run_view import Run, load_run
 from biscale_env.evaluation.stats.metrics import results_row
 
 _ABSENT: Final = "absent"
+_WRITTEN: Final = (
+    run_files.CONFIG,
+    run_files.PROVENANCE,
+    run_files.RESULTS,
+    *run_files.TABLES,
+    run_files.SUMMARY,
+    run_files.INFEASIBLE,
+    run_files.TUNING,
+    run_files.REPORT,
+)
 
 
 def joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -65,7 +76,7 @@ def joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any
 class RunDirectory:
     """A run directory that is being written; a context manager.
 
-    Leaving it, by whatever way, merges the parts.
+    It is locked against a second writer for as long. Leaving it, by whatever way, merges the parts.
 
     Example:
         ``with RunDirectory(path, config, resume=True) as run:`` then, for each run that is not
@@ -78,58 +89,92 @@ class RunDirectory:
         config: Mapping[str, Any],
         *,
         resume: bool = False,
-        model_files: Sequence[Path] = (),
+        inputs: Mapping[str, str] | None = None,
         seeds: Mapping[str, Any] | None = None,
     ) -> None:
-        """Create the directory, or take up an interrupted one.
+        """Create the directory, or resume an interrupted one.
 
         Args:
             path: the directory; made when it is not there.
             config: the resolved configuration; resuming needs the same, but may add policies.
-            resume: take up what a previous run left behind.
-            model_files: coefficient files, whose hashes go into the provenance.
+            resume: go on with what an earlier session left behind.
+            inputs: SHA-256 of what goes in (traces, models, checkpoints), by its name in a
+                sentence; kept in the provenance, and what has changed is refused on resuming.
             seeds: seeds that the comparison was made with.
 
         Raises:
-            BiscaleError: the directory is in use already, or holds a run of another configuration.
+            BiscaleError: the directory is in use, holds a run of another configuration or of other
+                inputs, or a file of it is damaged.
         """
         self.path = Path(path)
         self.config = run_files.plain(config)
-        self._open(resume)
-        self._sign(provenance(model_files=model_files, seeds=run_files.plain(seeds or {})))
-        self._done = self._finished()
-
-    def _open(self, resume: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise BiscaleError(f"{self.path} is a file; give a folder for the run directory")
-        known = self.path / run_files.CONFIG
+        if not (self.path / run_files.CONFIG).is_file():
+            self._check_empty()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BiscaleError(
+                f"cannot make the run directory {self.path}: {error.strerror}"
+            ) from None
+        self._held = ExitStack()  # freed with this object, too
+        self._held.enter_context(
+            lock(self.path / run_files.LOCK, what=f"the run directory {self.path}")
+        )
+        try:
+            self._open(resume, dict(inputs or {}), run_files.plain(seeds or {}))
+        except BaseException:
+            self._held.close()
+            raise
+
+    def _check_empty(self) -> None:
+        """Refuse a folder of something else; a run that died before its first file is empty."""
+        if self.path.is_dir():
+            ours = {self.path / run_files.LOCK, *debris(self.path, run_files.CONFIG)}
+            if set(self.path.iterdir()) - ours:
+                raise BiscaleError(
+                    f"{self.path} is not empty and not a run directory; choose another --out"
+                )
+
+    def _open(self, resume: bool, inputs: dict[str, str], seeds: Any) -> None:
+        known, signed = self.path / run_files.CONFIG, self.path / run_files.PROVENANCE
+        record = provenance(inputs=inputs, seeds=seeds)
         if known.is_file():
             if not resume:
                 raise BiscaleError(
                     f"{self.path} holds a run already; add --resume or choose another --out"
                 )
-            self._take_up(yaml.safe_load(known.read_text(encoding="utf-8")))
-        elif self.path.is_dir() and any(self.path.iterdir()):
+            run_files.check_readable(self.path)
+            self._take_up(run_files.read_config(self.path))
+            if signed.is_file():
+                before = run_files.read_provenance(self.path)
+                self._check_inputs(before.get("sha256", {}), inputs)
+                record["sha256"] = before.get("sha256", {}) | inputs
+                record["earlier"] = [*before.pop("earlier", []), before]
+        self._sweep()
+        (self.path / run_files.PARTS).mkdir(exist_ok=True)
+        write_whole(known, yaml.safe_dump(self.config, sort_keys=True, allow_unicode=True))
+        write_whole(signed, json.dumps(record, indent=2) + "\n")
+        self._done = self._finished()
+
+    def _check_inputs(self, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+        """Refuse to mix runs on different traces, models or checkpoints of one name."""
+        changed = next((name for name in now if before.get(name, now[name]) != now[name]), None)
+        if changed is not None:
             raise BiscaleError(
-                f"{self.path} is not empty and not a run directory; choose another --out"
+                f"cannot resume {self.path}: {changed} has changed since (sha256 was "
+                f"{before[changed][:12]} and is now {now[changed][:12]}); restore it or choose "
+                "another --out"
             )
-        try:
-            (self.path / run_files.PARTS).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BiscaleError(
-                f"cannot make the run directory {self.path}: {error.strerror}"
-            ) from None
+
+    def _sweep(self) -> None:
+        """Remove what a killed writer left half done; the lock says that none is alive."""
         for leftover in (self.path / run_files.PARTS).glob(".*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        write_whole(known, yaml.safe_dump(self.config, sort_keys=True, allow_unicode=True))
-
-    def _sign(self, record: dict[str, Any]) -> None:
-        """Write the provenance; that of earlier sittings stays under ``earlier``."""
-        path = self.path / run_files.PROVENANCE
-        if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            record["earlier"] = [*before.pop("earlier", []), before]
-        write_whole(path, json.dumps(record, indent=2) + "\n")
+        for name in _WRITTEN:
+            for temporary in debris(self.path, name):
+                temporary.unlink(missing_ok=True)
 
     def _take_up(self, old: Any) -> None:
         """Continue with the configuration that is there.
@@ -155,9 +200,7 @@ class RunDirectory:
     def _finished(self) -> set[str]:
         done = {part.name for part in self._parts()}
         if (self.path / run_files.RESULTS).is_file():
-            done |= set(
-                pd.read_parquet(self.path / run_files.RESULTS, columns=["run_id"])["run_id"]
-            )
+            done |= set(run_files.read_results(self.path / run_files.RESULTS)["run_id"])
         return done
 
     def _parts(self) -> list[Path]:
@@ -185,13 +228,15 @@ class RunDirectory:
         """
         row = results_row(record)
         run = row["run_id"]
-        folder = Path(tempfile.mkdtemp(prefix=".", dir=self.path / run_files.PARTS))
+        target = self.path / run_files.PARTS / run
+        folder = Path(tempfile.mkdtemp(prefix=".", dir=target.parent))
         try:
-            self._write_part(
-                folder, record, row, keep_timeline=keep_timeline, keep_requests=keep_requests
-            )
-            shutil.rmtree(self.path / run_files.PARTS / run, ignore_errors=True)
-            folder.replace(self.path / run_files.PARTS / run)
+            with naming(target):
+                self._write_part(
+                    folder, record, row, keep_timeline=keep_timeline, keep_requests=keep_requests
+                )
+            shutil.rmtree(target, ignore_errors=True)
+            folder.replace(target)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         self._done.add(run)
@@ -236,7 +281,8 @@ class RunDirectory:
         """
         parts = self._parts()
         old = [self.path / run_files.RESULTS] if (self.path / run_files.RESULTS).is_file() else []
-        frames = [pd.read_parquet(p) for p in [*old, *(part / run_files.RESULTS for part in parts)]]
+        new = [part / run_files.RESULTS for part in parts]
+        frames = [run_files.read_results(path) for path in [*old, *new]]
         if not frames:
             return None
         rows = pd.concat(frames, ignore_index=True).drop_duplicates("run_id", keep="last")
@@ -262,4 +308,9 @@ class RunDirectory:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.merge()
+        with self._held:
+            try:
+                self.merge()
+            except (OSError, BiscaleError):
+                if error is None:  # else what went wrong first is told; the parts stay
+                    raise

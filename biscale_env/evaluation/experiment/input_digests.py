@@ -1,0 +1,68 @@
+"""Digests of what a comparison is made from, so that a resumed one cannot mix two of a name."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from biscale_env.evaluation.experiment.agent_jobs import checkpoint_path, is_checkpoint, split_build
+from biscale_env.evaluation.experiment.compare import ComparisonJob
+from biscale_env.evaluation.experiment.scenarios import Case, resolve
+from biscale_env.evaluation.runs.provenance import file_hash, text_hash
+from biscale_env.models.coefficient_files import find_file, members_path
+
+
+def inputs_of(jobs: Iterable[ComparisonJob]) -> dict[str, str]:
+    """SHA-256 of every input of some jobs, by its name in a sentence.
+
+    GPU, LLM and SLO are hashed as they were read, so that a comment in a file changes nothing;
+    fitted models and checkpoints by file; traces by the parts that tuning and tables take.
+    Generated workloads by the first one, since it also tells a changed generator.
+    """
+    found: dict[str, str] = {}
+    done = set()
+    for job in jobs:
+        point = (job.scenario.model_dump_json(), job.phase)
+        if point not in done:
+            done.add(point)
+            found |= case_inputs(resolve(job.scenario, job.phase))
+        if is_checkpoint(job.build):
+            found |= checkpoint_inputs(job.build, job.phase)
+    return found
+
+
+def case_inputs(case: Case) -> dict[str, str]:
+    """Inputs of one scenario and phase: instance and workload."""
+    plant, scenario = case.plant, case.scenario
+    spec = plant.settings.instance
+    found = {
+        f"GPU {plant.gpu.name}": text_hash(plant.gpu.model_dump_json()),
+        f"LLM {plant.llm.name}": text_hash(plant.llm.model_dump_json()),
+        f"SLO {plant.slo.name}": text_hash(plant.slo.model_dump_json()),
+    }
+    path = find_file(spec.model, case.phase, spec.dtype, spec.tp)
+    for file in (path, members_path(path)):
+        if file.is_file():
+            found[f"model {spec.model} ({file.name})"] = file_hash(file)
+    if case.part is not None and case.tune_part is not None:
+        parts = f"{case.tune_part.sha256} {case.part.sha256}"
+        found[f"trace {scenario.trace} ({case.phase})"] = text_hash(parts)
+    else:
+        name = f"workload {scenario.profile} of {scenario.name} at load {scenario.load:g}"
+        found[f"{name} ({case.phase})"] = case.workload(0).sha256
+    return found
+
+
+def checkpoint_inputs(build: str, phase: str) -> dict[str, str]:
+    """The file of a learned policy, and the configuration beside one of Stable-Baselines3."""
+    name, _ = split_build(build)
+    path = checkpoint_path(name, phase)
+    return {
+        f"checkpoint {name} ({file.name})": file_hash(file)
+        for file in _files(path)
+        if file.is_file()
+    }
+
+
+def _files(path: Path) -> Iterator[Path]:
+    yield path
+    if path.suffix == ".zip":
+        yield path.with_name("config.yaml")

@@ -1,0 +1,137 @@
+"""What a comparison is made from is known to its run directory; SLOs by path are one key."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from agents.policy.numpy_policy import load_network
+from biscale_env.cli import build
+from biscale_env.config import configs_dir
+from biscale_env.core.errors import BiscaleError
+from biscale_env.evaluation.experiment.compare import ComparisonJob, JobOutcome, TunedPolicy
+from biscale_env.evaluation.experiment.input_digests import (
+    case_inputs,
+    checkpoint_inputs,
+    inputs_of,
+)
+from biscale_env.evaluation.experiment.run_comparison import keep_tuning
+from biscale_env.evaluation.experiment.scenarios import Infeasible, Scenario, resolve
+from biscale_env.evaluation.experiment.tuning import Setting
+from biscale_env.evaluation.runs import run_files
+from biscale_env.evaluation.runs.run_view import load_run
+
+SHIPPED = "agents/checkpoints/prefill.npz"
+
+
+def trace(path, n=240, shift=0):
+    """A trace of one request in half a second."""
+    frame = pd.DataFrame(
+        {
+            "arrival_s": 0.5 * np.arange(n),
+            "prompt_tokens": 200 + (np.arange(n) * 37 + shift) % 300,
+            "output_tokens": 20 + np.arange(n) % 30,
+        }
+    )
+    frame.to_csv(path, index=False)
+    return str(path)
+
+
+def slo(path, **changes):
+    content = yaml.safe_load((configs_dir() / "slos" / "biscale.yaml").read_text())
+    path.write_text(yaml.safe_dump(content | {"name": "mine"} | changes))
+    return str(path)
+
+
+def job(scenario, policy="max"):
+    return ComparisonJob(scenario, "prefill", policy, policy, -1, (0,))
+
+
+def test_an_slo_given_as_a_file_has_its_name_in_every_key(tmp_path):
+    point = Scenario(name="s", slo=slo(tmp_path / "file.yaml"))
+    assert job(point).key(0)["slo"] == "mine"
+    assert Infeasible(point, "prefill", "why").point["slo"] == "mine"
+    tried = Setting({"freq_mhz": 900.0}, 1.0, 1.0)
+    outcome = JobOutcome(job(point), [], TunedPolicy(tried, True, (tried,), 0.99), tried)
+    keep_tuning(tmp_path, outcome)
+    keep_tuning(tmp_path, outcome)
+    assert run_files.read_csv(tmp_path / run_files.TUNING)["slo"].tolist() == ["mine", "mine"]
+
+
+@pytest.fixture
+def compare(tmp_path, monkeypatch):
+    """Run ``biscale compare`` in this process on a short trace of its own."""
+    monkeypatch.chdir(tmp_path)
+    trace(tmp_path / "t.csv")
+    slo(tmp_path / "slo.yaml")
+
+    def run(*options, policies="max"):
+        words = ["compare", "--trace", "t.csv", "--phase", "prefill", "--seeds", "1"]
+        words += ["--policies", policies, "--jobs", "1", "--out", "run", *options]
+        return CliRunner().invoke(build(), words, catch_exceptions=True)
+
+    return run
+
+
+def test_resume_with_an_slo_file_runs_nothing_again(compare, monkeypatch):
+    assert compare("--slo", "slo.yaml").exception is None
+    before = load_run("run").results
+    assert before["slo"].tolist() == ["mine"]
+
+    def fail(*_):
+        raise AssertionError("a finished run is run again")
+
+    monkeypatch.setattr("biscale_env.evaluation.experiment.compare.run_job", fail)
+    assert compare("--slo", "slo.yaml", "--resume").exception is None
+    pd.testing.assert_frame_equal(load_run("run").results, before)
+
+
+def test_resume_on_a_changed_trace_or_slo_of_the_same_name_is_refused(compare, tmp_path):
+    assert compare("--slo", "slo.yaml").exception is None
+    trace(tmp_path / "t.csv", shift=1)
+    refused = compare("--slo", "slo.yaml", "--resume", policies="max,static:1200")
+    assert isinstance(refused.exception, BiscaleError)
+    assert "cannot resume run: trace t.csv (prefill) has changed since" in str(refused.exception)
+    trace(tmp_path / "t.csv")
+    slo(tmp_path / "slo.yaml", ttft_s=0.7)
+    refused = compare("--slo", "slo.yaml", "--resume")
+    assert "cannot resume run: SLO mine has changed since" in str(refused.exception)
+    assert load_run("run").results["policy"].tolist() == ["max"]
+
+
+def test_every_input_is_digested_and_a_change_of_each_shows(tmp_path):
+    family = tmp_path / "family"
+    shutil.copytree(configs_dir() / "models" / "h100-llama70b", family)
+    point = Scenario(name="s", duration_s=20.0, model=str(family), seeds=1)
+    before = inputs_of([job(point), job(point, "static:1200")])
+    kinds = [name.split()[0] for name in before]
+    assert kinds == ["GPU", "LLM", "SLO", "model", "model", "workload"]
+    assert all(len(digest) == 64 for digest in before.values())
+    assert case_inputs(resolve(point, "prefill")) == before
+    for file in sorted(family.glob("prefill-bf16-tp4*")):
+        text = file.read_text()
+        file.write_text(text + "# changed\n")
+        changed = inputs_of([job(point)])
+        assert [n for n in before if changed[n] != before[n]] == [f"model {family} ({file.name})"]
+        file.write_text(text)
+    other = inputs_of([job(point.model_copy(update={"profile": "poisson-fixed"}))])
+    assert set(other) - set(before) == {"workload poisson-fixed of s at load 0.75 (prefill)"}
+
+
+def test_checkpoints_are_digested_with_the_configuration_of_a_zip(tmp_path):
+    assert set(checkpoint_inputs("agent:margin=0.1", "prefill")) == {
+        "checkpoint agent (prefill.npz)"
+    }
+    network = load_network(configs_dir().parent / SHIPPED)
+    network.save(tmp_path / "mine.npz")
+    (first,) = checkpoint_inputs(f"{tmp_path / 'mine.npz'}", "prefill").values()
+    network.biases[-1][:] += 1.0
+    network.save(tmp_path / "mine.npz")
+    (second,) = checkpoint_inputs(f"{tmp_path / 'mine.npz'}", "prefill").values()
+    assert first != second
+    (tmp_path / "best.zip").write_bytes(b"weights")
+    (tmp_path / "config.yaml").write_text("phase: prefill\n")
+    assert len(checkpoint_inputs(str(tmp_path / "best.zip"), "prefill")) == 2
