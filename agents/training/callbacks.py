@@ -1,64 +1,47 @@
-"""Callbacks of SB3: the Lagrangian, held-out evaluation with checkpoints, and a stop at the first
-value that is not finite.
-"""
+"""Callbacks of SB3: the Lagrangian, held-out evaluation, and a stop at values that are not finite."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.training.heldout import SHORTFALL_PRICE, Act, HeldOut, HeldoutMetrics
+from agents.training.heldout import SHORTFALL_PRICE, HeldOut, HeldoutMetrics
+from agents.training.logs import Evaluation
+from agents.training.policy_on_rows import HeldOutPolicy
 from agents.training.train_config import AgentConfig
-from agents.training.training_env import AgentVecEnv, Tally
+from agents.training.training_env import AgentVecEnv
 from biscale_env.core.errors import BiscaleError
 
 MIN_REQUESTS = 200  # per group, on average, before a multiplier moves
 
 
 class Lagrangian(BaseCallback):
-    """Moves one multiplier per group by plain SGD on (target - measured attainment), clamped at 0
-    and at a maximum.
-
-    It also measures the cost rate of each group (and price), which the reward is relative to (see
-    :mod:`agents.training.training_env`).
+    """Moves the multipliers of an environment's :class:`agents.training.duals.Duals`.
 
     Attributes:
-        attainment: running mean per group; NaN before the first measurement.
         path: every multiplier vector so far, with the env step.
     """
 
-    def __init__(self, env: AgentVecEnv, targets: NDArray[np.float64], config: AgentConfig) -> None:
-        """Attach to the environment whose ``multipliers`` it moves and whose ``tally`` it reads."""
+    def __init__(self, env: AgentVecEnv, targets: NDArray[np.float64]) -> None:
+        """Attach to an environment; ``targets`` is the attainment asked for per group."""
         super().__init__()
-        self.env, self.targets, self.constraint = env, targets, config.constraint
-        self.attainment = np.full(len(targets), np.nan)
+        self.env, self.targets = env, targets
         self.path: list[tuple[int, NDArray[np.float64]]] = []
 
-    def update(self, tally: Tally) -> None:
-        """One SGD step on what was measured since the last."""
-        c, seen = self.constraint, tally.finished > 0
-        now = np.where(seen, 1.0 - tally.lost / np.maximum(tally.finished, 1.0), self.attainment)
-        old = np.where(np.isnan(self.attainment), now, self.attainment)
-        self.attainment = c.memory * old + (1.0 - c.memory) * now
-        step = c.rate * np.nan_to_num(self.targets - self.attainment)
-        if self.env.config.price is None:
-            self.env.multipliers = np.clip(self.env.multipliers + step, 0.0, c.maximum)
-        rate = np.where(
-            tally.time_s > 0, tally.cost / np.maximum(tally.time_s, 1e-9), self.env.cost_rate
-        )
-        self.env.cost_rate = (
-            rate if not self.path else c.memory * self.env.cost_rate + (1.0 - c.memory) * rate
-        )
-        self.path.append((self.num_timesteps, self.env.multipliers.copy()))
+    def update(self) -> None:
+        """One step of the multipliers on what was tallied since the last."""
+        duals = self.env.duals
+        duals.update(self.targets)
+        self.path.append((self.num_timesteps, duals.multipliers.copy()))
 
     def _on_step(self) -> bool:
-        tally = self.env.tally
-        if tally.finished.sum() >= MIN_REQUESTS * len(self.targets):
-            self.update(tally)
-            self.env.tally = self.env.new_tally()
+        duals = self.env.duals
+        if duals.tally.finished.sum() >= MIN_REQUESTS * len(self.targets):
+            self.update()
             for group, m, a in zip(
-                self.env.groups, self.env.multipliers, self.attainment, strict=True
+                self.env.groups, duals.multipliers, duals.attainment, strict=True
             ):
                 self.logger.record(f"multiplier/{group.name}", float(m))
                 self.logger.record(f"attainment/{group.name}", float(a))
@@ -77,8 +60,9 @@ class FiniteGuard(BaseCallback):
         for name, value in self.model.policy.named_parameters():
             if not bool(value.isfinite().all()):
                 raise BiscaleError(
-                    f"training broke at step {self.num_timesteps}: '{name}' is not finite; the last good checkpoint is kept, "
-                    "lower learning_rate or max_grad_norm and train again"
+                    f"training broke at step {self.num_timesteps}: '{name}' is not finite; the "
+                    "last good checkpoint is kept, lower learning_rate or max_grad_norm and train "
+                    "again"
                 )
 
     def _on_rollout_start(self) -> None:
@@ -89,12 +73,16 @@ class FiniteGuard(BaseCallback):
 
 
 class Evaluate(BaseCallback):
-    """Evaluates on held-out workloads, keeps the best policy, writes the resumable state, stops
-    early.
+    """Evaluates on held-out workloads, hands over the result, stops early.
 
     Attributes:
         history: ``(env step, HeldoutMetrics, score)`` of every evaluation.
         best: lowest score so far.
+        worse: evaluations since then.
+        next_step: env step from which on the next evaluation is due.
+        price: SLO-violation penalty of the last evaluation's best common setting; None: it takes
+            none.
+        margin: margin of that setting.
         reached: the SLO is met everywhere at the energy that was aimed at: training ends.
     """
 
@@ -102,62 +90,51 @@ class Evaluate(BaseCallback):
         self,
         config: AgentConfig,
         held_out: HeldOut,
-        targets: NDArray[np.float64],
         names: list[str],
-        act: Act,
+        policy: HeldOutPolicy,
         save: Callable[[bool, int, HeldoutMetrics], None],
     ) -> None:
         """Keep everything needed.
 
         Args:
             config: the run.
-            held_out: the workloads.
-            targets: attainment per group.
+            held_out: the workloads, with their targets.
             names: of the groups.
-            act: the current deterministic policy.
-            save: called as ``save(is_best, env_step, figures)``.
+            policy: the current deterministic policy.
+            save: called as ``save(is_best, env_step, metrics)``.
         """
         super().__init__()
-        self.config, self.held_out, self.targets, self.names, self.act, self.save = (
-            config,
-            held_out,
-            targets,
-            names,
-            act,
-            save,
-        )
-        self.history: list[tuple[int, HeldoutMetrics, float]] = []
+        self.config, self.held_out, self.names = config, held_out, names
+        self.targets, self.policy, self.save = held_out.targets, policy, save
+        self.history: list[Evaluation] = []
         self.price: float | None = None
         self.margin = 0.0
-        self.best, self.worse, self._next = float("inf"), 0, 0
+        self.best, self.worse, self.next_step = float("inf"), 0, 0
         self.reached = False
 
-    def _settings(self) -> list[tuple[float | None, float]]:
+    def settings(self) -> list[tuple[float | None, float]]:
         """``(price, margin)`` pairs to choose among.
 
-        Margins at the default price, else prices, else the only one there is.
+        Margins at the default penalty, else penalties, else the only one there is.
         """
         config = self.config
         if config.margins:
             return [(config.default_price if config.price else None, m) for m in config.margins]
-        return (
-            [(float(p), 0.0) for p in np.geomspace(*config.price, config.evaluation.prices)]
-            if config.price
-            else [(None, 0.0)]
-        )
+        if config.price is None:
+            return [(None, 0.0)]
+        return [(float(p), 0.0) for p in np.geomspace(*config.price, config.evaluation.prices)]
 
     def at_best_setting(self) -> HeldoutMetrics:
-        """HeldoutMetrics with, per group, the cheapest setting of the free parameter that meets its
-        target; keeps the best common one.
+        """Metrics with, per group, the cheapest setting that meets its target.
+
+        Keeps the best common setting in ``price`` and ``margin``.
         """
-        settings, tried = self._settings(), []
+        settings, tried = self.settings(), []
         for price, margin in settings:
-            self.act.price, self.act.margin = price, margin  # type: ignore[attr-defined]
-            tried.append(self.held_out(self.act))
-        energy, attained = (
-            np.stack([f.energy_ratio for f in tried]),
-            np.stack([f.attainment for f in tried]),
-        )
+            self.policy.price, self.policy.margin = price, margin
+            tried.append(self.held_out(self.policy))
+        energy = np.stack([m.energy_ratio for m in tried])
+        attained = np.stack([m.attainment for m in tried])
         value = energy + SHORTFALL_PRICE * np.maximum(self.targets - attained, 0.0)
         at, groups = value.argmin(axis=0), np.arange(energy.shape[1])
         self.price, self.margin = settings[int(value.mean(axis=1).argmin())]
@@ -165,34 +142,66 @@ class Evaluate(BaseCallback):
 
     def evaluate(self) -> HeldoutMetrics:
         """Evaluate now, log, save."""
-        figures = self.at_best_setting()
-        score = figures.score(self.targets)
-        self.history.append((self.num_timesteps, figures, score))
+        metrics = self.at_best_setting()
+        score = metrics.score(self.targets)
+        self.history.append((self.num_timesteps, metrics, score))
         better = score < self.best
         self.best, self.worse = (score, 0) if better else (self.best, self.worse + 1)
+        self.next_step = self.num_timesteps + self.config.evaluation.every_steps
+        self._log(metrics, score)
+        goal, met = self.config.evaluation.goal, bool((metrics.attainment >= self.targets).all())
+        self.reached = goal is not None and met and float(metrics.energy_ratio.mean()) <= goal
+        self.save(better, self.num_timesteps, metrics)
+        return metrics
+
+    def _log(self, metrics: HeldoutMetrics, score: float) -> None:
         self.logger.record("held_out/score", score)
-        self.logger.record("held_out/energy_ratio", float(figures.energy_ratio.mean()))
+        self.logger.record("held_out/energy_ratio", float(metrics.energy_ratio.mean()))
         for name, ratio, attained in zip(
-            self.names, figures.energy_ratio, figures.attainment, strict=True
+            self.names, metrics.energy_ratio, metrics.attainment, strict=True
         ):
             self.logger.record(f"held_out/energy_ratio/{name}", float(ratio))
             self.logger.record(f"held_out/attainment/{name}", float(attained))
-        goal, met = self.config.evaluation.goal, bool((figures.attainment >= self.targets).all())
-        self.reached = goal is not None and met and float(figures.energy_ratio.mean()) <= goal
-        self.save(better, self.num_timesteps, figures)
-        return figures
 
-    def take_up(
-        self, best: float, worse: int, history: list[tuple[int, HeldoutMetrics, float]]
-    ) -> None:
-        """Go on where an interrupted run stood; its last evaluation is made again."""
-        self.best, self.worse, self.history = best, worse, history[:-1]
+    def state(self) -> dict[str, Any]:
+        """Everything that changes, for a resumed run."""
+        names = ("history", "best", "worse", "next_step", "price", "margin", "reached")
+        return {name: getattr(self, name) for name in names} | {"history": list(self.history)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        for name, value in state.items():
+            setattr(self, name, value)
+        self.history = list(state["history"])
 
     def _on_rollout_start(self) -> None:
-        if self.num_timesteps >= self._next:
+        if self.num_timesteps >= self.next_step:
             self.evaluate()
-            self._next = self.num_timesteps + self.config.evaluation.every_steps
 
     def _on_step(self) -> bool:
         patience = self.config.evaluation.patience
         return not (self.reached or (patience and self.worse >= patience))
+
+
+class Checkpoint(BaseCallback):
+    """Remembers the last resumable moment, and stores it now and then.
+
+    A moment is resumable at the start of a rollout: then nothing is half done.
+    """
+
+    def __init__(self, remember: Callable[[], None], store: Callable[[], None]) -> None:
+        """Attach to a run.
+
+        Args:
+            remember: called at every start of a rollout.
+            store: called after it when a store is due.
+        """
+        super().__init__()
+        self.remember, self.store = remember, store
+
+    def _on_rollout_start(self) -> None:
+        self.remember()
+        self.store()
+
+    def _on_step(self) -> bool:
+        return True

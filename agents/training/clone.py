@@ -2,7 +2,6 @@
 SB3's on-policy algorithms.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -50,10 +49,7 @@ def collect(
 
 def output_for(env: AgentVecEnv, action: NDArray[np.float32]) -> NDArray[np.float32]:
     """Network output that makes the environment take an action (n,)."""
-    flat = np.asarray(action, dtype=np.float32).reshape(env.num_envs)
-    if env.config.action == "levels":
-        return np.abs(flat[:, None] - env.levels[None]).argmin(axis=1).astype(np.float32)
-    return to_output(env, flat, env.rule)
+    return env.actions.output_for(action, env.rule)
 
 
 def oracle_data(
@@ -88,21 +84,11 @@ def _planned(
         seen.append((observation[0], np.float32(np.ravel(action)[0])))
         batch.step(np.asarray(action, dtype=np.float32).reshape(1))
     observations, actions = np.stack([s[0] for s in seen]), np.array([s[1] for s in seen])
-    coefs, cheapest = env.features.nominal_model(group.plant.model, [-1])
-    features, rule, _ = env.features(observations, coefs, cheapest)
+    nominal = env.features.nominal_model(group.plant.model, [-1])
+    features, rule, _ = env.features(observations, *nominal)
     if env.config.price is not None:
-        low, high = (math.log(price) for price in env.config.price)
-        features = with_price(features, np.exp(env.rng.uniform(low, high, size=len(features))))
-    return features, to_output(env, actions, rule)
-
-
-def to_output(
-    env: AgentVecEnv, action: NDArray[np.float32], rule: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """Network output of actions (n,), where the rule says (n,)."""
-    if env.config.action == "rule":
-        action = (action - rule) / np.float32(2.0 * env.config.span)
-    return np.clip(action, -1.0, 1.0)
+        features = with_price(features, env.sampler.prices(len(features)))
+    return features, env.actions.output_for(actions, rule)
 
 
 def warm_start(
@@ -143,7 +129,7 @@ def warm_start(
     for k in range(plan.rounds):
         more = collect(env, teacher, plan.steps, None if k == 0 else act)
         features, outputs = np.concatenate([features, more[0]]), np.concatenate([outputs, more[1]])
-        losses.append(_fit(policy, optimiser, features, outputs, plan.epochs, env.rng))
+        losses.append(_fit(policy, optimiser, features, outputs, plan.epochs, env.sampler.rng))
         report(
             f"warm start, round {k + 1} of {plan.rounds}: rms error {losses[-1] ** 0.5:.4f} of the control range's half"
         )

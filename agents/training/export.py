@@ -28,6 +28,7 @@ def to_network(
     config: AgentConfig,
     card: Mapping[str, Any] | None = None,
     price: float | None = None,
+    trained_on: Mapping[str, Any] | None = None,
 ) -> Network:
     """Take the deterministic actor out of an SB3 model.
 
@@ -58,6 +59,15 @@ def to_network(
         weights.append(np.eye(1, dtype=np.float32))
         biases.append(np.zeros(1, dtype=np.float32))
     return Network(
-        config.phase, spec_for(config.phase).id, feature_id(config.phase), config.action, config.span, activation, weights, biases,
-        dict(card or {}), price,
-    )  # fmt: skip
+        phase=config.phase,
+        spec_id=spec_for(config.phase).id,
+        feature_id=feature_id(config.phase),
+        action=config.action,
+        span=config.span,
+        activation=activation,
+        weights=weights,
+        biases=biases,
+        card=dict(card or {}),
+        price=price,
+        trained_on=dict(trained_on or {}),
+    )

@@ -1,41 +1,42 @@
-"""A training run: SB3's algorithm on the randomised native environment, in a directory that
-explains and resumes itself.
+"""A training run: SB3's algorithm on the randomised native environment, in one directory.
+
+The directory explains itself (config, observation, training plant, evaluations) and resumes:
+``last.zip`` is SB3's model with the state of everything else beside the weights in the same file,
+so that the two are always of one moment. A resumed run of an on-policy algorithm goes on bit for
+bit as if it had never been interrupted; off-policy ones begin with an empty replay buffer.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
-from agents.policy.feature_parts import Floats32
-from agents.policy.features import NominalModel
-from agents.policy.sb3_policy import SPEC_FILE, Sb3Policy
+from agents.policy.features import feature_id
+from agents.policy.sb3_policy import SPEC_FILE, TRAINED_ON_FILE
 from agents.training.algorithms import algorithm
-from agents.training.callbacks import Evaluate, FiniteGuard, Lagrangian
+from agents.training.callbacks import Checkpoint, Evaluate, FiniteGuard, Lagrangian
 from agents.training.clone import warm_start
 from agents.training.export import to_network
 from agents.training.heldout import HeldOut, HeldoutMetrics
-from agents.training.logs import (
-    read_evaluations,
-    read_path,
-    write_evaluations,
-    write_path,
-)
+from agents.training.logs import write_evaluations, write_path
 from agents.training.mixture import make_groups, targets
+from agents.training.policy_on_rows import HeldOutPolicy
+from agents.training.run_state import Keeper, RunState, TrainingRun, read_state
 from agents.training.train_config import AgentConfig
 from agents.training.training_env import AgentVecEnv
 from biscale_env.config.loader import validate
 from biscale_env.contract import spec_for
 from biscale_env.core.errors import BiscaleError
-from biscale_env.core.files import open_whole, write_whole
+from biscale_env.core.files import lock, open_whole, write_whole
+from biscale_env.envs.plant import Plant
 from controllers.base import context_of
 from controllers.registry import make_policy
 
-CONFIG, STATE, LAST, BEST, BEST_ZIP, EVALUATIONS, MULTIPLIERS = (
+CONFIG, STATE, LAST, BEST, BEST_ZIP, EVALUATIONS, MULTIPLIERS, LOCK = (
     "config.yaml",
     "state.json",
     "last.zip",
@@ -43,33 +44,39 @@ CONFIG, STATE, LAST, BEST, BEST_ZIP, EVALUATIONS, MULTIPLIERS = (
     "best.zip",
     "evaluations.csv",
     "multipliers.csv",
+    ".lock",
 )
 Report = Callable[[str], None]
+STORE_EVERY_S = 60.0  # a run that is killed loses at most this and one rollout
 
 
-@dataclass
-class TrainingRun:
-    """A training run that is set up.
+def new_folder(wanted: Path) -> Path:
+    """Make a directory of this name, or of the name with -2, -3, ... if it is there already."""
+    number, folder = 1, wanted
+    while True:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+        else:
+            return folder
 
-    Attributes:
-        folder: its directory.
-        config: its config.
-        env: the training environment.
-        model: the SB3 model.
-        lagrangian: moves the multipliers.
-        evaluate: evaluates and saves.
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other processes off a run directory while one trains in it.
+
+    Raises:
+        BiscaleError: another one does.
     """
-
-    folder: Path
-    config: AgentConfig
-    env: AgentVecEnv
-    model: Any
-    lagrangian: Lagrangian
-    evaluate: Evaluate
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / LOCK, what=f"training run {folder}"):
+        yield
 
 
 def open_folder(folder: Path, config: AgentConfig, resume: bool) -> None:
-    """Create the run directory, or take up an interrupted run.
+    """Create the run directory, or resume an interrupted run.
 
     Raises:
         BiscaleError: a run is there and resume was not asked for, there is none to resume, or its
@@ -88,7 +95,8 @@ def open_folder(folder: Path, config: AgentConfig, resume: bool) -> None:
         if changed:
             k = changed[0]
             raise BiscaleError(
-                f"cannot resume {folder}: '{k}' was {old.get(k)} and is now {new.get(k)}; use the same config"
+                f"cannot resume {folder}: '{k}' was {old.get(k)} and is now {new.get(k)}; use the "
+                "same config"
             )
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(known, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -104,6 +112,24 @@ def _known_config(path: Path) -> dict[str, Any]:
         return dict(found or {})
 
 
+def training_facts(config: AgentConfig, plant: Plant) -> dict[str, Any]:
+    """What a checkpoint says of the plant it was trained on."""
+    clocks = plant.clocks
+    return {
+        "spec": plant.spec.id,
+        "features": feature_id(config.phase),
+        "gpu": plant.gpu.name,
+        "llm": plant.llm.name,
+        "model": plant.settings.instance.model,
+        "tp": plant.settings.tp,
+        "dtype": plant.settings.dtype,
+        "freq_min_mhz": float(clocks.freq_min_mhz),
+        "freq_max_mhz": float(clocks.freq_max_mhz),
+        "freq_step_mhz": float(clocks.freq_step_mhz),
+        "levels_mhz": [float(f) for f in clocks.levels_mhz],
+    }
+
+
 def make_model(config: AgentConfig, env: AgentVecEnv, folder: Path | None) -> Any:
     """The SB3 model of a config.
 
@@ -116,19 +142,16 @@ def make_model(config: AgentConfig, env: AgentVecEnv, folder: Path | None) -> An
     torch.set_num_threads(1)
     activation = torch.nn.Tanh if config.activation == "tanh" else torch.nn.ReLU
     kwargs: dict[str, Any] = {"net_arch": list(config.net_arch), "activation_fn": activation}
-    if config.algo in ("ppo", "recurrent_ppo"):
-        kwargs |= {
-            "net_arch": {"pi": list(config.net_arch), "vf": list(config.net_arch)},
-            "log_std_init": config.log_std_init,
-        }
+    if config.on_policy:
+        layers = list(config.net_arch)
+        kwargs |= {"net_arch": {"pi": layers, "vf": layers}, "log_std_init": config.log_std_init}
     policy = "MlpLstmPolicy" if config.algo == "recurrent_ppo" else "MlpPolicy"
     log = None if folder is None else str(folder / "tensorboard")
     hyper = dict(config.hyper)
     try:
         if config.anneal:
-            hyper["learning_rate"] = LinearSchedule(
-                float(hyper.get("learning_rate", 3e-4)), 0.0, 1.0
-            )
+            rate = float(hyper.get("learning_rate", 3e-4))
+            hyper["learning_rate"] = LinearSchedule(rate, 0.0, 1.0)
         return algorithm(config.algo)(
             policy,
             env,
@@ -139,119 +162,89 @@ def make_model(config: AgentConfig, env: AgentVecEnv, folder: Path | None) -> An
             **hyper,
         )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise BiscaleError(
-            f"{config.algo} refuses its hyper-parameters: {str(error).splitlines()[0]}"
-        ) from None
-
-
-class HeldOutPolicy(Sb3Policy):
-    """The model's deterministic policy on the held-out rows, each in its own group's plant.
-
-    Recurrent ones carry their memory along. ``price`` and ``margin`` are set by the evaluation.
-    """
-
-    def __init__(self, model: Any, config: AgentConfig, held_out: HeldOut) -> None:
-        """Bind the model to the rows."""
-        super().__init__(model, config, held_out.plant)
-        self._nominal = NominalModel(held_out.coefs, held_out.cheapest_ghz)
-        self._state: Any = None
-
-    def __call__(self, obs: Floats32, start: bool) -> Floats32:
-        """Actions (n,)."""
-        state = None if start else self._state
-        action, self._state = self.predict(obs, state, np.full(len(obs), start))
-        return action[:, 0]
+        reason = str(error).splitlines()[0]
+        raise BiscaleError(f"{config.algo} refuses its hyper-parameters: {reason}") from None
 
 
 def set_up(config: AgentConfig, folder: Path, resume: bool = False) -> TrainingRun:
-    """Everything of a run, from nothing or from its last good checkpoint."""
+    """Everything of a run, from nothing or from its last resumable moment.
+
+    Whoever trains in a directory that others may know should hold :func:`claimed` meanwhile.
+
+    Raises:
+        BiscaleError: see :func:`open_folder`; or the stored state cannot be read.
+    """
     open_folder(folder, config, resume)
     groups, counts = make_groups(config)
     env = AgentVecEnv(config, groups, counts, config.seed)
-    goals = targets(config, groups, env.lost_at_max)
+    goals = targets(config, groups, env.workloads.late_at_max)
     held_out = HeldOut(config, groups, config.evaluation.workloads)
-    state: dict[str, Any] = {}
-    if resume and (folder / LAST).is_file():
-        model = load_model(folder / LAST, config.algo, env)
-        state = json.loads((folder / STATE).read_text())
-        env.multipliers, env.cost_rate = (
-            np.array(state["multipliers"]),
-            np.array(state["cost_rate"]),
-        )
-    else:
-        model = make_model(config, env, folder)
-    lagrangian = Lagrangian(env, goals, config)
+    state = read_state(folder / LAST) if resume and (folder / LAST).is_file() else None
+    model = make_model(config, env, folder) if state is None else load_model(folder, config, env)
     names = [g.name for g in groups]
-    run = TrainingRun(
-        folder,
-        config,
-        env,
-        model,
-        lagrangian,
-        Evaluate(
-            config,
-            held_out,
-            held_out.targets,
-            names,
-            HeldOutPolicy(model, config, held_out),
-            _nothing,
-        ),
-    )
-    if state:
-        run.evaluate.take_up(
-            state["best"], state.get("worse", 0), read_evaluations(folder / EVALUATIONS)
-        )
-        lagrangian.path = read_path(folder / MULTIPLIERS)
-    run.evaluate.save = lambda best, step, figures: save(run, best, step, figures)
+    write_whole(folder / TRAINED_ON_FILE, json.dumps(training_facts(config, env.plant), indent=1))
+    evaluate = Evaluate(config, held_out, names, HeldOutPolicy(model, config, held_out), _nothing)
+    run = TrainingRun(folder, config, env, model, Lagrangian(env, goals), evaluate, state)
+    evaluate.save = lambda best, step, metrics: save(run, best, step, metrics)
+    if state is not None:
+        state.restore(run)
     return run
 
 
-def _nothing(best: bool, step: int, figures: HeldoutMetrics) -> None:
+def _nothing(best: bool, step: int, metrics: HeldoutMetrics) -> None:
     """Placeholder until the run exists."""
 
 
-def load_model(path: Path, algo: str, env: AgentVecEnv | None = None) -> Any:
-    """An SB3 model from its zip.
+def load_model(folder: Path, config: AgentConfig, env: AgentVecEnv | None = None) -> Any:
+    """The SB3 model of a run's ``last.zip``.
 
     Raises:
         BiscaleError: the file is missing, corrupt, or does not fit the environment.
     """
+    path = folder / LAST
     if not path.is_file():
         raise BiscaleError(f"checkpoint {path} does not exist")
     try:
-        return algorithm(algo).load(path, env=env, device="cpu")
+        return algorithm(config.algo).load(path, env=env, device=config.device, force_reset=False)
     except Exception as error:  # SB3 raises many kinds here: bad zip, pickle, spaces that differ
-        raise BiscaleError(
-            f"checkpoint {path} cannot be loaded: {str(error).splitlines()[0] if str(error) else 'corrupt'}"
-        ) from None
+        reason = str(error).splitlines()[0] if str(error) else "corrupt"
+        raise BiscaleError(f"checkpoint {path} cannot be loaded: {reason}") from None
 
 
-def save(run: TrainingRun, best: bool, step: int, figures: HeldoutMetrics) -> None:
-    """Write the resumable state, and the best policy when this is it."""
-    folder, names = run.folder, run.evaluate.names
+def store(run: TrainingRun, state: RunState) -> None:
+    """Write the resumable file, and the logs that people read."""
+    folder, names, duals = run.folder, run.evaluate.names, run.env.duals
     with open_whole(folder / LAST) as temporary:
         run.model.save(temporary)
-    state = {
-        "step": step,
+        state.append_to(temporary)
+    summary = {
+        "step": run.model.num_timesteps,
         "best": run.evaluate.best,
         "worse": run.evaluate.worse,
-        "multipliers": run.env.multipliers.tolist(),
-        "cost_rate": run.env.cost_rate.tolist(),
+        "multipliers": duals.multipliers.tolist(),
+        "cost_rate": duals.cost_rate.tolist(),
         "groups": names,
     }
-    write_whole(folder / STATE, json.dumps(state, indent=1))
+    write_whole(folder / STATE, json.dumps(summary, indent=1))
     write_path(run.lagrangian.path, names, folder / MULTIPLIERS)
     write_evaluations(run.evaluate.history, names, folder / EVALUATIONS)
-    if best:
-        with open_whole(folder / BEST_ZIP) as temporary:
-            run.model.save(temporary)
-        if run.config.algo != "recurrent_ppo":
-            to_network(run.model, run.config, _card(run, step, figures), run.evaluate.price).save(
-                folder / BEST
-            )
 
 
-def _card(run: TrainingRun, step: int, figures: HeldoutMetrics) -> dict[str, Any]:
+def save(run: TrainingRun, best: bool, step: int, metrics: HeldoutMetrics) -> None:
+    """Write the resumable state, and the best policy when this is it."""
+    store(run, RunState.of(run))
+    if not best:
+        return
+    with open_whole(run.folder / BEST_ZIP) as temporary:
+        run.model.save(temporary)
+    if run.config.algo != "recurrent_ppo":
+        facts = training_facts(run.config, run.env.plant)
+        card = _card(run, step, metrics)
+        network = to_network(run.model, run.config, card, run.evaluate.price, facts)
+        network.save(run.folder / BEST)
+
+
+def _card(run: TrainingRun, step: int, metrics: HeldoutMetrics) -> dict[str, Any]:
     held_out = {
         name: {
             "energy_ratio": round(float(e), 4),
@@ -260,8 +253,8 @@ def _card(run: TrainingRun, step: int, figures: HeldoutMetrics) -> dict[str, Any
         }
         for name, e, a, t in zip(
             run.evaluate.names,
-            figures.energy_ratio,
-            figures.attainment,
+            metrics.energy_ratio,
+            metrics.attainment,
             run.evaluate.targets,
             strict=True,
         )
@@ -279,38 +272,66 @@ def _card(run: TrainingRun, step: int, figures: HeldoutMetrics) -> dict[str, Any
 def train(run: TrainingRun, report: Report, progress: bool = False) -> HeldoutMetrics:
     """Warm start (unless resumed), then learn; the last good state is on disk whatever happens.
 
-    Returns the last figures.
+    Returns the last metrics.
 
     Raises:
         BiscaleError: a value that is not finite.
     """
     config, model = run.config, run.model
-    if config.warm_start is not None and model.num_timesteps == 0:
+    if config.warm_start is not None and run.state is None:
         teacher = make_policy(config.warm_start.teacher, context_of(run.env.plant))
         warm_start(
             model, run.env, lambda obs: teacher.predict(obs)[0][:, 0], config.warm_start, report
         )
         model._last_obs = None
     left = config.total_timesteps - model.num_timesteps
-    guard = FiniteGuard()
+    if left <= 0:
+        return run.evaluate.at_best_setting()
+    keeper, guard = Keeper(run), FiniteGuard()
+    checkpoint = Checkpoint(keeper.remember, _now_and_then(run))
+    callbacks = [guard, run.lagrangian, run.evaluate, checkpoint]
+    if run.state is not None:
+        run.state.restore_generators(run)
     try:
-        if left > 0:
-            model.learn(
-                left, callback=[guard, run.lagrangian, run.evaluate], progress_bar=progress,
-                reset_num_timesteps=model.num_timesteps == 0, log_interval=5, tb_log_name="run",
-            )  # fmt: skip
+        model.learn(
+            left,
+            callback=callbacks,
+            progress_bar=progress,
+            reset_num_timesteps=run.state is None,
+            log_interval=5,
+            tb_log_name="run",
+        )
     except ValueError:  # torch refuses distributions that are not finite, within a rollout
         guard.check()
         raise
     except KeyboardInterrupt:
-        saved = (run.folder / LAST).is_file()
-        what = (
-            "the state of the last evaluation is kept"
-            if saved
-            else "nothing is saved before the first evaluation"
-        )
-        report(
-            f"interrupted at step {model.num_timesteps}: {what}; go on with --resume --out {run.folder}"
-        )
+        _interrupted(run, keeper, report)
         raise
-    return run.evaluate.evaluate() if left > 0 else run.evaluate.at_best_setting()
+    return run.evaluate.evaluate()
+
+
+def _now_and_then(run: TrainingRun) -> Callable[[], None]:
+    """What stores a run when the last time is long ago."""
+    last_s = time.monotonic()
+
+    def due() -> None:
+        nonlocal last_s
+        if time.monotonic() - last_s >= STORE_EVERY_S:
+            store(run, RunState.of(run))
+            last_s = time.monotonic()
+
+    return due
+
+
+def _interrupted(run: TrainingRun, keeper: Keeper, report: Report) -> None:
+    """Store the last resumable moment and say so."""
+    step = run.model.num_timesteps
+    state = keeper.last()
+    if state is None:
+        report(f"interrupted at step {step}, before the first rollout: nothing is saved")
+        return
+    store(run, state)
+    report(
+        f"interrupted at step {step}: step {run.model.num_timesteps} is kept; go on with "
+        f"--resume --out {run.folder}"
+    )

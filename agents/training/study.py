@@ -1,13 +1,11 @@
-"""Hyper-parameter search with Optuna.
-
-A stored study, the score of held-out evaluation, the best config as YAML.
-"""
+"""Hyper-parameter search with Optuna: a stored study, scored by held-out evaluation."""
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
@@ -42,7 +40,7 @@ SPACES: dict[str, dict[str, Suggest]] = {
 
 def suggest(trial: Any, config: AgentConfig, steps: int) -> AgentConfig:
     """Config of one trial."""
-    hyper = config.hyper | {name: draw(trial) for name, draw in SPACES[config.algo].items()}
+    hyper = config.hyper | {name: pick(trial) for name, pick in SPACES[config.algo].items()}
     log_std = (
         trial.suggest_float("log_std_init", -2.5, -0.5)
         if "ppo" in config.algo
@@ -55,9 +53,7 @@ def suggest(trial: Any, config: AgentConfig, steps: int) -> AgentConfig:
 
 
 def starting_point(config: AgentConfig) -> dict[str, Any]:
-    """The config's own values as parameters of a trial, as far as it gives them and the space holds
-    them.
-    """
+    """The config's own values as parameters of a trial, as far as given and within the space."""
     values: dict[str, Any] = {
         name: config.hyper[name] for name in SPACES[config.algo] if name in config.hyper
     }
@@ -76,11 +72,35 @@ def trials_table(study: Any) -> pd.DataFrame:
     return frame.sort_values("score").round(5)
 
 
-def run_study(config: AgentConfig, trials: int, steps: int, out: Path) -> tuple[float, Path]:
-    """Run trials in a stored study; returns the best score and the path of its config.
+def sampler_for(seed: int, number: int) -> Any:
+    """Optuna's TPE sampler of one trial.
+
+    Its generator depends on the trial's number, not on the session: a study of several sessions
+    suggests what one long session would, and no session repeats another's start-up trials.
+
+    Args:
+        seed: of the study.
+        number: trials begun before this one.
+    """
+    import optuna
+
+    state = np.random.SeedSequence([seed, number]).generate_state(1)
+    return optuna.samplers.TPESampler(seed=int(state[0]))
+
+
+def run_trials(study: Any, objective: Callable[[Any], float], trials: int, seed: int) -> None:
+    """Run trials in a study that may have some already."""
+    for _ in range(trials):
+        begun = sum(t.state.name != "WAITING" for t in study.get_trials(deepcopy=False))
+        study.sampler = sampler_for(seed, begun)
+        study.optimize(objective, n_trials=1)
+
+
+def open_study(config: AgentConfig, out: Path) -> Any:
+    """The stored study of a config's phase and algorithm in a directory, made if it is new.
 
     Raises:
-        BiscaleError: the stored study is of another phase or algorithm, or no trial succeeded.
+        BiscaleError: the stored study is of another phase or algorithm.
     """
     import optuna
 
@@ -93,31 +113,43 @@ def run_study(config: AgentConfig, trials: int, steps: int, out: Path) -> tuple[
         raise BiscaleError(
             f"{out} holds the study '{known[0]}', not '{name}': choose another --out"
         )
-    study = optuna.create_study(
-        study_name=name,
-        storage=storage,
-        load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(seed=config.seed),
-    )
-
-    def objective(trial: Any) -> float:
-        folder = out / f"trial-{trial.number}"
-        shutil.rmtree(folder, ignore_errors=True)
-        mine = suggest(trial, config, steps)
-        run = set_up(mine, folder)
-        try:
-            train(run, lambda text: None)
-        except BiscaleError:
-            raise optuna.TrialPruned from None
-        trial.set_user_attr("config", mine.model_dump(mode="json"))
-        trial.set_user_attr("evaluations", (folder / EVALUATIONS).read_text())
-        return run.evaluate.best
-
-    if (
-        not study.trials
-    ):  # the config as it is stands in every study, so that the search shows what it is worth
+    study = optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
+    if not study.trials:
+        # the config as it is stands in every study, so that the search shows what it is worth
         study.enqueue_trial(starting_point(config))
-    study.optimize(objective, n_trials=trials)
+    return study
+
+
+def run_trial(trial: Any, config: AgentConfig, steps: int, folder: Path) -> float:
+    """Train one trial in a directory of its own; returns its best score.
+
+    Raises:
+        optuna.TrialPruned: training broke.
+    """
+    import optuna
+
+    shutil.rmtree(folder, ignore_errors=True)
+    mine = suggest(trial, config, steps)
+    run = set_up(mine, folder)
+    try:
+        train(run, lambda text: None)
+    except BiscaleError:
+        raise optuna.TrialPruned from None
+    trial.set_user_attr("config", mine.model_dump(mode="json"))
+    trial.set_user_attr("evaluations", (folder / EVALUATIONS).read_text())
+    return run.evaluate.best
+
+
+def run_study(config: AgentConfig, trials: int, steps: int, out: Path) -> tuple[float, Path]:
+    """Run trials in a stored study; returns the best score and the path of its config.
+
+    Raises:
+        BiscaleError: the stored study is of another phase or algorithm, or no trial succeeded.
+    """
+    study = open_study(config, out)
+    run_trials(
+        study, lambda t: run_trial(t, config, steps, out / f"trial-{t.number}"), trials, config.seed
+    )
     write_whole(out / "trials.csv", trials_table(study).to_csv(index=False))
     try:
         best = study.best_trial
@@ -131,7 +163,8 @@ def run_study(config: AgentConfig, trials: int, steps: int, out: Path) -> tuple[
         "evaluation": config.evaluation.model_dump(mode="json"),
     }
     found["evidence"] = (
-        f"Optuna study {name}: {len(study.trials)} trials of {steps} steps, best held-out score {best.value:.4f}"
+        f"Optuna study {study.study_name}: {len(study.trials)} trials of {steps} steps, best "
+        f"held-out score {best.value:.4f}"
     )
     write_whole(out / "best.yaml", yaml.safe_dump(found, sort_keys=False))
     return float(best.value or 0.0), out / "best.yaml"

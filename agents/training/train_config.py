@@ -200,6 +200,11 @@ class AgentConfig(WithInstance):
         return self
 
     @property
+    def on_policy(self) -> bool:
+        """Whether the algorithm learns from its own latest rollouts only."""
+        return self.algo in ("ppo", "recurrent_ppo")
+
+    @property
     def default_price(self) -> float:
         """Price that the network is told unless another is asked for.
 

@@ -1,8 +1,9 @@
 """``biscale train`` and ``biscale tune``: learned agents on Stable-Baselines3."""
 
+import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +15,9 @@ from biscale_env.cli.instance_options import (
     instance_changes,
 )
 from biscale_env.core.errors import BiscaleError
+
+if TYPE_CHECKING:
+    from agents.training.train_config import AgentConfig
 
 
 def register(app: typer.Typer) -> None:
@@ -54,10 +58,12 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
 ) -> None:
-    """Train an agent; every seed has a directory of its own with config, checkpoints, TensorBoard
-    log and evaluations.
+    """Train an agent.
+
+    Every seed has a directory of its own with config, checkpoints, TensorBoard log and evaluations.
     """
     _need_rl()
+    from agents.training.run import new_folder
     from agents.training.train_config import AgentConfig, load_config
     from biscale_env.config.loader import validate
     from biscale_env.models import instance_hardware
@@ -72,28 +78,29 @@ def train(
     )
     base = validate(base.model_dump() | given, AgentConfig, "train")
     instance_hardware(base.instance)  # a wrong name is said before a directory is made
-    folder = out or Path("runs") / f"train-{datetime.now():%Y%m%d-%H%M%S}-{phase}-{base.algo}"
+    named = f"train-{datetime.now():%Y%m%d-%H%M%S}-{phase}-{base.algo}"
+    folder = out or new_folder(Path("runs") / named)
     for k in range(seeds):
         mine = base.model_copy(update={"seed": base.seed + k})
         _train_one(mine, folder if seeds == 1 else folder / f"seed-{mine.seed}", resume)
 
 
-def _train_one(config: Any, folder: Path, resume: bool) -> None:
-    import sys
-
-    from agents.training.run import CONFIG, set_up
+def _train_one(config: "AgentConfig", folder: Path, resume: bool) -> None:
+    from agents.training.run import CONFIG, claimed, set_up
     from agents.training.run import train as learn
 
-    run = set_up(config, folder, resume and (folder / CONFIG).is_file())
-    print(
-        f"{config.phase}, {config.algo}, seed {config.seed}: {config.total_timesteps} steps, {config.n_envs} copies, directory {folder}"
-    )
-    figures = learn(run, print, progress=sys.stderr.isatty())
+    with claimed(folder):
+        run = set_up(config, folder, resume and (folder / CONFIG).is_file())
+        print(
+            f"{config.phase}, {config.algo}, seed {config.seed}: {config.total_timesteps} steps, "
+            f"{config.n_envs} sub-environments, directory {folder}"
+        )
+        metrics = learn(run, print, progress=sys.stderr.isatty())
     print(f"{'held-out workloads':36s} {'energy ratio':>12s} {'attainment':>11s} {'target':>8s}")
     for name, e, a, t in zip(
         run.evaluate.names,
-        figures.energy_ratio,
-        figures.attainment,
+        metrics.energy_ratio,
+        metrics.attainment,
         run.evaluate.targets,
         strict=True,
     ):
@@ -109,10 +116,10 @@ def tune(
     config: Annotated[
         str | None, typer.Option(help="Config to start from; default: the shipped one.")
     ] = None,
-    trials: Annotated[int, typer.Option(help="Trials in this sitting.")] = 20,
+    trials: Annotated[int, typer.Option(help="Trials in this session.")] = 20,
     steps: Annotated[int, typer.Option(help="Env steps per trial.")] = 300_000,
     out: Annotated[
-        Path, typer.Option(help="Directory; its study is stored and taken up again.")
+        Path, typer.Option(help="Directory; the study in it is stored and resumed.")
     ] = Path("runs/tune"),
 ) -> None:
     """Search hyper-parameters with Optuna.

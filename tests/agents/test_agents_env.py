@@ -6,9 +6,11 @@ import pytest
 pytest.importorskip("stable_baselines3")
 
 from agents.policy.features import NAMES, FeatureMap, cheapest_mhz
+from agents.training.duals import Tally
 from agents.training.mixture import make_groups, targets
+from agents.training.reward import Spread
 from agents.training.train_config import AgentConfig
-from agents.training.training_env import AgentVecEnv, Spread, Tally
+from agents.training.training_env import AgentVecEnv
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.batch import Batch, RequestTable
 from biscale_env.envs.plant import Plant, PlantSettings
@@ -57,25 +59,25 @@ def test_reward_is_energy_and_violations_up_to_constants(phase):
     """
     env = make(phase, randomise={"nominal_share": 1.0, "delay_s": [0.05, 0.05]})
     env.reset()
-    env._spread = lambda cell, values: np.ones(
+    env.shaper.spread = lambda cell, values: np.ones(
         len(values)
     )  # the division by the spread has its own test
     st, scale, ref = env.batch.states, env.config.reward_scale, env.plant.energy_ref_j
-    first_lost, first_tail = env._lost.copy(), st["tail"].copy()
+    first_lost, first_tail = env._late.copy(), st["tail"].copy()
     got, plain, tokens = np.zeros(8), np.zeros(8), np.zeros(8)
     for _ in range(30):
         env.step_async(np.zeros((8, 1), np.float32))
         _, r, done, _ = env.step_wait()
         assert not done.any()
         got += r
-        plain -= st["step_energy_j"] / ref + env.multipliers[0] * st["step_violations"]
+        plain -= st["step_energy_j"] / ref + env.duals.multipliers[0] * st["step_violations"]
         tokens += st["step_tokens"]
-    joule_per_token, idle_w = env._baseline[0, 0]
+    joule_per_token, idle_w = env.shaper.baseline[0, 0]
     constants = (joule_per_token * tokens + idle_w * st["time_s"]) / ref
-    begins = env.pool.arrival_s[st["begin"]]
+    begins = env.workloads.table.arrival_s[st["begin"]]
     constants -= idle_w * begins / ref  # the clock starts at the first arrival
-    shaping = -env.multipliers[0] * (
-        env._lost - first_lost - (env._refunds[st["tail"]] - env._refunds[first_tail])
+    shaping = -env.duals.multipliers[0] * (
+        env._late - first_lost - env.workloads.refund(first_tail, st["tail"])
     )
     assert np.allclose(got / scale, plain + constants + shaping, rtol=1e-4, atol=1e-3)
 
@@ -95,8 +97,8 @@ def test_violations_cost_the_multiplier():
     extra = {}
     for clock in (-1.0, 1.0):
         cheap, dear = (make(seed=3, randomise={"nominal_share": 1.0}) for _ in range(2))
-        cheap.multipliers[:], dear.multipliers[:] = 0.0, 100.0
-        cheap._spread = dear._spread = lambda cell, values: np.ones(len(values))
+        cheap.duals.multipliers[:], dear.duals.multipliers[:] = 0.0, 100.0
+        cheap.shaper.spread = dear.shaper.spread = lambda cell, values: np.ones(len(values))
         extra[clock] = run_at(cheap, clock, 60) - run_at(dear, clock, 60)
     assert (
         extra[-1.0] > 0
@@ -112,20 +114,20 @@ def test_violations_cost_the_price_that_the_network_is_told():
     """
     env = make(price=[1.0, 100.0], n_envs=32, randomise={"nominal_share": 1.0})
     observed = env.reset()
-    assert env.violation_weight() == pytest.approx(env.price * env.request_cost[0])
+    assert env.violation_weight() == pytest.approx(env.price * env.workloads.request_cost[0])
     assert len(np.unique(env.price)) == 32
     told = 30.0 * np.exp(2.0 * observed[:, -1])
     assert told == pytest.approx(env.price, rel=1e-4)
     cheap, dear = (make(price=[p, p * 1.001], seed=3) for p in (1.0, 100.0))
-    cheap._spread = dear._spread = lambda cell, values: np.ones(len(values))
+    cheap.shaper.spread = dear.shaper.spread = lambda cell, values: np.ones(len(values))
     assert (run_at(cheap, -1.0, 60) - run_at(dear, -1.0, 60)).sum() > 0
 
 
 def test_refunds_are_the_requests_that_max_clock_loses():
     env = make()
-    lost = np.concatenate(env.lost_at_max)
-    assert env._refunds[-1] == lost.sum()
-    assert make("decode")._refunds[-1] == 0
+    lost = np.concatenate(env.workloads.late_at_max)
+    assert env.workloads.refunds == lost.sum()
+    assert make("decode").workloads.refunds == 0
 
 
 def test_every_episode_has_its_own_plant():
@@ -171,18 +173,12 @@ def test_targets_never_ask_more_than_max_clock_gives():
     )
 
 
-def test_tally_counts_requests_of_counted_rows_only():
+def test_tally_sums_per_group_and_per_cell():
     tally = Tally(2, 4)
     ones = np.ones(3)
-    tally.add(
-        np.array([0, 0, 1]),
-        np.array([0, 1, 3]),
-        np.array([True, False, True]),
-        ones,
-        ones,
-        ones,
-        2 * ones,
-    )
+    group, counted = np.array([0, 0, 1]), np.array([True, False, True])
+    tally.count_requests(group[counted], ones[counted], ones[counted])
+    tally.count_cost(np.array([0, 1, 3]), ones, 2 * ones)
     assert tally.finished.tolist() == [1.0, 1.0]
     assert tally.cost.tolist() == [1.0, 1.0, 0.0, 1.0]
     assert tally.time_s.tolist() == [2.0, 2.0, 0.0, 2.0]

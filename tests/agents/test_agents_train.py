@@ -108,11 +108,9 @@ def test_runs_resume_and_refuse_changes(tmp_path):
         set_up(tiny(), tmp_path / "other", resume=True)
     again = set_up(tiny(), folder, resume=True)
     assert again.model.num_timesteps == first.model.num_timesteps == 256
-    assert np.array_equal(again.env.multipliers, first.env.multipliers)
-    steps = [step for step, _, _ in again.evaluate.history]
-    assert (
-        steps == [step for step, _, _ in first.evaluate.history][:-1]
-    )  # the last evaluation is made again
+    assert np.array_equal(again.env.duals.multipliers, first.env.duals.multipliers)
+    assert again.evaluate.history[0][0] == 0
+    assert len(again.evaluate.history) == len(first.evaluate.history)
     assert len(again.lagrangian.path) == len(first.lagrangian.path)
     (folder / "last.zip").write_bytes(b"PK\x03\x04 broken")
     with pytest.raises(BiscaleError, match="cannot be loaded"):
@@ -196,17 +194,17 @@ def test_deterministic_given_the_seed(tmp_path):
 def test_multipliers_follow_sgd_and_stop_at_their_bounds():
     config = tiny(constraint={"start": 10.0, "rate": 100.0, "maximum": 12.0, "memory": 0.0})
     env = env_of(config)
-    callback = Lagrangian(env, np.array([0.99]), config)
+    callback = Lagrangian(env, np.array([0.99]))
     callback.num_timesteps = 1
 
     def update(lost):
-        tally = env.new_tally()
+        tally = env.duals.tally
         tally.finished[:], tally.lost[:], tally.cost[:], tally.time_s[:] = 1000, lost, 50.0, 100.0
-        callback.update(tally)
-        return float(env.multipliers[0])
+        callback.update()
+        return float(env.duals.multipliers[0])
 
     assert update(20) == pytest.approx(10.0 + 100.0 * (0.99 - 0.98))
-    assert env.cost_rate[0] == pytest.approx(0.5)
+    assert env.duals.cost_rate[0] == pytest.approx(0.5)
     assert update(500) == 12.0
     for _ in range(40):
         last = update(0)
