@@ -10,5 +10,13 @@ class BiscaleError(ValueError):
     """
 
 
+class OptionError(BiscaleError, TypeError):
+    """A keyword that an environment does not have.
+
+    Libraries try keywords and go on without them after a ``TypeError``: Stable-Baselines3 asks for
+    ``render_mode``, TorchRL for ``frameskip`` (and looks for "unexpected keyword argument").
+    """
+
+
 class BiscaleWarning(UserWarning):
     """What a user should know about a result, in one sentence; shown once, nothing stops."""

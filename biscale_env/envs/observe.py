@@ -28,9 +28,10 @@ D_SLO = DECODE_SPEC.index("slo")
 def observe_rates(st: Any, out: Any, at: int) -> None:
     """Arrival rates, four values."""
     decay_rates(st, st.time_s)
+    counted_s = st.time_s - st.rate_start_s
     for k in range(N_WINDOWS):
-        out[at + k] = st.rate_sum[k] * rate_scale(st.time_s, RATE_WINDOWS_S[k])
-    out[at + N_WINDOWS] = st.token_rate_sum * rate_scale(st.time_s, TOKEN_RATE_WINDOW_S)
+        out[at + k] = st.rate_sum[k] * rate_scale(counted_s, RATE_WINDOWS_S[k])
+    out[at + N_WINDOWS] = st.token_rate_sum * rate_scale(counted_s, TOKEN_RATE_WINDOW_S)
 
 
 @inlined

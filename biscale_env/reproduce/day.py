@@ -98,9 +98,10 @@ def run_day(
     """
     start = time.perf_counter()
     plant = bench.plant(system, tuned)
-    loop = WindowedRun(plant, planner_of(system, tuned, bench))
+    planner = planner_of(system, tuned, bench)
+    loop = WindowedRun(plant, planner(0, None))
     rows = []
-    for window in loop.over(pieces):
+    for window in loop.over(pieces, planner):
         rows.append(day_row(window, plant.slo.ttft_s, plant.slo.tpot_s))
         if progress is not None:
             progress(window.index)

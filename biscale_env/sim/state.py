@@ -74,6 +74,7 @@ COMMON_FIELDS = [
     ),  # exponentially decayed arrival counts / window
     ("token_rate_sum", np.float64),
     ("rate_time_s", np.float64),  # when the sums were last decayed
+    ("rate_start_s", np.float64),  # since when arrivals are counted
     ("last_time_s", np.float64),  # duration of the last iteration
     ("last_power_w", np.float64),  # its mean power per GPU
     ("energy_j", np.float64),

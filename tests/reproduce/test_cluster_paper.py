@@ -303,11 +303,9 @@ def test_memory_of_a_stream_does_not_grow(bench):
         served.append(sum(w["requests"] for w in day.windows) == sum(len(p) for p in pieces))
         from biscale_env.envs.cluster.whole_run import WindowedRun
 
-        loop = WindowedRun(
-            bench.plant(SYSTEMS["biscale"], TunedSystem()),
-            planner_of(SYSTEMS["biscale"], TunedSystem(), bench),
-        )
-        for _ in loop.over(iter(pieces)):
+        planner = planner_of(SYSTEMS["biscale"], TunedSystem(), bench)
+        loop = WindowedRun(bench.plant(SYSTEMS["biscale"], TunedSystem()), planner(0, None))
+        for _ in loop.over(iter(pieces), planner):
             pass
         sizes.append(loop.cluster.prefills.queue.prompt.shape[1])
     assert all(served)

@@ -1,66 +1,147 @@
-"""Constructor options of the cluster environments, resolved into a plant, a source of workloads and
-a set of placements.
+"""Constructor options of the cluster environments.
+
+They are resolved into a plant, a source of workloads and a set of placements.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
+from biscale_env.config import Slo
 from biscale_env.config.cluster_layout import InstanceGroup, Placement
-from biscale_env.core.errors import BiscaleError
+from biscale_env.config.loader import nearest
+from biscale_env.core.errors import BiscaleError, OptionError
 from biscale_env.envs.cluster.cluster_settings import ClusterPlant, ClusterSettings, check_gpus
+from biscale_env.envs.cluster.instance_capacities import InstanceCapacities
+from biscale_env.envs.plant import PlantSettings
 from biscale_env.envs.workloads import WorkloadSource, generated, trace_windows
 from biscale_env.models import instance_hardware, instance_model
 from biscale_env.traces import Trace, load_named
 
-DEFAULT_PROFILE = "gamma-sharegpt-like"
-DEFAULT_RATE_RPS = 30.0  # about half of what 16 GPUs serve of this workload at max clock
-TPS = (1, 2, 4, 8, 16)
+DEFAULT_PROFILE: Final = "gamma-sharegpt-like"
+DEFAULT_RATE_RPS: Final = 30.0  # about half of what 16 GPUs serve of this workload at max clock
+VIOLATION_WEIGHT: Final[float] = PlantSettings.model_fields["violation_weight"].default
+TPS: Final = (1, 2, 4, 8, 16)
+OWN_OPTIONS: Final = (
+    "windows",
+    "window_s",
+    "episode_s",
+    "freqs_mhz",
+    "capacities_rps",
+    "placement",
+    "interval_s",
+    "trace",
+    "profile",
+    "load",
+    "rate_rps",
+    "workload_seed",
+    "n_workloads",
+    "violation_weight",
+)
+ELSEWHERE: Final = {  # options of the single-instance environments that mean nothing here
+    "tp": "the placement gives each instance its TP",
+    "max_seqs": "use prefill_max_seqs or decode_max_seqs",
+    "min_decision_interval_s": "a decision stands for a whole window or interval",
+    "drain": "requests in flight at the end of an episode are not judged",
+    "discrete": "actions have one form here",
+}
 
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """A cluster's plant and its workloads."""
+    """A cluster's plant and its workloads.
+
+    Attributes:
+        plant: the cluster without its placement.
+        source: makes the workloads.
+        n_workloads: how many different ones the episodes are drawn from.
+        violation_weight: reward lost per request that misses the SLO, in reference energies.
+        capacities: what instances serve of this workload.
+    """
 
     plant: ClusterPlant
     source: WorkloadSource
     n_workloads: int
+    violation_weight: float
+    capacities: InstanceCapacities
 
     def choose(self, rng: np.random.Generator, fixed: Mapping[str, Any] | None) -> int:
-        """Workload of the next episode, from the generator unless fixed."""
+        """Workload of the next episode, from the generator unless fixed.
+
+        Args:
+            rng: gives the next number, whether it is used or not.
+            fixed: reset options; only ``workload`` is known.
+
+        Raises:
+            BiscaleError: an unknown option, or not a whole number from 0 on.
+        """
         fixed = fixed or {}
-        unknown = set(fixed) - {"workload"}
+        unknown = sorted(str(name) for name in set(fixed) - {"workload"})
         if unknown:
-            raise BiscaleError(f"unknown reset option '{min(unknown)}'; known: workload")
-        workload = int(rng.integers(self.n_workloads))
-        chosen = int(fixed.get("workload", workload))
-        if chosen < 0:
-            raise BiscaleError(f"reset option 'workload' must not be negative, got {chosen}")
-        return chosen
+            raise BiscaleError(f"unknown reset option '{unknown[0]}'; known: workload")
+        drawn = int(rng.integers(self.n_workloads))
+        chosen = np.asarray(fixed.get("workload", drawn))
+        if chosen.shape or chosen.dtype.kind not in "iu" or chosen < 0:
+            raise BiscaleError(
+                f"reset option 'workload' must be a whole number from 0 on, got {fixed['workload']}"
+            )
+        return int(chosen)
+
+
+def refuse_render_mode(render_mode: str | None) -> None:
+    """Refuse any render mode but none.
+
+    Raises:
+        OptionError: names it.
+    """
+    if render_mode is not None:
+        raise OptionError(
+            f"the cluster environments draw nothing: render_mode must be None, got '{render_mode}'"
+        )
+
+
+def _settings(slo: str | Slo, options: Mapping[str, Any]) -> ClusterSettings:
+    known = [*OWN_OPTIONS, *ClusterSettings.model_fields]
+    for name in options:
+        if name not in ClusterSettings.model_fields:
+            hint = ELSEWHERE.get(name) or f"the nearest option is '{nearest(name, known)}'"
+            raise OptionError(
+                f"the cluster environment got an unexpected keyword argument '{name}': {hint}"
+            )
+    return ClusterSettings.of(slo=slo if isinstance(slo, str) else slo.name, **options)
 
 
 def make_cluster_options(
     episode_s: float,
+    most_rps: Callable[[InstanceCapacities], float],
+    *,
     trace: Trace | str | Path | None = None,
     profile: str = DEFAULT_PROFILE,
-    rate_rps: float = DEFAULT_RATE_RPS,
+    slo: str | Slo = "biscale",
+    load: float | None = None,
+    rate_rps: float | None = None,
     workload_seed: int = 0,
     n_workloads: int = 64,
+    violation_weight: float = VIOLATION_WEIGHT,
     **settings: Any,
 ) -> ClusterOptions:
     """Resolve options.
 
     Args:
         episode_s: length of an episode, s.
+        most_rps: load that the cluster serves within the SLO at best, for ``load``.
         trace: trace, name or path; episodes are random windows of it, brought to the rate.
         profile: generator profile, used without a trace.
-        rate_rps: mean request rate.
+        slo: an SLO or its name.
+        load: mean request rate as a fraction of what the cluster serves at best.
+        rate_rps: mean request rate instead of a load; the default is 30 requests/s.
         workload_seed: root of the workloads.
         n_workloads: how many different workloads the episodes are drawn from.
+        violation_weight: reward lost per request that misses the SLO, in reference energies.
         **settings: fields of :class:`biscale_env.envs.cluster.cluster_settings.ClusterSettings`.
 
     Raises:
@@ -68,17 +149,35 @@ def make_cluster_options(
     """
     if n_workloads < 1:
         raise BiscaleError(f"n_workloads must be at least 1, got {n_workloads}")
-    plant = ClusterPlant(ClusterSettings.of(**settings))
+    if not 0 <= violation_weight < np.inf:
+        raise BiscaleError(f"violation_weight must be a number from 0 on, got {violation_weight}")
+    if not 0 < episode_s < np.inf:
+        raise BiscaleError(f"episode_s must be a positive number of seconds, got {episode_s}")
+    plant = ClusterPlant(_settings(slo, settings), None if isinstance(slo, str) else slo)
     loaded = load_named(str(trace)) if isinstance(trace, str | Path) else trace
     if loaded is not None and loaded.duration_s < episode_s:
         raise BiscaleError(
             f"{loaded.name} lasts {loaded.duration_s:g} s, but an episode needs {episode_s:g} s: "
             "use a longer trace, fewer windows or shorter ones"
         )
+    capacities = InstanceCapacities(plant, profile, loaded)
+    rate = _rate_rps(load, rate_rps, lambda: most_rps(capacities))
     make = trace_windows(loaded) if loaded is not None else generated(profile)
-    return ClusterOptions(
-        plant, WorkloadSource(make, rate_rps, episode_s, workload_seed), n_workloads
-    )
+    source = WorkloadSource(make, rate, episode_s, workload_seed)
+    return ClusterOptions(plant, source, n_workloads, violation_weight, capacities)
+
+
+def _rate_rps(load: float | None, rate_rps: float | None, most_rps: Callable[[], float]) -> float:
+    if load is None:
+        return DEFAULT_RATE_RPS if rate_rps is None else rate_rps
+    if rate_rps is not None:
+        raise BiscaleError("give either load or rate_rps, not both")
+    if not 0 < load < np.inf:
+        raise BiscaleError(f"load must be a positive fraction of the capacity, got {load}")
+    most = most_rps()
+    if most <= 0:
+        raise BiscaleError("no load at all meets the SLO on this cluster: give rate_rps instead")
+    return load * most
 
 
 def fitting_tps(settings: ClusterSettings, phase: str) -> list[int]:
@@ -120,7 +219,7 @@ def enumerate_placements(
     if freqs_mhz is None:
         hardware = instance_hardware(settings.instance("prefill", tps["prefill"][0]))
         freqs_mhz = hardware.gpu.control_levels_mhz[::2]
-    made: list[Any] = []
+    made: list[Placement] = []
     for tp_p, tp_d in product(tps["prefill"], tps["decode"]):
         for n_p, n_d in product(
             range(1, settings.gpus // tp_p + 1), range(1, settings.gpus // tp_d + 1)
@@ -132,11 +231,11 @@ def enumerate_placements(
                     InstanceGroup(phase="prefill", tp=tp_p, count=n_p, freq_mhz=f_p),
                     InstanceGroup(phase="decode", tp=tp_d, count=n_d, freq_mhz=f_d),
                 )
-                made.append(
-                    Placement(name=f"choice-{len(made)}", groups=groups, source="enumerated")
-                )
+                name = f"choice-{len(made)}"
+                made.append(Placement(name=name, groups=groups, source="enumerated"))
     if not made:
         raise BiscaleError(
-            f"no prefill and decode instance fit together on {settings.gpus} GPUs: TP degrees are {tps['prefill']} and {tps['decode']}"
+            f"no prefill and decode instance fit together on {settings.gpus} GPUs: TP degrees are "
+            f"{tps['prefill']} and {tps['decode']}"
         )
     return tuple(made)

@@ -76,7 +76,7 @@ class Cluster:
 
     Attributes:
         plant: settings, loaded.
-        placement: placement in force.
+        placement: placement applied.
         time_s: time up to which everything has happened.
         log: finished requests of the latest call of :meth:`advance`, records of ``LOG_DTYPE``.
     """
@@ -118,8 +118,7 @@ class Cluster:
         self._rebuild()
         self.place(placement)
 
-    # --- placement
-    # ---------------------------------------------------------------------------------------------------
+    # --- placement ---
 
     def place(self, placement: Placement) -> None:
         """Go over to a placement now.
@@ -135,7 +134,8 @@ class Cluster:
         s = self.plant.settings
         if placement.gpus > s.gpus:
             raise BiscaleError(
-                f"placement '{placement.name}' needs {placement.gpus} GPUs, but the cluster has {s.gpus}"
+                f"placement '{placement.name}' needs {placement.gpus} GPUs, but the cluster has "
+                f"{s.gpus}"
             )
         if placement.colocated != self.placement.colocated:
             raise BiscaleError(
@@ -209,8 +209,16 @@ class Cluster:
             totals, self.prefills, self.decodes, self._work, log, self.levels_ghz, NO_TIMES
         )
 
-    # --- time
-    # --------------------------------------------------------------------------------------------------------
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the groups, which share the arrays."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("prefills", "decodes")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a state and make the groups of its arrays."""
+        self.__dict__.update(state)
+        self._rebuild()
+
+    # --- time ---
 
     def offer(self, trace: Trace, start_s: float | None = None) -> None:
         """Hand over requests to come; those of the previous piece must have arrived.
@@ -225,7 +233,8 @@ class Cluster:
         """
         if self.state[0]["next"] < len(self._work.arrival_s):
             raise BiscaleError(
-                "offer() before all requests of the previous piece have arrived: advance further first"
+                "offer() before all requests of the previous piece have arrived: advance further "
+                "first"
             )
         rooms = [int(a.params["kv_capacity"].min()) for a in self._arrays.values() if len(a.params)]
         trace.check_fits(min(rooms))
@@ -286,8 +295,7 @@ class Cluster:
         meta = self.prefills.meta if instance < n else self.decodes.meta
         meta[instance if instance < n else instance - n]["decided_ghz"] = freq_mhz / 1e3
 
-    # --- books
-    # -------------------------------------------------------------------------------------------------------
+    # --- books ---
 
     @property
     def in_flight(self) -> int:

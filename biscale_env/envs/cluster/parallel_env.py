@@ -3,6 +3,7 @@
 Every instance is an agent that chooses its clock.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -13,11 +14,12 @@ from pettingzoo import ParallelEnv
 from biscale_env.config.cluster_layout import Placement, load_placement
 from biscale_env.contract import DECODE_SPEC, PREFILL_SPEC, ObservationSpec
 from biscale_env.core.errors import BiscaleError
-from biscale_env.envs.cluster.cluster_options import make_cluster_options
+from biscale_env.envs.cluster.cluster_options import make_cluster_options, refuse_render_mode
 from biscale_env.envs.cluster.engine import Cluster
 from biscale_env.envs.cluster.instance_observer import ClusterObserver
 
-VIOLATION_WEIGHT = 30.0  # as in the single-instance environments
+Observations = dict[str, NDArray[np.float32]]
+Infos = dict[str, dict[str, float]]
 
 
 class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float32]]):
@@ -29,6 +31,9 @@ class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float3
     single-instance environments, actions are [-1, 1] over the clock range. Reward of an agent:
     minus its own energy in reference energies, minus the weight for each request that missed its
     own bound there. All agents are truncated together at the end of the episode.
+
+    At the default 30 requests/s the default placement meets the SLO at most clocks: a ``load`` of
+    0.75 or more (a fraction of what the placement serves within the SLO at its clocks) is harder.
     """
 
     metadata = {"name": "biscale_cluster_v0", "render_modes": [], "is_parallelizable": True}  # noqa: RUF012
@@ -47,30 +52,41 @@ class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float3
             placement: a disaggregated placement, its name, or a YAML file.
             interval_s: time between decisions, s.
             episode_s: length of an episode, s.
-            render_mode: none is supported.
+            render_mode: must be None.
             **options: see :func:`biscale_env.envs.cluster.cluster_options.make_cluster_options`.
+
+        Raises:
+            BiscaleError: an unknown option or an impossible value.
         """
-        self.placement = load_placement(placement) if isinstance(placement, str) else placement
-        if self.placement.colocated:
+        refuse_render_mode(render_mode)
+        chosen = load_placement(placement) if isinstance(placement, str) else placement
+        if chosen.colocated:
             raise BiscaleError(
-                f"placement '{self.placement.name}' is co-located: agents need prefill and decode instances"
+                f"placement '{chosen.name}' is co-located: agents need prefill and decode instances"
             )
-        if not interval_s > 0:
-            raise BiscaleError(f"interval_s must be positive, got {interval_s:g}")
-        self.interval_s, self.episode_s, self.render_mode = interval_s, episode_s, render_mode
-        self.options = make_cluster_options(episode_s, **options)
-        phases = ("prefill", "decode")
-        self.possible_agents = [
-            f"{ph}_{k}" for ph in phases for k in range(len(self.placement.instances(ph)))
-        ]
+        if not 0 < interval_s < np.inf:
+            raise BiscaleError(f"interval_s must be a positive number of seconds, got {interval_s}")
+        self.placement, self.render_mode = chosen, render_mode
+        self.interval_s, self.episode_s = interval_s, episode_s
+        self.options = make_cluster_options(episode_s, lambda of: of.goodput_rps(chosen), **options)
+        tps = {
+            f"{phase}_{k}": group.tp
+            for phase in ("prefill", "decode")
+            for k, group in enumerate(chosen.instances(phase))
+        }
+        self.possible_agents = list(tps)
         self.agents: list[str] = []
-        self._number = {agent: k for k, agent in enumerate(self.possible_agents)}
+        self._number = {agent: k for k, agent in enumerate(tps)}
+        self._energy_ref_j = {
+            agent: self.options.plant.plant(self.spec_of(agent).name, tp).energy_ref_j
+            for agent, tp in tps.items()
+        }
         self._spaces = {
             spec.name: gym.spaces.Box(spec.low, spec.high, dtype=np.float32)
             for spec in (PREFILL_SPEC, DECODE_SPEC)
         }
         self._action_spaces = {
-            a: gym.spaces.Box(-1.0, 1.0, (1,), dtype=np.float32) for a in self.possible_agents
+            agent: gym.spaces.Box(-1.0, 1.0, (1,), dtype=np.float32) for agent in tps
         }
         self._rng = np.random.default_rng()
         self.cluster: Cluster | None = None
@@ -89,20 +105,36 @@ class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float3
 
     def reset(
         self, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, NDArray[np.float32]], dict[str, dict[str, Any]]]:
-        """Start the next episode; ``options`` may fix the ``workload`` (others are ignored, as
-        PettingZoo's own tests expect).
+    ) -> tuple[Observations, Infos]:
+        """Start the next episode.
+
+        Args:
+            seed: restarts the sequence of episodes; None continues it.
+            options: ``workload`` chooses the episode; others are ignored, as PettingZoo's own
+                tests expect.
+
+        Returns:
+            Observations and infos per agent; the infos have the keys of those of a step.
         """
         if seed is not None:
             self._rng = np.random.default_rng(np.random.SeedSequence(seed))
         fixed = {key: value for key, value in (options or {}).items() if key == "workload"}
-        workload = self.options.choose(self._rng, fixed)
+        self._workload = self.options.choose(self._rng, fixed)
         self.cluster = Cluster(self.options.plant, self.placement)
         self._observer = ClusterObserver(self.cluster)
-        self.cluster.offer(self.options.source.workload(workload))
+        self.cluster.offer(self.options.source.workload(self._workload))
         self.agents = list(self.possible_agents)
         self._read = self._totals()
-        return self._observations(), {agent: {"workload": float(workload)} for agent in self.agents}
+        return self._observations(), {agent: self._info(0.0, 0.0) for agent in self.agents}
+
+    def _info(self, energy_j: float, cost: float) -> dict[str, float]:
+        assert self.cluster is not None
+        return {
+            "time_s": self.cluster.time_s,
+            "energy_j": energy_j,
+            "cost": cost,
+            "workload": float(self._workload),
+        }
 
     def _totals(self) -> NDArray[np.float64]:
         """Per agent: energy and violations so far, (agents, 2)."""
@@ -112,61 +144,56 @@ class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float3
             [np.stack([s["energy_j"], s["violations"]], axis=1) for s in pools]
         ).astype(np.float64)
 
-    def _observations(self) -> dict[str, NDArray[np.float32]]:
+    def _observations(self) -> Observations:
         return {agent: self._observer.observe(self._number[agent])[1] for agent in self.agents}
 
     def step(
-        self, actions: dict[str, NDArray[np.float32]]
-    ) -> tuple[
-        dict[str, NDArray[np.float32]],
-        dict[str, float],
-        dict[str, bool],
-        dict[str, bool],
-        dict[str, dict[str, Any]],
-    ]:
+        self, actions: Mapping[str, NDArray[np.float32]]
+    ) -> tuple[Observations, dict[str, float], dict[str, bool], dict[str, bool], Infos]:
         """All agents choose, then ``interval_s`` pass.
 
+        Args:
+            actions: a number in [-1, 1] per agent, or an array with one; an agent without an action
+                keeps its clock.
+
         Raises:
-            BiscaleError: before the first reset or after the end.
+            BiscaleError: before the first reset, after the end, or not an action.
         """
         cluster = self.cluster
         if cluster is None or not self.agents:
             raise BiscaleError("call reset() before step()")
-        for agent, action in actions.items():
-            freq = self._observer.freq_mhz(self.spec_of(agent).name, float(np.ravel(action)[0]))
-            self._set_clock(self._number[agent], freq)
+        chosen = {agent: self._freq_mhz(agent, action) for agent, action in actions.items()}
+        for agent, freq_mhz in chosen.items():
+            self._set_clock(self._number[agent], freq_mhz)
         cluster.advance(cluster.time_s + self.interval_s)
         now = self._totals()
-        energy, missed = (now - self._read).T
+        energy_j, missed = (now - self._read).T
         self._read = now
         over = cluster.time_s >= self.episode_s - 1e-9
-        agents = self.agents
-        observations = self._observations()
-        rewards, infos = {}, {}
+        agents, observations = self.agents, self._observations()
+        rewards: dict[str, float] = {}
+        infos: Infos = {}
         for agent in agents:
-            k = self._number[agent]
-            reference = self.options.plant.plant(
-                self.spec_of(agent).name, self._tp(agent)
-            ).energy_ref_j
-            rewards[agent] = float(-energy[k] / reference - VIOLATION_WEIGHT * missed[k])
-            infos[agent] = {
-                "time_s": cluster.time_s,
-                "energy_j": float(energy[k]),
-                "cost": float(missed[k]),
-            }
+            k, weight = self._number[agent], self.options.violation_weight
+            rewards[agent] = float(-energy_j[k] / self._energy_ref_j[agent] - weight * missed[k])
+            infos[agent] = self._info(float(energy_j[k]), float(missed[k]))
         if over:
             self.agents = []
-        return (
-            observations,
-            rewards,
-            dict.fromkeys(agents, False),
-            dict.fromkeys(agents, over),
-            infos,
-        )
+        ends, never = dict.fromkeys(agents, over), dict.fromkeys(agents, False)
+        return observations, rewards, never, ends, infos
 
-    def _tp(self, agent: str) -> int:
-        phase, number = agent.split("_")
-        return self.placement.instances(phase)[int(number)].tp
+    def _freq_mhz(self, agent: str, action: Any) -> float:
+        """Clock that an agent's action means, MHz."""
+        if agent not in self._number:
+            known = ", ".join(self.possible_agents)
+            raise BiscaleError(f"there is no agent '{agent}'; agents are {known}")
+        try:
+            value = np.asarray(action, dtype=np.float64)
+        except (TypeError, ValueError):
+            value = np.empty(0)
+        if value.size != 1 or np.isnan(value).any():
+            raise BiscaleError(f"the action of {agent} must be one number in [-1, 1], got {action}")
+        return self._observer.freq_mhz(self.spec_of(agent).name, float(value.item()))
 
     def _set_clock(self, number: int, freq_mhz: float) -> None:
         assert self.cluster is not None
@@ -175,7 +202,7 @@ class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float3
         pool.meta[i]["base_ghz"] = freq_mhz / 1e3
 
     def render(self) -> None:
-        """Nothing to draw; the figures of the report show runs."""
+        """Nothing to draw; the figures of a report show runs."""
 
     def close(self) -> None:
         """Nothing to release."""

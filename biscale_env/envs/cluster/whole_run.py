@@ -59,7 +59,7 @@ class ClusterRun:
         return np.asarray((r["finish_s"] - r["first_token_s"]) / (r["output_tokens"] - 1))
 
     def attainment(self, phase: str) -> float:
-        """Share of requests within the bound of a phase; 1 without requests."""
+        """Fraction of requests within the bound of a phase; 1 without requests."""
         latency = self.ttft_s if phase == "prefill" else self.tpot_s
         return self.slo.attained(latency, phase)
 
@@ -75,7 +75,7 @@ class ClusterRun:
         return bool(np.mean(both) >= self.slo.attainment) if both.size else True
 
     def row(self) -> dict[str, float]:
-        """Flat figures of the run; energies per output token in J."""
+        """Flat metrics of the run; energies per output token in J."""
         ttft, tpot = (
             np.quantile(v, [0.5, 0.99]) if v.size else [0.0, 0.0]
             for v in (self.ttft_s, self.tpot_s)
@@ -112,8 +112,7 @@ def advance_with(
     policies: Mapping[str, Policy],
     until_s: float = np.inf,
 ) -> list[NDArray[np.void]]:
-    """Advance to a time, asking external policies whenever an instance is about to start an
-    iteration.
+    """Advance to a time, asking external policies before every iteration.
 
     Returns:
         The logs of all calls.
@@ -141,7 +140,7 @@ class Window:
     Attributes:
         index: number of the window; -1: the time after the last window, until every request is
             finished.
-        placement: placement in force.
+        placement: placement applied.
         finished: requests that ended in it, records of ``LOG_DTYPE``.
         energy: energy of the window.
         arrived: requests that arrived in it.
@@ -161,70 +160,82 @@ class Window:
 
 
 class WindowedRun:
-    """A cluster under a coarse loop.
+    """A cluster that is run window by window, under a coarse loop.
 
-    At the start of every window a planner chooses the placement.
+    Attributes:
+        cluster: the cluster.
+        policies: per phase, the policy asked where the settings say ``external``.
     """
 
     def __init__(
         self,
         plant: ClusterPlant,
-        planner: Planner,
+        placement: Placement,
         seed: int = 0,
         policies: Mapping[str, Policy] | None = None,
     ) -> None:
-        """Prepare a run.
+        """Bring the first placement into service.
 
         Args:
             plant: everything but the placement.
-            planner: called with the number of the window and the requests of the window before
-                (None at first).
+            placement: of the first window.
             seed: of the router.
             policies: per phase, the policy asked where the settings say ``external``. Only
                 stateless policies: every instance is asked with a single observation.
         """
-        self.planner, self.policies = planner, policies or {}
-        self.cluster = Cluster(plant, planner(0, None), seed)
+        self.policies = policies or {}
+        self.cluster = Cluster(plant, placement, seed)
         self._observer = ClusterObserver(self.cluster) if policies else None
         self._read = (self.cluster.energies(), 0, 0)
 
-    def over(self, pieces: Iterable[Trace]) -> Iterator[Window]:
+    def window(self, index: int, piece: Trace) -> Window:
+        """Run one window: the requests of a piece of a trace, from now on.
+
+        The window is as long as the piece, and includes its last arrival.
+        """
+        start_s = self.cluster.time_s
+        self.cluster.offer(piece)
+        end_s = start_s + piece.duration_s
+        if len(piece):
+            end_s = max(end_s, np.nextafter(start_s + float(piece.arrival_s[-1]), np.inf))
+        return self._advance(index, end_s, len(piece))
+
+    def rest(self) -> Window:
+        """The time until every request is finished."""
+        return self._advance(-1, np.inf, 0)
+
+    def over(self, pieces: Iterable[Trace], planner: Planner) -> Iterator[Window]:
         """Run window by window over pieces of a trace, which may be a stream.
 
         The last item is the time after them.
+
+        Args:
+            pieces: the windows.
+            planner: gives the placement of every window but the first: called with the number of
+                the window and the requests of the window before.
         """
         before: Trace | None = None
         for k, piece in enumerate(pieces):
             if k:
-                self.cluster.place(self.planner(k, before))
-            start_s = self.cluster.time_s
-            self.cluster.offer(piece)
-            end_s = start_s + piece.duration_s
-            if len(piece):
-                end_s = max(end_s, np.nextafter(start_s + float(piece.arrival_s[-1]), np.inf))
-            yield self._pass(k, end_s, len(piece))
+                self.cluster.place(planner(k, before))
+            yield self.window(k, piece)
             before = piece
-        yield self._pass(-1, np.inf, 0)
+        yield self.rest()
 
-    def _pass(self, index: int, until_s: float, arrived: int) -> Window:
+    def _advance(self, index: int, until_s: float, arrived: int) -> Window:
         start_s, cluster = self.cluster.time_s, self.cluster
         logs = advance_with(cluster, self._observer, self.policies, until_s)
-        state = cluster.state[0]
-        now = (cluster.energies(), int(state["produced_tokens"]), int(state["prefilled_tokens"]))
-        energy, made, prompts = (
-            now[0].since(self._read[0]),
-            now[1] - self._read[1],
-            now[2] - self._read[2],
-        )
-        self._read = now
+        state, before = cluster.state[0], self._read
+        made, prompts = int(state["produced_tokens"]), int(state["prefilled_tokens"])
+        self._read = (cluster.energies(), made, prompts)
         return Window(
             index,
             cluster.placement,
             np.concatenate(logs),
-            energy,
+            self._read[0].since(before[0]),
             arrived,
-            made,
-            prompts,
+            made - before[1],
+            prompts - before[2],
             cluster.time_s - start_s,
         )
 
@@ -245,24 +256,39 @@ def run_windows(
     seed: int = 0,
     policies: Mapping[str, Policy] | None = None,
 ) -> tuple[ClusterRun, list[Window]]:
-    """Run a coarse loop over a trace to the last token; see :class:`WindowedRun` for the arguments.
+    """Run a coarse loop over a trace to the last token.
+
+    Args:
+        plant: everything but the placement.
+        planner: called with the number of a window and the requests of the window before (None at
+            first).
+        trace: the requests.
+        window_s: length of a window, s.
+        seed: of the router.
+        policies: per phase, the policy asked where the settings say ``external``.
 
     Raises:
         BiscaleError: an empty trace, or a placement that does not fit.
     """
     if len(trace) == 0:
         raise BiscaleError(f"{trace.name} has no requests: a cluster run needs at least one")
-    loop = WindowedRun(plant, planner, seed, policies)
-    windows = list(loop.over(cut(trace, window_s)))
+    loop = WindowedRun(plant, planner(0, None), seed, policies)
+    windows = list(loop.over(cut(trace, window_s), planner))
     requests = np.concatenate([w.finished for w in windows])
     inside = [w for w in windows if w.index >= 0]
     energy = Energies.sum_of(w.energy for w in inside)
     counts = loop.cluster.counts()
     run = ClusterRun(
-        requests[np.argsort(requests["request"], kind="stable")], energy, trace.duration_s,
-        sum(w.produced_tokens for w in inside), sum(w.prefilled_tokens for w in inside),
-        counts["prefill_batches"], counts["stalls"], counts["preemptions"], plant.slo,
-    )  # fmt: skip
+        requests[np.argsort(requests["request"], kind="stable")],
+        energy,
+        trace.duration_s,
+        sum(w.produced_tokens for w in inside),
+        sum(w.prefilled_tokens for w in inside),
+        counts["prefill_batches"],
+        counts["stalls"],
+        counts["preemptions"],
+        plant.slo,
+    )
     return run, windows
 
 
@@ -273,7 +299,7 @@ def run_cluster(
     seed: int = 0,
     policies: Mapping[str, Policy] | None = None,
 ) -> ClusterRun:
-    """Run one placement over a trace to the last token; see :class:`WindowedRun` for the arguments.
+    """Run one placement over a trace to the last token; arguments as for :func:`run_windows`.
 
     Raises:
         BiscaleError: an empty trace, or a placement that does not fit.

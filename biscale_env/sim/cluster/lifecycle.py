@@ -16,6 +16,7 @@ def enter_service(st: np.record, now_s: float) -> None:
     st.done = 0
     st.time_s = now_s
     st.rate_time_s = now_s
+    st.rate_start_s = now_s
 
 
 @compiled
