@@ -394,7 +394,7 @@ def test_the_whole_command_on_a_small_case(tmp_path):
     config = tmp_path / "small.yaml"
     config.write_text(
         "name: small\nduration_s: 60\nwindow_s: 30\ntrace: none-such\ntrace_s: 300\nseeds: 2\ntune_seeds: 1\nmembers: 1\n"
-        "member_seeds: 1\nsystems: [distserve, placeonly, biscale, colocated]\ndraw_systems: [distserve, biscale]\n"
+        "member_seeds: 1\nsystems: [distserve, placeonly, biscale, colocated]\nmember_systems: [distserve, biscale]\n"
         "points:\n  - {name: A-20, workload: A, rate_rps: 20}\n  - {name: B-67, workload: B, load: 0.67}\n"
         "variations:\n  - {name: spare off, point: A-20, settings: {spare: 'off'}}\noracle: [A-20]\n"
     )
