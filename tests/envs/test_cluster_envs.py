@@ -220,9 +220,7 @@ def test_mistakes_are_sentences():
         env.step(9999)
     with pytest.raises(BiscaleError, match="unknown reset option"):
         env.reset(options={"speed": 1})
-    with pytest.raises(
-        BiscaleError, match="unexpected keyword argument 'routr'"
-    ):
+    with pytest.raises(BiscaleError, match="unexpected keyword argument 'routr'"):
         make(routr="x")
     with pytest.raises(BiscaleError, match="7 GPUs cannot be divided"):
         make(gpus=7)
