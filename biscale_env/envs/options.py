@@ -1,21 +1,27 @@
 """Constructor options of the environments, resolved into a plant and a source of workloads."""
 
-from dataclasses import dataclass
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from biscale_env.config import Slo
-from biscale_env.core.errors import BiscaleError
+from biscale_env.config.loader import nearest, validate
+from biscale_env.core.errors import BiscaleError, OptionError
 from biscale_env.envs.capacity import find_capacity, profile_capacity
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.envs.workloads import WorkloadSource, generated, trace_windows
-from biscale_env.traces import Trace, read_trace
+from biscale_env.traces import Trace, load_named
+from biscale_env.traces.synthetic.profiles import profile_names
 
 DEFAULT_PROFILE = "azure-conv-like"
 DEFAULT_LOAD = 0.75  # of the capacity at max clock: busy, yet served
 DEFAULT_EPISODE_S = 120.0
+RESET_KEYS = ("workload", "member")
 _capacities: dict[tuple[Any, ...], float] = {}
 
 
@@ -28,22 +34,43 @@ class EnvOptions:
     n_workloads: int
 
     def choose(
-        self, rng: np.random.Generator, fixed: dict[str, Any] | None = None
+        self, rng: np.random.Generator, fixed: Mapping[str, Any] | None = None
     ) -> tuple[int, int]:
-        """Workload and ensemble member of the next episode, from the generator unless fixed."""
+        """Workload and ensemble member of the next episode, from the generator unless fixed.
+
+        Raises:
+            BiscaleError: a reset option that there is not, or a workload or member that does not
+                exist.
+        """
         fixed = fixed or {}
-        unknown = set(fixed) - {"workload", "member"}
+        unknown = set(fixed) - set(RESET_KEYS)
         if unknown:
-            raise BiscaleError(f"unknown reset option '{min(unknown)}'; known: workload, member")
+            raise BiscaleError(
+                f"unknown reset option '{min(unknown)}'; known: {', '.join(RESET_KEYS)}"
+            )
         workload = int(rng.integers(self.n_workloads))
         setting = self.plant.settings.ensemble_member
         member = (
             int(rng.integers(self.plant.model.n_members)) if setting == "random" else int(setting)
         )
-        workload, member = int(fixed.get("workload", workload)), int(fixed.get("member", member))
+        workload = whole(fixed.get("workload", workload), "workload")
+        member = whole(fixed.get("member", member), "member")
         if workload < 0:
             raise BiscaleError(f"reset option 'workload' must not be negative, got {workload}")
         return workload, member
+
+
+def whole(value: Any, name: str) -> int:
+    """A reset option as a whole number.
+
+    Raises:
+        BiscaleError: it is none.
+    """
+    try:
+        number = operator.index(value.item() if isinstance(value, np.ndarray) else value)
+    except (TypeError, ValueError):
+        raise BiscaleError(f"reset option '{name}' must be a whole number, got {value!r}") from None
+    return number
 
 
 def capacity_rps(plant: Plant, trace: Trace | None, profile: str) -> float:
@@ -74,51 +101,118 @@ def capacity_rps(plant: Plant, trace: Trace | None, profile: str) -> float:
     return _capacities[key]
 
 
-def make_options(
-    phase: str,
-    trace: Trace | str | Path | None = None,
-    profile: str = DEFAULT_PROFILE,
-    slo: str | Slo = "biscale",
-    load: float | None = None,
-    rate_rps: float | None = None,
-    episode_s: float = DEFAULT_EPISODE_S,
-    workload_seed: int = 0,
-    n_workloads: int = 256,
-    **settings: Any,
-) -> EnvOptions:
+@dataclass(frozen=True)
+class WorkloadOptions:
+    """Which workloads the episodes run.
+
+    Attributes:
+        trace: a trace, its path, or its name; episodes are random windows of it. The name of a
+            generator profile is the same as ``profile``.
+        profile: generator profile, used without a trace.
+        load: fraction of the capacity at max clock; the default is 0.75.
+        rate_rps: mean request rate instead of a load, requests/s.
+        episode_s: length of an episode, s.
+        workload_seed: root of the workloads.
+        n_workloads: how many different workloads the episodes are chosen from.
+
+    Raises:
+        BiscaleError: an impossible value.
+    """
+
+    trace: Trace | str | Path | None = None
+    profile: str = DEFAULT_PROFILE
+    load: float | None = None
+    rate_rps: float | None = None
+    episode_s: float = DEFAULT_EPISODE_S
+    workload_seed: int = 0
+    n_workloads: int = 256
+
+    def __post_init__(self) -> None:
+        if self.load is not None and self.rate_rps is not None:
+            raise BiscaleError("give either load or rate_rps, not both")
+        if self.load is not None and not self.load > 0:
+            raise BiscaleError(f"load must be a positive fraction of the capacity, got {self.load}")
+        if self.n_workloads < 1:
+            raise BiscaleError(f"n_workloads must be at least 1, got {self.n_workloads}")
+
+    def source(self, plant: Plant) -> WorkloadSource:
+        """The source of workloads at the rate that these options mean for a plant.
+
+        Raises:
+            BiscaleError: an unknown trace or profile, or a request that can never fit.
+        """
+        trace, profile = self._loaded()
+        if trace is not None:
+            plant.check_fits(trace)
+        rate_rps = self.rate_rps
+        if rate_rps is None:
+            fraction = DEFAULT_LOAD if self.load is None else self.load
+            rate_rps = fraction * capacity_rps(plant, trace, profile)
+        make = trace_windows(trace) if trace is not None else generated(profile)
+        return WorkloadSource(make, rate_rps, self.episode_s, self.workload_seed)
+
+    def _loaded(self) -> tuple[Trace | None, str]:
+        if self.trace is None or isinstance(self.trace, Trace):
+            return self.trace, self.profile
+        named = str(self.trace)
+        if named in profile_names():
+            return None, named
+        return load_named(named), self.profile
+
+
+WORKLOAD_KEYS = tuple(field.name for field in fields(WorkloadOptions))
+
+
+def unknown_keyword(environment: str, name: str, known: Iterable[str]) -> OptionError:
+    """The error for a keyword that an environment does not have."""
+    near = nearest(name, known)
+    hint = f"; the nearest option is '{near}'" if near else ""
+    return OptionError(f"{environment} got an unexpected keyword argument '{name}'{hint}")
+
+
+def check_render_mode(render_mode: str | None, modes: Sequence[str]) -> None:
+    """Refuse a render mode that there is not.
+
+    Raises:
+        OptionError: names those that there are.
+    """
+    if render_mode is not None and render_mode not in modes:
+        there = f"choose None or one of {', '.join(modes)}" if modes else "only None can be given"
+        raise OptionError(f"there is no render_mode '{render_mode}': {there}")
+
+
+def make_options(phase: str, **options: Any) -> EnvOptions:
     """Resolve the options of an environment.
 
     Args:
         phase: ``prefill`` or ``decode``.
-        trace: a trace or the path of one; episodes are random windows of it.
-        profile: generator profile, used without a trace.
-        slo: an SLO or its name.
-        load: fraction of the capacity at max clock; the default is 0.75.
-        rate_rps: mean request rate instead of a load.
-        episode_s: length of an episode, s.
-        workload_seed: root of the workloads.
-        n_workloads: how many different workloads the episodes are drawn from.
-        **settings: fields of :class:`biscale_env.envs.plant.PlantSettings`, e.g. ``tp``,
-            ``actuation_delay_s``, ``ensemble_member``.
+        **options: fields of :class:`WorkloadOptions`; ``slo``: an SLO, its name, or a mapping of
+            its fields; fields of :class:`biscale_env.envs.plant.PlantSettings` and of
+            :class:`biscale_env.config.InstanceSpec`, e.g. ``tp``, ``gpu``, ``ensemble_member``.
 
     Raises:
-        BiscaleError: an unknown option or an impossible value.
+        OptionError: an unknown option.
+        BiscaleError: an impossible value.
     """
-    if load is not None and rate_rps is not None:
-        raise BiscaleError("give either load or rate_rps, not both")
-    if n_workloads < 1:
-        raise BiscaleError(f"n_workloads must be at least 1, got {n_workloads}")
-    named = slo if isinstance(slo, str) else slo.name
-    plant = Plant(
-        PlantSettings.of(phase, slo=named, **settings), None if isinstance(slo, str) else slo
-    )
-    loaded = trace if isinstance(trace, Trace) or trace is None else read_trace(trace)
-    if loaded is not None:
-        plant.check_fits(loaded)
-    if rate_rps is None:
-        share = DEFAULT_LOAD if load is None else load
-        if not share > 0:
-            raise BiscaleError(f"load must be a positive fraction of the capacity, got {share}")
-        rate_rps = share * capacity_rps(plant, loaded, profile)
-    make = trace_windows(loaded) if loaded is not None else generated(profile)
-    return EnvOptions(plant, WorkloadSource(make, rate_rps, episode_s, workload_seed), n_workloads)
+    settings_keys = [key for key in PlantSettings.known_keys() if key != "phase"]
+    for name in options:
+        if name not in WORKLOAD_KEYS and name not in settings_keys:
+            environment = f"the {phase} environment"
+            raise unknown_keyword(environment, name, [*WORKLOAD_KEYS, *settings_keys])
+    workloads = WorkloadOptions(**{k: v for k, v in options.items() if k in WORKLOAD_KEYS})
+    settings = {k: v for k, v in options.items() if k not in WORKLOAD_KEYS}
+    slo = settings.get("slo")
+    given = validate(slo, Slo, "slo") if isinstance(slo, Mapping) else slo
+    own = given if isinstance(given, Slo) else None
+    if own is not None:
+        settings["slo"] = own.name
+    plant = Plant(PlantSettings.of(phase, **settings), own)
+    return EnvOptions(plant, workloads.source(plant), workloads.n_workloads)
+
+
+def plain_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with configuration objects as plain mappings, so that a spec can be written as JSON."""
+    return {
+        name: value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+        for name, value in options.items()
+    }

@@ -35,11 +35,15 @@ class SB3VecEnv(VecEnv):
     def step_wait(
         self,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
-        """Step; infos carry cost and energy per copy."""
+        """Step; infos carry cost and energy of each environment."""
         obs, reward, _, truncated, infos = self.env.step(self._actions)
-        cost, energy = infos["cost"].tolist(), infos["energy_j"].tolist()
+        cost, energy = infos.get("cost"), infos.get("energy_j")
+        if truncated.any():  # the last step of an episode is told in final_info
+            final = infos["final_info"]
+            cost = final["cost"] if cost is None else cost + final["cost"]
+            energy = final["energy_j"] if energy is None else energy + final["energy_j"]
         rows: list[dict[str, Any]] = [
-            {"cost": c, "energy_j": e} for c, e in zip(cost, energy, strict=True)
+            {"cost": c, "energy_j": e} for c, e in zip(cost.tolist(), energy.tolist(), strict=True)
         ]
         for i in np.flatnonzero(truncated):
             rows[i]["terminal_observation"] = infos["final_obs"][i]
@@ -51,7 +55,7 @@ class SB3VecEnv(VecEnv):
         self.env.close()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """The attribute of the shared environment, once per copy asked for."""
+        """The attribute of the shared environment, once per environment asked for."""
         return [getattr(self.env, attr_name)] * len(list(self._get_indices(indices)))
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
@@ -66,11 +70,11 @@ class SB3VecEnv(VecEnv):
         return [result] * len(list(self._get_indices(indices)))
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
-        """Copies of the native batch are never wrapped one by one."""
+        """Environments of the native batch are never wrapped one by one."""
         return [False] * len(list(self._get_indices(indices)))
 
     def get_images(self) -> Sequence[Any]:
-        """There is nothing to draw."""
+        """There are no images."""
         return [None] * self.num_envs
 
 

@@ -3,15 +3,20 @@
 ``BiScale/Prefill-v0``, ``BiScale/Decode-v0`` and their discrete twins.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.envs.batch import Batch, RequestTable
-from biscale_env.envs.options import EnvOptions, make_options
+from biscale_env.envs.actions import ActionReader
+from biscale_env.envs.batch import Batch
+from biscale_env.envs.options import EnvOptions, check_render_mode, make_options, plain_options
+from biscale_env.envs.workload_tables import WorkloadTables
+
+if TYPE_CHECKING:
+    from gymnasium.envs.registration import EnvSpec
 
 ROW = np.zeros(1, dtype=np.int64)
 
@@ -35,35 +40,51 @@ class PhaseEnv(gym.Env[NDArray[np.float32], Any]):
     A step is one engine iteration (or as many as fit into ``min_decision_interval_s``).
 
     Observation: :mod:`biscale_env.contract.observation`. Action: ``[-1, 1]``, shape (1,), over the
-        clock range; in the discrete twin an
-    index into the GPU's clock levels. Reward: ``- energy / reference energy - weight * requests
+    clock range; in the discrete twin an index into the GPU's clock levels. Reward: ``- energy / reference energy - weight * requests
     that missed the SLO``; the parts are in ``info`` as energy_j and cost. Episodes are only
     truncated, never terminated.
     """
 
-    metadata = {"render_modes": []}  # noqa: RUF012 - Gymnasium's convention
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - Gymnasium's convention
 
-    def __init__(self, phase: str, discrete: bool = False, **options: Any) -> None:
-        """See :func:`biscale_env.envs.options.make_options` for the options (trace, slo, load,
-        ensemble_member, ...).
+    def __init__(
+        self, phase: str, discrete: bool = False, render_mode: str | None = None, **options: Any
+    ) -> None:
+        """Make the plant and its workloads.
+
+        Args:
+            phase: ``prefill`` or ``decode``.
+            discrete: actions are indices of clock levels.
+            render_mode: None; there is nothing to show yet.
+            **options: see :func:`biscale_env.envs.options.make_options`.
+
+        Raises:
+            OptionError: an unknown option or render mode.
+            BiscaleError: an impossible value.
         """
+        check_render_mode(render_mode, self.metadata["render_modes"])
+        self.render_mode = render_mode
         self.options: EnvOptions = make_options(phase, **options)
         self.plant = self.options.plant
-        self.render_mode = None
         spec = self.plant.spec
         self.observation_space = gym.spaces.Box(spec.low, spec.high, dtype=np.float32)
-        self._levels = (
-            self.plant.clocks.to_action(np.array(self.plant.clocks.levels_mhz))
-            if discrete
-            else None
-        )
-        self.action_space = (
-            gym.spaces.Discrete(len(self._levels))
-            if self._levels is not None
-            else gym.spaces.Box(-1.0, 1.0, (1,), dtype=np.float32)
-        )
+        self._reader = ActionReader(self.plant.clocks, discrete)
+        self.action_space = self._reader.space
+        self._tables = WorkloadTables(self.plant, self.options.source)
         self._batch: Batch | None = None
         self._action = np.zeros(1, dtype=np.float32)
+        self._spec: EnvSpec | None = None
+
+    @property
+    def spec(self) -> "EnvSpec | None":
+        """Gymnasium's specification; options are plain, so that it can be written as JSON."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, value: "EnvSpec | None") -> None:
+        if value is not None:
+            value.kwargs = plain_options(value.kwargs)
+        self._spec = value
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -76,11 +97,11 @@ class PhaseEnv(gym.Env[NDArray[np.float32], Any]):
         """
         super().reset(seed=seed)
         workload, member = self.options.choose(self.np_random, options)
-        pool = RequestTable.of(self.plant, [self.options.source.workload(workload)])
+        table = self._tables.of(workload)
         if self._batch is None:
-            self._batch = Batch(self.plant, 1, pool)
+            self._batch = Batch(self.plant, 1, table)
         else:
-            self._batch.use(pool)
+            self._batch.use(table)
         self._batch.reset(ROW, ROW, np.array([member]))
         return self._batch.obs[0].copy(), {
             "workload": float(workload),
@@ -91,12 +112,12 @@ class PhaseEnv(gym.Env[NDArray[np.float32], Any]):
         """One decision.
 
         Raises:
-            BiscaleError: before the first reset, or a clock level that does not exist.
+            BiscaleError: before the first reset, or an action that is none.
         """
         batch = self._batch
         if batch is None:
             raise BiscaleError("call reset() before step()")
-        self._action[0] = action[0] if self._levels is None else self._level(action)
+        self._action[0] = self._reader.one(action)
         batch.step(self._action)
         truncated = bool(batch.states["done"][0])
         return (
@@ -106,14 +127,6 @@ class PhaseEnv(gym.Env[NDArray[np.float32], Any]):
             truncated,
             describe_step(batch, 0, self.plant.phase),
         )
-
-    def _level(self, action: Any) -> np.float32:
-        levels = self._levels
-        if levels is None or not 0 <= action < len(levels):
-            raise BiscaleError(
-                f"clock level {action} does not exist: choose 0 to {0 if levels is None else len(levels) - 1}"
-            )
-        return levels[action]
 
 
 class PrefillEnv(PhaseEnv):

@@ -1,10 +1,11 @@
 """The native vector environment.
 
-N instances stepped by one compiled call, for Gymnasium and (adapted once) for SB3.
+N instances stepped by one compiled call, for Gymnasium and (adapted once) for SB3. Episodes, infos
+and autoreset modes are those of Gymnasium's ``SyncVectorEnv`` over the single environment.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -13,142 +14,274 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.envs.actions import ActionReader
 from biscale_env.envs.batch import Batch, RequestTable
-from biscale_env.envs.options import make_options
+from biscale_env.envs.options import check_render_mode, make_options, plain_options
 
-DEFAULT_POOL = 64  # workloads made at construction; episodes are drawn from them
+if TYPE_CHECKING:
+    from gymnasium.envs.registration import EnvSpec
+
+Infos = dict[str, Any]
+Bools = NDArray[np.bool_]
+RESET_INFO = ("workload", "ensemble_member")
+
+
+def autoreset_mode_of(mode: AutoresetMode | str) -> AutoresetMode:
+    """The mode, given as Gymnasium's or by its name or value.
+
+    Raises:
+        BiscaleError: there is no such mode.
+    """
+    for known in AutoresetMode:
+        if mode is known or str(mode).lower() in (known.name.lower(), known.value.lower()):
+            return known
+    names = ", ".join(known.name for known in AutoresetMode)
+    raise BiscaleError(f"there is no autoreset_mode '{mode}': choose one of {names}")
+
+
+def masked(values: Mapping[str, NDArray[Any]], mask: Bools) -> Infos:
+    """Infos with their masks ``_name``, as Gymnasium lays them out."""
+    infos: Infos = {}
+    for name, value in values.items():
+        infos[name], infos[f"_{name}"] = value, mask
+    return infos
 
 
 class PhaseVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
-    """n copies of one phase. Finished episodes restart in the same step.
+    """``num_envs`` environments of one phase, stepped together.
 
-    The last observation is ``infos["final_obs"]``.
+    Attributes:
+        batch: their states and models.
+        autoreset_mode: what happens to an environment whose episode has ended. ``SAME_STEP``: it
+            restarts in the same step, the last observation and info are ``infos["final_obs"]`` and
+            ``infos["final_info"]``; ``NEXT_STEP``: it restarts in the next step, whose action is
+            ignored; ``DISABLED``: ``reset(options={"reset_mask": ...})`` restarts it.
     """
 
-    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
+    metadata: dict[str, Any] = {  # noqa: RUF012 - Gymnasium's convention
+        "render_modes": [],
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
 
     def __init__(
         self,
         phase: str,
         num_envs: int = 1,
         discrete: bool = False,
-        n_workloads: int = DEFAULT_POOL,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        max_episode_steps: int | None = None,
+        render_mode: str | None = None,
         **options: Any,
     ) -> None:
         """Make all workloads once.
 
         Args:
             phase: ``prefill`` or ``decode``.
-            num_envs: copies.
+            num_envs: environments.
             discrete: actions are indices of clock levels.
-            n_workloads: workloads that episodes are drawn from.
+            autoreset_mode: Gymnasium's mode or its name.
+            max_episode_steps: an episode is truncated after so many steps.
+            render_mode: None; there is nothing to show yet.
             **options: as for the single environment.
+
+        Raises:
+            OptionError: an unknown option or render mode.
+            BiscaleError: an impossible value.
         """
         if num_envs < 1:
             raise BiscaleError(f"num_envs must be at least 1, got {num_envs}")
-        self.options = make_options(phase, n_workloads=n_workloads, **options)
+        if max_episode_steps is not None and max_episode_steps < 1:
+            raise BiscaleError(f"max_episode_steps must be at least 1, got {max_episode_steps}")
+        check_render_mode(render_mode, self.metadata["render_modes"])
+        self.autoreset_mode = autoreset_mode_of(autoreset_mode)
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
+        self.options = make_options(phase, **options)
         self.plant = self.options.plant
-        self.num_envs = num_envs
-        spec = self.plant.spec
-        self.single_observation_space = gym.spaces.Box(spec.low, spec.high, dtype=np.float32)
-        self._levels = (
-            self.plant.clocks.to_action(np.array(self.plant.clocks.levels_mhz))
-            if discrete
-            else None
-        )
-        self.single_action_space: gym.Space[Any] = (
-            gym.spaces.Discrete(len(self._levels))
-            if self._levels is not None
-            else gym.spaces.Box(-1.0, 1.0, (1,), dtype=np.float32)
-        )
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-        pool = RequestTable.of(
-            self.plant, [self.options.source.workload(k) for k in range(n_workloads)]
-        )
-        self.batch = Batch(self.plant, num_envs, pool)
+        self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
+        self.render_mode, self.closed = render_mode, False
+        self._make_spaces(discrete)
+        source, count = self.options.source, self.options.n_workloads
+        table = RequestTable.of(self.plant, [source.workload(k) for k in range(count)])
+        self.batch = Batch(self.plant, num_envs, table)
         self._generators: list[np.random.Generator] = []
+        self._steps = np.zeros(num_envs, dtype=np.int64)
+        self._ended = np.zeros(num_envs, dtype=bool)
         self._cost_name = "cost_ttft" if phase == "prefill" else "cost_tpot"
-        self.render_mode = None
-        self.closed = False
+        self._spec: EnvSpec | None = None
 
-    def _start(self, rows: NDArray[np.int64]) -> None:
-        chosen = np.array([self.options.choose(self._generators[i]) for i in rows], dtype=np.int64)
+    def _make_spaces(self, discrete: bool) -> None:
+        spec = self.plant.spec
+        self._reader = ActionReader(self.plant.clocks, discrete)
+        self.single_observation_space = gym.spaces.Box(spec.low, spec.high, dtype=np.float32)
+        self.single_action_space = self._reader.space
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+
+    @property
+    def spec(self) -> "EnvSpec | None":
+        """Gymnasium's specification; options are plain, so that it can be written as JSON."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, value: "EnvSpec | None") -> None:
+        if value is not None:
+            value.kwargs = plain_options(value.kwargs)
+            if "autoreset_mode" in value.kwargs:
+                value.kwargs["autoreset_mode"] = self.autoreset_mode.name
+        self._spec = value
+
+    def _start(self, rows: NDArray[np.int64], fixed: Mapping[str, Any] | None = None) -> Infos:
+        """Start episodes in some rows; their reset infos."""
+        choose, generators = self.options.choose, self._generators
+        chosen = np.array([choose(generators[i], fixed) for i in rows], dtype=np.int64)
+        known = len(self.batch.pool.begins)
+        if chosen[:, 0].max() >= known:
+            raise BiscaleError(
+                f"workload {chosen[:, 0].max()} does not exist here: choose 0 to {known - 1}, or "
+                "make the environment with more n_workloads"
+            )
         self.batch.reset(rows, chosen[:, 0], chosen[:, 1])
+        self._steps[rows], self._ended[rows] = 0, False
+        mask = np.zeros(self.num_envs, dtype=bool)
+        mask[rows] = True
+        columns = {name: np.zeros(self.num_envs) for name in RESET_INFO}
+        for k, name in enumerate(RESET_INFO):
+            columns[name][rows] = chosen[:, k]
+        return masked(columns, mask)
 
     def reset(
         self,
         *,
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Start all episodes; an int seeds copy i with ``seed + i``, as Gymnasium does.
+    ) -> tuple[NDArray[np.float32], Infos]:
+        """Start episodes.
 
-        ``options={"reset_mask": bool (n,)}`` restarts only some copies.
+        Args:
+            seed: an int seeds environment i with ``seed + i``, a sequence each with its own; None
+                continues. Environment i then runs the episodes of a single one with its seed.
+            options: ``reset_mask``, bool (n,), restarts only some environments; ``workload`` and
+                ``member`` choose the episode instead of the random sequence.
+
+        Raises:
+            BiscaleError: a wrong number of seeds, a mask of another shape, an unknown option.
         """
-        seeds = (
-            [None if seed is None else seed + i for i in range(self.num_envs)]
-            if seed is None or isinstance(seed, int | np.integer)
-            else seed
-        )
-        if not self._generators or seed is not None:
-            fresh = [np.random.default_rng(np.random.SeedSequence(s)) for s in seeds]
-            old = self._generators or fresh
-            self._generators = [
-                g if s is not None else o for g, o, s in zip(fresh, old, seeds, strict=True)
-            ]
-        mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool)))
-        self._start(np.flatnonzero(mask))
-        return self.batch.obs.copy(), {}
+        given = dict(options or {})
+        rows = np.flatnonzero(self._mask(given.pop("reset_mask", None)))
+        self.options.choose(np.random.default_rng(0), given)  # refused before anything is touched
+        self._seed(seed)
+        infos = self._start(rows, given)
+        return self.batch.obs.copy(), infos
 
-    def _of_levels(self, indices: NDArray[Any]) -> NDArray[np.float32]:
-        levels = self._levels
-        if levels is None or indices.min() < 0 or indices.max() >= len(levels):
+    def _mask(self, given: Any) -> Bools:
+        if given is None:
+            return np.ones(self.num_envs, dtype=bool)
+        mask = np.asarray(given)
+        if mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
             raise BiscaleError(
-                f"clock levels must be 0 to {0 if levels is None else len(levels) - 1}, got {indices}"
+                f"reset_mask must be boolean of shape ({self.num_envs},) and true somewhere, got "
+                f"{mask.dtype} of shape {mask.shape}"
             )
-        return levels[indices]
+        if not self._generators and not mask.all():
+            raise BiscaleError("the first reset starts every environment: leave reset_mask out")
+        return mask
+
+    def _seed(self, seed: int | Sequence[int | None] | None) -> None:
+        if seed is None or isinstance(seed, int | np.integer):
+            seeds = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
+        else:
+            seeds = list(seed)
+        if len(seeds) != self.num_envs:
+            raise BiscaleError(
+                f"{len(seeds)} seeds for {self.num_envs} environments: give one each"
+            )
+        if any(s is not None and s < 0 for s in seeds):
+            raise BiscaleError(f"a seed must be a whole number of at least 0, got {seed}")
+        if not self._generators:
+            self._generators = [gym.utils.seeding.np_random(s)[0] for s in seeds]
+            return
+        for i, s in enumerate(seeds):
+            if s is not None:
+                self._generators[i] = gym.utils.seeding.np_random(s)[0]
 
     def step(
         self, actions: NDArray[Any]
-    ) -> tuple[
-        NDArray[np.float32],
-        NDArray[np.float64],
-        NDArray[np.bool_],
-        NDArray[np.bool_],
-        dict[str, Any],
-    ]:
-        """One decision in every copy.
+    ) -> tuple[NDArray[np.float32], NDArray[np.float64], Bools, Bools, Infos]:
+        """One decision in every environment.
 
         Raises:
-            BiscaleError: before the first reset, or a clock level that does not exist.
+            BiscaleError: before the first reset, actions that are none, or (``DISABLED``) an
+                environment whose episode has ended.
         """
         if not self._generators:
             raise BiscaleError("call reset() before step()")
-        flat = np.asarray(actions).reshape(self.num_envs)
-        if self._levels is not None:
-            flat = self._of_levels(flat)
+        flat = self._reader.many(actions, self.num_envs)
+        restarting = self._ended.copy()
+        if self.autoreset_mode is AutoresetMode.DISABLED and restarting.any():
+            raise BiscaleError(
+                f"the episode of environment {int(np.argmax(restarting))} has ended: reset it with "
+                "options={'reset_mask': ...} first"
+            )
         batch = self.batch
-        batch.step(np.ascontiguousarray(flat, dtype=np.float32))
-        states = batch.states
-        truncated = states["done"] == 1
-        reward = batch.reward.copy()
+        batch.step(flat)
+        truncated = batch.states["done"] == 1
+        if self.max_episode_steps is not None:
+            self._steps += 1
+            truncated |= self._steps >= self.max_episode_steps
+        reward, infos = batch.reward.copy(), self._step_infos()
+        if self.autoreset_mode is AutoresetMode.SAME_STEP:
+            if truncated.any():
+                infos = self._restart(truncated, infos)
+        else:
+            if restarting.any():
+                infos = self._after_end(restarting, infos)
+                reward[restarting], truncated[restarting] = 0.0, False
+            self._ended = truncated.copy()
+        return batch.obs.copy(), reward, np.zeros(self.num_envs, dtype=bool), truncated, infos
+
+    def _step_infos(self) -> Infos:
+        states = self.batch.states
         cost = states["step_violations"].astype(np.float64)
-        infos: dict[str, Any] = {
+        values = {
             "time_s": states["time_s"].copy(),
             "energy_j": states["step_energy_j"].copy(),
             "freq_mhz": states["step_freq_mean_ghz"] * 1e3,
             "cost": cost,
-            self._cost_name: cost,
+            self._cost_name: cost.copy(),
         }
-        if truncated.any():
-            ended = np.flatnonzero(truncated)
-            infos["final_obs"] = np.empty(self.num_envs, dtype=object)  # filled with None
-            for i in ended:
-                infos["final_obs"][i] = batch.obs[i].copy()
-            infos["_final_obs"] = truncated.copy()
-            self._start(ended)
-        return batch.obs.copy(), reward, np.zeros(self.num_envs, dtype=bool), truncated, infos
+        return masked(values, np.ones(self.num_envs, dtype=bool))
+
+    def _restart(self, ended: Bools, infos: Infos) -> Infos:
+        """Restart the rows whose episode has ended; their last step moves into ``final_info``."""
+        rows = np.flatnonzero(ended)
+        final = self._split(infos, rows)
+        last = np.empty(self.num_envs, dtype=object)  # filled with None
+        for i in rows:
+            last[i] = self.batch.obs[i].copy()
+        ends = {"final_obs": last, "final_info": masked(final, ended.copy())}
+        restarted = self._start(rows)
+        return masked(ends, ended.copy()) | self._still(infos, ~ended) | restarted
+
+    def _split(self, infos: Infos, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Move the values of some rows out of the infos: what is left there is 0."""
+        moved = {}
+        for name in (name for name in infos if not name.startswith("_")):
+            moved[name] = np.zeros(self.num_envs)
+            moved[name][rows] = infos[name][rows]
+            infos[name][rows] = 0.0
+        return moved
+
+    def _still(self, infos: Infos, mask: Bools) -> Infos:
+        """Infos of the rows that go on; none if there is no such row."""
+        if not mask.any():
+            return {}
+        return masked({k: v for k, v in infos.items() if not k.startswith("_")}, mask)
+
+    def _after_end(self, restarting: Bools, infos: Infos) -> Infos:
+        """Start the episodes that follow those which had ended a step ago (``NEXT_STEP``)."""
+        rows = np.flatnonzero(restarting)
+        self._split(infos, rows)
+        return self._still(infos, ~restarting) | self._start(rows)
 
 
 def make_prefill(num_envs: int = 1, **options: Any) -> PhaseVectorEnv:

@@ -3,11 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.traces import Trace
+
+if TYPE_CHECKING:
+    from biscale_env.traces import LengthProfile, WorkloadProfile
 
 Maker = Callable[[float, float, int], Trace]  # (rate_rps, duration_s, seed) -> workload; picklable
 CAPACITY_SAMPLE_S = 3600.0  # long against the slow swings of the profiles' rates
@@ -78,14 +82,26 @@ def _window(trace: Trace, rate_rps: float, duration_s: float, seed: int) -> Trac
 
 
 def generated(profile: str) -> Maker:
-    """Maker of workloads from a generator profile (``biscale traces list`` shows them)."""
-    return partial(_generate, profile)
+    """Maker of workloads from a generator profile (``biscale traces list`` shows them).
+
+    The profile is read once, here: making a workload reads no file.
+    """
+    from biscale_env.traces import load_lengths, load_workload
+
+    workload = load_workload(profile)
+    return partial(_generate, workload, load_lengths(workload.lengths))
 
 
-def _generate(profile: str, rate_rps: float, duration_s: float, seed: int) -> Trace:
+def _generate(
+    profile: "WorkloadProfile",
+    lengths: "LengthProfile",
+    rate_rps: float,
+    duration_s: float,
+    seed: int,
+) -> Trace:
     from biscale_env.traces import generate
 
-    return generate(profile, rate_rps=rate_rps, duration_s=duration_s, seed=seed)
+    return generate(profile, rate_rps=rate_rps, duration_s=duration_s, seed=seed, lengths=lengths)
 
 
 @lru_cache(maxsize=32)

@@ -30,8 +30,8 @@ def made(n: int, duration_s: float, seed: int = 0, prompt: int = 300, output: in
 
 
 MISTAKES = {
-    "unknown option": ({"slow": 1}, "unknown key 'slow'"),
-    "nearest option": ({"token_budgett": 1}, "nearest known key is 'token_budget'"),
+    "unknown option": ({"slow": 1}, "unexpected keyword argument 'slow'"),
+    "nearest option": ({"token_budgett": 1}, "nearest option is 'token_budget'"),
     "zero load": ({"load": 0.0, "rate_rps": None}, "load must be a positive fraction"),
     "negative load": ({"load": -1.0, "rate_rps": None}, "load must be a positive fraction"),
     "NaN load": ({"load": float("nan"), "rate_rps": None}, "load must be a positive fraction"),
