@@ -37,11 +37,11 @@ class SB3VecEnv(VecEnv):
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
         """Step; infos carry cost and energy of each environment."""
         obs, reward, _, truncated, infos = self.env.step(self._actions)
-        cost, energy = infos.get("cost"), infos.get("energy_j")
+        none = np.zeros(self.num_envs)
+        cost, energy = infos.get("cost", none), infos.get("energy_j", none)
         if truncated.any():  # the last step of an episode is told in final_info
-            final = infos["final_info"]
-            cost = final["cost"] if cost is None else cost + final["cost"]
-            energy = final["energy_j"] if energy is None else energy + final["energy_j"]
+            cost = cost + infos["final_info"]["cost"]
+            energy = energy + infos["final_info"]["energy_j"]
         rows: list[dict[str, Any]] = [
             {"cost": c, "energy_j": e} for c, e in zip(cost.tolist(), energy.tolist(), strict=True)
         ]

@@ -39,7 +39,7 @@ def autoreset_mode_of(mode: AutoresetMode | str) -> AutoresetMode:
     raise BiscaleError(f"there is no autoreset_mode '{mode}': choose one of {names}")
 
 
-def masked(values: Mapping[str, NDArray[Any]], mask: Bools) -> Infos:
+def masked(values: Mapping[str, Any], mask: Bools) -> Infos:
     """Infos with their masks ``_name``, as Gymnasium lays them out."""
     infos: Infos = {}
     for name, value in values.items():
@@ -258,7 +258,7 @@ class PhaseVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
         last = np.empty(self.num_envs, dtype=object)  # filled with None
         for i in rows:
             last[i] = self.batch.obs[i].copy()
-        ends = {"final_obs": last, "final_info": masked(final, ended.copy())}
+        ends: Infos = {"final_obs": last, "final_info": masked(final, ended.copy())}
         restarted = self._start(rows)
         return masked(ends, ended.copy()) | self._still(infos, ~ended) | restarted
 
