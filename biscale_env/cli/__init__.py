@@ -2,12 +2,15 @@
 exit code 2.
 """
 
+import contextlib
+import errno
 import importlib
 import importlib.util
+import os
 import signal
 import sys
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -70,18 +73,42 @@ def main() -> None:
             signal.signal(number, signal.default_int_handler)
     say_warnings()
     try:
-        build()()
+        try:
+            build()()
+        finally:
+            if sys.stdout is not None:  # closed by the caller
+                sys.stdout.flush()  # a disk that is full under the output is told here, not at exit
     except BiscaleError as error:
         print(f"biscale: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.filename is None:  # not about a file that was named
-            raise
-        print(
-            f"biscale: cannot use {error.filename}: {(error.strerror or 'it failed').lower()}",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        _tell_os_error(error)
     except KeyboardInterrupt:
         print("biscale: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _tell_os_error(error: OSError) -> NoReturn:
+    """End with one sentence about a file, or about a disk that is full wherever that was.
+
+    Raises:
+        OSError: it says neither: a fault of ours.
+    """
+    if error.filename is None and error.errno == errno.EPIPE:  # nobody reads the output any more
+        _drop_output()
+        sys.exit(1)
+    if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+    reason = (error.strerror or "it failed").lower()
+    if error.filename is None:
+        _drop_output()
+        print(f"biscale: a file or the output cannot be written: {reason}", file=sys.stderr)
+    else:
+        print(f"biscale: cannot use {error.filename}: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _drop_output() -> None:
+    """Let what is left of the output go nowhere, so that flushing it at exit does not fail again."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
