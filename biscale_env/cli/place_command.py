@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -53,7 +53,7 @@ def place(
     model: ModelName = None,
     instance: InstanceFile = None,
     alpha: Annotated[
-        float, typer.Option(help="Head-room of BiScale's placement over the load.")
+        float, typer.Option(help="Headroom of BiScale's placement over the load.")
     ] = 0.1,
     window: Annotated[
         float, typer.Option(help="Length of the workload's window, s; the first of the trace.")
@@ -114,7 +114,8 @@ def _workload(trace: str | None, rate: float, window_s: float) -> "Trace":
     piece = loaded.window(0.0, window_s)
     if len(piece) == 0:
         raise BiscaleError(
-            f"{loaded.name} has no requests in its first {window_s:g} s: use another trace or --window"
+            f"{loaded.name} has no requests in its first {window_s:g} s: use another trace or "
+            "--window"
         )
     return piece
 
@@ -171,7 +172,8 @@ def _print_plans(
     console = Console()
     console.print(shown)
     console.print(
-        "power and latency: simulated on the workload at this rate; spare GPUs idle without a context"
+        "power and latency: simulated on the workload at this rate; spare GPUs idle without a "
+        "context"
     )
 
 
@@ -180,20 +182,18 @@ def _rows_of(plan: "Plan", settings: "ClusterSettings", workload: "Trace") -> di
     from biscale_env.envs.cluster.whole_run import run_cluster
 
     run = run_cluster(ClusterPlant(settings), plan.placement, workload)
-    row: dict[str, Any] = run.row()
-    duration_s = run.duration_s
+    row, energy, capacity = run.row(), run.energy, plan.capacity_rps
+    parts = {"prefill": energy.prefill_j, "decode": energy.decode_j, "spare": energy.spare_j}
+    power = [f"{joules / run.duration_s:.0f} {part}" for part, joules in parts.items()]
     label = plan.placement.label().split("; ")
     return {
         "prefill": label[0].removeprefix("P "),
         "decode": label[1].removeprefix("D "),
         "GPUs": f"{plan.placement.gpus} of {settings.gpus}",
-        "capacity, req/s": f"{plan.capacity_rps['prefill']:.1f} prefill, {plan.capacity_rps['decode']:.1f} decode",
-        "head-room": f"{100 * plan.headroom:+.0f} %",
+        "capacity, req/s": f"{capacity['prefill']:.1f} prefill, {capacity['decode']:.1f} decode",
+        "headroom": f"{100 * plan.headroom:+.0f} %",
         "power at capacity, W": f"{plan.power_w:.0f}",
-        "power at this rate, W": (
-            f"{run.energy.prefill_j / duration_s:.0f} prefill, {run.energy.decode_j / duration_s:.0f} decode, "
-            f"{run.energy.spare_j / duration_s:.0f} spare"
-        ),
+        "power at this rate, W": ", ".join(power),
         "total, W": f"{row['mean_power_w']:.0f}",
         "J per output token": f"{row['total_j_per_token']:.3f}",
         "P99 TTFT, TPOT": f"{1e3 * row['ttft_p99_s']:.0f} ms, {1e3 * row['tpot_p99_s']:.0f} ms",

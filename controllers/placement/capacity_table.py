@@ -1,27 +1,50 @@
-"""Building the capacity table of tier 1 in the compiled simulator, in parallel, and keeping it by
-the hash of all that it depends on.
+"""The capacity table of tier 1, measured in the compiled simulator, in parallel.
+
+It is kept on disk by the hash of all that it depends on.
 """
 
+import contextlib
 import hashlib
+import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Final
 
 import joblib
+import numpy as np
 
-from biscale_env.config import load_slo
+from biscale_env.config import Slo
 from biscale_env.core import user_cache
 from biscale_env.core.errors import BiscaleError
-from biscale_env.core.jit import source_digest
+from biscale_env.core.files import lock
+from biscale_env.core.jit import PACKAGE, source_digest
 from biscale_env.envs.capacity import find_capacity, run_static
 from biscale_env.envs.cluster.cluster_options import fitting_tps
 from biscale_env.envs.cluster.cluster_settings import ClusterPlant, ClusterSettings, check_gpus
-from biscale_env.models import instance_model
 from biscale_env.traces import Trace
 from controllers.placement.ilp import PHASES, CapacityEntry, CapacityTable, Phase
 
-MIN_REQUESTS = 100  # find_capacity needs as many
+MIN_REQUESTS: Final = 100  # find_capacity needs as many
+LOCK_WAIT_S: Final = 3600.0  # for another process that measures the same table
+# fields of the settings that a single instance at a constant clock does not know
+NOT_OF_AN_INSTANCE: Final = frozenset(
+    {
+        "prefill_policy",
+        "decode_policy",
+        "prefill_margin",
+        "decode_margin",
+        "kv_guard",
+        "ahead",
+        "transfer",
+        "transitions",
+        "spare",
+        "spare_idle_w",
+        "prefill_router",
+        "decode_router",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -59,23 +82,27 @@ def measure(
 
 
 def table_key(request: TableRequest, trace: Trace) -> str:
-    """Hash of the trace, the settings, the coefficients and the code of the simulator."""
-    digest = hashlib.sha256(source_digest().encode())
-    depends = request.settings.model_dump(
-        exclude={"prefill_policy", "decode_policy", "prefill_margin", "decode_margin", "kv_guard", "ahead", "transfer",
-                 "transitions", "spare", "spare_idle_w", "prefill_router", "decode_router"}
-    )  # fmt: skip
-    digest.update(
-        json.dumps(
-            [depends, request.freqs_mhz, request.seeds, request.tolerance], sort_keys=True
-        ).encode()
-    )
+    """Hash of the trace, the settings, what they load, and the code that measures.
+
+    What is loaded counts by content (coefficients, engine parameters, SLO, clocks), not by name:
+    a changed YAML file, ensemble or transfer to another GPU gives another key.
+    """
+    own = Path(__file__).resolve().parent
+    digest = hashlib.sha256(source_digest(PACKAGE, own).encode())
+    for kind in (Trace, Slo):  # loads and attainment are made by their methods
+        digest.update(Path(inspect.getfile(kind)).read_bytes())
+    settings = request.settings.model_dump(mode="json", exclude=set(NOT_OF_AN_INSTANCE))
+    asked = [settings, request.freqs_mhz, request.seeds, request.tolerance]
+    digest.update(json.dumps(asked, sort_keys=True).encode())
     digest.update(trace.sha256.encode())
+    plants, member = ClusterPlant(request.settings), request.settings.ensemble_member
+    digest.update(plants.slo.model_dump_json().encode())
     for phase in PHASES:
         for tp in fitting_tps(request.settings, phase):
-            model = instance_model(phase, request.settings.instance(phase, tp))
-            digest.update(f"{phase} {tp} {model.digest}".encode())
-    digest.update(load_slo(request.settings.slo).model_dump_json().encode())
+            plant = plants.plant(phase, tp)
+            digest.update(f"{phase} {tp} {plant.clocks}".encode())
+            digest.update(np.array(plant.model.member(member)).tobytes())
+            digest.update(plant.params(member, 0.0).tobytes())
     return digest.hexdigest()[:24]
 
 
@@ -91,8 +118,9 @@ def capacity_table(
     progress: Callable[[int, int], None] | None = None,
     use_cache: bool = True,
 ) -> CapacityTable:
-    """The table of every (phase, TP, base clock) for one workload, from the cache if it was made
-    before.
+    """The table of every (phase, TP, base clock) for one workload.
+
+    It comes from the cache if it was made before, also by another process meanwhile.
 
     Args:
         request: cluster, clocks, seeds, tolerance.
@@ -114,19 +142,42 @@ def capacity_table(
     check_gpus(request.settings.gpus, both)
     if len(trace) < MIN_REQUESTS:
         raise BiscaleError(
-            f"{trace.name} has {len(trace)} requests: a capacity table needs at least {MIN_REQUESTS}"
+            f"{trace.name} has {len(trace)} requests: a capacity table needs at least "
+            f"{MIN_REQUESTS}"
         )
     plant = ClusterPlant(request.settings).plant(PHASES[0], tps[PHASES[0]][0])
     freqs = request.freqs_mhz or plant.clocks.levels_mhz
-    path = cache_folder() / f"{table_key(request, trace)}.json"
-    if use_cache and (kept := user_cache.recall(path)):
-        entries = [CapacityEntry(**row) for row in kept]
-        return CapacityTable(tuple(entries), request.settings.slo, trace.name)
     todo = [(phase, tp, freq) for phase in PHASES for tp in tps[phase] for freq in freqs]
-    found = _measure_all(request, trace, todo, n_jobs, progress)
-    if use_cache:
-        user_cache.remember(path, json.dumps([asdict(e) for e in found], indent=1))
+    if not use_cache:
+        found = _measure_all(request, trace, todo, n_jobs, progress)
+        return CapacityTable(tuple(found), request.settings.slo, trace.name)
+    path = cache_folder() / f"{table_key(request, trace)}.json"
+    found = _kept(path, todo)
+    if not found:
+        with _measured_once(path):
+            found = _kept(path, todo) or _measure_all(request, trace, todo, n_jobs, progress)
+            user_cache.remember(path, json.dumps([asdict(e) for e in found], indent=1))
     return CapacityTable(tuple(found), request.settings.slo, trace.name)
+
+
+def _kept(path: Path, todo: Sequence[tuple[Phase, int, float]]) -> list[CapacityEntry]:
+    """Entries of a kept table; none if it is absent, damaged or not of these configurations."""
+    rows: Any = user_cache.recall(path)
+    try:
+        found = [CapacityEntry(**row) for row in rows or []]
+    except TypeError:
+        return []
+    return found if [(e.phase, e.tp, e.freq_mhz) for e in found] == list(todo) else []
+
+
+@contextlib.contextmanager
+def _measured_once(path: Path) -> Iterator[None]:
+    """Wait for another process that measures the same table; without a lock where none can be."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, BiscaleError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(path.with_suffix(".lock"), LOCK_WAIT_S))
+        yield
 
 
 def _measure_all(

@@ -109,7 +109,7 @@ class Plan:
 
     @property
     def headroom(self) -> float:
-        """Share of capacity above the load; negative when it does not suffice."""
+        """Fraction of capacity above the load; negative when it does not suffice."""
         return self.goodput_rps / self.rate_rps - 1.0
 
 
@@ -157,15 +157,27 @@ def max_rate_rps(table: CapacityTable, gpus: int) -> float:
 
 def explain_infeasible(table: CapacityTable, rate_rps: float, gpus: int, alpha: float) -> str:
     """One sentence: what was asked, what is possible, and why."""
-    asked = f"no placement on {gpus} GPUs serves {rate_rps:g} requests/s with {100 * alpha:g} % head-room"
+    asked = (
+        f"no placement on {gpus} GPUs serves {rate_rps:g} requests/s with {100 * alpha:g} % "
+        "headroom"
+    )
     for phase in PHASES:
         if not table.usable(phase):
-            return f"{asked}: no {phase} configuration meets SLO '{table.slo}' at any load; choose a wider SLO"
+            return (
+                f"{asked}: no {phase} configuration meets SLO '{table.slo}' at any load; choose a "
+                "wider SLO"
+            )
     smallest = sum(min(e.tp for e in table.usable(phase)) for phase in PHASES)
     if smallest > gpus:
-        return f"{asked}: one prefill and one decode instance need {smallest} GPUs; give at least so many"
+        return (
+            f"{asked}: one prefill and one decode instance need {smallest} GPUs; give at least so "
+            "many"
+        )
     best = max_rate_rps(table, gpus) / (1 + alpha)
-    return f"{asked} under SLO '{table.slo}': at most {best:.4g} requests/s are possible; lower the rate or add GPUs"
+    return (
+        f"{asked} under SLO '{table.slo}': at most {best:.4g} requests/s are possible; lower the "
+        "rate or add GPUs"
+    )
 
 
 def check_request(rate_rps: float, gpus: int, alpha: float) -> None:
@@ -179,15 +191,13 @@ def check_request(rate_rps: float, gpus: int, alpha: float) -> None:
     if gpus < 1:
         raise BiscaleError(f"a placement needs at least one GPU, got {gpus}")
     if not -1 < alpha < np.inf:
-        raise BiscaleError(f"the head-room alpha must be above -1, got {alpha:g}")
+        raise BiscaleError(f"the headroom alpha must be above -1, got {alpha:g}")
 
 
 def ilp_matrices(
     entries: list[CapacityEntry], rate_rps: float, gpus: int, alpha: float, spare_w: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Cost vector, constraint matrix and upper bounds of BiScale's programme in the form ``A n <=
-    b``.
-    """
+    """BiScale's programme: cost vector, and matrix and upper bounds of ``A n <= b``."""
     cost = np.array([e.power_w - e.tp * spare_w for e in entries])
     rows = [[float(e.tp) for e in entries]]
     rows += [[-e.rate_rps * (e.phase == phase) for e in entries] for phase in PHASES]
@@ -209,7 +219,7 @@ def biscale_plan(
         table: capacities and energies.
         rate_rps: forecast load.
         gpus: GPUs of the cluster.
-        alpha: head-room on the load; not published, 0.1 is assumed.
+        alpha: headroom on the load; not published, 0.1 is assumed.
         spare_w: power that a GPU outside the placement still draws, W; 0 as in BiScale's objective.
         name: name of the placement.
 
@@ -238,11 +248,10 @@ def biscale_plan(
 def distserve_plan(
     table: CapacityTable, rate_rps: float, gpus: int, name: str = "distserve"
 ) -> Plan:
-    """DistServe's placement: the counts and one TP per phase with the largest goodput at the
-    highest clock.
+    """DistServe's placement: counts and one TP per phase with the largest goodput.
 
-    It is chosen for goodput, whatever the load, on all GPUs it can use; among equals the one with
-    fewer GPUs.
+    It is chosen at the highest clock and for goodput, whatever the load, on all GPUs it can use;
+    among equals the one with fewer GPUs.
 
     Raises:
         BiscaleError: no placement fits.
@@ -281,7 +290,7 @@ def at_clocks(plan: Plan, table: CapacityTable, freq_mhz: dict[str, float], name
 
 
 def plan_row(plan: Plan) -> dict[str, Any]:
-    """Flat figures of a plan for tables."""
+    """Flat metrics of a plan for tables."""
     return {
         "placement": plan.placement.name,
         "instances": plan.placement.label(),

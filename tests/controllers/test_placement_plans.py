@@ -146,9 +146,11 @@ def test_distserve_takes_the_largest_goodput_at_the_highest_clock():
 def test_distserve_does_not_look_at_lower_clocks():
     """Not even where the bisection made a lower clock look better."""
     noisy = table(
-        ("prefill", 4, 1980.0, 20.0, 100.0), ("prefill", 4, 1200.0, 21.0, 70.0), ("decode", 4, 1980.0, 10.0, 200.0),
+        ("prefill", 4, 1980.0, 20.0, 100.0),
+        ("prefill", 4, 1200.0, 21.0, 70.0),
+        ("decode", 4, 1980.0, 10.0, 200.0),
         ("decode", 4, 1200.0, 11.0, 150.0),
-    )  # fmt: skip
+    )
     plan = distserve_plan(noisy, 5.0, 16)
     assert {g.freq_mhz for g in plan.placement.groups} == {1980.0}
     assert plan.goodput_rps == pytest.approx(20.0)

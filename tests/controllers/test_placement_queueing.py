@@ -2,12 +2,18 @@
 models.
 """
 
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 from cluster_support import random_trace, trace
 
+from biscale_env.config.loader import configs_dir
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.capacity import run_static
 from biscale_env.envs.cluster.cluster_options import fitting_tps
@@ -117,8 +123,9 @@ def test_capacity_rises_with_clock_and_tp(phase):
 def test_capacity_rises_with_the_slo(phase):
     slos = ("mlperf-interactive", "biscale", "mlperf-server")  # tighter to wider in both bounds
     rates = [
-        measure(TableRequest(SETTINGS.changed(slo=slo)), SAMPLE, phase, 4, 1200.0).rate_rps for slo in slos
-    ]  # fmt: skip
+        measure(TableRequest(SETTINGS.changed(slo=slo)), SAMPLE, phase, 4, 1200.0).rate_rps
+        for slo in slos
+    ]
     assert rates[0] <= rates[1] * 1.02
     assert rates[1] <= rates[2] * 1.02
     assert rates[0] < rates[2]
@@ -152,6 +159,114 @@ def test_tables_are_kept_by_content(tmp_path, monkeypatch):
         )
         == first
     )
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[1]", "[{}]", "null", '[{"phase": "prefill"'])
+def test_a_damaged_table_is_measured_again(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("BISCALE_CACHE", str(tmp_path))
+    request = TableRequest(SETTINGS, freqs_mhz=(1980.0,), seeds=(0,), tolerance=0.2)
+    first = capacity_table(request, SAMPLE)
+    (path,) = (tmp_path / "capacity").glob("*.json")
+    kept = path.read_text()
+    path.write_text(damage)
+    assert capacity_table(request, SAMPLE) == first
+    assert path.read_text() == kept
+
+
+def test_a_table_of_other_configurations_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("BISCALE_CACHE", str(tmp_path))
+    request = TableRequest(SETTINGS, freqs_mhz=(1980.0,), seeds=(0,), tolerance=0.2)
+    first = capacity_table(request, SAMPLE)
+    (path,) = (tmp_path / "capacity").glob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text())[:-1]))
+    assert capacity_table(request, SAMPLE) == first
+
+
+def test_two_that_want_one_table_measure_it_once(tmp_path, monkeypatch):
+    """The second waits for the first and reads what it kept."""
+    monkeypatch.setenv("BISCALE_CACHE", str(tmp_path))
+    request = TableRequest(SETTINGS, freqs_mhz=(1980.0,), seeds=(0,), tolerance=0.2)
+    real, calls = capacity_table_module._measure_all, []
+    begun, other_waits = threading.Event(), threading.Event()
+
+    def slow(*args):
+        calls.append(args)
+        begun.set()
+        assert other_waits.wait(30)
+        return real(*args)
+
+    monkeypatch.setattr(capacity_table_module, "_measure_all", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(capacity_table, request, SAMPLE)
+        assert begun.wait(30)
+        second = pool.submit(capacity_table, request, SAMPLE)
+        with pytest.raises(TimeoutError):
+            second.result(0.3)
+        other_waits.set()
+        assert first.result(60) == second.result(60)
+    assert len(calls) == 1
+
+
+def test_without_a_folder_that_can_be_written_it_is_measured(tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setattr(capacity_table_module, "cache_folder", lambda: blocked / "capacity")
+    request = TableRequest(SETTINGS, freqs_mhz=(1980.0,), seeds=(0,), tolerance=0.2)
+    assert capacity_table(request, SAMPLE) == capacity_table(request, SAMPLE, use_cache=False)
+
+
+def test_what_is_loaded_counts_by_content(tmp_path):
+    """A changed SLO, GPU or model file is another table; the same content elsewhere is not stale."""
+
+    def key(**changes):
+        request = TableRequest(SETTINGS.changed(**changes), (1980.0,))
+        return capacity_table_module.table_key(request, SAMPLE)
+
+    for kind, name, old, new in (
+        ("slo", "slos/biscale.yaml", "tpot_s: ", "tpot_s: 1"),
+        ("gpu", "gpus/h100-sxm.yaml", "memory_gb: 80", "memory_gb: 72"),
+    ):
+        text = (configs_dir() / name).read_text()
+        assert old in text
+        file = tmp_path / f"{kind}.yaml"
+        file.write_text(text)
+        before = key(**{kind: str(file)})
+        assert key(**{kind: str(file)}) == before
+        file.write_text(text.replace(old, new))
+        assert key(**{kind: str(file)}) != before
+
+
+def test_the_code_that_measures_counts(monkeypatch):
+    """Sources of the simulator in all packages, of this one, of traces and of the SLO."""
+    key = partial(capacity_table_module.table_key, TableRequest(SETTINGS, (1980.0,)), SAMPLE)
+    before, seen = key(), []
+    real = Path.read_bytes
+
+    def changed(path):
+        seen.append(path)
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", changed)
+    assert key() == before
+    names = {f"{path.parent.name}/{path.name}" for path in seen}
+    assert names >= {
+        "placement/capacity_table.py",
+        "cluster/loop.py",
+        "cluster/cluster_options.py",
+        "laws/slack_law.py",
+        "sim/decode.py",
+        "envs/capacity.py",
+        "traces/trace.py",
+        "config/slo.py",
+    }
+    for name in ("placement/capacity_table.py", "traces/trace.py", "config/slo.py"):
+        wanted = tuple(name.split("/"))
+        monkeypatch.setattr(
+            Path,
+            "read_bytes",
+            lambda path, wanted=wanted: real(path) + b"#" * (path.parts[-2:] == wanted),
+        )
+        assert key() != before, name
 
 
 def test_a_changed_setting_or_trace_is_another_table():

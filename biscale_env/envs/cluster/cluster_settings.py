@@ -28,7 +28,7 @@ class Transfer(Config):
             below.
         gb_per_s_per_gpu: network bandwidth per GPU; 165 GB/s over the 4 GPUs of a TP4 instance. A
             single slow Ethernet is 12.5 GB/s.
-        overlap: share of the bytes that travel while prefill still computes (layer by layer); 0 as
+        overlap: fraction of the bytes that travel while prefill still computes (layer by layer); 0 as
             measured.
     """
 
@@ -66,7 +66,7 @@ class ClusterSettings(Config):
         prefill_max_seqs: requests per prefill batch.
         decode_max_seqs: requests per decode batch; not published for BiScale, assumed 512: the
             fitted range.
-        kv_watermark: share of KV kept free on admission.
+        kv_watermark: fraction of KV kept free on admission.
         actuation_delay_s: delay of a clock change; None takes that of the ensemble member.
         ensemble_member: -1 nominal, or a member of the ensemble; all instances live in the same
             member.
@@ -74,8 +74,8 @@ class ClusterSettings(Config):
         decode_router: how requests are spread over decode instances.
         prefill_policy: tier-2 rule of prefill.
         decode_policy: tier-2 rule of decode (and of co-located servers).
-        prefill_margin: share of the TTFT SLO that the rule keeps back.
-        decode_margin: share of the TPOT SLO that the rule keeps back.
+        prefill_margin: fraction of the TTFT SLO that the rule keeps free.
+        decode_margin: fraction of the TPOT SLO that the rule keeps free.
         kv_guard: KV use above which the slack rule runs at the highest clock; not published,
             assumed.
         ahead: iterations that throttLL'eM projects the KV ahead; assumed.
@@ -207,5 +207,6 @@ def check_gpus(gpus: int, tps: tuple[int, ...]) -> None:
     if gpus < 1 or not any(gpus % tp == 0 for tp in tps):
         known = ", ".join(map(str, tps))
         raise BiscaleError(
-            f"{gpus} GPUs cannot be divided into instances: TP degrees that fit the model are {known}"
+            f"{gpus} GPUs cannot be divided into instances: TP degrees that fit the model are "
+            f"{known}"
         )

@@ -14,8 +14,12 @@ DAY_S = 86_400.0
 def envelope_factors(
     envelope: str, start_s: float, times_s: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Rate relative to the mean over ``times_s`` that an envelope (``configs/traces/rates-*.yaml``)
-    gives at these times.
+    """Rate of an envelope (``configs/traces/rates-*.yaml``) relative to its mean over ``times_s``.
+
+    Args:
+        envelope: name of the envelope.
+        start_s: time of day at which it begins, s.
+        times_s: times from there, s.
 
     Raises:
         BiscaleError: it is zero at all of them.
