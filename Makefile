@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SHELL  := /bin/bash
 
-.PHONY: compare test test-slow test-all test-oldest test-python lint types bench fit install docs tables test-engine clean
+.PHONY: compare test test-slow test-all test-oldest test-python coverage mutation lint types bench fit install docs tables test-engine clean
 
 compare: $(READY)            ## the main job on the embedded default scenario
 	$(BIN)/biscale compare
@@ -27,6 +27,15 @@ test-oldest:                 ## the fast tests on the oldest dependencies that p
 
 test-python:                 ## the fast tests on another Python: make test-python OTHER_PYTHON=python3.13
 	$(call row,.venv-python,$(OTHER_PYTHON),constraints.txt)
+
+coverage: $(READY)           ## the fast tests, with the lines of Python that they run (kernels are compiled and do not count)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu and not engine" \
+	  --cov=biscale_env --cov=controllers --cov=agents --cov-report=term:skip-covered
+
+mutation:                    ## a sample of mutants of the parts that matter most; hours, NAMES="stats loop" SAMPLE=60
+	$(PYTHON) -m venv .venv-mutation
+	.venv-mutation/bin/python -m pip install --quiet -c constraints.txt -e ".[hw,mutation]"
+	.venv-mutation/bin/python tests/mutation/mutate.py $(NAMES) --sample $(or $(SAMPLE),60)
 
 define row
 	$(2) -m venv $(1)
@@ -71,4 +80,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-python build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-python .venv-mutation build dist *.egg-info
