@@ -122,7 +122,10 @@ def test_quick_headline_experiment(meter: Meter) -> None:
         def seconds() -> float:
             start = time.perf_counter()
             subprocess.run(
-                command, check=True, capture_output=True, env={**os.environ, "BISCALE_CACHE": folder}
+                command,
+                check=True,
+                capture_output=True,
+                env={**os.environ, "BISCALE_CACHE": folder},
             )
             return time.perf_counter() - start
 

@@ -54,7 +54,7 @@ class Variation(Config):
         name: short name used in tables.
         point: operating point it is changed on.
         settings: cluster settings that differ.
-        spare_w: power that BiScale's ILP takes an unused GPU to member, W.
+        spare_w: power that BiScale's ILP takes an unused GPU to draw, W.
         gap_cv: burstiness of workload A's Gamma arrivals.
         load: share of capacity in place of the point's, workload B.
         alpha: head-room of tier 1, fixed instead of chosen on the tuning workloads.

@@ -105,7 +105,7 @@ class Bench:
         table: capacity table of the tuning workload.
         rate_rps: forecast of the first window.
         window_s: period of tier 1.
-        spare_w: what BiScale's ILP takes an unused GPU to member, W.
+        spare_w: what BiScale's ILP takes an unused GPU to draw, W.
         alpha: head-room of tier 1; None: chosen on the tuning workloads.
     """
 

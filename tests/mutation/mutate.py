@@ -50,13 +50,25 @@ TARGETS = {
         interpreted=True,
     ),
     "envs": Target(
-        ("biscale_env/envs/observe.py", "biscale_env/envs/options.py", "biscale_env/envs/vector.py"),
-        ("tests/envs/test_envs_single.py", "tests/envs/test_envs_vector.py", "tests/envs/test_envs_options.py"),
+        (
+            "biscale_env/envs/observe.py",
+            "biscale_env/envs/options.py",
+            "biscale_env/envs/vector.py",
+        ),
+        (
+            "tests/envs/test_envs_single.py",
+            "tests/envs/test_envs_vector.py",
+            "tests/envs/test_envs_options.py",
+        ),
     ),
     "stats": Target(("biscale_env/evaluation/stats",), ("tests/evaluation",)),
     "runs": Target(("biscale_env/evaluation/runs",), ("tests/evaluation",)),
     "loop": Target(
-        ("biscale_env/hardware/loop/actuator.py", "biscale_env/hardware/loop/control.py", "biscale_env/hardware/loop/clockview.py"),
+        (
+            "biscale_env/hardware/loop/actuator.py",
+            "biscale_env/hardware/loop/control.py",
+            "biscale_env/hardware/loop/clockview.py",
+        ),
         ("tests/hardware/test_hardware_actuator.py", "tests/hardware/test_hardware_control.py"),
     ),
 }
@@ -92,7 +104,11 @@ def keep_sample(session: Path, count: int, seed: int) -> int:
 def outcome(session: Path) -> tuple[int, list[str]]:
     """Mutants tried, and the diffs of those that no test noticed."""
     with use_db(session, WorkDB.Mode.open) as db:
-        tried = [(item, r) for item, r in db.completed_work_items if r.worker_outcome != WorkerOutcome.SKIPPED]
+        tried = [
+            (item, r)
+            for item, r in db.completed_work_items
+            if r.worker_outcome != WorkerOutcome.SKIPPED
+        ]
     survivors = [str(r.diff) for _, r in tried if not r.is_killed]
     return len(tried), survivors
 
@@ -127,7 +143,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=list(TARGETS), help="default: all")
     parser.add_argument("--sample", type=int, default=60, help="mutants per target")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=300.0, help="a mutant that takes longer counts as noticed")
+    parser.add_argument(
+        "--seconds", type=float, default=300.0, help="a mutant that takes longer counts as noticed"
+    )
     options = parser.parse_args()
     for name in options.names or TARGETS:
         run(name, options.sample, options.seed, options.seconds)

@@ -84,7 +84,7 @@ def run_id(row: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class RunRecord:
-    """One run of one policy on one workload in one drawn plant.
+    """One run of one policy on one workload with one ensemble member.
 
     The clock of a run starts at 0 with the first instant of the workload and ends at
     ``totals["duration_s"]``.

@@ -154,7 +154,7 @@ class Range(Config):
         return self
 
     def sample(self, rng: np.random.Generator) -> float:
-        """Member one value."""
+        """Draw one value."""
         low, high, mode = (
             (np.log(v) if self.log else v) for v in (self.low, self.high, self.mode or self.low)
         )

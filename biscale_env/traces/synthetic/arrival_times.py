@@ -110,7 +110,7 @@ def renewal_points(gap_cv: float, length: float, rng: np.random.Generator) -> Fl
 def sample_arrivals(
     arrivals: Arrivals, rate_rps: float, duration_s: float, rng: np.random.Generator
 ) -> FloatArray:
-    """Member sorted arrival times in ``[0, duration_s)``, s, with an expected mean rate of
+    """Draw sorted arrival times in ``[0, duration_s)``, s, with an expected mean rate of
     ``rate_rps``.
 
     Raises:

@@ -47,7 +47,7 @@ def _ranks(
 def sample_lengths(
     profile: LengthProfile, n: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Member ``n`` independent pairs of prompt and output length, tokens.
+    """Draw ``n`` independent pairs of prompt and output length, tokens.
 
     Args:
         profile: the distributions.
