@@ -12,6 +12,8 @@ from biscale_env.envs.vector import PhaseVectorEnv
 
 RATE_RPS = 3.0  # busy, never empty for long
 PHASES = ("prefill", "decode")
+NUM_ENVS, VECTOR_STEPS, SINGLE_STEPS = 1024, 50, 2000
+RESET_STEPS = {"prefill": 60_000, "decode": 1_500_000}  # some 300 episodes
 
 
 def cartpole_steps_per_s(steps: int = 20_000) -> float:
@@ -36,11 +38,11 @@ def actions_of(num_envs: int, steps: int) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_vector_steps(meter: Meter, phase: str, num_envs: int = 1024, steps: int = 50) -> None:
+def test_vector_steps(meter: Meter, phase: str) -> None:
     """Native vector environment with random actions; episodes end and restart meanwhile."""
-    env = PhaseVectorEnv(phase, num_envs, rate_rps=RATE_RPS)
+    env = PhaseVectorEnv(phase, NUM_ENVS, rate_rps=RATE_RPS)
     env.reset(seed=0)
-    actions = actions_of(num_envs, steps)
+    actions = actions_of(NUM_ENVS, VECTOR_STEPS)
 
     def window() -> None:
         for action in actions:
@@ -48,12 +50,13 @@ def test_vector_steps(meter: Meter, phase: str, num_envs: int = 1024, steps: int
 
     for _ in range(8):  # past the first, common start of all episodes
         window()
-    n = num_envs * steps
-    meter.rate(window, n, f"vector env, {phase}, {num_envs} environments", "steps/s", 3e6)
+    n = NUM_ENVS * VECTOR_STEPS
+    name = f"vector env, {phase}, {NUM_ENVS} environments"
+    meter.rate(window, n, name, "steps/s", 3e6)
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_single_steps(meter: Meter, phase: str, steps: int = 2000) -> None:
+def test_single_steps(meter: Meter, phase: str) -> None:
     """Steps per second through gymnasium.make within one long episode."""
     env = gym.make(
         f"BiScale/{phase.capitalize()}-v0", rate_rps=RATE_RPS, episode_s=3600.0, n_workloads=1
@@ -62,11 +65,11 @@ def test_single_steps(meter: Meter, phase: str, steps: int = 2000) -> None:
     actions = [a[0] for a in actions_of(1, 64)]
 
     def window() -> None:
-        for k in range(steps):
+        for k in range(SINGLE_STEPS):
             if env.step(actions[k % 64])[3]:
                 env.reset()
 
-    meter.rate(window, steps, f"gymnasium.make, {phase}", "steps/s", 100e3)
+    meter.rate(window, SINGLE_STEPS, f"gymnasium.make, {phase}", "steps/s", 100e3)
 
 
 def timed_episodes(env: gym.Env, steps: int) -> tuple[np.ndarray, float, float]:
@@ -88,12 +91,12 @@ def timed_episodes(env: gym.Env, steps: int) -> tuple[np.ndarray, float, float]:
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_resets(meter: Meter, phase: str, steps: int = 60_000) -> None:
+def test_resets(meter: Meter, phase: str) -> None:
     """Median reset of the default environment, and what resets leave of the step rate."""
     env = gym.make(f"BiScale/{phase.capitalize()}-v0")
     env.reset(seed=0)
-    timed_episodes(env, 4000)  # warm-up
-    resets, stepping, total = meter.once(lambda: timed_episodes(env, steps))
+    timed_episodes(env, 4000)  # compiles; most workloads are still to be made
+    resets, stepping, total = meter.once(lambda: timed_episodes(env, RESET_STEPS[phase]))
     meter.keep(
         Metric(
             f"reset, {phase}, default episodes, median", float(np.median(resets)) * 1e3, "ms", 0.5,
@@ -103,7 +106,25 @@ def test_resets(meter: Meter, phase: str, steps: int = 60_000) -> None:
     )  # fmt: skip
 
 
-def test_beside_cartpole(meter: Meter) -> None:
-    """Rates of ours, resets included, as multiples of CartPole's single environment."""
-    cartpole = meter.once(cartpole_steps_per_s)
-    meter.keep(Metric("CartPole-v1, single, resets included", cartpole, "steps/s", 1.0, "higher"))
+@pytest.mark.parametrize("phase", PHASES)
+def test_beside_cartpole(meter: Meter, phase: str) -> None:
+    """Rates of the default environments, resets included, as multiples of the single CartPole."""
+    single = gym.make(f"BiScale/{phase.capitalize()}-v0")
+    single.reset(seed=0)
+    vector = gym.make_vec(f"BiScale/{phase.capitalize()}-v0", num_envs=NUM_ENVS)
+    vector.reset(seed=0)
+    actions = actions_of(NUM_ENVS, VECTOR_STEPS)
+
+    def many() -> None:
+        for action in actions:
+            vector.step(action)
+
+    timed_episodes(single, 4000)
+    best = min(timed_episodes(single, 20_000)[2] for _ in range(3))
+    vector_s, _ = meter.run(many)
+    cartpole = cartpole_steps_per_s()
+    together = NUM_ENVS * VECTOR_STEPS / vector_s / cartpole
+    meter.keep(
+        Metric(f"single env, {phase}, over CartPole", 20_000 / best / cartpole, "x", 1.0, "higher"),
+        Metric(f"vector env, {phase}, {NUM_ENVS}, over CartPole", together, "x", 20.0, "higher"),
+    )
