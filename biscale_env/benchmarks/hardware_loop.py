@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from biscale_env.hardware.emulation.emulate import PHASES, Emulation, EmulatorSettings
-from biscale_env.hardware.engines.sender import Sender
-from biscale_env.hardware.engines.vllm_hook import SchedulerWatcher
+from biscale_env.hardware.engines.hook.sender import Sender
+from biscale_env.hardware.engines.hook.vllm_hook import SchedulerWatcher
 from biscale_env.hardware.replay.assemble import read_raw
 from biscale_env.hardware.replay.client import dispatch_errors_s
 from biscale_env.hardware.replay.closed_loop import ClosedLoopReplay, ReplaySettings

@@ -336,7 +336,7 @@ def bridge_command(
 
     from biscale_env.core.errors import BiscaleError
     from biscale_env.hardware.emulation.emulate import PHASES, all_records_endpoint
-    from biscale_env.hardware.engines.sender import Sender
+    from biscale_env.hardware.engines.hook.sender import Sender
     from biscale_env.hardware.engines.sources import (
         PrometheusPoller,
         forward,

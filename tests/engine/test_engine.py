@@ -86,18 +86,21 @@ class Engine:
         self.log = folder / f"{phase}.log"
         role = "kv_producer" if phase == "prefill" else "kv_consumer"
         env = {
-            **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_WAIT_POLICY": "PASSIVE",
+            **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
             # a core each: spinning threads that share one starve
             "VLLM_CPU_OMP_THREADS_BIND": "0" if phase == "prefill" else "1",
-            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()), "BISCALE_RECORDS": f"ipc://{folder}/s/record-{phase}.sock",
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
+            "BISCALE_RECORDS": f"ipc://{folder}/s/record-{phase}.sock",
             "BISCALE_RECORDS_ALL": f"ipc://{folder}/s/all-{phase}.sock",
-        }  # fmt: skip
+        }
         transfer = {"kv_connector": "NixlConnector", "kv_role": role, "kv_buffer_device": "cpu"}
         command = [
             VENV / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--served-model-name", "tiny",
             "--host", "127.0.0.1", "--port", self.port, "--enforce-eager", "--max-model-len", "4096", "--enable-logging-iteration-details",
-            "--scheduler-cls", "biscale_env.hardware.engines.vllm_hook.BiscaleScheduler", "--kv-transfer-config", json.dumps(transfer),
+            "--scheduler-cls", "biscale_hook.vllm_hook.BiscaleScheduler", "--kv-transfer-config", json.dumps(transfer),
         ]  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, "-c", GUARDIAN, *map(str, command)],

@@ -8,8 +8,8 @@ from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.batch import Batch, RequestTable
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.hardware.emulation.simulated import SimulatedWatcher
-from biscale_env.hardware.engines import engine_record
-from biscale_env.hardware.engines.engine_record import Detail, EngineRecord, Queued, Scheduled
+from biscale_env.hardware.engines.hook import engine_record
+from biscale_env.hardware.engines.hook.engine_record import Detail, EngineRecord, Queued, Scheduled
 from biscale_env.hardware.loop.builder import ObservationBuilder, rows_of
 from biscale_env.hardware.loop.clockview import ClockView
 from biscale_env.sim.prefill import form_batch

@@ -17,8 +17,8 @@ from biscale_env.contract import ClockRange
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.hardware.clocks.fake_gpus import FakeBackend, FakeState, create_state
-from biscale_env.hardware.engines.engine_record import Detail, EngineRecord, Scheduled, table
-from biscale_env.hardware.engines.sender import Sender
+from biscale_env.hardware.engines.hook.engine_record import Detail, EngineRecord, Scheduled, table
+from biscale_env.hardware.engines.hook.sender import Sender
 from biscale_env.hardware.loop import wire
 from biscale_env.hardware.loop.control import ControlLoop, PowerMeter
 from biscale_env.hardware.loop.recorded_policy import RecordedPolicy, load_policy

@@ -15,7 +15,7 @@ from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.hardware.clocks.fake_gpus import FakeBackend, FakeState, create_state, settle, want
 from biscale_env.hardware.emulation import engine_kernels as kernels
 from biscale_env.hardware.emulation.emulator import ClockHistory, Instance, Ticket
-from biscale_env.hardware.engines.sender import Sender
+from biscale_env.hardware.engines.hook.sender import Sender
 from biscale_env.sim.clock import run_work
 from biscale_env.sim.state import PREFILL_DTYPE
 from biscale_env.traces import Trace

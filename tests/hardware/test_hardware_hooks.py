@@ -3,20 +3,25 @@
 What they tell, that they never raise, never wait, and fall silent when they fail.
 """
 
+import importlib
+import importlib.util
+import logging
 import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import zmq
 
-from biscale_env.hardware.engines import engine_record, sglang_hook, vllm_hook, vllm_stats
-from biscale_env.hardware.engines.engine_record import EngineRecord
-from biscale_env.hardware.engines.sender import MAX_FAILURES, Sender, alive_endpoint
-from biscale_env.hardware.engines.versions import version_note, version_tuple
+from biscale_env.hardware.engines.hook import engine_record, sglang_hook, vllm_hook, vllm_stats
+from biscale_env.hardware.engines.hook.engine_record import EngineRecord
+from biscale_env.hardware.engines.hook.guard import MAX_FAILURES, NOTHING, Guard, first_copy
+from biscale_env.hardware.engines.hook.sender import Sender, alive_endpoint
+from biscale_env.hardware.engines.hook.versions import version_note, version_tuple
 from biscale_env.hardware.loop.builder import rows_of
 
 
@@ -27,11 +32,14 @@ class Keeper:
 
     def __init__(self):
         self.kept = []
-        self.failures = 0
+        self.closed = False
 
     def send(self, record):
         self.kept.append(engine_record.decode(engine_record.encode(record)))
         return True
+
+    def close(self):
+        self.closed = True
 
 
 def request(name, prompt, arrival_ago=0.0, computed=0):
@@ -193,8 +201,8 @@ def test_the_subclass_returns_what_vllm_returns_whatever_happens_inside(monkeypa
         assert made.add_request("not a request") == "added"
         assert made.schedule(throttle_prefills=True) == "batch True"
         assert made.update_from_output(None, "x") == {0: "x"}
-    assert made._biscale.failures <= MAX_FAILURES
-    made._biscale.sender.close()
+    assert made._biscale.guard.silent
+    assert not made._biscale.sender.active
 
 
 def test_without_addresses_the_hook_does_nothing(monkeypatch):
@@ -203,7 +211,7 @@ def test_without_addresses_the_hook_does_nothing(monkeypatch):
     made = vllm_hook.make_scheduler(Base)()
     assert not made._biscale.sender.active
     assert made.schedule() == "batch False"
-    assert made._biscale.failures == 0
+    assert made._biscale.guard.failures == {}
 
 
 def test_nobody_listens_and_the_engine_does_not_wait(tmp_path):
@@ -284,7 +292,7 @@ def test_vllm_stat_logger():
         record.wall_time,
     ) == (2, 500, 3, 0.041)
     assert (q.num_prefill_requests, q.sum_prefill_tokens) == (4, 400)
-    assert keeper.failures == 1
+    assert logger._recorder.guard.failures == {"send": 1}
 
 
 class Mode:
@@ -328,7 +336,8 @@ def test_sglang_hook_never_raises_and_registers_where_it_should(monkeypatch):
     watcher = sglang_hook.SglangWatcher(Keeper())
     for _ in range(MAX_FAILURES + 5):
         watcher.before_run_batch(None, None)
-    assert watcher.failures == MAX_FAILURES
+    assert watcher.guard.failures == {"send": MAX_FAILURES}
+    assert watcher.sender.closed
     registered = []
     module = types.ModuleType("sglang.srt.plugins.hook_registry")
     module.HookType = SimpleNamespace(BEFORE="before")
@@ -337,9 +346,138 @@ def test_sglang_hook_never_raises_and_registers_where_it_should(monkeypatch):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "sglang.srt.plugins.hook_registry", module)
     sglang_hook.register()
+    sglang_hook.register()
+    copy = copy_of_the_hook("sglang_hook", monkeypatch)
+    copy.register()
+    assert copy.__name__ == "biscale_hook.sglang_hook"
     ((target, hook, kind),) = registered
     assert (target, kind) == ("sglang.srt.managers.scheduler.Scheduler.run_batch", "before")
     assert hook(None, None) is None
+
+
+def copy_of_the_hook(name, monkeypatch):
+    """A module of the hook as the separate distribution has it: under the package biscale_hook."""
+    folder = Path(vllm_hook.__file__).parent
+    spec = importlib.util.spec_from_file_location(
+        "biscale_hook", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    package = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "biscale_hook", package)
+    spec.loader.exec_module(package)
+    module = importlib.import_module(f"biscale_hook.{name}")
+    for loaded in [m for m in sys.modules if m.startswith("biscale_hook.")]:
+        monkeypatch.setitem(sys.modules, loaded, sys.modules[loaded])
+    return module
+
+
+def test_two_installed_copies_of_the_stat_logger_send_each_record_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("BISCALE_STATS_ALL", f"ipc://{tmp_path}/stats.sock")
+    base = type("StatLoggerBase", (), {})
+    copy = copy_of_the_hook("vllm_stats", monkeypatch)
+    loggers = [m.make_logger(base)(None, 0) for m in (copy, vllm_stats)]
+    assert [logger._recorder.sender.active for logger in loggers] == [True, False]
+    second_engine = copy.make_logger(base)(None, 1)
+    assert second_engine._recorder.sender.active
+    for logger in (*loggers, second_engine):
+        logger._recorder.sender.close()
+    assert first_copy(object(), "x")  # takes no mark: nothing to share
+
+
+class Warnings(logging.Handler):
+    """Counts what the hook says."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.lines = []
+        log = logging.getLogger("biscale_hook")
+        log.addHandler(self)
+        monkeypatch.setattr(log, "propagate", False)
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+def iterate(made, n, batch):
+    for _ in range(n):
+        made.batch = batch
+        made.schedule()
+        made.update_from_output(None, None)
+
+
+class Newer(Base):
+    """A scheduler of a version that lacks an attribute the hook reads."""
+
+    def schedule(self, throttle_prefills=False):
+        return self.batch
+
+
+def test_a_hook_that_fails_in_every_iteration_says_so_twice_and_falls_silent(monkeypatch, tmp_path):
+    """A step that works (the end of an iteration) does not excuse one that fails (its record)."""
+    endpoint = f"ipc://{tmp_path}/r.sock"
+    monkeypatch.setenv("BISCALE_RECORDS", endpoint)
+    told = Warnings(monkeypatch)
+    made = vllm_hook.make_scheduler(Newer)()
+    said = len(told.lines)
+    incomplete = SimpleNamespace(finished_req_ids=set(), total_num_scheduled_tokens=5)
+    empty = SimpleNamespace(finished_req_ids=set(), total_num_scheduled_tokens=0)
+    for _ in range(MAX_FAILURES - 1):
+        iterate(made, 1, incomplete)
+        iterate(made, 2, empty)  # nothing to do is no success
+    assert len(told.lines) == said + 1
+    assert made._biscale.sender.active
+    iterate(made, 50, incomplete)
+    assert len(told.lines) == said + 2
+    assert "silent after 100 failures" in told.lines[-1]
+    assert made._biscale.guard.silent
+    assert not made._biscale.sender.active
+    assert made._biscale.counter == MAX_FAILURES
+    beats = zmq.Context()  # a silent hook must not keep the lease of the clock alive
+    socket = beats.socket(zmq.PULL)
+    socket.bind(alive_endpoint(endpoint))
+    while socket.poll(500):
+        last = float(socket.recv())
+        assert time.monotonic() - last < 5
+        assert not socket.poll(600)
+    beats.destroy(0)
+
+
+def test_failures_now_and_then_are_told_once_and_serving_goes_on(monkeypatch):
+    told = Warnings(monkeypatch)
+    guard = Guard("x")
+
+    def step(good):
+        if not good:
+            raise KeyError("y")
+
+    for k in range(5 * MAX_FAILURES):
+        guard.run(step, k % MAX_FAILURES == 0)
+    assert guard.failures == {"step": MAX_FAILURES - 1}
+    assert not guard.silent
+    assert len(told.lines) == 1
+    guard.run(lambda: NOTHING)
+    guard.run(step, False)
+    assert guard.silent
+
+
+def test_a_guard_whose_silence_fails_too_does_not_raise(monkeypatch):
+    told = Warnings(monkeypatch)
+
+    def bad():
+        raise OSError("z")
+
+    guard = Guard("x", bad)
+    for _ in range(MAX_FAILURES + 3):
+        guard.run(bad)
+    assert guard.failures == {"bad": MAX_FAILURES}
+    assert len(told.lines) == 3
+
+
+def test_a_sender_that_cannot_send_stops_its_heartbeats_too(tmp_path):
+    sender = Sender(f"ipc://{tmp_path}/r.sock")
+    for _ in range(MAX_FAILURES + 1):
+        assert not sender.send(object())
+    assert (sender.dead, sender.failures) == (True, MAX_FAILURES)
+    assert sender._stop.is_set()
 
 
 @pytest.mark.parametrize(
@@ -383,7 +521,7 @@ def test_the_hooks_import_nothing_heavy():
         "pynvml",
     }
     hooks = ", ".join(
-        f"biscale_env.hardware.engines.{name}"
+        f"biscale_env.hardware.engines.hook.{name}"
         for name in ("vllm_hook", "vllm_stats", "sglang_hook")
     )
     code = f"import sys; import {hooks}; print(sorted({{m.split('.')[0] for m in sys.modules}} & {heavy}))"

@@ -9,8 +9,8 @@ import pytest
 import zmq
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.hardware.engines import engine_record
-from biscale_env.hardware.engines.engine_record import EngineRecord, Scheduled
+from biscale_env.hardware.engines.hook import engine_record
+from biscale_env.hardware.engines.hook.engine_record import EngineRecord, Scheduled
 from biscale_env.hardware.engines.sources import (
     PrometheusPoller,
     forward,
@@ -60,6 +60,23 @@ def test_labels_are_summed_and_buckets_left_out():
         "vllm:num_requests_running": 3.0, "vllm:num_requests_waiting": 2.0, "vllm:prompt_tokens_total": 1000.0,
         "vllm:request_success_total": 4.0,
     }  # fmt: skip
+
+
+def test_ranks_are_summed_and_odd_lines_cost_only_themselves():
+    text = (
+        'sglang:num_running_reqs{tp_rank="0",model="a b\\"c{"} 3\n'
+        'sglang:num_running_reqs{tp_rank="1",model="x"} 4.0 1712000000\n'
+        "sglang:num_running_reqs NaN\n"
+        "sglang:broken{ 7\n<html>\n{} 1\n\n"
+        "# TYPE vllm:prompt_tokens counter\nvllm:prompt_tokens 9\n"
+        'lat_bucket{le="+Inf"} 5\nlat_sum 1.5e1\nlat_count +Inf\n'
+    )
+    assert parse_prometheus(text) == {
+        "sglang:num_running_reqs": 7.0,
+        "vllm:prompt_tokens": 9.0,
+        "lat_sum": 15.0,
+        "lat_count": float("inf"),
+    }
 
 
 def test_a_poll_is_a_record_of_counts_and_mean_lengths(site):

@@ -29,8 +29,8 @@ from biscale_env.hardware.clocks.change_latency import Switch
 from biscale_env.hardware.clocks.fake_gpus import FakeBackend, FakeState, create_state
 from biscale_env.hardware.clocks.gpm import Gpm, open_gpm
 from biscale_env.hardware.clocks.nvml import NvmlBackend
-from biscale_env.hardware.engines.engine_record import Detail, EngineRecord, Scheduled
-from biscale_env.hardware.engines.sender import Sender
+from biscale_env.hardware.engines.hook.engine_record import Detail, EngineRecord, Scheduled
+from biscale_env.hardware.engines.hook.sender import Sender
 from biscale_env.hardware.loop import wire
 from biscale_env.hardware.replay.recorder import EnergyCurve, IterationLog, Telemetry
 from biscale_env.models import load_model
@@ -405,7 +405,7 @@ def test_bridge_hands_a_stream_to_the_controller(tmp_path):
         "hw", "bridge", "--phase", "decode", "--source", source, "--sockets", str(sockets)
     )
     read_until(process, "ready")
-    from biscale_env.hardware.engines import engine_record
+    from biscale_env.hardware.engines.hook import engine_record
 
     end = time.monotonic() + 10
     while not receiver.poll(20) and time.monotonic() < end:

@@ -14,7 +14,7 @@ from typing import Literal
 from biscale_env.core.errors import BiscaleError
 from biscale_env.hardware.clocks import owner
 from biscale_env.hardware.clocks.backend import ClockBackend, open_backend, reason_text
-from biscale_env.hardware.engines.versions import ENGINES, version_note
+from biscale_env.hardware.engines.hook.versions import ENGINES, version_note
 
 Status = Literal["ok", "warn", "fail"]
 CAP_SYS_ADMIN = 21  # bit of CapEff, linux/capability.h

@@ -16,7 +16,7 @@ from biscale_env.hardware.clocks.fake_gpus import FakeState, create_state
 from biscale_env.hardware.clocks.owner import hold
 from biscale_env.hardware.emulation.emulator import Instance
 from biscale_env.hardware.emulation.emulator_http import EngineServer, serve
-from biscale_env.hardware.engines.sender import Sender
+from biscale_env.hardware.engines.hook.sender import Sender
 from biscale_env.hardware.loop import wire
 from biscale_env.hardware.loop.processes import Child, quick_threads
 

@@ -22,7 +22,7 @@ from biscale_env.envs.plant import Plant
 from biscale_env.hardware.clocks.fake_gpus import FakeState, settle
 from biscale_env.hardware.emulation import engine_kernels as kernels
 from biscale_env.hardware.emulation.simulated import SimulatedWatcher
-from biscale_env.hardware.engines.sender import Sender
+from biscale_env.hardware.engines.hook.sender import Sender
 from biscale_env.models import COEFFICIENT_DTYPE
 from biscale_env.models.physics import idle_power_w
 from biscale_env.sim.state import DECODE_DTYPE, PARAMS_DTYPE, PREFILL_DTYPE, SLOT_DTYPE

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from biscale_env.hardware.engines.engine_record import (
+from biscale_env.hardware.engines.hook.engine_record import (
     Detail,
     EngineRecord,
     Queued,

@@ -1,15 +1,14 @@
-"""Single requests, guessed from sums: for engines that publish ForwardPassMetrics only.
+"""Single requests, estimated from sums: for engines that publish ForwardPassMetrics only.
 
-Lengths: all alike, the mean. Ages: requests are taken to have come when the count of those not yet
-    served rose, first come first served. So
-counts, sums, rates and batch sizes are right, tightest slacks are approximate. Use a hook where
-deadlines matter.
+Lengths: all alike, the mean. Arrivals: requests are taken to have come when the count of those not
+yet served rose, first come first served. So counts, sums, rates and batch sizes are right, tightest
+slacks are approximate. Use a hook where deadlines matter.
 """
 
 import time
 from collections import deque
 
-from biscale_env.hardware.engines.engine_record import Detail, EngineRecord, table
+from biscale_env.hardware.engines.hook.engine_record import Detail, EngineRecord, table
 
 
 class Estimator:
@@ -19,16 +18,14 @@ class Estimator:
         self.phase = phase
         self.token_budget = token_budget
         self.epoch_s = time.monotonic()
-        self.queue: deque[float] = (
-            deque()
-        )  # prefill: arrivals of requests not yet done; decode: of those waiting
+        self.queue: deque[float] = deque()  # prefill: arrivals of requests not yet done
         self.running: deque[float] = deque()  # decode: starts of the running requests
         self.tokens: deque[int] = deque()  # and their tokens
         self.arrived = 0
         self.arrived_tokens = 0
 
     def detail(self, record: EngineRecord, now_s: float | None = None) -> Detail:
-        """A guess at the missing detail."""
+        """Estimate of the missing detail."""
         now = time.monotonic() if now_s is None else now_s
         return self._prefill(record, now) if self.phase == "prefill" else self._decode(record, now)
 
@@ -80,6 +77,13 @@ class Estimator:
         for _ in range(q.num_prefill_requests + q.num_decode_requests):
             waiting += (now, round(mean), 0)
         return Detail(
-            now, self.epoch_s, waiting=table(waiting), running_start=table(self.running), running_tokens=table(self.tokens),
-            cached_tokens=s.sum_decode_kv_tokens, arrived=self.arrived, arrived_tokens=self.arrived_tokens, recent=table(recent),
-        )  # fmt: skip
+            now,
+            self.epoch_s,
+            waiting=table(waiting),
+            running_start=table(self.running),
+            running_tokens=table(self.tokens),
+            cached_tokens=s.sum_decode_kv_tokens,
+            arrived=self.arrived,
+            arrived_tokens=self.arrived_tokens,
+            recent=table(recent),
+        )

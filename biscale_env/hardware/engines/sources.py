@@ -6,18 +6,18 @@ Each source is a small process that turns what it hears into records for the con
 would send them. What it cannot know (lengths and ages of single requests) the controller estimates.
 """
 
-import re
+import math
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 
 import zmq
+from prometheus_client.parser import text_string_to_metric_families
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.hardware.engines.engine_record import EngineRecord, Queued, Scheduled, decode
-from biscale_env.hardware.engines.sender import Sender
+from biscale_env.hardware.engines.hook.engine_record import EngineRecord, Queued, Scheduled, decode
+from biscale_env.hardware.engines.hook.sender import Sender
 
-LINE = re.compile(r"^(\w[\w:]*)(?:\{([^}]*)\})?\s+(\S+)")
 TIMEOUT_S = 2.0
 
 
@@ -54,21 +54,26 @@ def metrics_stream(
 
 
 def parse_prometheus(text: str) -> dict[str, float]:
-    """Sum of every metric over its label sets; histograms keep their ``_sum`` and ``_count``."""
+    """Sum of every metric over its label sets (ranks, models); histograms: ``_sum``, ``_count``.
+
+    Line by line, so that one that is no sample costs only itself. A sample of NaN counts nothing.
+    """
     totals: dict[str, float] = {}
     for line in text.splitlines():
-        match = LINE.match(line)
-        if not match or match[1].endswith("_bucket"):
+        if line.startswith("#") or line.partition("{")[0].endswith("_bucket"):
             continue
         try:
-            totals[match[1]] = totals.get(match[1], 0.0) + float(match[3])
-        except ValueError:
+            samples = [s for f in text_string_to_metric_families(line + "\n") for s in f.samples]
+        except (ValueError, KeyError, IndexError):
             continue
+        for sample in samples:
+            if not math.isnan(sample.value):
+                totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
     return totals
 
 
 class PrometheusPoller:
-    """The poor man's way: state between iterations, as old as the polling interval; sums only."""
+    """State between iterations, as old as the polling interval; sums only."""
 
     def __init__(self, url: str, timeout_s: float = TIMEOUT_S) -> None:
         self.url = url.rstrip("/") + ("" if url.rstrip("/").endswith("/metrics") else "/metrics")
@@ -95,7 +100,8 @@ class PrometheusPoller:
             if f"{prefix}:{names['running']}" in values:
                 return self._record({k: values.get(f"{prefix}:{v}", 0.0) for k, v in names.items()})
         raise BiscaleError(
-            f"{self.url} answers, but without the metrics of vLLM or SGLang: is it the engine's address?"
+            f"{self.url} answers, but without the metrics of vLLM or SGLang: "
+            "is it the engine's address?"
         )
 
     def _record(self, now: dict[str, float]) -> EngineRecord:
@@ -130,7 +136,7 @@ NAMES = {
 
 
 def forward(source: Iterator[EngineRecord], sender: Sender) -> int:
-    """Hand every record of a source to the controller; the number handed on."""
+    """Send every record of a source to the controller; the number that went out."""
     return sum(sender.send(record) for record in source)
 
 

@@ -14,8 +14,8 @@ from biscale_env.core.errors import BiscaleError
 from biscale_env.core.jit import compiled, inlined
 from biscale_env.envs.observe import encode, observe_decode, observe_prefill
 from biscale_env.envs.plant import Plant
-from biscale_env.hardware.engines.engine_record import Detail, EngineRecord
 from biscale_env.hardware.engines.estimate import Estimator
+from biscale_env.hardware.engines.hook.engine_record import Detail, EngineRecord
 from biscale_env.hardware.loop.clockview import ClockView
 from biscale_env.sim.arrivals import admit_arrivals
 from biscale_env.sim.state import DECODE_DTYPE, PREFILL_DTYPE

@@ -15,8 +15,8 @@ from biscale_env.contract import Policy
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.plant import Plant
 from biscale_env.hardware.clocks.backend import ClockBackend, ClockError
-from biscale_env.hardware.engines import engine_record
-from biscale_env.hardware.engines.sender import alive_endpoint
+from biscale_env.hardware.engines.hook import engine_record
+from biscale_env.hardware.engines.hook.sender import alive_endpoint
 from biscale_env.hardware.loop import wire
 from biscale_env.hardware.loop.builder import ObservationBuilder
 from biscale_env.hardware.loop.clockview import ClockView

@@ -16,7 +16,7 @@ import zmq
 
 from biscale_env.hardware.clocks.backend import ClockBackend, ClockError
 from biscale_env.hardware.clocks.gpm import open_gpm
-from biscale_env.hardware.engines import engine_record
+from biscale_env.hardware.engines.hook import engine_record
 from biscale_env.hardware.loop import wire
 
 TELEMETRY_HZ = 20.0

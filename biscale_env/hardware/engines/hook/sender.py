@@ -1,7 +1,4 @@
-"""The engine's end of the wire: sends records, never waits, never raises. Imported inside engines.
-
-Pyzmq and msgspec only.
-"""
+"""The engine's end of the wire: sends records, never waits, never raises."""
 
 import os
 import threading
@@ -9,18 +6,17 @@ import time
 
 import zmq
 
-from biscale_env.hardware.engines.engine_record import EngineRecord, encode
+from .engine_record import EngineRecord, encode
+from .guard import MAX_FAILURES
 
-NEWEST_VARIABLE = (
-    "BISCALE_RECORDS"  # where the controller listens, e.g. ipc:///tmp/biscale/record-prefill.sock
-)
+# where the controller listens, e.g. ipc:///tmp/biscale/record-prefill.sock
+NEWEST_VARIABLE = "BISCALE_RECORDS"
 # where every record is published for recorders, e.g. ipc:///tmp/biscale/all-prefill.sock
 ALL_VARIABLE = "BISCALE_RECORDS_ALL"
 # the same two for the stat logger: variables of its own, so that it never doubles the scheduler
 # hook
 STATS_VARIABLE, STATS_ALL_VARIABLE = "BISCALE_STATS", "BISCALE_STATS_ALL"
 HEARTBEAT_S = 0.25
-MAX_FAILURES = 100  # failures in a row after which the hook falls silent for good
 
 
 def alive_endpoint(endpoint: str) -> str:
@@ -29,11 +25,16 @@ def alive_endpoint(endpoint: str) -> str:
 
 
 class Sender:
-    """Sends each record twice: to the controller, which only ever sees the newest, and to whoever
-    records all of them.
+    """Sends each record to the controller, which only ever sees the newest, and to recorders.
 
     A thread tells the controller every quarter of a second that the engine's process lives, so that
-    an idle engine is not taken for a dead one, and a dead one not for idle.
+    an idle engine is not taken for a dead one, and a dead one not for idle. Heartbeats end with the
+    records: after :meth:`close` and after too many failures the lease of the clock runs out.
+
+    Attributes:
+        sent: records that went out.
+        failures: failures in a row.
+        dead: nothing is sent any more.
     """
 
     def __init__(
@@ -121,7 +122,8 @@ class Sender:
             return went
         except Exception:
             self.failures += 1
-            self.dead = self.failures >= MAX_FAILURES
+            if self.failures >= MAX_FAILURES:
+                self.close()
             return False
 
     @staticmethod
@@ -135,7 +137,7 @@ class Sender:
         return True
 
     def close(self) -> None:
-        """Stop the heartbeat and close the sockets."""
+        """Stop the heartbeat and close the sockets; may be called again."""
         self._stop.set()
         self.dead = True
         for socket in (self._newest, self._all):

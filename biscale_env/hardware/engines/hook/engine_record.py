@@ -5,9 +5,8 @@ ForwardPassMetrics v1, and beside it what a controller of deadlines needs.
 The base is the schema that NVIDIA Dynamo and SGLang publish (field names and meaning theirs,
 version 1, msgpack maps): sums over a batch. Deadlines need single requests, so our own hooks add
 :class:`Detail`; readers of plain ForwardPassMetrics skip it, and records without it are completed
-by estimates (:mod:`biscale_env.hardware.engines.estimate`). Our own hooks leave the variances at 0:
-nobody here reads them. This module is imported inside engines: msgspec and the standard library
-only.
+by estimates (``biscale_env.hardware.engines.estimate``). Our own hooks leave the variances at 0:
+nobody here reads them.
 """
 
 from array import array
@@ -58,7 +57,7 @@ class Detail(msgspec.Struct, frozen=True, gc=False):
         running_start: decode, per running request the time of its first token.
         running_tokens: decode, per running request its output tokens so far.
         cached_tokens: tokens in the KV cache that the iteration reads.
-        kv_use: share of the KV cache in use.
+        kv_use: fraction of the KV cache in use.
         recompute_tokens: decode, tokens that the iteration recomputes.
         incoming: requests whose KV is on its way here.
         arrived: requests since ``epoch_s``.
@@ -132,7 +131,8 @@ def decode(data: bytes) -> EngineRecord:
         raise ValueError(f"not an engine record: {error}") from None
     if record.version != VERSION:
         raise ValueError(
-            f"engine records of schema version {record.version} came, but only version {VERSION} is known"
+            f"engine records of schema version {record.version} came, "
+            f"but only version {VERSION} is known"
         )
     return record
 

@@ -1,30 +1,28 @@
-"""Hook for SGLang: entry point group ``sglang.srt.plugins`` ->
-``biscale_env.hardware.engines.sglang_hook:register``.
+"""Hook for SGLang: entry point group ``sglang.srt.plugins``, name ``biscale`` -> :func:`register`.
 
 It puts a BEFORE hook on ``Scheduler.run_batch``, the last step before the forward pass. Written
 against the source of 0.5.23 and tested on stand-ins; it has not been run inside SGLang. A target
 that SGLang does not know is only logged there, so check that records arrive (``biscale hw
-doctor``). SGLang's own ``--enable-forward-pass-metrics`` is the alternative (see
-:mod:`biscale_env.hardware.engines.sources`).
+doctor``). SGLang's own ``--enable-forward-pass-metrics`` is the alternative (``biscale hw
+bridge``).
 """
 
-import logging
 import time
 from typing import Any
 
-from biscale_env.hardware.engines.engine_record import (
+from .engine_record import (
     Detail,
     EngineRecord,
     Queued,
     Scheduled,
     table,
 )
-from biscale_env.hardware.engines.sender import MAX_FAILURES, Sender
+from .guard import MARK, Guard
+from .sender import Sender
 
 TARGET = "sglang.srt.managers.scheduler.Scheduler.run_batch"
 MAX_ROWS = 128
 FORGET_EVERY = 1024  # iterations between clearings of what is remembered about finished requests
-logger = logging.getLogger("biscale_env")
 
 
 class SglangWatcher:
@@ -34,7 +32,7 @@ class SglangWatcher:
         self.sender = sender
         self.epoch_s = time.monotonic()
         self.counter = 0
-        self.failures = 0
+        self.guard = Guard("biscale hook", sender.close)
         self.hook_s = 0.0
         self.last_s = 0.0
         self.seen: dict[str, float] = {}  # request -> when it was first seen, its arrival
@@ -45,22 +43,18 @@ class SglangWatcher:
 
     def before_run_batch(self, scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
         """The hook; returns None, which leaves the arguments as they are. Never raises."""
-        if self.failures >= MAX_FAILURES or not self.sender.active:
-            return
-        try:
-            now = time.monotonic()
-            self.counter += 1
-            self.sender.send(self.record(scheduler, batch, now))
-            self.recent, self.last_s, self.failures = [], now, 0
-            if self.counter % FORGET_EVERY == 0:
-                self._forget(scheduler, batch)
-            self.hook_s = time.monotonic() - now
-        except Exception as error:
-            self.failures += 1
-            if self.failures in (1, MAX_FAILURES):
-                logger.warning(
-                    "biscale hook: %s: %s (serving goes on)", type(error).__name__, error
-                )
+        if self.sender.active:
+            self.guard.run(self.send, scheduler, batch)
+
+    def send(self, scheduler: Any, batch: Any) -> None:
+        """Send the record of the batch about to run."""
+        now = time.monotonic()
+        self.counter += 1
+        self.sender.send(self.record(scheduler, batch, now))
+        self.recent, self.last_s = [], now
+        if self.counter % FORGET_EVERY == 0:
+            self._forget(scheduler, batch)
+        self.hook_s = time.monotonic() - now
 
     def _arrival(self, request: Any, now: float) -> float:
         if request.rid not in self.seen:
@@ -103,10 +97,18 @@ class SglangWatcher:
             queued += len(request.origin_input_ids)
         more = max(len(waiting) - MAX_ROWS, 0)
         detail = Detail(
-            time_s=now, epoch_s=self.epoch_s, waiting=table(rows), waiting_more=more, running_start=table(start),
-            running_tokens=table(tokens), cached_tokens=cached, arrived=self.arrived, arrived_tokens=self.arrived_tokens,
-            recent=table(self.recent), hook_s=self.hook_s,
-        )  # fmt: skip
+            time_s=now,
+            epoch_s=self.epoch_s,
+            waiting=table(rows),
+            waiting_more=more,
+            running_start=table(start),
+            running_tokens=table(tokens),
+            cached_tokens=cached,
+            arrived=self.arrived,
+            arrived_tokens=self.arrived_tokens,
+            recent=table(self.recent),
+            hook_s=self.hook_s,
+        )
         return EngineRecord(
             worker_id="sglang",
             counter_id=self.counter,
@@ -118,11 +120,15 @@ class SglangWatcher:
 
 
 def register() -> None:
-    """Plugin entry point; SGLang calls it in every process it starts, the hook fires in the
-    scheduler's only.
+    """Plug-in entry point, called by SGLang in every process; the hook fires in the scheduler's.
+
+    Registers once, however often and through whichever installed copy it is called.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    if hasattr(HookRegistry, MARK):
+        return
+    setattr(HookRegistry, MARK, __name__)
     watcher: list[SglangWatcher] = []
 
     def hook(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:

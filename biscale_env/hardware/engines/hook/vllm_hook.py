@@ -1,12 +1,12 @@
-"""Hook for vLLM (V1 engine).
+"""Hook for vLLM (V1 engine): ``--scheduler-cls biscale_hook.vllm_hook.BiscaleScheduler``.
 
-``--scheduler-cls biscale_env.hardware.engines.vllm_hook.BiscaleScheduler``.
+Where this project itself is installed, the same class is
+``biscale_env.hardware.engines.hook.vllm_hook.BiscaleScheduler``.
 
 A subclass of ``AsyncScheduler``, because one of ``Scheduler`` would switch vLLM's overlapping of
 scheduling and computing off. It looks at the batch after it was formed and before it runs, sends
 one record, and returns vLLM's own result untouched. Addresses come from the environment (see
-:mod:`biscale_env.hardware.engines.sender`); without them, and after any trouble, it does nothing at
-all.
+``sender``); without them, and after lasting trouble, it does nothing at all.
 
 With asynchronous scheduling, vLLM forms batch N + 1 while batch N runs: the record, and so the
 clock, is one iteration early. Start the engine with ``--no-async-scheduling`` where that matters,
@@ -14,24 +14,71 @@ or keep it in mind.
 """
 
 import importlib.metadata
-import logging
 import time
-from typing import Any
+from collections.abc import Callable, Sized
+from typing import Any, NamedTuple
 
-from biscale_env.hardware.engines.engine_record import (
+from .engine_record import (
     Detail,
     EngineRecord,
     Queued,
     Scheduled,
     table,
 )
-from biscale_env.hardware.engines.sender import MAX_FAILURES, Sender
-from biscale_env.hardware.engines.versions import version_note
+from .guard import NOTHING, Guard, logger
+from .sender import Sender
+from .versions import version_note
 
-# waiting requests told one by one: eight batches of 2048 tokens at 128 tokens each; more are
-# counted
+# waiting requests told one by one: eight batches of 2048 tokens at 128 tokens each
 MAX_ROWS = 128
-logger = logging.getLogger("biscale_env")
+
+
+class PromptBatch(NamedTuple):
+    """Prompts of one batch.
+
+    Attributes:
+        rows: (arrival, prompt tokens, tokens done) of each, flat.
+        requests: how many.
+        new_tokens: tokens that the batch computes.
+        prefix_tokens: cached prefixes and earlier chunks, read but not computed.
+        chunked_tokens: those of earlier chunks alone.
+    """
+
+    rows: list[float]
+    requests: int
+    new_tokens: int
+    prefix_tokens: int
+    chunked_tokens: int
+
+
+def prompts_of(scheduler: Any, output: Any, to_monotonic: float) -> PromptBatch:
+    """Prompts of a batch: new ones, and chunks of earlier ones that have no token yet."""
+    cached, counts = output.scheduled_cached_reqs, output.num_scheduled_tokens
+    found = [(new.req_id, new.num_computed_tokens) for new in output.scheduled_new_reqs]
+    n_new = len(found)
+    made = cached.num_output_tokens
+    if 0 in made:
+        both = zip(cached.req_ids, cached.num_computed_tokens, made, strict=True)
+        found += [(name, done) for name, done, tokens in both if tokens == 0]
+    rows: list[float] = []
+    for name, done in found:
+        request = scheduler.requests[name]
+        rows += (request.arrival_time + to_monotonic, request.num_prompt_tokens, done)
+    return PromptBatch(
+        rows,
+        len(found),
+        sum(counts[name] for name, _ in found),
+        sum(done for _, done in found),
+        sum(done for _, done in found[n_new:]),
+    )
+
+
+def deferred_of(scheduler: Any) -> Sized:
+    """Requests whose KV is on its way; the name of the list depends on the version."""
+    for name in ("deferred_waiting", "skipped_waiting"):
+        if found := getattr(scheduler, name, None):
+            return found  # type: ignore[no-any-return]
+    return ()
 
 
 class SchedulerWatcher:
@@ -51,7 +98,7 @@ class SchedulerWatcher:
         self.starts: dict[str, float] = {}  # running request -> time of its first token
         self.wall_time = 0.0
         self.scheduled_s = 0.0
-        self.failures = 0
+        self.guard = Guard("biscale hook", sender.close)
         self.hook_s = 0.0
 
     def arrives(self, request: Any) -> None:
@@ -61,73 +108,60 @@ class SchedulerWatcher:
         self.arrived_tokens += tokens
         self.recent += (time.monotonic(), tokens)
 
-    def forms(self, scheduler: Any, output: Any) -> None:
+    def forms(self, scheduler: Any, output: Any) -> object:
         """A batch was formed; the engine is about to run it."""
         for gone in output.finished_req_ids:
             self.starts.pop(gone, None)
         if not output.total_num_scheduled_tokens:
-            return  # a decode engine that waits for KV spins through empty steps
+            return NOTHING  # a decode engine that waits for KV spins through empty steps
         now = time.monotonic()
         self.scheduled_s = self.scheduled_s or now
         self.counter += 1
         self.sender.send(self.record(scheduler, output, now))
         self.recent = []
         self.hook_s = time.monotonic() - now
+        return None
 
     def ends(self) -> None:
         """The iteration's results have come back."""
         now = time.monotonic()
-        self.wall_time, self.scheduled_s = (
-            (now - self.scheduled_s if self.scheduled_s else 0.0),
-            0.0,
-        )
+        self.wall_time = now - self.scheduled_s if self.scheduled_s else 0.0
+        self.scheduled_s = 0.0
 
     def record(self, scheduler: Any, output: Any, now: float) -> EngineRecord:
         """Everything about the batch and the queue."""
         to_monotonic = now - time.time()  # vLLM stamps arrivals with the time of day
-        cached, counts = output.scheduled_cached_reqs, output.num_scheduled_tokens
-        rows: list[float] = []
-        prompts = new_tokens = prefix = 0
-        for new in output.scheduled_new_reqs:
-            request, done = scheduler.requests[new.req_id], new.num_computed_tokens
-            rows += (request.arrival_time + to_monotonic, request.num_prompt_tokens, done)
-            prompts, new_tokens, prefix = (
-                prompts + 1,
-                new_tokens + counts[new.req_id],
-                prefix + done,
-            )
-        chunked = 0
-        if 0 in cached.num_output_tokens:
-            for name, done, made in zip(
-                cached.req_ids, cached.num_computed_tokens, cached.num_output_tokens, strict=True
-            ):
-                if made == 0:
-                    request = scheduler.requests[name]
-                    rows += (request.arrival_time + to_monotonic, request.num_prompt_tokens, done)
-                    prompts, new_tokens, prefix = (
-                        prompts + 1,
-                        new_tokens + counts[name],
-                        prefix + done,
-                    )
-                    chunked += done
+        cached = output.scheduled_cached_reqs
+        prompts = prompts_of(scheduler, output, to_monotonic)
         start, tokens, running = self.running(cached, now)
         waiting, queued_tokens, more = self.queue(scheduler, to_monotonic)
-        deferred = (
-            getattr(scheduler, "deferred_waiting", None)
-            or getattr(scheduler, "skipped_waiting", None)
-            or ()
-        )
-        kv_tokens = sum(cached.num_computed_tokens) - chunked
+        kv_tokens = sum(cached.num_computed_tokens) - prompts.chunked_tokens
         detail = Detail(
-            time_s=now, epoch_s=self.epoch_s, waiting=table(rows + waiting), waiting_more=more, running_start=start,
-            running_tokens=tokens, cached_tokens=kv_tokens, kv_use=scheduler.kv_cache_manager.usage, incoming=len(deferred),
-            arrived=self.arrived, arrived_tokens=self.arrived_tokens, recent=table(self.recent), hook_s=self.hook_s,
-        )  # fmt: skip
+            time_s=now,
+            epoch_s=self.epoch_s,
+            waiting=table(prompts.rows + waiting),
+            waiting_more=more,
+            running_start=start,
+            running_tokens=tokens,
+            cached_tokens=kv_tokens,
+            kv_use=scheduler.kv_cache_manager.usage,
+            incoming=len(deferred_of(scheduler)),
+            arrived=self.arrived,
+            arrived_tokens=self.arrived_tokens,
+            recent=table(self.recent),
+            hook_s=self.hook_s,
+        )
         return EngineRecord(
             worker_id=self.worker_id,
             counter_id=self.counter,
             wall_time=self.wall_time,
-            scheduled_requests=Scheduled(prompts, new_tokens, 0.0, prefix, running, kv_tokens),
+            scheduled_requests=Scheduled(
+                num_prefill_requests=prompts.requests,
+                sum_prefill_tokens=prompts.new_tokens,
+                sum_prefill_kv_tokens=prompts.prefix_tokens,
+                num_decode_requests=running,
+                sum_decode_kv_tokens=kv_tokens,
+            ),
             queued_requests=Queued(len(waiting) // 3 + more, queued_tokens),
             detail=detail,
         )
@@ -142,9 +176,8 @@ class SchedulerWatcher:
         try:
             found = [starts[name] for name in names]
         except KeyError:
-            found = [
-                starts.setdefault(name, now) for name in names
-            ]  # its first token is as old as the last iteration's end
+            # its first token is as old as the end of the last iteration
+            found = [starts.setdefault(name, now) for name in names]
         return table(found), table(made), len(names)
 
     def queue(self, scheduler: Any, to_monotonic: float) -> tuple[list[float], int, int]:
@@ -160,21 +193,10 @@ class SchedulerWatcher:
         more = len(scheduler.waiting) - len(rows) // 3
         return rows, tokens + (more * tokens * 3 // len(rows) if more else 0), more
 
-    def guarded(self, action: Any, *args: Any) -> None:
-        """Run a step of ours; whatever goes wrong stays here, and after many failures in a row we
-        fall silent.
-        """
-        if self.failures >= MAX_FAILURES or not self.sender.active:
-            return
-        try:
-            action(*args)
-            self.failures = 0
-        except Exception as error:
-            self.failures += 1
-            if self.failures in (1, MAX_FAILURES):
-                logger.warning(
-                    "biscale hook: %s: %s (serving goes on)", type(error).__name__, error
-                )
+    def guarded(self, step: Callable[..., object], *args: Any) -> None:
+        """Run a step of ours, unless there is nobody to tell; whatever goes wrong stays here."""
+        if self.sender.active:
+            self.guard.run(step, *args)
 
 
 def make_scheduler(base: type) -> type:
@@ -186,9 +208,7 @@ def make_scheduler(base: type) -> type:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self._biscale = SchedulerWatcher(Sender.from_environment(), worker_id=str(id(self)))
-            note = version_note("vllm", _vllm_version())
-            if note:
-                logger.warning("biscale hook: %s", note)
+            self._biscale.guarded(_tell_version)
 
         def add_request(self, *args: Any, **kwargs: Any) -> Any:
             request = args[0] if args else kwargs.get("request")
@@ -206,6 +226,11 @@ def make_scheduler(base: type) -> type:
             return result
 
     return BiscaleScheduler
+
+
+def _tell_version() -> None:
+    if note := version_note("vllm", _vllm_version()):
+        logger.warning("biscale hook: %s", note)
 
 
 def _vllm_version() -> str:

@@ -1,6 +1,6 @@
-"""vLLM without a scheduler subclass.
+"""vLLM without a scheduler subclass: a stat logger plug-in.
 
-A stat logger plugin (entry point group ``vllm.stat_logger_plugins``).
+Entry point group ``vllm.stat_logger_plugins``, name ``biscale``.
 
 Needs ``--enable-logging-iteration-details``. It runs in the API server after each iteration, so its
 records are late by one iteration and know sums only: enough for logging, for rate-based policies
@@ -11,8 +11,9 @@ and for checking the hook, not for deadlines. Its addresses are in ``BISCALE_STA
 import time
 from typing import Any
 
-from biscale_env.hardware.engines.engine_record import EngineRecord, Queued, Scheduled
-from biscale_env.hardware.engines.sender import STATS_ALL_VARIABLE, STATS_VARIABLE, Sender
+from .engine_record import EngineRecord, Queued, Scheduled
+from .guard import NOTHING, Guard, first_copy
+from .sender import STATS_ALL_VARIABLE, STATS_VARIABLE, Sender
 
 
 def record_of(
@@ -56,6 +57,7 @@ class Recorder:
     def __init__(self, sender: Sender, worker_id: str) -> None:
         self.sender = sender
         self.worker_id = worker_id
+        self.guard = Guard("biscale stat logger", sender.close)
         self.counter = 0
         self.prompts = 0
         self.prompt_tokens = 0
@@ -63,20 +65,21 @@ class Recorder:
 
     def record(self, scheduler_stats: Any, iteration_stats: Any) -> None:
         """One call of vLLM; never raises."""
-        try:
-            if scheduler_stats is None or not self.sender.active:
-                return
-            for finished in getattr(iteration_stats, "finished_requests", None) or ():
-                self.prompts += 1
-                self.prompt_tokens += finished.num_prompt_tokens
-            self.counter += 1
-            mean = self.prompt_tokens / self.prompts if self.prompts else 0.0
-            details = getattr(scheduler_stats, "iteration_details", None)
-            self.sender.send(
-                record_of(scheduler_stats, details, mean, self.counter, self.worker_id)
-            )
-        except Exception:
-            self.sender.failures += 1
+        if self.sender.active:
+            self.guard.run(self.send, scheduler_stats, iteration_stats)
+
+    def send(self, scheduler_stats: Any, iteration_stats: Any) -> object:
+        """Send the record of one iteration; a call without statistics is none."""
+        if scheduler_stats is None:
+            return NOTHING
+        for finished in getattr(iteration_stats, "finished_requests", None) or ():
+            self.prompts += 1
+            self.prompt_tokens += finished.num_prompt_tokens
+        self.counter += 1
+        mean = self.prompt_tokens / self.prompts if self.prompts else 0.0
+        details = getattr(scheduler_stats, "iteration_details", None)
+        record = record_of(scheduler_stats, details, mean, self.counter, self.worker_id)
+        return self.sender.send(record)
 
 
 def make_logger(base: type) -> type:
@@ -88,10 +91,13 @@ def make_logger(base: type) -> type:
         def __init__(
             self, vllm_config: Any, engine_index: int = 0, *args: Any, **kwargs: Any
         ) -> None:
-            self._recorder = Recorder(
-                Sender.from_environment(STATS_VARIABLE, STATS_ALL_VARIABLE),
-                f"engine-{engine_index}",
+            ours = first_copy(base, __name__)
+            sender = (
+                Sender.from_environment(STATS_VARIABLE, STATS_ALL_VARIABLE)
+                if ours
+                else Sender(None)
             )
+            self._recorder = Recorder(sender, f"engine-{engine_index}")
 
         def record(
             self,

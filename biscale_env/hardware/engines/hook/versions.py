@@ -1,7 +1,4 @@
-"""Which versions of the engines the hooks were written against. Read inside engines.
-
-Standard library only.
-"""
+"""Which versions of the engines the hooks were written against."""
 
 import re
 
@@ -27,10 +24,7 @@ def version_tuple(version: str) -> tuple[int, ...]:
 
 
 def version_note(engine: str, version: str) -> str:
-    """A sentence when this version of an engine lies outside what the hooks were written against.
-
-    Else empty.
-    """
+    """A sentence when this version of an engine is another than those read; else empty."""
     if engine not in ENGINES:
         return ""
     first, last = ENGINES[engine]
@@ -38,4 +32,7 @@ def version_note(engine: str, version: str) -> str:
     if first <= have[: len(first)] and have[: len(last)] <= last:
         return ""
     known = ".".join(map(str, first)) + (" to " + ".".join(map(str, last)) if last != first else "")
-    return f"the hooks were written against {engine} {known}; check that records arrive (`biscale hw doctor`)"
+    return (
+        f"the hooks were written against {engine} {known}; "
+        "check that records arrive (`biscale hw doctor`)"
+    )
