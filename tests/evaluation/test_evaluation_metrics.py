@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.evaluation.runs.record import KEY_COLUMNS, run_id
+from biscale_env.evaluation.runs.record import run_id
 from biscale_env.evaluation.stats import metrics
 
 NAN = math.nan
@@ -153,11 +153,25 @@ def test_looser_bound_never_attains_less(bound_a, bound_b):
 def test_run_id_depends_on_every_key_column_and_nothing_else():
     record = tiny(load=0.75)
     row = record.key
-    changed = {"load": 0.5, "workload_seed": 1, "ensemble_member": 3, "training_seed": 2, "tp": 8}
-    names = {run_id(row)}
-    for name in KEY_COLUMNS:
-        names.add(run_id(row | {name: changed.get(name, "other")}))
-    assert len(names) == len(KEY_COLUMNS) + 1
+    changed = {
+        "phase": "decode",
+        "policy": "mpc",
+        "variant": "margin=0.1",
+        "scenario": "other",
+        "slo": "distserve",
+        "load": 0.5,
+        "workload_seed": 1,
+        "ensemble_member": 3,
+        "training_seed": 2,
+        "tp": 8,
+        "dtype": "fp8",
+    }
+    names = {run_id(row), *(run_id(row | {name: value}) for name, value in changed.items())}
+    assert len(names) == len(changed) + 1
+    assert set(row) == set(changed)
+    fields = changed | {"slo": SLO.model_copy(update={"name": "distserve"})}
+    others = {tiny(**({"load": 0.75} | {name: fields[name]})).run_id for name in fields}
+    assert others == names - {record.run_id}
     assert tiny(load=0.75, labels={"delay_s": 0.1}, rate_rps=9.0).run_id == record.run_id
     assert (
         run_id({k: np.float64(v) if isinstance(v, float) else v for k, v in row.items()})

@@ -50,11 +50,20 @@ def test_probability_of_improvement_equals_mann_whitney():
     assert s.probability_of_improvement([a], [b], rng, 10).estimate == pytest.approx(u)
 
 
-def test_paired_difference_equals_scipy():
-    rng = np.random.default_rng(2)
-    a, b = rng.normal(1, 1, 7), rng.normal(0, 1, 7)
-    low, high = stats.ttest_rel(a, b).confidence_interval(0.95)
-    assert s.paired_difference(a, b) == pytest.approx((np.mean(a - b), low, high))
+def test_paired_difference_is_students_interval():
+    """Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), and t(0.975, 2) = 4.302653."""
+    half = 4.302652729911275 / math.sqrt(3)
+    found = s.paired_difference([2.0, 5.0, 9.0], [1.0, 3.0, 6.0])
+    assert found == pytest.approx((2.0, 2.0 - half, 2.0 + half))
+    assert s.paired_difference([2.0, 5.0, 9.0], [1.0, 3.0, 6.0], 0.5) == pytest.approx(
+        (2.0, 2.0 - 0.816497 / math.sqrt(3), 2.0 + 0.816497 / math.sqrt(3)), rel=1e-5
+    )
+
+
+@pytest.mark.filterwarnings("error")
+def test_equal_differences_have_an_interval_without_width():
+    assert s.paired_difference([1.0, 2.0, 3.0], [0.0, 1.0, 2.0]) == (1.0, 1.0, 1.0)
+    assert all(math.isnan(value) for value in s.paired_difference([], []))
 
 
 def test_paired_difference_cannot_tell_from_one_workload():

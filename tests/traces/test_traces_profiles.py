@@ -5,7 +5,6 @@ traces.
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import spearmanr
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.traces import (
@@ -61,10 +60,10 @@ def test_statistics_by_hand():
     assert s.as_dict()["prompt_tokens"]["p90"] == pytest.approx(46.0)
 
 
-def test_rank_correlation_is_spearmans():
-    trace = made(duration=100.0)
-    expected = spearmanr(trace.prompt_tokens, trace.output_tokens).statistic
-    assert describe(trace).rank_correlation == pytest.approx(expected, abs=1e-12)
+def test_rank_correlation_is_spearmans_and_ties_share_their_rank():
+    trace = Trace("t", [0.0, 1.0, 2.0, 3.0], [10, 20, 20, 400], [4, 3, 2, 1], "here")
+    # ranks (1, 2.5, 2.5, 4) and (4, 3, 2, 1): -4.5 / sqrt(4.5 * 5)
+    assert describe(trace).rank_correlation == pytest.approx(-4.5 / np.sqrt(22.5), abs=1e-12)
 
 
 def test_statistics_of_short_and_empty_traces():

@@ -1,9 +1,10 @@
-"""Intervals and scores: block bootstrap for requests, paired differences for claims, IQM for scores
-and only for them.
+"""Intervals and scores.
+
+Block bootstrap for requests, paired differences for claims, IQM for scores and only for them.
 
 Requests of one workload are not independent: a burst makes many late together. Resampling single
 requests would give intervals several times too narrow. So the unit that is resampled is a *block*:
-all requests of one workload that arrive within ``block_s`` seconds; blocks are drawn with
+all requests of one workload that arrive within ``block_s`` seconds; blocks are taken with
 replacement within each workload, and a pair of policies is always given the same blocks (both saw
 the same requests). Blocks must be longer than bursts and their after-effects; the default of 30 s
 is assumed, and intervals from fewer than about 20 blocks are too narrow.
@@ -12,14 +13,15 @@ The inter-quartile mean (IQM) throws away the worst quarter, which is the very t
 about: it serves normalised scores across scenarios, never latencies or attainment.
 
 Sources: Kuensch 1989 (block bootstrap); Agarwal et al. 2021, "Deep RL at the edge of the
-    statistical precipice"
-(IQM, stratified bootstrap, probability of improvement); Clopper and Pearson 1934 (the case of no
-violation).
+statistical precipice" (IQM, stratified bootstrap, probability of improvement); Clopper and Pearson
+1934 (the case of no violation). SciPy's bootstrap is not used: it knows neither blocks that two
+policies share nor strata.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -53,10 +55,9 @@ def _percentile(estimate: float, resampled: ArrayLike, level: float) -> Interval
 
 
 # --- scores across scenarios
-# -------------------------------------------------------------------------------------
 
 
-def iqm(scores: ArrayLike) -> Any:
+def iqm(scores: ArrayLike) -> float | Floats:
     """Inter-quartile mean over the last axis: the mean of the middle half.
 
     For scores, never for SLOs.
@@ -67,7 +68,7 @@ def iqm(scores: ArrayLike) -> Any:
     if not values.size:
         return math.nan
     mean = stats.trim_mean(values, 0.25, axis=-1)
-    return float(mean) if values.ndim == 1 else mean
+    return float(mean) if values.ndim == 1 else np.asarray(mean)
 
 
 def normalised_score(energy_j: ArrayLike, max_clock_j: ArrayLike, oracle_j: ArrayLike) -> Floats:
@@ -88,12 +89,13 @@ def normalised_score(energy_j: ArrayLike, max_clock_j: ArrayLike, oracle_j: Arra
 def stratified_bootstrap(
     strata: Sequence[ArrayLike],
     rng: np.random.Generator,
-    statistic: Callable[[Floats], Any] = iqm,
+    statistic: Callable[[Floats], float | Floats] = iqm,
     n_resamples: int = N_RESAMPLES,
     level: float = LEVEL,
 ) -> Interval:
-    """Interval of a statistic of all values together, resampling runs within each stratum
-    (scenario).
+    """Interval of a statistic of all values together, resampling runs within each stratum.
+
+    A stratum is a scenario.
 
     Args:
         strata: one array of scores per scenario.
@@ -105,23 +107,24 @@ def stratified_bootstrap(
     groups = [np.asarray(s, dtype=np.float64).ravel() for s in strata if np.size(s)]
     if not groups:
         return Interval(math.nan, math.nan, math.nan)
-    draws = [group[rng.integers(0, group.size, (n_resamples, group.size))] for group in groups]
+    resampled = [group[rng.integers(0, group.size, (n_resamples, group.size))] for group in groups]
     return _percentile(
-        float(statistic(np.concatenate(groups))), statistic(np.concatenate(draws, axis=1)), level
+        float(statistic(np.concatenate(groups))),
+        statistic(np.concatenate(resampled, axis=1)),
+        level,
     )
 
 
 def crossed_bootstrap(
     strata: Sequence[ArrayLike],
     rng: np.random.Generator,
-    statistic: Callable[[Floats], Any] = np.mean,
+    statistic: Callable[[Floats], float | Floats] = np.mean,
     n_resamples: int = N_RESAMPLES,
     level: float = LEVEL,
 ) -> Interval:
-    """Interval of a statistic of all values together, where every stratum is a matrix of training
-    seeds by workloads.
+    """Interval of a statistic of all values, where strata are matrices of seeds by workloads.
 
-    A resample draws training seeds once for all strata (a lucky seed is lucky everywhere) and
+    A resample takes training seeds once for all strata (a lucky seed is lucky everywhere) and
     workloads within each stratum.
 
     Args:
@@ -140,14 +143,17 @@ def crossed_bootstrap(
     n_seeds = tables[0].shape[0]
     if any(t.shape[0] != n_seeds for t in tables):
         raise BiscaleError("the crossed bootstrap needs the same training seeds in every scenario")
-    drawn = []
+    resampled = []
     for _ in range(n_resamples):
         seeds = rng.integers(0, n_seeds, size=(n_seeds,))
-        drawn.append(float(statistic(np.concatenate([_crossed(t, seeds, rng) for t in tables]))))
-    return _percentile(float(statistic(np.concatenate([t.ravel() for t in tables]))), drawn, level)
+        resampled.append(
+            float(statistic(np.concatenate([_crossed(t, seeds, rng) for t in tables])))
+        )
+    together = float(statistic(np.concatenate([t.ravel() for t in tables])))
+    return _percentile(together, resampled, level)
 
 
-def _crossed(table: Floats, seeds: Any, rng: np.random.Generator) -> Floats:
+def _crossed(table: Floats, seeds: Ints, rng: np.random.Generator) -> Floats:
     return table[np.ix_(seeds, rng.integers(0, table.shape[1], table.shape[1]))].ravel()
 
 
@@ -195,16 +201,16 @@ def probability_of_improvement(
 
 
 # --- claims about two policies
-# -----------------------------------------------------------------------------------
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, level: float = LEVEL) -> Interval:
-    """Mean of ``a - b`` over common workloads, with Student's interval (right also for the few
-    workloads we have).
+    """Mean of ``a - b`` over common workloads, with Student's interval.
+
+    It is right also for the few workloads that a comparison has.
 
     Args:
-        a: one figure of A per workload.
-        b: the same figure of B, the same workloads in the same order.
+        a: one number of A per workload.
+        b: the same of B, the same workloads in the same order.
         level: confidence level.
 
     Raises:
@@ -215,18 +221,15 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = LEVEL) -> Inter
         raise BiscaleError(
             f"paired differences need common workloads: got {left.size} and {right.size} values"
         )
-    difference = left - right
-    if difference.size < 2:
-        return Interval(
-            float(difference.mean()) if difference.size else math.nan, math.nan, math.nan
-        )
-    mean, error = float(difference.mean()), float(stats.sem(difference))
-    half = float(stats.t.ppf((1 + level) / 2, difference.size - 1)) * error
-    return Interval(mean, mean - half, mean + half)
+    if left.size < 2:
+        return Interval(float(left[0] - right[0]) if left.size else math.nan, math.nan, math.nan)
+    with warnings.catch_warnings():  # equal differences: an interval without width is right
+        warnings.simplefilter("ignore", RuntimeWarning)
+        low, high = stats.ttest_rel(left, right).confidence_interval(level)
+    return Interval(float(np.mean(left - right)), float(low), float(high))
 
 
 # --- requests: block bootstrap
-# -----------------------------------------------------------------------------------
 
 
 def time_blocks(arrival_s: ArrayLike, block_s: float = BLOCK_S) -> Ints:
@@ -239,8 +242,9 @@ def time_blocks(arrival_s: ArrayLike, block_s: float = BLOCK_S) -> Ints:
 def block_weights(
     strata: ArrayLike, rng: np.random.Generator, n_resamples: int = N_RESAMPLES
 ) -> Ints:
-    """How often each block is drawn in each resample, with replacement within its stratum
-    (workload).
+    """How often each block is taken in each resample, with replacement within its stratum.
+
+    A stratum is a workload.
 
     Args:
         strata: stratum of each block, shape (n_blocks,).
@@ -266,7 +270,7 @@ def ratio_interval(
 ) -> Interval:
     """Interval of ``sum(numerator) / sum(denominator)`` over blocks.
 
-    An energy ratio, or a share such as attainment.
+    An energy ratio, or a fraction such as attainment.
 
     Args:
         numerator: total per block, shape (n_blocks,).

@@ -1,0 +1,195 @@
+"""Intervals of the summary: which blocks are resampled together, and what a policy is held to."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from evaluation_synthetic import requests_of, timeline_of, tiny
+from scipy import stats
+
+from biscale_env.evaluation.runs.blocks import block_totals
+from biscale_env.evaluation.runs.results import results_frame, summarise
+from biscale_env.evaluation.stats.bootstrap import BLOCK_S
+from biscale_env.evaluation.stats.intervals import N_RESAMPLES, add_intervals
+from biscale_env.evaluation.stats.metrics import judged_latency_s, results_row
+
+N_BLOCKS = 12
+PER_BLOCK = 10
+
+
+def workload(missed, seed=0, policy="max", energy_j=100.0, **changes):
+    """A run with ``PER_BLOCK`` requests in each block of 30 s, ``missed[b]`` of them late."""
+    missed = np.asarray(missed)
+    arrival = (BLOCK_S * np.arange(missed.size)[:, None] + np.arange(PER_BLOCK) + 0.5).ravel()
+    late = (np.arange(PER_BLOCK)[None, :] < missed[:, None]).ravel()
+    first = arrival + np.where(late, 2.0, 0.1)
+    begin = BLOCK_S * np.arange(missed.size)
+    energy = np.broadcast_to(np.asarray(energy_j, dtype=float), begin.shape)
+    zeros = np.zeros(begin.size)
+    return tiny(
+        policy=policy,
+        workload_seed=seed,
+        requests=requests_of(arrival, first, first, np.full(arrival.size, 10)),
+        timeline=timeline_of(begin, np.full(begin.size, BLOCK_S), zeros, energy),
+        totals={"energy_j": float(energy.sum()), "duration_s": BLOCK_S * missed.size},
+        **changes,
+    )
+
+
+def summary(records, with_requests=True):
+    """Summary with intervals, by policy."""
+    frame = results_frame([results_row(record) for record in records])
+    blocks = pd.concat(
+        [pd.DataFrame(block_totals(record)).assign(run_id=record.run_id) for record in records]
+    )
+    by_id = {record.run_id: record for record in records}
+
+    def latencies(run_id, metric):
+        record = by_id[run_id]
+        if metric == "tpot":
+            return None
+        everyone = np.ones(record.requests["arrival_s"].size, dtype=bool)
+        values = judged_latency_s(record.requests, "ttft", everyone, record.duration_s)
+        return values, record.requests["arrival_s"]
+
+    made = add_intervals(summarise(frame), frame, blocks, latencies if with_requests else None)
+    return made.set_index("policy")
+
+
+def width(row, name="attainment"):
+    return row[f"{name}_ci_high"] - row[f"{name}_ci_low"]
+
+
+MISSED = np.array([0, 0, 5, 0, 8, 0, 0, 3, 0, 10, 0, 1])
+
+
+def test_subsamples_of_one_trace_share_their_blocks():
+    """Five subsamples of a trace see its bursts together: they tell no more than one does."""
+    one = summary([workload(MISSED, labels={"one_trace": True})]).loc["max"]
+    five = [workload(MISSED, seed, labels={"one_trace": True}) for seed in range(5)]
+    together = summary(five).loc["max"]
+    for name in ("attainment", "energy_ratio"):
+        for side in ("low", "high"):
+            assert together[f"{name}_ci_{side}"] == one[f"{name}_ci_{side}"]
+    apart = [workload(MISSED, seed, labels={"one_trace": False}) for seed in range(5)]
+    assert width(summary(apart).loc["max"]) < 0.6 * width(one)  # sqrt(1/5) = 0.45
+    mixed = [
+        workload(MISSED, seed, labels={"one_trace": seed > 0}) for seed in range(5)
+    ]  # not all from one trace: independent
+    assert width(summary(mixed).loc["max"]) == width(summary(apart).loc["max"])
+
+
+def test_shared_blocks_of_workloads_of_different_length():
+    """The shorter one shares the blocks that it has."""
+    runs = [
+        workload(MISSED, 0, labels={"one_trace": True}),
+        workload(MISSED[:8], 1, labels={"one_trace": True}),
+    ]
+    row = summary(runs).loc["max"]
+    total = MISSED.sum() + MISSED[:8].sum()
+    assert row["attainment"] == pytest.approx(1 - total / (PER_BLOCK * 20))
+    assert row["attainment_ci_low"] < row["attainment"] < row["attainment_ci_high"]
+
+
+def test_attainment_interval_is_that_of_the_mean_of_blocks():
+    """Against the normal one: blocks are alike and many."""
+    rng = np.random.default_rng(0)
+    missed = rng.binomial(PER_BLOCK, 0.2, 200)
+    row = summary([workload(missed)]).loc["max"]
+    half = stats.norm.ppf(0.975) * missed.std() / PER_BLOCK / np.sqrt(missed.size)
+    assert row["attainment"] == pytest.approx(1 - missed.mean() / PER_BLOCK)
+    assert width(row) == pytest.approx(2 * half, rel=0.12)
+    assert N_RESAMPLES >= 1000
+
+
+def test_energy_is_paired_with_max_clock_block_by_block():
+    """A policy that spends 0.7 of what max clock spends in every block has no uncertainty."""
+    rng = np.random.default_rng(1)
+    base = rng.gamma(2.0, 50.0, N_BLOCKS)
+    runs = [
+        workload(np.zeros(N_BLOCKS), policy=policy, energy_j=factor * base)
+        for policy, factor in (("max", 1.0), ("mpc", 0.7))
+    ]
+    found = summary(runs)
+    assert found.loc["mpc", ["energy_ratio_ci_low", "energy_ratio_ci_high"]].tolist() == (
+        pytest.approx([0.7, 0.7])
+    )
+    runs[1] = workload(np.zeros(N_BLOCKS), policy="mpc", energy_j=0.7 * base[::-1])
+    assert width(summary(runs).loc["mpc"], "energy_ratio") > 0.1
+
+
+def test_energy_is_compared_with_the_reference_on_the_same_workload_only():
+    """Workload 1 has no reference: it takes no part in the ratio; variants are no reference."""
+    flat = np.zeros(N_BLOCKS)
+    runs = [
+        workload(flat, 0, "max", 100.0),
+        workload(flat, 0, "max", 10.0, variant="tuned"),
+        workload(flat, 0, "mpc", 50.0),
+        workload(flat, 1, "mpc", 900.0),
+    ]
+    frame = summary(runs)
+    row = frame.loc["mpc"]
+    assert (row["energy_ratio_ci_low"], row["energy_ratio_ci_high"]) == pytest.approx((0.5, 0.5))
+
+
+def test_energy_is_per_output_token():
+    """Half the tokens at half the energy is no saving."""
+    flat = np.zeros(N_BLOCKS)
+    half = workload(flat, policy="mpc", energy_j=50.0)
+    half.requests["output_tokens"][:] = 5
+    row = summary([workload(flat), half]).loc["mpc"]
+    assert (row["energy_ratio_ci_low"], row["energy_ratio_ci_high"]) == pytest.approx((1.0, 1.0))
+
+
+def test_without_a_reference_the_ratio_is_unknown():
+    row = summary([workload(np.zeros(N_BLOCKS), policy="mpc")]).loc["mpc"]
+    assert np.isnan(row["energy_ratio_ci_low"])
+    assert row["attainment_ci_high"] == 1.0
+    n = N_BLOCKS * PER_BLOCK
+    assert row["attainment_ci_low"] == pytest.approx(0.025 ** (1 / n))
+
+
+def test_quantiles_are_those_of_all_requests_together():
+    """One workload late throughout, three never: the P50 of all is early, the mean of P50s is not."""
+    runs = [workload(np.zeros(N_BLOCKS), seed) for seed in range(3)]
+    runs.append(workload(np.full(N_BLOCKS, PER_BLOCK), 3))
+    row = summary(runs).loc["max"]
+    assert row["ttft_p50_s"] == pytest.approx(0.1)
+    assert row["ttft_p90_s"] == row["ttft_p99_s"] == pytest.approx(2.0)
+    assert (row["ttft_p99_s_ci_low"], row["ttft_p99_s_ci_high"]) == pytest.approx((2.0, 2.0))
+    assert np.isnan(row["tpot_p99_s_ci_low"])
+    unknown = summary(runs, with_requests=False).loc["max"]
+    assert np.isnan(unknown["ttft_p99_s_ci_low"])
+    assert unknown["ttft_p50_s"] == pytest.approx((3 * 0.1 + 2.0) / 4)  # the mean of each run's
+
+
+def test_requests_belong_to_the_block_they_arrive_in():
+    """All late requests in one block of one workload: the P99 interval spans both latencies."""
+    missed = np.zeros(N_BLOCKS)
+    missed[4] = 1
+    row = summary([workload(missed)]).loc["max"]
+    assert row["ttft_p99_s_ci_low"] == pytest.approx(0.1)
+    assert row["ttft_p99_s_ci_high"] == pytest.approx(2.0)
+    # a request that arrives after the last block's start belongs to it, and none is lost
+    everyone = summary([workload(np.full(N_BLOCKS, 1))]).loc["max"]
+    assert everyone["attainment_ci_low"] == everyone["attainment_ci_high"] == pytest.approx(0.9)
+
+
+def test_ensemble_members_of_a_workload_share_its_blocks():
+    """A workload in three plants is one sample of the workload, not three."""
+    one = summary([workload(MISSED)]).loc["max"]
+    three = summary([workload(MISSED, ensemble_member=member) for member in range(3)]).loc["max"]
+    assert three["attainment_ci_low"] == one["attainment_ci_low"]
+    assert three["attainment_ci_high"] == one["attainment_ci_high"]
+
+
+def test_points_with_and_without_a_load_have_their_own_intervals():
+    runs = [workload(MISSED, load=load) for load in (None, 0.5)]
+    runs.append(workload(np.zeros(N_BLOCKS), load=0.75))
+    frame = results_frame([results_row(record) for record in runs])
+    blocks = pd.concat(
+        [pd.DataFrame(block_totals(record)).assign(run_id=record.run_id) for record in runs]
+    )
+    made = add_intervals(summarise(frame), frame, blocks)
+    lows = dict(zip(made["load"].fillna(-1.0), made["attainment_ci_low"], strict=True))
+    assert lows[-1.0] == lows[0.5] < lows[0.75]
+    assert made["attainment_ci_low"].notna().all()
