@@ -6,7 +6,15 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from cluster_support import MAX_MHZ, colocated, placement, plant, random_trace, trace
+from cluster_support import (
+    MAX_MHZ,
+    colocated,
+    idle_w,
+    placement,
+    plant,
+    random_trace,
+    trace,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,15 +55,6 @@ def test_energy_by_hand():
     off = run_cluster(plant(spare="off"), placement(), trace([1.0], 1000, 4, duration_s=2.0))
     assert off.energy.spare_j == 0.0
     assert off.energy.decode_j == run.energy.decode_j
-
-
-def idle_w(model, freq_mhz):
-    """Idle power of an instance, from the coefficients."""
-    c, f = model.coefficients, freq_mhz / 1e3
-    volts = 1 + c.v_slope_per_ghz * 0.5 * (
-        (f - c.v_knee_ghz) + np.sqrt((f - c.v_knee_ghz) ** 2 + 0.05**2)
-    )
-    return c.n_gpus * (c.p_static_w + c.p_clock_w_per_ghz * f * volts**2)
 
 
 def batch_by_hand(prompts, head, done, tail, budget):
