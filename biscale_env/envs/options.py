@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ class WorkloadOptions:
     def __post_init__(self) -> None:
         if self.load is not None and self.rate_rps is not None:
             raise BiscaleError("give either load or rate_rps, not both")
-        if self.load is not None and not self.load > 0:
+        if self.load is not None and not 0 < self.load < np.inf:
             raise BiscaleError(f"load must be a positive fraction of the capacity, got {self.load}")
         if self.n_workloads < 1:
             raise BiscaleError(f"n_workloads must be at least 1, got {self.n_workloads}")
@@ -141,7 +142,7 @@ class WorkloadOptions:
         Raises:
             BiscaleError: an unknown trace or profile, or a request that can never fit.
         """
-        trace, profile = self._loaded()
+        trace, profile = self.loaded()
         if trace is not None:
             plant.check_fits(trace)
         rate_rps = self.rate_rps
@@ -151,7 +152,12 @@ class WorkloadOptions:
         make = trace_windows(trace) if trace is not None else generated(profile)
         return WorkloadSource(make, rate_rps, self.episode_s, self.workload_seed)
 
-    def _loaded(self) -> tuple[Trace | None, str]:
+    def loaded(self) -> tuple[Trace | None, str]:
+        """The trace, if there is one, and the generator profile that counts without one.
+
+        Raises:
+            BiscaleError: an unknown trace.
+        """
         if self.trace is None or isinstance(self.trace, Trace):
             return self.trace, self.profile
         named = str(self.trace)
@@ -211,8 +217,14 @@ def make_options(phase: str, **options: Any) -> EnvOptions:
 
 
 def plain_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Options with configuration objects as plain mappings, so that a spec can be written as JSON."""
-    return {
-        name: value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-        for name, value in options.items()
-    }
+    """Options with plain values, so that a spec can be written as JSON.
+
+    Configuration objects become mappings, members of an enumeration their names.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, BaseModel):
+            return value.model_dump(mode="json")
+        return value.name if isinstance(value, Enum) else value
+
+    return {name: plain(value) for name, value in options.items()}
