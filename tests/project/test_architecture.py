@@ -19,6 +19,7 @@ LAYERS = [  # lowest first; a room may import from earlier entries only
     "biscale_env.envs",
     "controllers",
     "agents",
+    "biscale_env.policies",
     "biscale_env.evaluation",
     "biscale_env.reproduce",
     "biscale_env.hardware",
