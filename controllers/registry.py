@@ -192,7 +192,7 @@ def check_parameters(
                 f"policy '{name}' has no parameter '{key}'; "
                 f"it has: {', '.join([*known, 'member', 'model'])}"
             )
-    source = maker.__init__ if isinstance(maker, type) else maker
+    source = getattr(maker, "__init__") if inspect.isclass(maker) else maker  # noqa: B009 - mypy
     try:
         hints = get_type_hints(source, include_extras=True)
     except (NameError, TypeError):  # a class from outside may name types that are not there
