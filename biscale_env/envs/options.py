@@ -23,7 +23,6 @@ DEFAULT_PROFILE = "azure-conv-like"
 DEFAULT_LOAD = 0.75  # of the capacity at max clock: busy, yet served
 DEFAULT_EPISODE_S = 120.0
 RESET_KEYS = ("workload", "member")
-_capacities: dict[tuple[Any, ...], float] = {}
 
 
 @dataclass(frozen=True)
@@ -75,31 +74,19 @@ def whole(value: Any, name: str) -> int:
 
 
 def capacity_rps(plant: Plant, trace: Trace | None, profile: str) -> float:
-    """Capacity at max clock of a trace or a generator profile, searched once per process.
+    """Capacity at max clock of a trace or a generator profile, requests/s.
 
     Raises:
         BiscaleError: no load at all is served within the SLO.
     """
-    s = plant.settings
-    key = (
-        plant.model.digest,
-        s.instance.changed(slo="").model_dump_json(),
-        s.actuation_delay_s,
-        s.phase,
-        plant.slo,
-        trace.sha256 if trace is not None else profile,
-    )
-    if key not in _capacities:
-        found = (
-            find_capacity(plant, trace) if trace is not None else profile_capacity(plant, profile)
-        )
-        _capacities[key] = found.rate_rps
-    if _capacities[key] <= 0:
+    found = find_capacity(plant, trace) if trace is not None else profile_capacity(plant, profile)
+    if found.rate_rps <= 0:
         what = trace.name if trace is not None else profile
         raise BiscaleError(
-            f"{what}: not even a small load meets SLO '{plant.slo.name}' at max clock; use a wider SLO or more GPUs"
+            f"{what}: not even a small load meets SLO '{plant.slo.name}' at max clock; use a wider "
+            "SLO or more GPUs"
         )
-    return _capacities[key]
+    return found.rate_rps
 
 
 @dataclass(frozen=True)

@@ -337,7 +337,7 @@ def test_with_too_much_load_the_mask_keeps_the_best():
 def test_capacities_of_a_trace_come_from_the_trace():
     longer = generate("azure-conv-like", rate_rps=4.0, duration_s=900.0, seed=3)
     env = make(trace=longer, rate_rps=4.0)
-    piece = env.options.capacities._sample()
+    piece = env.options.capacities.sample
     assert len(piece) >= 100
     np.testing.assert_array_equal(piece.arrival_s, longer.window(0.0, piece.duration_s).arrival_s)
     short = ClusterEnv(windows=1, window_s=2.0, trace=trace(np.arange(40) * 0.1, 100, 9), load=None)
