@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from biscale_env.cli.hw_options import SOCKETS, need_extra, parse_groups
+from biscale_env.cli.hw_options import SOCKETS, need_extra, need_hardware, parse_groups
 
 if TYPE_CHECKING:
     from biscale_env.hardware.replay.assemble import Raw
@@ -81,7 +81,7 @@ def replay_command(
 
     Write a run directory.
     """
-    need_extra()
+    need_hardware()
     from biscale_env.hardware.replay.closed_loop import (
         ReplaySettings,
         policies_by_phase,

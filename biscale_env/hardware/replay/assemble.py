@@ -14,7 +14,7 @@ from biscale_env.config import load_slo
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.runs.record import TIMELINE_COLUMNS, RunRecord
 from biscale_env.hardware.loop.control import Decision
-from biscale_env.hardware.loop.wire import ClockChange
+from biscale_env.hardware.loop.wire import UNCHANGED, ClockChange
 from biscale_env.hardware.replay.client import RequestRecord, dispatch_errors_s
 from biscale_env.hardware.replay.closed_loop import read_lines
 from biscale_env.hardware.replay.recorder import EnergyCurve, IterationRow
@@ -113,7 +113,7 @@ def clock_steps(raw: Raw, phase: str, top_mhz: float) -> tuple[Floats, Floats]:
 
     0 stands for the driver's own.
     """
-    mine = [c for c in raw.changes if c.group == phase and c.cause != "guard"]
+    mine = [c for c in raw.changes if c.group == phase and c.cause not in UNCHANGED]
     delays = [c.seen_s - c.set_s for c in mine if math.isfinite(c.seen_s)]
     usual_s = float(np.median(delays)) if delays else 0.0
     times = [

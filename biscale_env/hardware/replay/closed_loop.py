@@ -17,10 +17,10 @@ import yaml
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import open_whole, write_whole
 from biscale_env.envs.plant import Plant, PlantSettings
-from biscale_env.hardware.clocks.backend import open_backend
+from biscale_env.hardware.clocks.backend_registry import open_backend
 from biscale_env.hardware.emulation.emulate import all_records_endpoint
 from biscale_env.hardware.engines.sources import parse_prometheus
-from biscale_env.hardware.loop.processes import Child, hurried, quick_threads
+from biscale_env.hardware.loop.processes import Child, elevated_priority, tuned_for_latency
 from biscale_env.hardware.loop.recorded_policy import load_policy, recordable_phases
 from biscale_env.hardware.replay.client import EngineGone, LoadSettings, Replayer, RequestRecord
 from biscale_env.hardware.replay.recorder import IterationLog, Telemetry
@@ -270,8 +270,11 @@ class ClosedLoopReplay:
             stall_s=s.stall_s,
         )
         gone = ""
-        quick_threads()
-        with (self.raw / "requests.jsonl").open("wb") as out, hurried():
+        with (
+            (self.raw / "requests.jsonl").open("wb") as out,
+            tuned_for_latency(),
+            elevated_priority(),
+        ):
             replayer = Replayer(self.trace, load, out, self.tell)
             try:
                 asyncio.run(replayer.run())
