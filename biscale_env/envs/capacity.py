@@ -300,7 +300,7 @@ _found: dict[str, Capacity] = {}  # where no file can be kept
 
 
 def _path(key: str) -> Path:
-    return cache_root() / "capacity" / f"search-{key}.json"
+    return cache_root() / "instance-capacity" / f"{key}.json"
 
 
 def _known(key: str) -> Capacity | None:

@@ -45,7 +45,7 @@ def plant(**changes):
 
 
 def files(tmp_path):
-    return sorted((tmp_path / "cache" / "capacity").glob("search-*.json"))
+    return sorted((tmp_path / "cache" / "instance-capacity").glob("*.json"))
 
 
 def test_what_was_found_is_read_to_the_last_bit(tmp_path, forget, no_search):
