@@ -258,13 +258,12 @@ def validate_command(
     from rich.console import Console
     from rich.table import Table
 
-    from biscale_env.config import load_gpu
     from biscale_env.core.errors import BiscaleError
     from biscale_env.hardware.replay.assemble import read_raw
     from biscale_env.hardware.replay.validate import compare
 
     raw = read_raw(run / "raw")
-    rows = compare(raw, load_gpu().freq_max_mhz)
+    rows = compare(raw)
     table = Table(
         "phase",
         "quantity",
