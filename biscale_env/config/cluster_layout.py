@@ -1,6 +1,5 @@
-"""Placements: which instances share the GPUs of a cluster.
-
-An instance has a phase, a tensor-parallel degree and a base clock.
+"""Placements: which instances of which phase, tensor parallelism and base clock share the GPUs of a
+cluster.
 """
 
 from collections import Counter

@@ -1,21 +1,27 @@
-"""A whole day of a cluster: tier 1 plans every window, tier 2 runs inside, requests are streamed
-and only sums are kept.
+"""A whole day of a cluster: requests are streamed and only sums are kept.
+
+Tier 1 plans every window, tier 2 runs inside.
 """
 
 import resource
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from biscale_env.config.slo import within
+from biscale_env.envs.cluster.cluster_settings import ClusterSettings
+from biscale_env.envs.cluster.stream import daily_windows
 from biscale_env.envs.cluster.whole_run import Window, WindowedRun
-from biscale_env.reproduce.day_defaults import BOTH_TIERS
-from biscale_env.reproduce.systems import Bench, System, TunedSystem, planner_of
-from biscale_env.traces import Trace
+from biscale_env.reproduce.day_defaults import BOTH_TIERS, DAY_MARGIN
+from biscale_env.reproduce.systems import SYSTEMS, Bench, System, TunedSystem, planner_of
+from biscale_env.traces import Trace, generate, load_lengths
+from controllers.placement.capacity_table import TableRequest, capacity_table
+from controllers.placement.ilp import check_request
 
+WINDOW_S = 300.0
 LATE = ("late_ttft", "late_tpot")
 
 
@@ -34,7 +40,7 @@ class Day:
     memory_mb: float
 
     def totals(self) -> dict[str, float]:
-        """Sums and shares over the day."""
+        """Sums and fractions over the day."""
         sums = {
             name: float(sum(w[name] for w in self.windows))
             for name in ("requests", "tokens", "energy_j", *LATE)
@@ -56,7 +62,7 @@ class Day:
 
 
 def day_row(window: Window, ttft_s: float, tpot_s: float) -> dict[str, Any]:
-    """Figures of a window; requests count where they end."""
+    """Metrics of a window; requests count where they end."""
     r = window.finished
     intervals = r["output_tokens"] - 1
     late = ~within(r["first_token_s"] - r["arrival_s"], ttft_s)
@@ -109,13 +115,8 @@ def run_day(
     return Day(rows, time.perf_counter() - start, memory)
 
 
-def day_bench(settings: dict[str, Any], rate: float, lengths: str) -> "Bench":
+def day_bench(settings: dict[str, Any], rate: float, lengths: str) -> Bench:
     """The cluster of a day and its capacity table, made on ten minutes of generated requests."""
-    from biscale_env.envs.cluster.cluster_settings import ClusterSettings
-    from biscale_env.reproduce.systems import Bench
-    from biscale_env.traces import generate, load_lengths
-    from controllers.placement.capacity_table import TableRequest, capacity_table
-
     cluster = ClusterSettings.of(**settings)
     sample = generate(
         "azure-conv-like",
@@ -124,14 +125,51 @@ def day_bench(settings: dict[str, Any], rate: float, lengths: str) -> "Bench":
         seed=1_000_003,
         lengths=load_lengths(lengths),
     )
-    return Bench(cluster, capacity_table(TableRequest(cluster), sample), rate, 300.0)
+    return Bench(cluster, capacity_table(TableRequest(cluster), sample), rate, WINDOW_S)
 
 
-def day_systems() -> "dict[str, System]":
+def day_systems() -> dict[str, System]:
     """The systems of a day; tier 2 has EcoFreq in prefill and the slack rule in decode."""
-    from dataclasses import replace
-
-    from biscale_env.reproduce.systems import SYSTEMS
-
     both = replace(SYSTEMS["biscale"], prefill="ecofreq")
     return {"DistServe": SYSTEMS["distserve"], "tier 1": SYSTEMS["placeonly"], BOTH_TIERS: both}
+
+
+@dataclass(frozen=True)
+class DayPlan:
+    """What a day is made of.
+
+    Attributes:
+        settings: the cluster, keys of ``ClusterSettings``.
+        rate_rps: mean load, requests/s.
+        duration_s: how long, s.
+        lengths: length profile.
+        alpha: headroom of tier 1 over the load of the window before.
+    """
+
+    settings: dict[str, Any]
+    rate_rps: float
+    duration_s: float
+    lengths: str
+    alpha: float
+
+
+def run_days(
+    plan: DayPlan, progress: Callable[[int], None] | None = None
+) -> Iterator[tuple[str, Day]]:
+    """Run every system over the same stream; yields title and day.
+
+    Args:
+        plan: what the day is made of.
+        progress: called with the number of each finished window.
+
+    Raises:
+        BiscaleError: an impossible load, cluster or headroom.
+    """
+    check_request(plan.rate_rps, plan.settings["gpus"], plan.alpha)
+    bench = day_bench(plan.settings, plan.rate_rps, plan.lengths)
+    tuned = TunedSystem(alpha=plan.alpha, prefill_margin=DAY_MARGIN, decode_margin=DAY_MARGIN)
+    for title, system in day_systems().items():
+        pieces = daily_windows(
+            rate_rps=plan.rate_rps, duration_s=plan.duration_s, lengths=plan.lengths
+        )
+        yield title, run_day(system, tuned, bench, pieces, progress)

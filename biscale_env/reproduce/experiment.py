@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.cluster.cluster_settings import ClusterPlant, ClusterSettings
 from biscale_env.envs.cluster.whole_run import cluster_capacity
 from biscale_env.reproduce.systems import SYSTEMS, Bench, result_row, run_system, tune
 from biscale_env.traces import Trace
 from controllers.oracle.prefill_optimum import solve_prefill_oracle
 from controllers.placement.capacity_table import TableRequest, capacity_table
-from controllers.placement.ilp import CapacityTable, distserve_plan
+from controllers.placement.ilp import CapacityTable, NoPlacementError, distserve_plan
 
 ORACLE_MOST_REQUESTS = 6000
 
@@ -56,26 +55,30 @@ def table_for(settings: ClusterSettings, trace: Trace) -> CapacityTable:
 
 
 def distserve_capacity_rps(settings: ClusterSettings, tune_part: Trace, part: Trace) -> float:
-    """Load that DistServe's placement (chosen on the tuning part) serves at max clock on the other
-    part, requests/s.
+    """Load that DistServe's placement serves at max clock, requests/s.
+
+    The placement is chosen on the tuning part, the load is that of the other part.
 
     Raises:
-        BiscaleError: it serves no load within the SLO.
+        NoPlacementError: it serves no load within the SLO.
     """
     plan = distserve_plan(table_for(settings, tune_part), 1.0, settings.gpus)
     rate = cluster_capacity(ClusterPlant(settings), plan.placement, part)
     if rate <= 0:
-        raise BiscaleError(
+        raise NoPlacementError(
             f"{part.name}: DistServe's placement meets SLO '{settings.slo}' at no load"
         )
     return rate
 
 
 def run_job(job: ReproductionJob) -> list[dict[str, Any]]:
-    """Tune every system and run it on every workload; one row per (system, workload)."""
+    """Tune every system and run it on every workload; one row per (system, workload).
+
+    Raises:
+        NoPlacementError: nothing at all can be served there.
+    """
     table = table_for(job.settings, job.tune_workloads[0])
-    if any(not table.usable(phase) for phase in ("prefill", "decode")):
-        return []
+    distserve_plan(table, job.rate_rps, job.settings.gpus)  # nothing else is compared without it
     bench = Bench(job.settings, table, job.rate_rps, job.window_s, job.spare_w, job.alpha)
     rows = []
     for name in job.systems:

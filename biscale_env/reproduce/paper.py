@@ -11,9 +11,10 @@ from pydantic import Field, model_validator
 
 from biscale_env.config.hardware import Dtype
 from biscale_env.config.loader import Config, load_named
-from biscale_env.core.errors import BiscaleError
 from biscale_env.traces import Trace, generate, with_lengths
 from biscale_env.traces import load_named as load_trace
+from biscale_env.traces.download import cached_path, load_downloads
+from biscale_env.traces.synthetic.profiles import load_workload, profile_names
 
 TUNE_SEED = 1_000_003  # workloads for tuning are made from here on, those for tables from 0
 OWN_LENGTHS = "own"
@@ -24,9 +25,9 @@ class OperatingPoint(Config):
 
     Attributes:
         name: short name used in tables.
-        workload: ``A`` (Gamma arrivals at a rate) or ``B`` (Azure arrivals at a share of capacity).
+        workload: ``A`` (Gamma arrivals at a rate) or ``B`` (Azure arrivals at a fraction of capacity).
         rate_rps: rate of workload A.
-        load: share of the capacity of DistServe's placement at max clock, workload B.
+        load: fraction of the capacity of DistServe's placement at max clock, workload B.
         lengths: length profile of workload B; ``own`` keeps the trace's.
         dtype: ``bf16`` or ``fp8``.
     """
@@ -56,8 +57,8 @@ class Variation(Config):
         settings: cluster settings that differ.
         spare_w: power that BiScale's ILP takes an unused GPU to draw, W.
         gap_cv: burstiness of workload A's Gamma arrivals.
-        load: share of capacity in place of the point's, workload B.
-        alpha: head-room of tier 1, fixed instead of chosen on the tuning workloads.
+        load: fraction of capacity in place of the point's, workload B.
+        alpha: headroom of tier 1, fixed instead of chosen on the tuning workloads.
     """
 
     name: str
@@ -160,27 +161,34 @@ def arrivals_of(experiment: PaperExperiment, trace: str | Path | None = None) ->
     Args:
         experiment: the experiment.
         trace: a trace file or name to use instead.
+
+    Raises:
+        BiscaleError: a trace that is at hand, or given here, cannot be read.
     """
     if trace is not None:
         loaded = load_trace(str(trace))
         return loaded, f"arrivals of {loaded.name}"
-    try:
-        loaded = load_trace(experiment.trace)
-    except BiscaleError:
+    if not _at_hand(experiment.trace):
         made = generate(experiment.fallback, duration_s=experiment.trace_s, seed=0)
         return made, (
-            f"generated arrivals {experiment.fallback} in place of {experiment.trace}, which was not at hand "
+            f"generated arrivals {experiment.fallback} in place of {experiment.trace}, which was "
+            "not at hand "
             f"(biscale traces fetch {experiment.trace})"
         )
-    return loaded, f"arrivals of {experiment.trace}"
+    return load_trace(experiment.trace), f"arrivals of {experiment.trace}"
+
+
+def _at_hand(name: str) -> bool:
+    """Whether a trace is there to be read; what is there and cannot be read is an error."""
+    if name in load_downloads().files:
+        return cached_path(name) is not None
+    return name in profile_names() or Path(name).is_file()
 
 
 def workload_a(
     experiment: PaperExperiment, point: OperatingPoint, seed: int, gap_cv: float | None = None
 ) -> Trace:
     """Workload A: Gamma inter-arrivals at a fixed rate."""
-    from biscale_env.traces import load_workload
-
     profile = load_workload(experiment.profile)
     if gap_cv is not None:
         profile = profile.model_copy(
@@ -190,8 +198,9 @@ def workload_a(
 
 
 def workload_b(part: Trace, point: OperatingPoint, rate_rps: float, seed: int) -> Trace:
-    """Workload B: a part of the trace, at a rate made by choosing and superposing requests, with
-    the point's lengths.
+    """Workload B: a part of the trace with the point's lengths.
+
+    The rate is made by thinning and superposing requests.
     """
     scaled = part.scaled_to(rate_rps, seed)
     return scaled if point.lengths == OWN_LENGTHS else with_lengths(scaled, point.lengths, seed)

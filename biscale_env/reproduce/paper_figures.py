@@ -1,5 +1,6 @@
-"""Figures of the headline experiment, as SVG files (needs Matplotlib; without it the page has
-tables only).
+"""Figures of the headline experiment, as SVG files.
+
+They need Matplotlib; without it the page has tables only.
 """
 
 from pathlib import Path
@@ -20,8 +21,8 @@ LINES = {
 STAGES = ("prefill", "decode")
 
 
-def member_all(summary: pd.DataFrame, folder: Path) -> dict[str, str]:
-    """Member what the rows allow; returns captions by file name."""
+def plot_all(summary: pd.DataFrame, folder: Path) -> dict[str, str]:
+    """Plot what the rows allow; returns captions by file name."""
     try:
         import matplotlib
     except ImportError:
@@ -33,18 +34,22 @@ def member_all(summary: pd.DataFrame, folder: Path) -> dict[str, str]:
         name = f"workload-a-{dtype}.svg"
         if _workload_a(summary, dtype, folder / name):
             made[name] = (
-                f"Workload A, {dtype}: energy per output token against DistServe by request rate. Lines: "
+                f"Workload A, {dtype}: energy per output token against DistServe by request rate. "
+                "Lines: "
                 "nominal plant; bands: 5 to 95 % of the "
-                "model ensemble; grey: the paper's range for BiScale (prefill only); hollow: misses the SLO."
+                "model ensemble; grey: the paper's range for BiScale (prefill only); hollow: "
+                "misses the SLO."
             )
     if _workload_b(summary, folder / "workload-b.svg"):
         made["workload-b.svg"] = (
-            "Workload B: energy against DistServe; bars: nominal plant, whiskers: 5 to 95 % of the model ensemble, black brackets: the "
+            "Workload B: energy against DistServe; bars: nominal plant, whiskers: 5 to 95 % of the "
+            "model ensemble, black brackets: the "
             "paper's range where there is one; hatched: misses the SLO."
         )
     if _sensitivity(summary, folder / "sensitivity.svg"):
         made["sensitivity.svg"] = (
-            "BiScale's energy against DistServe when one assumption is changed; hollow: misses the SLO."
+            "BiScale's energy against DistServe when one assumption is changed; hollow: misses the "
+            "SLO."
         )
     return made
 

@@ -4,17 +4,22 @@ Built where they run, so that only names travel between processes.
 """
 
 import hashlib
+import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import joblib
+import pandas as pd
+
 import controllers
 from biscale_env import traces
 from biscale_env.config import configs_dir
+from biscale_env.core import user_cache
 from biscale_env.core.errors import BiscaleError
-from biscale_env.core.files import write_whole
 from biscale_env.envs.cluster.cluster_options import fitting_tps
 from biscale_env.envs.cluster.cluster_settings import ClusterSettings
 from biscale_env.models import instance_model
@@ -31,6 +36,7 @@ from biscale_env.reproduce.paper import (
 )
 from biscale_env.traces import Trace, with_lengths
 from controllers.placement.capacity_table import TableRequest, table_key
+from controllers.placement.ilp import NoPlacementError
 
 NOMINAL = -1
 
@@ -48,18 +54,12 @@ def tasks_of(experiment: PaperExperiment) -> list[Task]:
     """Every task, those of the nominal plant first, then member by member."""
     nominal = [Task(point, NOMINAL) for point in experiment.points]
     varied = [Task(experiment.point(v.point), NOMINAL, v) for v in experiment.variations]
-    drawn = []
+    sampled: list[tuple[int, Task]] = []
     for point in experiment.points:
-        available = _members_of(experiment, point)
-        drawn += list(
-            enumerate(
-                Task(point, member) for member in member_indices(experiment.members, available)
-            )
-        )
-    drawn.sort(
-        key=lambda numbered: numbered[0]
-    )  # plant by plant: what is finished early covers all points
-    return nominal + varied + [task for _, task in drawn]
+        members = member_indices(experiment.members, _members_of(experiment, point))
+        sampled += enumerate(Task(point, member) for member in members)
+    sampled.sort(key=lambda numbered: numbered[0])  # plant by plant: early results cover all points
+    return nominal + varied + [task for _, task in sampled]
 
 
 def _members_of(experiment: PaperExperiment, point: OperatingPoint) -> int:
@@ -80,9 +80,7 @@ def settings_of(experiment: PaperExperiment, task: Task) -> ClusterSettings:
 
 
 def scope_of(experiment: PaperExperiment, task: Task) -> tuple[tuple[str, ...], int, bool]:
-    """Systems and number of workload seeds of a task, and whether the prefill stage is solved in
-    hindsight.
-    """
+    """Systems and workload seeds of a task, and whether prefill is also solved in hindsight."""
     if task.member != NOMINAL:
         return experiment.member_systems, experiment.member_seeds, False
     if task.variation is not None:
@@ -93,7 +91,7 @@ def scope_of(experiment: PaperExperiment, task: Task) -> tuple[tuple[str, ...], 
 def job_of(experiment: PaperExperiment, task: Task, arrivals: Trace) -> ReproductionJob:
     """Workloads, settings and systems of a task.
 
-    Workload B is tuned on the first half of the trace and shown on the second; its rate is a share
+    Workload B is tuned on the first half of the trace and shown on the second; its rate is a fraction
     of what DistServe's placement serves on the second half in this very plant.
     """
     point, settings, varied = task.point, settings_of(experiment, task), task.variation
@@ -121,10 +119,17 @@ def job_of(experiment: PaperExperiment, task: Task, arrivals: Trace) -> Reproduc
         "lengths": point.lengths,
     }
     return ReproductionJob(
-        labels, settings, systems, tuning, shown, rate, experiment.window_s,
-        varied.spare_w if varied else 0.0, varied.alpha if varied else None,
+        labels,
+        settings,
+        systems,
+        tune_workloads=tuning,
+        workloads=shown,
+        rate_rps=rate,
+        window_s=experiment.window_s,
+        spare_w=varied.spare_w if varied else 0.0,
+        alpha=varied.alpha if varied else None,
         oracle=oracle,
-    )  # fmt: skip
+    )
 
 
 def _capacity(
@@ -170,24 +175,64 @@ def run_kept(
 ) -> list[dict[str, Any]]:
     """Rows of a task, from ``folder`` if it was finished before.
 
-    An interrupted experiment goes on where it was.
+    An interrupted experiment goes on where it was. A task that fails leaves nothing there.
+
+    Raises:
+        BiscaleError: the task fails for another reason than that nothing can be served.
     """
     path = folder / f"{task_key(experiment, task, arrivals)}.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    kept = user_cache.recall(path)
+    if isinstance(kept, list):
+        return kept
     rows = run_task(experiment, task, arrivals)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(rows))
+    user_cache.remember(path, json.dumps(rows))
     return rows
 
 
 def run_task(experiment: PaperExperiment, task: Task, arrivals: Trace) -> list[dict[str, Any]]:
-    """Rows of a task; none where nothing at all can be served there."""
+    """Rows of a task; one of system ``none`` with the reason where nothing can be served there.
+
+    Raises:
+        BiscaleError: any other mistake, with the task that it is about.
+    """
+    where = {
+        "point": task.point.name,
+        "variation": task.variation.name if task.variation else "",
+        "member": task.member,
+    }
     try:
         return run_job(job_of(experiment, task, arrivals))
+    except NoPlacementError as error:
+        return [{**where, "system": "none", "reason": str(error)}]
     except BiscaleError as error:
-        label = {
-            "point": task.point.name,
-            "variation": task.variation.name if task.variation else "",
-        }
-        return [{**label, "member": task.member, "system": "none", "reason": str(error)}]
+        about = " ".join(str(value) for value in where.values() if value not in ("", NOMINAL))
+        raise BiscaleError(f"{experiment.name}, {about}: {error}") from None
+
+
+def run_experiment(
+    experiment: PaperExperiment,
+    arrivals: Trace,
+    jobs: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> pd.DataFrame:
+    """All rows of the experiment; the first task runs alone, so that kernels are compiled once.
+
+    Args:
+        experiment: what to run.
+        arrivals: trace behind workload B.
+        jobs: processes.
+        progress: called with (done, all) after each task.
+
+    Raises:
+        BiscaleError: a task fails; those finished before are kept in the cache.
+    """
+    tasks = tasks_of(experiment)
+    folder = (user_cache.writable_root() or user_cache.cache_root()) / "reproduce"
+    calls = (joblib.delayed(run_kept)(experiment, task, arrivals, folder) for task in tasks[1:])
+    rows = list(run_kept(experiment, tasks[0], arrivals, folder))
+    found = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)
+    for done, more in enumerate(itertools.chain([[]], found), start=1):
+        rows += more
+        if progress is not None:
+            progress(done, len(tasks))
+    return pd.DataFrame(rows)

@@ -13,11 +13,18 @@ from scipy import stats
 KEY = ["point", "variation", "member", "seed"]
 NOMINAL = -1
 STAGES = ("prefill", "decode", "total")
-OTHER = (
-    "prefill_busy",
-    "decode_busy",
-    "in_service",
-)  # without waiting instances; without spare GPUs
+# without waiting instances; without spare GPUs
+OTHER = ("prefill_busy", "decode_busy", "in_service")
+SETTING = (
+    "workload",
+    "dtype",
+    "load",
+    "lengths",
+    "rate_rps",
+    "placement",
+    "alpha",
+    "gpus_mean",
+)
 LEVEL = 0.95
 ENSEMBLE = (0.05, 0.95)
 
@@ -38,10 +45,9 @@ PUBLISHED_TIER2 = {
 
 
 def with_ratios(frame: pd.DataFrame) -> pd.DataFrame:
-    """Add ``<stage>_ratio``: energy per output token relative to DistServe on the same work in the
-    same plant.
+    """Add ``<stage>_ratio``: energy per output token relative to DistServe.
 
-    Co-located servers have no stages; only their total compares.
+    Each run is compared on the same work in the same plant. Co-located servers have no stages; only their total compares.
     """
     frame = frame.assign(variation=frame["variation"].fillna(""))
     frame = frame.assign(
@@ -89,7 +95,7 @@ def summarise(frame: pd.DataFrame, required: float = 0.99) -> pd.DataFrame:
 
     Args:
         frame: rows with ratios, from :func:`with_ratios`.
-        required: share of requests that must meet each bound.
+        required: fraction of requests that must meet each bound.
     """
     rows = []
     for (point, variation, system), group in frame.groupby(
@@ -98,44 +104,44 @@ def summarise(frame: pd.DataFrame, required: float = 0.99) -> pd.DataFrame:
         nominal = group[group["member"] == NOMINAL]
         members = group[group["member"] != NOMINAL]
         row: dict[str, Any] = {"point": point, "variation": variation, "system": system}
-        for name in (
-            "workload",
-            "dtype",
-            "load",
-            "lengths",
-            "rate_rps",
-            "placement",
-            "alpha",
-            "gpus_mean",
-        ):
-            row[name] = (nominal if len(nominal) else group)[name].iloc[0]
+        row |= {name: (nominal if len(nominal) else group)[name].iloc[0] for name in SETTING}
         for stage in STAGES:
-            mean, low, high = t_interval(nominal[f"{stage}_ratio"].tolist())
-            per_member = members.groupby("member")[f"{stage}_ratio"].mean().dropna()
-            ends = (
-                per_member.quantile(list(ENSEMBLE)).tolist()
-                if len(per_member)
-                else [np.nan, np.nan]
-            )
-            row |= {stage: mean, f"{stage}_low": low, f"{stage}_high": high}
-            row |= {f"{stage}_member_low": ends[0], f"{stage}_member_high": ends[1]}
-            row[f"{stage}_j_per_token"] = float(nominal[f"{stage}_j_per_token"].mean())
+            row |= _stage_columns(stage, nominal, members)
         row |= {stage: float(nominal[f"{stage}_ratio"].mean()) for stage in OTHER}
         row["requests_per_prefill_batch"] = float(nominal["requests_per_prefill_batch"].mean())
-        ttft, tpot = attainment(nominal) if len(nominal) else (np.nan, np.nan)
-        row |= {
-            "attainment_ttft": ttft,
-            "attainment_tpot": tpot,
-            "feasible": min(ttft, tpot) >= required,
-        }
-        row |= {
-            "ttft_p99_s": nominal["ttft_p99_s"].mean(),
-            "tpot_p99_s": nominal["tpot_p99_s"].mean(),
-        }
-        met = [min(attainment(g)) >= required for _, g in members.groupby("member")]
-        row["members_feasible"] = float(np.mean(met)) if met else np.nan
-        rows.append(row)
+        rows.append(row | _slo_columns(nominal, members, required))
     return pd.DataFrame(rows)
+
+
+def _stage_columns(stage: str, nominal: pd.DataFrame, members: pd.DataFrame) -> dict[str, float]:
+    """Mean and interval of a stage's ratio in the nominal plant, its range over the ensemble."""
+    mean, low, high = t_interval(nominal[f"{stage}_ratio"].tolist())
+    per_member = members.groupby("member")[f"{stage}_ratio"].mean().dropna()
+    ends = per_member.quantile(list(ENSEMBLE)).tolist() if len(per_member) else [np.nan, np.nan]
+    return {
+        stage: mean,
+        f"{stage}_low": low,
+        f"{stage}_high": high,
+        f"{stage}_member_low": ends[0],
+        f"{stage}_member_high": ends[1],
+        f"{stage}_j_per_token": float(nominal[f"{stage}_j_per_token"].mean()),
+    }
+
+
+def _slo_columns(
+    nominal: pd.DataFrame, members: pd.DataFrame, required: float
+) -> dict[str, float | bool]:
+    """Attainment and P99 in the nominal plant, and the fraction of members that are feasible."""
+    ttft, tpot = attainment(nominal) if len(nominal) else (np.nan, np.nan)
+    met = [min(attainment(group)) >= required for _, group in members.groupby("member")]
+    return {
+        "attainment_ttft": ttft,
+        "attainment_tpot": tpot,
+        "feasible": min(ttft, tpot) >= required,
+        "ttft_p99_s": nominal["ttft_p99_s"].mean(),
+        "tpot_p99_s": nominal["tpot_p99_s"].mean(),
+        "members_feasible": float(np.mean(met)) if met else np.nan,
+    }
 
 
 def percent(ratio: float) -> str:
@@ -162,8 +168,9 @@ def published(low_high: tuple[int, int] | None) -> str:
 def chosen(
     summary: pd.DataFrame, workload: str, load: float | None, system: str, dtype: str, lengths: str
 ) -> pd.DataFrame:
-    """Feasible nominal rows of one line of the headline table (DistServe itself must be feasible
-    there, too).
+    """Feasible nominal rows of one line of the headline table.
+
+    DistServe itself must be feasible there, too.
     """
     rows = summary[
         (summary["variation"] == "")

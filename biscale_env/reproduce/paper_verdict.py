@@ -141,9 +141,12 @@ def _load(summary: pd.DataFrame) -> str:
     if len(a) < 2:
         return ""
     return (
-        "**The load relative to DistServe's capacity carries the decode figure.** DistServe uses all GPUs whatever the load, so "
-        f"the decode saving runs from {percent(a['decode'].iloc[0])} % at {a['rate_rps'].iloc[0]:g} requests/s to "
-        f"{percent(a['decode'].iloc[-1])} % at {a['rate_rps'].iloc[-1]:g} (bf16), most of it from instances that are not there. What "
+        "**The load relative to DistServe's capacity carries the decode figure.** DistServe uses "
+        "all GPUs whatever the load, so "
+        f"the decode saving runs from {percent(a['decode'].iloc[0])} % at "
+        f"{a['rate_rps'].iloc[0]:g} requests/s to "
+        f"{percent(a['decode'].iloc[-1])} % at {a['rate_rps'].iloc[-1]:g} (bf16), most of it from "
+        "instances that are not there. What "
         "the paper's 67 % refers to is not known."
     )
 
@@ -167,7 +170,8 @@ def _too_much(summary: pd.DataFrame) -> str:
                 else ""
             )
             parts.append(
-                f"{rate:g} requests/s are beyond the cluster in {dtype}, even at the highest clock{which}."
+                f"{rate:g} requests/s are beyond the cluster in {dtype}, even at the highest "
+                f"clock{which}."
             )
     return "**The paper's highest rate.** " + " ".join(parts) if parts else ""
 
@@ -201,8 +205,10 @@ def _rules(summary: pd.DataFrame) -> str:
     if not parts:
         return ""
     return (
-        "**A lower clock than MPC's can save more in prefill.** MPC takes the clocks of least energy for the batches it sees; a slower "
-        "batch also lets more requests gather for the next, which share its fixed cost, and that is not in MPC's objective. "
+        "**A lower clock than MPC's can save more in prefill.** MPC takes the clocks of least "
+        "energy for the batches it sees; a slower "
+        "batch also lets more requests gather for the next, which share its fixed cost, and that "
+        "is not in MPC's objective. "
         f"On DistServe's instances (requests per batch in brackets): {'; '.join(parts)}."
     )
 
@@ -229,9 +235,12 @@ def _tier2(rows: pd.DataFrame, summary: pd.DataFrame) -> str:
     }
     paper = {stage: f"{PUBLISHED_TIER2[stage][0]} %".replace("-", "−") for stage in mean}
     return (
-        f"**What tier 2 adds depends on the head-room of tier 1.** On top of tier 1 it changes prefill by {mean.get('prefill')} on average "
-        f"(paper {paper.get('prefill')}) and decode by {mean.get('decode')} (paper {paper.get('decode')}). Here the head-room is the "
-        "smallest that holds the SLO on the tuning workloads; with more, tier 1 runs faster and leaves more to tier 2 "
+        "**What tier 2 adds depends on the head-room of tier 1.** On top of tier 1 it changes "
+        f"prefill by {mean.get('prefill')} on average "
+        f"(paper {paper.get('prefill')}) and decode by {mean.get('decode')} (paper "
+        f"{paper.get('decode')}). Here the head-room is the "
+        "smallest that holds the SLO on the tuning workloads; with more, tier 1 runs faster and "
+        "leaves more to tier 2 "
         f"(prefill / decode): {'; '.join(parts)}."
     )
 
@@ -260,7 +269,8 @@ def _static(summary: pd.DataFrame) -> str:
         for s in ("prefill", "decode")
     )
     return (
-        "**A static clock is a strong rival.** Against DistServe's instances at the best static clock per phase, BiScale changes the "
+        "**A static clock is a strong rival.** Against DistServe's instances at the best static "
+        "clock per phase, BiScale changes the "
         f"energy by {stages}, mean over the points that both serve ({len(pairs)})."
     )
 
@@ -281,8 +291,10 @@ def _fallbacks(summary: pd.DataFrame) -> str:
     if not found:
         return ""
     return (
-        f"**Where tier 1 changes nothing** ({', '.join(found)}): by the table, no placement serves the forecast, so DistServe's is kept. "
-        "R_c is what one instance serves alone; several behind one router serve more than their sum, which the programme cannot know."
+        f"**Where tier 1 changes nothing** ({', '.join(found)}): by the table, no placement serves "
+        "the forecast, so DistServe's is kept. "
+        "R_c is what one instance serves alone; several behind one router serve more than their "
+        "sum, which the programme cannot know."
     )
 
 

@@ -2,7 +2,7 @@
 
 Which tier 1 and which tier 2 each has, how its free parameters are chosen, how it is run.
 
-Free parameters (head-room alpha, margins, static clocks) are chosen on tuning workloads: the value
+Free parameters (headroom alpha, margins, static clocks) are chosen on tuning workloads: the value
 of least energy that meets the SLO there. Where none does, the safest value is taken and the tables
 say that the SLO is missed.
 """
@@ -14,18 +14,23 @@ from typing import Any, Literal
 import numpy as np
 
 from biscale_env.config.cluster_layout import InstanceGroup, Placement
-from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.cluster.cluster_options import fitting_tps
 from biscale_env.envs.cluster.cluster_settings import ClusterPlant, ClusterSettings
 from biscale_env.envs.cluster.whole_run import ClusterRun, Planner, Window, run_windows
 from biscale_env.traces import Trace
-from controllers.placement.ilp import PHASES, CapacityTable, at_clocks, biscale_plan, distserve_plan
+from controllers.placement.ilp import (
+    PHASES,
+    CapacityTable,
+    NoPlacementError,
+    at_clocks,
+    biscale_plan,
+    distserve_plan,
+)
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 MARGINS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-TUNE_GUARD = (
-    0.3  # assumed: in tuning, this share of the violations that the SLO allows is kept back
-)
+# assumed: in tuning, this fraction of the violations that the SLO allows is kept back
+TUNE_GUARD = 0.3
 
 
 @dataclass(frozen=True)
@@ -80,11 +85,11 @@ class TunedSystem:
     """Free parameters of a system.
 
     Attributes:
-        alpha: head-room of tier 1.
+        alpha: headroom of tier 1.
         freq_mhz: static clock per phase, where one was chosen.
         tp: TP of co-located servers.
-        prefill_margin: share of the TTFT SLO kept back.
-        decode_margin: share of the TPOT SLO kept back.
+        prefill_margin: fraction of the TTFT SLO kept back.
+        decode_margin: fraction of the TPOT SLO kept back.
         met: whether the SLO was met on the tuning workloads.
     """
 
@@ -106,7 +111,7 @@ class Bench:
         rate_rps: forecast of the first window.
         window_s: period of tier 1.
         spare_w: what BiScale's ILP takes an unused GPU to draw, W.
-        alpha: head-room of tier 1; None: chosen on the tuning workloads.
+        alpha: headroom of tier 1; None: chosen on the tuning workloads.
     """
 
     settings: ClusterSettings
@@ -120,10 +125,12 @@ class Bench:
         """The cluster with the system's rules and margins."""
         return ClusterPlant(
             self.settings.changed(
-                prefill_policy=system.prefill, decode_policy=system.decode, prefill_margin=tuned.prefill_margin,
+                prefill_policy=system.prefill,
+                decode_policy=system.decode,
+                prefill_margin=tuned.prefill_margin,
                 decode_margin=tuned.decode_margin,
             )
-        )  # fmt: skip
+        )
 
     def top_mhz(self) -> float:
         """Highest clock of the table."""
@@ -146,7 +153,7 @@ def planner_of(system: System, tuned: TunedSystem, bench: Bench) -> Planner:
     """Tier 1 of a system: called at the start of every window.
 
     BiScale's forecast is the load of the window before. If no placement serves it with the
-    head-room, DistServe's is taken; a window without requests changes nothing.
+    headroom, DistServe's is taken; a window without requests changes nothing.
     """
     gpus = bench.settings.gpus
     if system.tier1 == "colocated":
@@ -165,7 +172,7 @@ def planner_of(system: System, tuned: TunedSystem, bench: Bench) -> Planner:
         if rate > 0:
             try:
                 chosen = biscale_plan(bench.table, rate, gpus, tuned.alpha, bench.spare_w).placement
-            except BiscaleError:
+            except NoPlacementError:
                 chosen = base.placement
             current["placement"] = chosen
         return current["placement"]
@@ -215,7 +222,7 @@ def _runs(
 
 
 def _tune_alpha(bench: Bench, workloads: Sequence[Trace]) -> TunedSystem:
-    """Smallest head-room with which tier 1 alone meets the SLO."""
+    """Smallest headroom with which tier 1 alone meets the SLO."""
     for alpha in ALPHAS:
         tuned = TunedSystem(alpha=alpha)
         runs = _runs(SYSTEMS["placeonly"], tuned, bench, workloads)
@@ -243,9 +250,11 @@ def _tune_margins(
             break
     worst = MARGINS[-1]
     return replace(
-        tuned, prefill_margin=chosen.get("prefill", worst), decode_margin=chosen.get("decode", worst),
+        tuned,
+        prefill_margin=chosen.get("prefill", worst),
+        decode_margin=chosen.get("decode", worst),
         met=len(chosen) == len(PHASES),
-    )  # fmt: skip
+    )
 
 
 def _stage_energy_j(run: ClusterRun, phase: str) -> float:
@@ -288,7 +297,7 @@ def _tune_colocated(system: System, bench: Bench, workloads: Sequence[Trace]) ->
 def result_row(
     name: str, tuned: TunedSystem, run: ClusterRun, windows: Sequence[Window]
 ) -> dict[str, Any]:
-    """Flat figures of one run of a system."""
+    """Flat metrics of one run of a system."""
     inside = [w for w in windows if w.index >= 0]
     return {
         "system": name,

@@ -24,7 +24,7 @@ from biscale_env.envs.capacity import find_capacity, run_static
 from biscale_env.envs.cluster.cluster_options import fitting_tps
 from biscale_env.envs.cluster.cluster_settings import ClusterPlant, ClusterSettings, check_gpus
 from biscale_env.traces import Trace
-from controllers.placement.ilp import PHASES, CapacityEntry, CapacityTable, Phase
+from controllers.placement.ilp import PHASES, CapacityEntry, CapacityTable, NoPlacementError, Phase
 
 MIN_REQUESTS: Final = 100  # find_capacity needs as many
 LOCK_WAIT_S: Final = 3600.0  # for another process that measures the same table
@@ -136,7 +136,7 @@ def capacity_table(
     both = tuple(sorted({tp for found in tps.values() for tp in found}))
     if not both:
         s = request.settings
-        raise BiscaleError(
+        raise NoPlacementError(
             f"model '{s.model}' in {s.dtype} fits on no instance of up to {s.gpus} GPUs"
         )
     check_gpus(request.settings.gpus, both)

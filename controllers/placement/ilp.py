@@ -25,6 +25,10 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 MIN_WEIGHT = 1e-3  # routing weight of a configuration that serves nothing within the SLO
 
 
+class NoPlacementError(BiscaleError):
+    """No placement serves a load within the SLO; says what would be possible."""
+
+
 @dataclass(frozen=True)
 class CapacityEntry:
     """What one instance of a configuration can do.
@@ -224,12 +228,12 @@ def biscale_plan(
         name: name of the placement.
 
     Raises:
-        BiscaleError: no placement is feasible; says what would be possible.
+        NoPlacementError: no placement is feasible; says what would be possible.
     """
     check_request(rate_rps, gpus, alpha)
     entries = table.usable()
     if any(not table.usable(phase) for phase in PHASES):
-        raise BiscaleError(explain_infeasible(table, rate_rps, gpus, alpha))
+        raise NoPlacementError(explain_infeasible(table, rate_rps, gpus, alpha))
     cost, rows, upper = ilp_matrices(entries, rate_rps, gpus, alpha, spare_w)
     found = milp(
         cost,
@@ -239,7 +243,7 @@ def biscale_plan(
         options={"mip_rel_gap": 0.0},
     )
     if not found.success:
-        raise BiscaleError(explain_infeasible(table, rate_rps, gpus, alpha))
+        raise NoPlacementError(explain_infeasible(table, rate_rps, gpus, alpha))
     counts = np.rint(found.x).astype(int)
     source = f"BiScale's ILP for {rate_rps:g} requests/s, alpha {alpha:g}, on {table.workload}"
     return make_plan(name, list(zip(entries, counts.tolist(), strict=True)), rate_rps, source)
@@ -254,7 +258,7 @@ def distserve_plan(
     among equals the one with fewer GPUs.
 
     Raises:
-        BiscaleError: no placement fits.
+        NoPlacementError: no placement fits.
     """
     check_request(rate_rps, gpus, 0.0)
     top = table.at_max()
@@ -270,7 +274,7 @@ def distserve_plan(
             if best is None or (goodput, -used) > (best[0], best[1]):
                 best = (goodput, -used, [(p, n_p), (d, n_d)])
     if best is None:
-        raise BiscaleError(explain_infeasible(table, rate_rps, gpus, 0.0))
+        raise NoPlacementError(explain_infeasible(table, rate_rps, gpus, 0.0))
     return make_plan(name, best[2], rate_rps, f"DistServe's max goodput on {table.workload}")
 
 

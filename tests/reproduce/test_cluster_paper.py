@@ -208,8 +208,8 @@ def test_verdict_on_missed_rates_rules_and_head_room():
     frame = pd.concat(slow)
     said = verdict(summarise(with_ratios(frame)), with_ratios(frame))
     assert (
-        "9 requests/s are beyond the cluster in bf16, even at the highest clock; in fp8 they are served"
-        in said
+        "9 requests/s are beyond the cluster in bf16, even at the highest clock; in fp8 they are "
+        "served" in said
     )
     mpc, eco = b67({"": (0.75, 0.6)}, "tier2-only"), b67({"": (0.65, 0.6)}, "ecofreq").iloc[1:]
     eco = eco.assign(requests_per_prefill_batch=5.0)
@@ -393,10 +393,14 @@ def test_place_prints_both_and_writes_yaml(tmp_path):
 def test_the_whole_command_on_a_small_case(tmp_path):
     config = tmp_path / "small.yaml"
     config.write_text(
-        "name: small\nduration_s: 60\nwindow_s: 30\ntrace: none-such\ntrace_s: 300\nseeds: 2\ntune_seeds: 1\nmembers: 1\n"
-        "member_seeds: 1\nsystems: [distserve, placeonly, biscale, colocated]\nmember_systems: [distserve, biscale]\n"
-        "points:\n  - {name: A-20, workload: A, rate_rps: 20}\n  - {name: B-67, workload: B, load: 0.67}\n"
-        "variations:\n  - {name: spare off, point: A-20, settings: {spare: 'off'}}\noracle: [A-20]\n"
+        "name: small\nduration_s: 60\nwindow_s: 30\ntrace: none-such\ntrace_s: 300\nseeds: "
+        "2\ntune_seeds: 1\nmembers: 1\n"
+        "member_seeds: 1\nsystems: [distserve, placeonly, biscale, colocated]\nmember_systems: "
+        "[distserve, biscale]\n"
+        "points:\n  - {name: A-20, workload: A, rate_rps: 20}\n  - {name: B-67, workload: B, load: "
+        "0.67}\n"
+        "variations:\n  - {name: spare off, point: A-20, settings: {spare: 'off'}}\noracle: "
+        "[A-20]\n"
     )
     code, _ = command(
         "reproduce", "paper", "--config", str(config), "--out", str(tmp_path / "out"), "--jobs", "1"

@@ -155,7 +155,8 @@ class RunRecord:
             value = self.totals.get(name, math.nan)
             if not (math.isfinite(value) and value >= 0):
                 raise BiscaleError(
-                    f"totals of {self.policy} in {self.scenario}: '{name}' must be a finite number >= 0, got {value}"
+                    f"totals of {self.policy} in {self.scenario}: '{name}' must be a finite number "
+                    f">= 0, got {value}"
                 )
 
     @property

@@ -68,7 +68,8 @@ def joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any
         if twice is not None:
             builds = ", ".join(build for name, build in pairs if name == twice)
             raise BiscaleError(
-                f"cannot resume: policy '{twice}' stands for two things here ({builds}); rename one, name=build"
+                f"cannot resume: policy '{twice}' stands for two things here ({builds}); rename "
+                "one, name=build"
             )
     return together
 
@@ -193,7 +194,8 @@ class RunDirectory:
             k for k in sorted(before | after) if before.get(k, _ABSENT) != after.get(k, _ABSENT)
         )
         raise BiscaleError(
-            f"cannot resume {self.path}: '{key}' was {before.get(key, _ABSENT)} and is now {after.get(key, _ABSENT)}; "
+            f"cannot resume {self.path}: '{key}' was {before.get(key, _ABSENT)} and is now "
+            f"{after.get(key, _ABSENT)}; "
             "resume with the same settings or choose another --out"
         )
 
