@@ -1,5 +1,6 @@
-"""What a controller may know (`PolicyContext`) and how it answers (`Controller`, the `predict` of
-Stable-Baselines3).
+"""What a controller may know (`PolicyContext`) and how it answers (`Controller`).
+
+It answers with the ``predict`` of Stable-Baselines3.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 # Ranges of parameters, written beside each in its constructor; the registry refuses what lies
 # outside.
-Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[float, Field(ge=1, allow_inf_nan=False)]
@@ -26,7 +27,7 @@ Seed = Annotated[int, Field(ge=0)]
 MARGINS: Mapping[str, tuple[Any, ...]] = {
     "margin": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8)
 }
-"""Shares of the SLO kept free that equal-attainment tuning may try, the same for every rule that has such a margin."""
+"""Fractions of the SLO kept free that tuning may try, the same for every rule with a margin."""
 
 
 class LatencyModel(Protocol):
@@ -34,8 +35,8 @@ class LatencyModel(Protocol):
 
     `IterationModel` and the fitted predictors offer it.
 
-    Work arguments broadcast: ``tokens`` (GEMM rows), ``attn_work`` (token^2), ``cached`` (KV
-    tokens), ``n_seq`` (requests), ``freq_mhz``.
+    Work arguments broadcast: ``tokens`` (GEMM rows), ``attn_work`` (attention token-pairs),
+    ``cached`` (KV tokens), ``n_seq`` (requests), ``freq_mhz``.
     """
 
     def latency_s(
@@ -70,13 +71,14 @@ class PolicyContext:
     Attributes:
         phase: ``prefill`` or ``decode``.
         spec: observation of that phase.
-        clocks: clocks it may ask for.
-        model: what it believes about latency and energy; not necessarily the plant's model.
+        clocks: clocks it may request.
+        model: its nominal model of latency and energy (a `LatencyModel`, most often an
+            `IterationModel`); not necessarily the plant's.
         slo: the objective.
         token_budget: new tokens per prefill batch.
         max_seqs: requests per batch.
         kv_capacity_tokens: KV cache of the instance, tokens.
-        member: which coefficients of ``model`` it believes in; -1 nominal.
+        member: which coefficients of ``model`` it takes for true; -1 nominal.
     """
 
     phase: str
@@ -95,17 +97,23 @@ def context_of(plant: Any, member: int = -1) -> PolicyContext:
 
     Args:
         plant: gives phase, observation, clocks, model, SLO, engine limits.
-        member: coefficients that the controllers believe in; -1 nominal.
+        member: coefficients that the controllers take for true; -1 nominal.
     """
     return PolicyContext(
-        plant.phase, plant.spec, plant.clocks, plant.model, plant.slo, plant.settings.token_budget, plant.settings.max_seqs,
-        plant.kv_capacity_tokens, member,
-    )  # fmt: skip
+        phase=plant.phase,
+        spec=plant.spec,
+        clocks=plant.clocks,
+        model=plant.model,
+        slo=plant.slo,
+        token_budget=plant.settings.token_budget,
+        max_seqs=plant.settings.max_seqs,
+        kv_capacity_tokens=plant.kv_capacity_tokens,
+        member=member,
+    )
 
 
 class Controller:
-    """Base of the controllers: decodes the observation, keeps memory per row, turns clocks into
-    actions.
+    """Base of the controllers: decodes observations, keeps memory per row, encodes clocks.
 
     A subclass implements :meth:`decide`; one that remembers something sets ``memory_size`` and may
     override :meth:`first_memory`.
@@ -129,7 +137,8 @@ class Controller:
         """
         if context.phase not in self.phases:
             raise BiscaleError(
-                f"{type(self).__name__} controls {' and '.join(self.phases)} only, not {context.phase}: choose another policy"
+                f"{type(self).__name__} controls {' and '.join(self.phases)} only, not "
+                f"{context.phase}: choose another policy"
             )
         self.context = context
         self._scale = context.spec.scale
@@ -179,7 +188,8 @@ class Controller:
         rows = observation[None] if single else observation
         if rows.shape[-1] != self._scale.size:
             raise BiscaleError(
-                f"observation has {rows.shape[-1]} values, but {self.context.spec.id} has {self._scale.size}: wrong phase?"
+                f"observation has {rows.shape[-1]} values, but {self.context.spec.id} has "
+                f"{self._scale.size}: wrong phase?"
             )
         memory = self._memory(state, episode_start, len(rows)) if self.memory_size else None
         freq_mhz, memory = self.decide(rows * self._scale, memory, deterministic)

@@ -19,6 +19,11 @@ from agents.policy.feature_parts import Floats32, spread_levels_mhz
 from biscale_env.contract import ClockRange
 
 
+def within_range(values: Floats32) -> Floats32:
+    """Values clipped to [-1, 1]; several times as fast as ``np.clip`` on a few numbers."""
+    return np.minimum(np.maximum(values, -1.0), 1.0)
+
+
 @dataclass(frozen=True)
 class ActionMap:
     """Actions of outputs for one GPU.
@@ -56,7 +61,7 @@ class ActionMap:
         flat = np.asarray(output, dtype=np.float32).reshape(len(rule))
         if self.kind == "rule":
             flat = rule + np.float32(2.0 * self.span) * flat
-        return np.clip(flat, -1.0, 1.0)
+        return within_range(flat)
 
     def output_for(self, action: Floats32, rule: Floats32) -> Floats32:
         """Output (n,) that comes nearest to an action (n,)."""
@@ -65,4 +70,4 @@ class ActionMap:
             return np.abs(flat[:, None] - self.levels[None]).argmin(axis=1).astype(np.float32)
         if self.kind == "rule":
             flat = (flat - rule) / np.float32(2.0 * self.span)
-        return np.clip(flat, -1.0, 1.0)
+        return within_range(flat)

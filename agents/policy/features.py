@@ -59,10 +59,11 @@ def with_price(features: Floats32, price: ArrayLike) -> Floats32:
         features: (n, F).
         price: the penalty, one number or one per row, reference energies.
     """
-    column = np.broadcast_to(
-        0.5 * np.log(np.asarray(price, dtype=np.float32) / PRICE_SCALE), len(features)
-    )
-    return np.concatenate([features, column[:, None].astype(np.float32)], axis=1)
+    n, dim = features.shape
+    out = np.empty((n, dim + 1), dtype=np.float32)
+    out[:, :dim] = features
+    out[:, dim] = 0.5 * np.log(np.asarray(price, dtype=np.float32) / PRICE_SCALE)
+    return out
 
 
 def tighten(obs: Floats32, spec: ObservationSpec, margin: float) -> Floats32:

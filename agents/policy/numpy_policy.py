@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.policy.action_map import ActionMap
+from agents.policy.action_map import ActionMap, within_range
 from agents.policy.feature_parts import Floats32
 from agents.policy.feature_policy import (
     Bools,
@@ -185,4 +185,4 @@ class NumpyPolicy(FeaturePolicy):
         raw = self.network.forward(features)
         if self.network.action == "levels":
             return np.argmax(raw, axis=1), state
-        return np.clip(raw[:, 0], -1.0, 1.0), state
+        return within_range(raw[:, 0]), state

@@ -1,14 +1,20 @@
-"""The reference prefill MPC.
+"""The reference prefill MPC: the problem of `mpc_problem` in do-mpc, solved by IPOPT.
 
-The problem of `mpc_model` written as a discrete-time do-mpc model and solved by IPOPT.
+Law (arXiv 2602.18755, continuous clocks ``f_k``, soft deadlines)::
+
+    minimise   sum_k energy(f_k) + LATE_W sum_k max(0, t_{k+1} - deadline_k)
+    within     t_{k+1} = t_k + duration(f_k),   f_min <= f_k <= cap_k
+
+and apply ``f_1``; :mod:`controllers.prefill.mpc_problem` has every term.
 """
 
 import contextlib
 import importlib.util
 import logging
 import sys
+import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from time import perf_counter
@@ -16,32 +22,37 @@ from typing import Any, ClassVar
 
 import casadi as ca
 import numpy as np
-from numpy.typing import NDArray
 
 from biscale_env.contract.observation import HORIZON
 from biscale_env.models.physics import idle_power_w, iteration_energy_j, latency_s
-from controllers.base import MARGINS, Amount, Controller, Floats, PolicyContext, Share
-from controllers.prefill.mpc_options import MpcOptions
+from controllers.base import Floats
+from controllers.prefill.mpc_controller import MpcController
 from controllers.prefill.mpc_problem import LATE_W, MpcProblem
+from controllers.records import Records
 
 
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
-    """Let do-mpc find no torch, unless that is loaded already.
+    """Let the import of do-mpc in this thread find no torch, unless that is loaded already.
 
     It loads torch whenever it is installed, for networks that are not used here: 230 MB in every
-    worker process, enough for joblib to take the growth for a leak and replace the worker.
+    worker process, enough for joblib to take the growth for a leak and replace the worker. Other
+    threads find what there is, and the function is put back whatever happens.
     """
-    find_spec = importlib.util.find_spec
+    find_spec, importing = importlib.util.find_spec, threading.get_ident()
 
     def found(name: str, package: str | None = None) -> ModuleSpec | None:
-        return None if name == "torch" and name not in sys.modules else find_spec(name, package)
+        here = threading.get_ident() == importing
+        if here and name == "torch" and name not in sys.modules:
+            return None
+        return find_spec(name, package)
 
     importlib.util.find_spec = found
     try:
         yield
     finally:
-        importlib.util.find_spec = find_spec
+        if importlib.util.find_spec is found:
+            importlib.util.find_spec = find_spec
 
 
 with (
@@ -51,11 +62,33 @@ with (
     warnings.simplefilter("ignore", UserWarning)
     import do_mpc
 
-if hasattr(
-    ca.GlobalOptions, "setNumpyMode"
-):  # CasADi >= 3.8 asks which way NumPy calls on its values should go; do-mpc counts on the old one
-    ca.GlobalOptions.setNumpyMode(-1)
 
+class _NumpyMode:
+    """CasADi's way of NumPy calls on its values, as do-mpc counts on it, while it is at work.
+
+    CasADi >= 3.8 has a process-wide option for it. It is set by the first that enters and put back
+    by the last that leaves, so that the caller's own CasADi code finds what it had set.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, 0
+        self._known = hasattr(ca.GlobalOptions, "setNumpyMode")
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._known and self._inside == 0:
+                self._before = ca.GlobalOptions.getNumpyMode()
+                ca.GlobalOptions.setNumpyMode(-1)
+            self._inside += 1
+
+    def __exit__(self, *unused: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._known and self._inside == 0:
+                ca.GlobalOptions.setNumpyMode(self._before)
+
+
+NUMPY_MODE = _NumpyMode()
 log = logging.getLogger(__name__)
 KILO = 1e3  # the objective is in kJ, which keeps it near 1
 STAGE_PARAMETERS = (
@@ -165,11 +198,16 @@ class DoMpcSolver:
     def __init__(self, problem: MpcProblem) -> None:
         """Build the problem."""
         self.problem = problem
-        self.mpc = build(problem)
+        with NUMPY_MODE:
+            self.mpc = build(problem)
         self._parameters = np.zeros(self.mpc.opt_p_num.size)
         self._guess = np.zeros(self.mpc.opt_x_num.size)
 
-    def _set_parameters(self, stages: NDArray[np.void]) -> None:
+    def __reduce__(self) -> tuple[type["DoMpcSolver"], tuple[MpcProblem]]:
+        """Pickled and copied as the problem, which is built again: CasADi objects cannot be."""
+        return DoMpcSolver, (self.problem,)
+
+    def _set_parameters(self, stages: Records) -> None:
         """Layout of do-mpc: x0, then the parameters stage by stage (one stage more than the
         horizon), then the last input.
         """
@@ -179,7 +217,7 @@ class DoMpcSolver:
         table[HORIZON, -1] = self.problem.freq_max_ghz
         self.mpc.opt_p_num.master = ca.DM(self._parameters)
 
-    def _set_guess(self, stages: NDArray[np.void], plan_ghz: Floats) -> None:
+    def _set_guess(self, stages: Records, plan_ghz: Floats) -> None:
         """Layout of do-mpc: times, inputs, lateness. The times are those of the guessed clocks."""
         low = self.problem.freq_min_ghz
         done = np.cumsum(self.problem.durations_s(stages, plan_ghz))
@@ -190,7 +228,7 @@ class DoMpcSolver:
         self._guess[2 * HORIZON + 1 :] = np.maximum(done - stages["deadline_s"], 0.0)
         self.mpc.opt_x_num.master = ca.DM(self._guess)
 
-    def solve(self, stages: NDArray[np.void], guess_ghz: Floats) -> Solution:
+    def solve(self, stages: Records, guess_ghz: Floats) -> Solution:
         """Solve one decision.
 
         Args:
@@ -198,20 +236,25 @@ class DoMpcSolver:
             guess_ghz: clocks to start from, (HORIZON,), GHz.
         """
         began = perf_counter()
-        self._set_parameters(stages)
-        self._set_guess(stages, guess_ghz)
-        self.mpc.solve()
-        stats = self.mpc.solver_stats
-        rise = self.mpc.opt_x_num.master.full().ravel()[HORIZON + 1 : 2 * HORIZON + 1]
+        with NUMPY_MODE:
+            self._set_parameters(stages)
+            self._set_guess(stages, guess_ghz)
+            self.mpc.solve()
+            stats = self.mpc.solver_stats
+            rise = self.mpc.opt_x_num.master.full().ravel()[HORIZON + 1 : 2 * HORIZON + 1]
         low = self.problem.freq_min_ghz
         plan = low + np.clip(rise, 0.0, 1.0) * (stages["cap_ghz"] - low)
-        objective = float(self.problem.objective_j(stages, plan))
         return Solution(
-            plan, bool(stats["success"]), str(stats["return_status"]), objective, int(stats["iter_count"]), perf_counter() - began
-        )  # fmt: skip
+            plan_ghz=plan,
+            ok=bool(stats["success"]),
+            status=str(stats["return_status"]),
+            objective_j=float(self.problem.objective_j(stages, plan)),
+            iterations=int(stats["iter_count"]),
+            time_s=perf_counter() - began,
+        )
 
 
-class DoMpcController(Controller):
+class DoMpcController(MpcController):
     """BiScale's prefill controller (arXiv 2602.18755) as a model predictive controller in do-mpc.
 
     At every batch boundary it projects the next K = 8 batches, predicts when each completes, plans
@@ -225,33 +268,18 @@ class DoMpcController(Controller):
     shifted by one batch, and without one to the highest clock; both are counted.
     """
 
-    phases: ClassVar[tuple[str, ...]] = ("prefill",)
-    TUNABLE: ClassVar[Mapping[str, tuple[Any, ...]]] = MARGINS
     memory_size = HORIZON
+    COUNTED: ClassVar[tuple[str, ...]] = (
+        "decisions",
+        "solver_failures",
+        "fallback_shifted",
+        "fallback_max",
+        "iterations",
+    )
 
-    def __init__(
-        self,
-        context: PolicyContext,
-        margin: Share = 0.0,
-        give_up: bool = False,
-        forecast: Amount = 0.0,
-        delay_aware: bool = False,
-        idle_credit: Amount = 0.0,
-        idle_clock: Amount = 0.0,
-    ) -> None:
-        """Build the problem; the parameters are those of :class:`MpcOptions`."""
-        super().__init__(context)
-        self.problem = MpcProblem(
-            context, MpcOptions(margin, give_up, forecast, delay_aware, idle_credit, idle_clock)
-        )
+    def prepare(self) -> None:
+        """Build the symbolic problem, once."""
         self.solver = DoMpcSolver(self.problem)
-        self._counts = {
-            "decisions": 0,
-            "solver_failures": 0,
-            "fallback_shifted": 0,
-            "fallback_max": 0,
-            "iterations": 0,
-        }
         self._time_s = 0.0
 
     def first_memory(self) -> Floats:
@@ -260,7 +288,7 @@ class DoMpcController(Controller):
 
     def stats(self) -> dict[str, float]:
         """Decisions, failures, fallbacks, solver iterations and wall time in s."""
-        return {**self._counts, "solver_time_s": self._time_s}
+        return {**super().stats(), "solver_time_s": self._time_s}
 
     def decide(
         self, x: Floats, memory: Floats | None, deterministic: bool
@@ -275,7 +303,7 @@ class DoMpcController(Controller):
             [plans[:, 1:], plans[:, -1:]], axis=1
         )
 
-    def _plan(self, stages: NDArray[np.void], last: Floats) -> Floats:
+    def _plan(self, stages: Records, last: Floats) -> Floats:
         """Plan of one row; ``last`` is the last plan already shifted, NaN where there is none."""
         top = np.full(HORIZON, self.problem.freq_max_ghz)
         if not (stages["share"] > 0.0).any():

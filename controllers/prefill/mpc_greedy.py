@@ -1,23 +1,31 @@
 """The paper's own search for the prefill clocks.
 
-Start all projected batches at the highest of 7 clocks and greedily lower them.
+Law (arXiv 2602.18755): of the next K = 8 projected batches with clocks ``f_1 .. f_K``, all at the
+highest level at first, lower the one by a level that saves most energy per second added, as long as
+every deadline that can be met stays met::
+
+    sum_{j <= k} T_j(f_j) <= deadline_k
+
+and apply ``f_1``. :mod:`biscale_env.laws.greedy_law` holds it.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from biscale_env.contract.observation import HORIZON
 from biscale_env.core.jit import compiled
 from biscale_env.laws.greedy_law import lower_greedily
-from controllers.base import MARGINS, Controller, Floats, PolicyContext, Share
+from controllers.base import MARGINS, Controller, Floats, Fraction, PolicyContext
+from controllers.columns import PREFILL
 from controllers.prefill.mpc_options import FAR_S, NO_DEADLINE
-from controllers.surrogates.scan import Belief
+from controllers.surrogates.scan import LevelScan
 
 
 @compiled
-def greedy_all(latency: Any, energy: Any, deadline: Any, level: Any) -> int:
+def greedy_all(latency: Floats, energy: Floats, deadline: Floats, level: NDArray[np.int64]) -> int:
     """Levels (n, K) of tables (n, K, N) and deadlines (n, K).
 
     Returns the number of moves in all.
@@ -28,48 +36,66 @@ def greedy_all(latency: Any, energy: Any, deadline: Any, level: Any) -> int:
     return moves
 
 
-class QueueTables:
-    """Latency, energy and deadlines of the projected batches at each level, from the observation
-    alone.
+@compiled
+def read_queue_work(
+    x: Floats, slack_column: int, margin: float, work: Floats, deadline: Floats
+) -> None:
+    """Work (n, K, 4) and deadlines (n, K) of the projected batches.
+
+    Args:
+        x: physical observations (n, dim).
+        slack_column: of the slack of the first batch.
+        margin: fraction of the SLO kept free.
+        work: tokens, attention token-pairs, cached tokens, requests; written.
+        deadline: s from now, FAR_S where none completes; written.
+    """
+    for i in range(x.shape[0]):
+        slo = x[i, PREFILL.slo]
+        for k in range(HORIZON):
+            work[i, k, 0] = x[i, PREFILL.batch_tokens + k]
+            work[i, k, 1] = x[i, PREFILL.batch_attn + k]
+            work[i, k, 2] = 0.0
+            work[i, k, 3] = x[i, PREFILL.batch_requests + k]
+            slack = x[i, slack_column + k]
+            deadline[i, k] = (slack - margin) * slo if slack < NO_DEADLINE else FAR_S
+
+
+class QueueTable(NamedTuple):
+    """Predictions for the projected batches of n observations.
+
+    Attributes:
+        latency_s: (n, K, clocks), zero for empty batches, s.
+        energy_j: (n, K, clocks), zero for empty batches, J.
+        deadline_s: (n, K), from now, s.
     """
 
-    def __init__(
-        self, context: PolicyContext, margin: float, give_up: bool = False, clocks_mhz: Any = None
-    ) -> None:
-        """Find the columns.
+    latency_s: Floats
+    energy_j: Floats
+    deadline_s: Floats
+
+
+class QueueTables:
+    """Reads the projected batches out of the observation and predicts them at each clock."""
+
+    def __init__(self, scan: LevelScan, margin: float, give_up: bool = False) -> None:
+        """Keep what is needed.
 
         Args:
-            context: gives model and clocks; any model with ``latency_s`` and ``energy_j``.
-            margin: share of the SLO kept free before every deadline.
-            give_up: leave requests whose deadline has passed out of account.
-            clocks_mhz: clocks to scan; None takes the control levels.
+            scan: predicts latency and energy, by any model.
+            margin: fraction of the SLO kept free before every deadline.
+            give_up: drop expired deadlines: requests that cannot meet theirs any more have none.
         """
-        self.belief = Belief(context, clocks_mhz)
-        self.margin = float(margin)
-        index = context.spec.index
-        self._slack = index("batch_slack_alive" if give_up else "batch_slack")
-        self._tokens, self._attn, self._requests = (
-            index("batch_tokens"),
-            index("batch_attn"),
-            index("batch_requests"),
-        )
-        self._slo = index("slo")
+        self._scan, self._margin = scan, float(margin)
+        self._slack = PREFILL.batch_slack_alive if give_up else PREFILL.batch_slack
 
-    def __call__(self, x: Floats) -> tuple[Floats, Floats, Floats]:
-        """Latency (s) and energy (J), both (n, K, N), zero for empty batches, and deadlines (n, K),
-        s from now.
-        """
+    def __call__(self, x: Floats) -> QueueTable:
+        """Tables of physical observations (n, dim)."""
         n, k = len(x), HORIZON
-        work = np.zeros((n, k, 4))
-        work[:, :, 0] = x[:, self._tokens : self._tokens + k]
-        work[:, :, 1] = x[:, self._attn : self._attn + k]
-        work[:, :, 3] = x[:, self._requests : self._requests + k]
-        latency, energy = self.belief.levels(work.reshape(n * k, 4))
-        slack = x[:, self._slack : self._slack + k]
-        deadline = np.where(
-            slack < NO_DEADLINE, (slack - self.margin) * x[:, self._slo, None], FAR_S
-        )
-        return latency.reshape(n, k, -1), energy.reshape(n, k, -1), deadline
+        work, deadline = np.empty((n, k, 4)), np.empty((n, k))
+        read_queue_work(x, self._slack, self._margin, work, deadline)
+        latency, energy = self._scan(work.reshape(n * k, 4))
+        shape = (n, k, self._scan.clocks_mhz.size)
+        return QueueTable(latency.reshape(shape), energy.reshape(shape), deadline)
 
 
 class GreedyMpc(Controller):
@@ -84,16 +110,19 @@ class GreedyMpc(Controller):
     phases: ClassVar[tuple[str, ...]] = ("prefill",)
     TUNABLE: ClassVar[Mapping[str, tuple[Any, ...]]] = MARGINS
 
-    def __init__(self, context: PolicyContext, margin: Share = 0.0, give_up: bool = False) -> None:
+    def __init__(
+        self, context: PolicyContext, *, margin: Fraction = 0.0, give_up: bool = False
+    ) -> None:
         """Prepare the tables.
 
         Args:
             context: what it may know.
-            margin: share of the SLO kept free before every deadline.
-            give_up: leave requests whose deadline has passed out of account.
+            margin: fraction of the SLO kept free before every deadline.
+            give_up: drop expired deadlines: requests that cannot meet theirs any more have none.
         """
         super().__init__(context)
-        self._tables = QueueTables(context, margin, give_up)
+        self._scan = LevelScan(context)
+        self._tables = QueueTables(self._scan, margin, give_up)
         self._counts = {"decisions": 0, "iterations": 0}
 
     def stats(self) -> dict[str, float]:
@@ -107,4 +136,4 @@ class GreedyMpc(Controller):
         level = np.empty((len(x), HORIZON), dtype=np.int64)
         self._counts["iterations"] += greedy_all(*self._tables(x), level)
         self._counts["decisions"] += len(x)
-        return self._tables.belief.clocks_mhz[level[:, 0]], None
+        return self._scan.clocks_mhz[level[:, 0]], None

@@ -1,9 +1,7 @@
-"""The prefill MPC problem, once.
+"""The prefill MPC problem, once: its stages, read out of the observation, for every solver.
 
-Its stages, read out of the observation, for every solver (do-mpc, the price method, the greedy
-search).
-
-A stage is a projected batch. Its clock ``f_k`` is the input, the time at which it completes is the state::
+A stage is a projected batch. Its clock ``f_k`` is the input, the time at which it completes is the
+state (arXiv 2602.18755, with continuous clocks and the extras of :class:`MpcOptions`)::
 
     t_0 = 0,   t_{k+1} = t_k + lead_k + share_k L(work_k, f_k)
     minimise   sum_k weight_k share_k E(work_k, f_k) + sum_k idle_k P_idle(f_k)
@@ -24,166 +22,189 @@ cannot meet it.
 """
 
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from biscale_env.contract.observation import HORIZON
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.jit import compiled, inlined
 from biscale_env.models import COEFFICIENT_DTYPE, IterationModel
 from biscale_env.models.physics import (
+    Coefficients,
     effective_freq_ghz,
     idle_power_w,
     iteration_energy_j,
     latency_s,
 )
 from controllers.base import Floats, PolicyContext
+from controllers.columns import PREFILL
 from controllers.prefill.mpc_options import FAR_S, NO_DEADLINE, RARE_RPS, MpcOptions
+from controllers.records import Records, record_dtype
 
 # J per second of lateness; the highest price seen over all members and 1 to 2048 tokens is 4.3e4 W
 # (tested)
 LATE_W = 2e5
-ROUNDING_MHZ = (
-    0.5  # a planned clock this little above a grid clock is that clock (solver tolerance)
-)
+ROUNDING_MHZ = 0.5  # a planned clock this little above a grid clock is that clock (tolerance)
 # work whose energy-optimal clock stands for the clock of idling and of drain estimates: the mean
 # Azure prompt
 REFERENCE_TOKENS = 1024.0
 
-STAGE_DTYPE = np.dtype(
-    [
-        ("tokens", np.float64),
-        ("attn_work", np.float64),
-        ("n_seq", np.float64),
-        ("deadline_s", np.float64),  # from now; FAR_S: none
-        ("lead_s", np.float64),  # time spent on the batch before the chosen clock acts
-        ("share", np.float64),  # share of the work done at the chosen clock; 0: nothing to choose
-        (
-            "weight",
-            np.float64,
-            # probability that the batch comes to be, which weighs its energy; 1 for what waits already
-        ),
-        ("cap_ghz", np.float64),  # highest clock that the power cap allows
-        (
-            "idle_s",
-            np.float64,
-        ),  # time for which the instance is expected to wait at the clock of this batch
-    ]
-)
+
+class Stage:
+    """One stage as a record of :data:`STAGE_DTYPE`.
+
+    Attributes:
+        tokens: new tokens of the batch.
+        attn_work: its attention token-pairs.
+        n_seq: its requests.
+        deadline_s: tightest deadline, from now; FAR_S: none.
+        lead_s: time spent on the batch before the chosen clock takes effect.
+        share: fraction of the work done at the chosen clock; 0: nothing to choose.
+        weight: probability that the batch comes to be, which weighs its energy; 1 for what waits.
+        cap_ghz: highest clock that the power cap allows.
+        idle_s: time for which the instance is expected to wait at the clock of this batch.
+    """
+
+    tokens: float
+    attn_work: float
+    n_seq: float
+    deadline_s: float
+    lead_s: float
+    share: float
+    weight: float
+    cap_ghz: float
+    idle_s: float
 
 
-OPTIONS_DTYPE = np.dtype([(name, np.float64) for name in MpcOptions.names()])
-COLUMNS = (
-    "batch_tokens", "batch_attn", "batch_requests", "batch_slack", "batch_slack_alive", "slo", "freq_current", "freq_pending",
-    "time_to_apply", "actuation_delay", "arrival_rate_10s", "token_rate_10s", "arrival_rate_60s",
-)  # fmt: skip
-COLUMNS_DTYPE = np.dtype([(name, np.int64) for name in COLUMNS])
+class ProblemSetting:
+    """Options and constants of a problem as a record of :data:`SETTING_DTYPE`.
+
+    Attributes:
+        margin: see :class:`MpcOptions`, as the other options.
+        token_budget: new tokens per batch.
+        drain_ghz: energy-optimal clock, at which the queue is taken to drain.
+        freq_min_ghz: lowest clock.
+        freq_max_ghz: highest clock.
+    """
+
+    margin: float
+    give_up: float
+    forecast: float
+    delay_aware: float
+    idle_credit: float
+    idle_clock: float
+    token_budget: float
+    drain_ghz: float
+    freq_min_ghz: float
+    freq_max_ghz: float
+
+
+STAGE_DTYPE = record_dtype(Stage)
+SETTING_DTYPE = record_dtype(ProblemSetting)
 
 
 @inlined
-def cap_of(
-    c: Any, tokens: float, attn_work: float, n_seq: float, freq_min_ghz: float, freq_max_ghz: float
-) -> float:
+def stage_latency_s(c: Coefficients, st: Stage, freq_ghz: float) -> float:
+    """Duration of the whole batch of a stage at a clock, s."""
+    return latency_s(c, st.tokens, st.attn_work, 0.0, st.n_seq, freq_ghz)
+
+
+@inlined
+def cap_of(c: Coefficients, st: Stage, setting: ProblemSetting) -> float:
     """Highest useful clock of a batch, GHz."""
-    return effective_freq_ghz(c, tokens, attn_work, 0.0, n_seq, freq_max_ghz, freq_min_ghz)
+    low, high = setting.freq_min_ghz, setting.freq_max_ghz
+    return effective_freq_ghz(c, st.tokens, st.attn_work, 0.0, st.n_seq, high, low)
 
 
 @inlined
-def read_queue(
-    c: Any, x: Any, at: Any, opt: Any, freq_min_ghz: float, freq_max_ghz: float, stages: Any
-) -> int:
+def read_queue(c: Coefficients, x: Floats, setting: ProblemSetting, stages: Records) -> int:
     """Fill the stages with the projected batches of the queue; returns their number."""
-    slo = x[at.slo]
+    slo = x[PREFILL.slo]
     used = 0
     for k in range(stages.size):
         st = stages[k]
-        st.tokens = x[at.batch_tokens + k]
-        st.attn_work = x[at.batch_attn + k]
-        st.n_seq = x[at.batch_requests + k]
+        st.tokens = x[PREFILL.batch_tokens + k]
+        st.attn_work = x[PREFILL.batch_attn + k]
+        st.n_seq = x[PREFILL.batch_requests + k]
         st.lead_s = 0.0
         st.share = 1.0 if st.tokens > 0.0 else 0.0
         st.weight = 1.0
-        slack = x[at.batch_slack_alive + k] if opt.give_up > 0.0 else x[at.batch_slack + k]
-        st.deadline_s = (
-            (slack - opt.margin) * slo if slack < NO_DEADLINE and st.tokens > 0.0 else FAR_S
-        )
-        st.cap_ghz = cap_of(c, st.tokens, st.attn_work, st.n_seq, freq_min_ghz, freq_max_ghz)
+        alive, tightest = x[PREFILL.batch_slack_alive + k], x[PREFILL.batch_slack + k]
+        slack = alive if setting.give_up > 0.0 else tightest
+        due = slack < NO_DEADLINE and st.tokens > 0.0
+        st.deadline_s = (slack - setting.margin) * slo if due else FAR_S
+        st.cap_ghz = cap_of(c, st, setting)
         st.idle_s = 0.0
         if st.tokens > 0.0:
             used = k + 1
     if used > 0:
-        stages[used - 1].idle_s = opt.idle_clock / max(x[at.arrival_rate_60s], RARE_RPS)
+        rate_rps = max(x[PREFILL.arrival_rate_60s], RARE_RPS)
+        stages[used - 1].idle_s = setting.idle_clock / rate_rps
     return used
 
 
 @inlined
 def add_forecast(
-    c: Any, x: Any, at: Any, opt: Any, used: int, budget: float, drain_ghz: float, freq_min_ghz: float, freq_max_ghz: float, stages: Any
-) -> None:  # fmt: skip
-    """Fill empty stages with the requests expected to arrive while the queue drains at the
-    energy-optimal clock.
+    c: Coefficients, x: Floats, setting: ProblemSetting, used: int, stages: Records
+) -> None:
+    """Fill empty stages with the requests expected while the queue drains.
 
-    They arrive evenly, the first at once; a batch costs with the probability that a Poisson stream
-    brings it any request.
+    It drains at the energy-optimal clock. They arrive evenly, the first at once; a batch costs with
+    the probability that a Poisson stream brings it any request.
     """
-    tokens_per_s = opt.forecast * x[at.token_rate_10s]
-    per_s = opt.forecast * x[at.arrival_rate_10s]
+    tokens_per_s = setting.forecast * x[PREFILL.token_rate_10s]
+    per_s = setting.forecast * x[PREFILL.arrival_rate_10s]
     if used == 0 or tokens_per_s <= 0.0 or per_s <= 0.0:
         return
     mean = tokens_per_s / per_s
     drain = 0.0
     for k in range(used):
         st = stages[k]
-        drain += latency_s(c, st.tokens, st.attn_work, 0.0, st.n_seq, min(drain_ghz, st.cap_ghz))
+        drain += stage_latency_s(c, st, min(setting.drain_ghz, st.cap_ghz))
     left = tokens_per_s * drain
     arrived = 0.0
     for k in range(used, stages.size):
         if left <= 0.0:
             break
         st = stages[k]
-        expected = min(left, budget)
+        expected = min(left, setting.token_budget)
         st.share = 1.0
         st.weight = 1.0 - np.exp(-expected / mean)
-        st.tokens = min(max(expected, mean), budget)
+        st.tokens = min(max(expected, mean), setting.token_budget)
         st.n_seq = max(expected / mean, 1.0)
         st.attn_work = 0.5 * st.tokens * mean
-        st.deadline_s = arrived / tokens_per_s + (1.0 - opt.margin) * x[at.slo]
-        st.cap_ghz = cap_of(c, st.tokens, st.attn_work, st.n_seq, freq_min_ghz, freq_max_ghz)
+        st.deadline_s = arrived / tokens_per_s + (1.0 - setting.margin) * x[PREFILL.slo]
+        st.cap_ghz = cap_of(c, st, setting)
         arrived += expected
         left -= expected
 
 
 @inlined
-def spend_delay(c: Any, x: Any, at: Any, stages: Any) -> None:
-    """Give the time before a new clock can act to the clocks already asked for.
+def spend_delay(c: Coefficients, x: Floats, stages: Records) -> None:
+    """Give the time before a new clock takes effect to the clocks requested before.
 
-    A request waits for the one on its way (then takes a full delay), or takes the place of one that
+    A request waits for the one in flight (then takes a full delay), or takes the place of one that
     still waits behind it.
     """
-    wait, delay = x[at.time_to_apply], x[at.actuation_delay]
+    wait, delay = x[PREFILL.time_to_apply], x[PREFILL.actuation_delay]
     queued = wait > delay + 1e-6
-    lands = wait if queued else wait + delay
-    switch = lands if queued else wait
+    takes_effect = wait if queued else wait + delay
+    switch = takes_effect if queued else wait
     now = 0.0
     for k in range(stages.size):
         st = stages[k]
-        while st.share > 1e-9 and now < lands - 1e-9:
-            asked = x[at.freq_current] if now < switch else x[at.freq_pending]
-            until = switch if now < switch else lands
-            duration = latency_s(
-                c, st.tokens, st.attn_work, 0.0, st.n_seq, min(asked * 1e-3, st.cap_ghz)
-            )
+        while st.share > 1e-9 and now < takes_effect - 1e-9:
+            applied = x[PREFILL.freq_current] if now < switch else x[PREFILL.freq_pending]
+            until = switch if now < switch else takes_effect
+            duration = stage_latency_s(c, st, min(applied * 1e-3, st.cap_ghz))
             step = min(st.share * duration, until - now)
             st.lead_s += step
             st.share = max(st.share - step / duration, 0.0)
             now = until if step == until - now else now + step
-        if now >= lands - 1e-9:
+        if now >= takes_effect - 1e-9:
             return
-    for k in range(
-        stages.size
-    ):  # everything is done before a new clock acts: decide as if there were no delay
+    # everything is done before a new clock takes effect: decide as if there were no delay
+    for k in range(stages.size):
         st = stages[k]
         if st.tokens > 0.0:
             st.share = 1.0
@@ -191,27 +212,15 @@ def spend_delay(c: Any, x: Any, at: Any, stages: Any) -> None:
 
 
 @compiled
-def read_stages(
-    coef: Any, x: Any, at: Any, opt: Any, budget: float, drain_ghz: float, freq_min_ghz: float, freq_max_ghz: float, out: Any
-) -> None:  # fmt: skip
+def read_stages(coef: Records, x: Floats, settings: Records, out: Records) -> None:
     """Stages (n, HORIZON) of the physical observations x (n, dim)."""
+    setting = settings[0]
     for i in range(x.shape[0]):
-        used = read_queue(coef[0], x[i], at[0], opt[0], freq_min_ghz, freq_max_ghz, out[i])
-        if opt[0].forecast > 0.0:
-            add_forecast(
-                coef[0],
-                x[i],
-                at[0],
-                opt[0],
-                used,
-                budget,
-                drain_ghz,
-                freq_min_ghz,
-                freq_max_ghz,
-                out[i],
-            )
-        if opt[0].delay_aware > 0.0:
-            spend_delay(coef[0], x[i], at[0], out[i])
+        used = read_queue(coef[0], x[i], setting, out[i])
+        if setting.forecast > 0.0:
+            add_forecast(coef[0], x[i], setting, used, out[i])
+        if setting.delay_aware > 0.0:
+            spend_delay(coef[0], x[i], out[i])
 
 
 class MpcProblem:
@@ -229,15 +238,14 @@ class MpcProblem:
         """
         if not isinstance(context.model, IterationModel):
             raise BiscaleError(
-                "the MPC needs a smooth model (IterationModel): use mpc-greedy with other predictors"
+                "the MPC needs a smooth model (IterationModel): use mpc-greedy with other "
+                "predictors"
             )
         self.context, self.options = context, options
         self.coefficients = context.model.member(context.member)
         self.coef = np.array([tuple(self.coefficients)], dtype=COEFFICIENT_DTYPE)
-        self.freq_min_ghz, self.freq_max_ghz = (
-            context.clocks.freq_min_mhz * 1e-3,
-            context.clocks.freq_max_mhz * 1e-3,
-        )
+        self.freq_min_ghz = context.clocks.freq_min_mhz * 1e-3
+        self.freq_max_ghz = context.clocks.freq_max_mhz * 1e-3
         work = (REFERENCE_TOKENS, REFERENCE_TOKENS**2 / 2, 0.0, 1.0)
         self.cheapest_ghz = (
             float(context.model.optimal_freq_mhz(*work, member=context.member)) * 1e-3
@@ -246,30 +254,29 @@ class MpcProblem:
             idle_power_w(self.coefficients, self.cheapest_ghz)
         )
         self.credit_w = options.idle_credit * idle_w
-        self._at = np.array(
-            [tuple(context.spec.index(name) for name in COLUMNS)], dtype=COLUMNS_DTYPE
+        constants = (
+            float(context.token_budget),
+            self.cheapest_ghz,
+            self.freq_min_ghz,
+            self.freq_max_ghz,
         )
-        self._opt = np.array(
-            [tuple(float(v) for v in asdict(options).values())], dtype=OPTIONS_DTYPE
-        )
+        chosen = tuple(float(v) for v in asdict(options).values())
+        self._settings = np.array([(*chosen, *constants)], dtype=SETTING_DTYPE)
 
-    def stages(self, x: Floats) -> NDArray[np.void]:
+    def stages(self, x: Floats) -> Records:
         """Stages (n, HORIZON) of physical observations (n, dim)."""
         out = np.zeros((len(x), HORIZON), dtype=STAGE_DTYPE)
-        read_stages(
-            self.coef, x, self._at, self._opt, float(self.context.token_budget), self.cheapest_ghz, self.freq_min_ghz,
-            self.freq_max_ghz, out,
-        )  # fmt: skip
+        read_stages(self.coef, x, self._settings, out)
         return out
 
-    def durations_s(self, stages: NDArray[np.void], freq_ghz: Floats) -> Floats:
+    def durations_s(self, stages: Records, freq_ghz: Floats) -> Floats:
         """Time that each stage adds at planned clocks, s; both arguments (..., HORIZON)."""
         latency = latency_s(
             self.coefficients, stages["tokens"], stages["attn_work"], 0.0, stages["n_seq"], freq_ghz
         )
         return np.asarray(stages["lead_s"] + stages["share"] * latency)
 
-    def objective_j(self, stages: NDArray[np.void], freq_ghz: Floats) -> Floats:
+    def objective_j(self, stages: Records, freq_ghz: Floats) -> Floats:
         """Objective of a plan, J; both arguments (..., HORIZON), result (...)."""
         c = self.coefficients
         latency = latency_s(
@@ -289,8 +296,8 @@ class MpcProblem:
             + LATE_W * late
         )
 
-    def to_clock_mhz(self, stages: NDArray[np.void], freq_ghz: Floats) -> Floats:
-        """Clock to ask for, (n,), MHz, from planned clocks (n, HORIZON), GHz.
+    def to_clock_mhz(self, stages: Records, freq_ghz: Floats) -> Floats:
+        """Clock to request, (n,), MHz, from planned clocks (n, HORIZON), GHz.
 
         It is that of the first stage that a request can still change, rounded up to the grid (so
         that a deadline that was just met stays met), and the highest clock where the plan runs into

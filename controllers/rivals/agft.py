@@ -1,32 +1,88 @@
-"""AGFT-style online tuner: a contextual bandit over the clocks that knows no model."""
+"""AGFT-style online tuner: a contextual bandit over the clocks that knows no model.
+
+Law (LinUCB, as in arXiv 2508.01744): per window, of the levels k with design matrix ``A_k`` and
+response ``b_k``, in the context z = (1, load, backlog)::
+
+    k = argmax  z' A_k^-1 b_k + explore sqrt(z' A_k^-1 z)
+
+then ``A_k += z z'`` and ``b_k += reward z`` with::
+
+    reward = -(energy x busy time / tokens^2) / (that of the first window) - penalty [SLO missed]
+"""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from biscale_env.core.jit import compiled, inlined
 from controllers.base import Amount, Controller, Floats, PolicyContext, Positive
+from controllers.columns import DECODE, PREFILL
+from controllers.records import Records, record_dtype
 
 D = 3  # context: 1, load, backlog
-BUSY, ENERGY, TOKENS, LATE, PENDING, ARM, SCALE, CONTEXT = (
-    0,
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    7,
-)  # columns of the memory of one row
-ARMS = (
-    CONTEXT + D
-)  # from here on: per arm the inverse design matrix (D x D), then the response vector (D)
+# columns of the memory of one row
+BUSY, ENERGY, TOKENS, LATE, PENDING, ARM, SCALE, CONTEXT = range(8)
+ARMS = CONTEXT + D  # from here on: per arm the inverse design matrix (D x D), then its response (D)
 SIZE = D * D + D
 
 
+class BanditWindow:
+    """How a window is judged, as a record.
+
+    Attributes:
+        length_s: busy time per decision, s.
+        explore: width of the confidence bound.
+        penalty: reward lost in a window that missed the SLO.
+    """
+
+    length_s: float
+    explore: float
+    penalty: float
+
+
+class Measured(NamedTuple):
+    """Columns of what a row measured: the context, then the last iteration."""
+
+    context: int
+    tokens: int
+    late: int
+    time_s: int
+    power_w: int
+
+
+SEEN = Measured(0, D, D + 1, D + 2, D + 3)
+WINDOW_DTYPE = record_dtype(BanditWindow)
+
+
+@compiled
+def measure_prefill(x: Floats, token_budget: float, seen: Floats) -> None:
+    """Context and last iteration of physical observations (n, dim), into ``seen`` (n, 7)."""
+    for i in range(x.shape[0]):
+        seen[i, SEEN.context] = 1.0
+        seen[i, SEEN.context + 1] = x[i, PREFILL.token_rate_10s] * 1e-4
+        seen[i, SEEN.context + 2] = min(x[i, PREFILL.queue_tokens] / token_budget, 4.0)
+        seen[i, SEEN.tokens] = x[i, PREFILL.batch_tokens]
+        seen[i, SEEN.late] = 1.0 if x[i, PREFILL.oldest_wait] > 1.0 else 0.0
+        seen[i, SEEN.time_s] = x[i, PREFILL.last_time]
+        seen[i, SEEN.power_w] = x[i, PREFILL.last_power]
+
+
+@compiled
+def measure_decode(x: Floats, max_seqs: float, seen: Floats) -> None:
+    """Context and last iteration of physical observations (n, dim), into ``seen`` (n, 7)."""
+    for i in range(x.shape[0]):
+        seen[i, SEEN.context] = 1.0
+        seen[i, SEEN.context + 1] = x[i, DECODE.batch] / max_seqs
+        seen[i, SEEN.context + 2] = x[i, DECODE.kv_use]
+        seen[i, SEEN.tokens] = x[i, DECODE.batch]
+        seen[i, SEEN.late] = 1.0 if x[i, DECODE.last_time] > x[i, DECODE.slo] else 0.0
+        seen[i, SEEN.time_s] = x[i, DECODE.last_time]
+        seen[i, SEEN.power_w] = x[i, DECODE.last_power]
+
+
 @inlined
-def learn(m: Any, arm: int, reward: float) -> None:
+def learn(m: Floats, arm: int, reward: float) -> None:
     """Rank-one update of one arm of a LinUCB learner with the stored context (Sherman-Morrison)."""
     at = ARMS + arm * SIZE
     quad = 1.0
@@ -45,7 +101,7 @@ def learn(m: Any, arm: int, reward: float) -> None:
 
 
 @inlined
-def choose(m: Any, n_arms: int, explore: float) -> int:
+def choose(m: Floats, n_arms: int, explore: float) -> int:
     """Arm of the highest upper confidence bound in the stored context.
 
     The higher clock where equal.
@@ -67,30 +123,36 @@ def choose(m: Any, n_arms: int, explore: float) -> int:
 
 @compiled
 def bandit(
-    x: Any, context: Any, tokens: Any, late: Any, last_time: int, last_power: int, clocks_mhz: Any, window_s: float, explore: float,
-    penalty: float, memory: Any, freq: Any,
-) -> None:  # fmt: skip
-    """Account for the last iteration and, at the end of a window, learn from it and choose the next
-    clock; ``memory`` is changed.
+    seen: Floats, clocks_mhz: Floats, windows: Records, memory: Floats, freq: Floats
+) -> None:
+    """Account for the last iteration; at the end of a window, learn and choose the next clock.
+
+    Args:
+        seen: what each row measured, (n, 7), columns `SEEN`.
+        clocks_mhz: the arms.
+        windows: how a window is judged, one record.
+        memory: changed in place.
+        freq: clocks (n,), MHz, written.
     """
+    window = windows[0]
     for i in range(freq.size):
         m = memory[i]
         if m[PENDING] > 0.0:
-            m[BUSY] += x[i, last_time]
-            m[ENERGY] += x[i, last_time] * x[i, last_power]
+            m[BUSY] += seen[i, SEEN.time_s]
+            m[ENERGY] += seen[i, SEEN.time_s] * seen[i, SEEN.power_w]
             m[TOKENS] += m[PENDING]
-            m[LATE] = max(m[LATE], late[i])
-        if m[ARM] < 0.0 or m[BUSY] >= window_s:
+            m[LATE] = max(m[LATE], seen[i, SEEN.late])
+        if m[ARM] < 0.0 or m[BUSY] >= window.length_s:
             if m[ARM] >= 0.0:
                 product = m[ENERGY] * m[BUSY] / (m[TOKENS] * m[TOKENS])
                 if m[SCALE] <= 0.0:
                     m[SCALE] = product
-                learn(m, int(m[ARM]), -product / m[SCALE] - penalty * m[LATE])
+                learn(m, int(m[ARM]), -product / m[SCALE] - window.penalty * m[LATE])
             for j in range(D):
-                m[CONTEXT + j] = context[i, j]
-            m[ARM] = choose(m, clocks_mhz.size, explore)
+                m[CONTEXT + j] = seen[i, SEEN.context + j]
+            m[ARM] = choose(m, clocks_mhz.size, window.explore)
             m[BUSY] = m[ENERGY] = m[TOKENS] = m[LATE] = 0.0
-        m[PENDING] = tokens[i]
+        m[PENDING] = seen[i, SEEN.tokens]
         freq[i] = clocks_mhz[int(m[ARM])]
 
 
@@ -115,6 +177,7 @@ class Agft(Controller):
     def __init__(
         self,
         context: PolicyContext,
+        *,
         window_s: Positive = 0.5,
         explore: Amount = 0.3,
         penalty: Amount = 2.0,
@@ -128,10 +191,10 @@ class Agft(Controller):
             penalty: reward lost in a window that missed the SLO.
         """
         super().__init__(context)
-        self.window_s, self.explore, self.penalty = float(window_s), float(explore), float(penalty)
+        chosen = (float(window_s), float(explore), float(penalty))
+        self._windows = np.array([chosen], dtype=WINDOW_DTYPE)
         self._clocks = np.asarray(context.clocks.levels_mhz, dtype=np.float64)
         self.memory_size = ARMS + self._clocks.size * SIZE
-        self._at = {f.name: i for i, f in enumerate(context.spec.features)}
 
     def first_memory(self) -> Floats:
         """Nothing learned: unit design matrices, no arm chosen."""
@@ -147,21 +210,10 @@ class Agft(Controller):
     ) -> tuple[Floats, Floats | None]:
         """One step of every row's learner."""
         assert memory is not None
-        at, memory = self._at, memory.copy()
-        context = np.ones((len(x), D))
+        memory, freq, seen = memory.copy(), np.empty(len(x)), np.empty((len(x), D + 4))
         if self.context.phase == "prefill":
-            tokens = x[:, at["batch_tokens_0"]]
-            context[:, 1] = x[:, at["token_rate_10s"]] * 1e-4
-            context[:, 2] = np.minimum(x[:, at["queue_tokens"]] / self.context.token_budget, 4.0)
-            late = (x[:, at["oldest_wait"]] > 1.0).astype(np.float64)
+            measure_prefill(x, float(self.context.token_budget), seen)
         else:
-            tokens = x[:, at["batch"]]
-            context[:, 1] = tokens / self.context.max_seqs
-            context[:, 2] = x[:, at["kv_use"]]
-            late = (x[:, at["last_time"]] > x[:, at["slo"]]).astype(np.float64)
-        freq = np.empty(len(x))
-        bandit(
-            x, context, tokens, late, at["last_time"], at["last_power"], self._clocks, self.window_s, self.explore, self.penalty,
-            memory, freq,
-        )  # fmt: skip
+            measure_decode(x, float(self.context.max_seqs), seen)
+        bandit(seen, self._clocks, self._windows, memory, freq)
         return freq, memory

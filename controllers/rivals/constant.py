@@ -1,4 +1,4 @@
-"""Policies that do not look: one clock, or a random one."""
+"""Policies that do not look: ``f = freq_mhz`` (DistServe, OSDI 2024, at the highest), or random."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -10,9 +10,9 @@ from controllers.base import Controller, Floats, PolicyContext, Seed
 
 
 class StaticClock(Controller):
-    """One clock for ever; at the highest clock this is DistServe (OSDI 2024), whose engines run at
-    the default maximum.
+    """One clock for ever.
 
+    At the highest clock this is DistServe (OSDI 2024), whose engines run at the default maximum.
     The best single clock found offline ("static best") is this policy with ``freq_mhz`` tuned.
     """
 
@@ -35,7 +35,8 @@ class StaticClock(Controller):
         freq = clocks.freq_max_mhz if freq_mhz is None else float(freq_mhz)
         if not clocks.freq_min_mhz <= freq <= clocks.freq_max_mhz:
             raise BiscaleError(
-                f"static clock {freq:g} MHz is impossible: choose {clocks.freq_min_mhz:g} to {clocks.freq_max_mhz:g} MHz"
+                f"static clock {freq:g} MHz is impossible: choose {clocks.freq_min_mhz:g} to "
+                f"{clocks.freq_max_mhz:g} MHz"
             )
         self.freq_mhz = float(clocks.snap_mhz(freq))
 
@@ -61,5 +62,5 @@ class RandomClock(Controller):
     def decide(
         self, x: Floats, memory: Floats | None, deterministic: bool
     ) -> tuple[Floats, Floats | None]:
-        """Independent draws per row."""
+        """Independent samples per row."""
         return self._rng.choice(self._grid, size=len(x)), None

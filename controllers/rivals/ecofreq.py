@@ -1,4 +1,12 @@
-"""EcoFreq, the clock controller of VoltanaLLM."""
+"""EcoFreq, the clock controller of VoltanaLLM.
+
+Law (arXiv 2509.04827), for the predicted latency ``T(f)`` of the next iteration at clock f::
+
+    f = f_max                                                       if requests wait behind it
+    f = min { f in levels : T(f) <= SLO (1 - margin) - waited }     otherwise (else the highest)
+
+:mod:`biscale_env.laws.ecofreq_law` holds it.
+"""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -12,12 +20,15 @@ from biscale_env.laws.level_search import (
     interval_limit_s,
     table_latency_s,
 )
-from controllers.base import MARGINS, Controller, Count, Floats, PolicyContext, Share
-from controllers.surrogates.scan import Belief, NextWork
+from controllers.base import MARGINS, Bools, Controller, Count, Floats, Fraction, PolicyContext
+from controllers.columns import DECODE, PREFILL
+from controllers.surrogates.scan import LevelScan, next_work
 
 
 @compiled
-def ecofreq_clocks(latency: Any, limit: Any, waiting: Any, clocks_mhz: Any, freq: Any) -> None:
+def ecofreq_clocks(
+    latency: Floats, limit: Floats, waiting: Bools, clocks_mhz: Floats, freq: Floats
+) -> None:
     """The law of :func:`biscale_env.laws.ecofreq_law.ecofreq_level` for every row.
 
     ``latency`` is (n, clocks), ``limit``, ``waiting`` and ``freq`` (the result, MHz) are (n,), the
@@ -29,7 +40,7 @@ def ecofreq_clocks(latency: Any, limit: Any, waiting: Any, clocks_mhz: Any, freq
 
 
 @compiled
-def bin_batches(work: Any, bin_requests: float) -> None:
+def bin_batches(work: Floats, bin_requests: float) -> None:
     """Round the requests of decode work (n, 4) up to whole bins, in place."""
     for i in range(work.shape[0]):
         work[i, 3] = binned_requests(work[i, 3], bin_requests)
@@ -52,37 +63,32 @@ class EcoFreq(Controller):
     TUNABLE: ClassVar[Mapping[str, tuple[Any, ...]]] = MARGINS
 
     def __init__(
-        self, context: PolicyContext, margin: Share = 0.0, bin_requests: Count = 8.0
+        self, context: PolicyContext, *, margin: Fraction = 0.0, bin_requests: Count = 8.0
     ) -> None:
         """Prepare the scan.
 
         Args:
             context: what it may know.
-            margin: share of the SLO kept free.
+            margin: fraction of the SLO kept free.
             bin_requests: decode batches are rounded up to multiples of this.
         """
         super().__init__(context)
         self.margin, self.bin_requests = float(margin), float(bin_requests)
-        self._belief, self._work = Belief(context), NextWork(context)
-        index = context.spec.index
-        self._prefill = context.phase == "prefill"
-        self._slo, self._wait = index("slo"), index("oldest_wait")
-        self._queue = index("queue_requests" if self._prefill else "waiting_requests")
+        self._scan = LevelScan(context)
 
     def decide(
         self, x: Floats, memory: Floats | None, deterministic: bool
     ) -> tuple[Floats, Floats | None]:
         """First clock that meets the limit; the highest when anything waits."""
-        clocks = self._belief.clocks_mhz
-        work = self._work(x)
-        slo = x[:, self._slo]
-        if self._prefill:
-            waiting = x[:, self._queue] > work[:, 3]
-            limit = first_token_limit_s(slo, self.margin, x[:, self._wait])
+        clocks, work = self._scan.clocks_mhz, next_work(x, self.context.phase)
+        if self.context.phase == "prefill":
+            waiting = x[:, PREFILL.queue_requests] > work[:, 3]
+            waited = x[:, PREFILL.oldest_wait]
+            limit = first_token_limit_s(x[:, PREFILL.slo], self.margin, waited)
         else:
-            waiting = x[:, self._queue] > 0.0
-            limit = interval_limit_s(slo, self.margin)
+            waiting = x[:, DECODE.waiting_requests] > 0.0
+            limit = interval_limit_s(x[:, DECODE.slo], self.margin)
             bin_batches(work, self.bin_requests)
         freq = np.empty(len(x))
-        ecofreq_clocks(self._belief.levels(work)[0], limit, waiting, clocks, freq)
+        ecofreq_clocks(self._scan(work).latency_s, limit, waiting, clocks, freq)
         return freq, None

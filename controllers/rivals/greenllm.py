@@ -1,5 +1,11 @@
-"""GreenLLM: prefill clocks by length class, decode clocks by feedback on the tail of the time
-between tokens.
+"""GreenLLM: prefill clocks by length class, decode clocks by feedback on the tail of the TBT.
+
+Law (arXiv 2508.16449)::
+
+    prefill   f = argmin { E(class, f) : (1 + queue / batch) T(class, f) <= SLO (1 - margin) }
+    decode    every 20 ms: f += 15 MHz if P95(interval) > SLO (1 - margin),
+                           f -= 15 MHz if P95(interval) < down SLO (1 - margin),
+              within a band of one level around the lowest level that meets the SLO, every 200 ms
 """
 
 from collections.abc import Mapping
@@ -8,8 +14,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from biscale_env.core.jit import compiled
-from controllers.base import MARGINS, Controller, Floats, PolicyContext, Share
-from controllers.surrogates.scan import Belief, NextWork
+from controllers.base import MARGINS, Bools, Controller, Floats, Fraction, PolicyContext
+from controllers.columns import DECODE, PREFILL
+from controllers.surrogates.scan import LevelScan, next_work
 
 BAND_S, STEP_S = 0.2, 0.02  # periods of the source
 STEP_MHZ = 15.0  # step of the source
@@ -18,33 +25,38 @@ TRACKING = 0.02  # assumed: step of the quantile tracker, in SLOs
 
 
 @compiled
-def track(x: Any, slo: int, last_time: int, target: float, down: float, memory: Any) -> None:
-    """Advance the feedback loop of each row; memory columns.
+def track(x: Floats, target: float, down: float, memory: Floats) -> None:
+    """Advance the feedback loop of each row of the memory (see `GreenDecode`), in place.
 
-    Clock (MHz), since band (s), since step (s), P95 estimate (s).
+    The quantile is tracked by stochastic approximation: up by a fraction QUANTILE of the step when
+    an interval exceeds it, down by the rest.
 
-    The quantile is tracked by stochastic approximation: up by a share QUANTILE of the step when an
-    interval exceeds it, down by the rest.
+    Args:
+        x: physical observations (n, dim).
+        target: fraction of the SLO aimed at.
+        down: fraction of the target below which the clock is lowered.
+        memory: (n, 6).
     """
     for i in range(x.shape[0]):
-        interval = x[i, last_time]
-        gain = TRACKING * x[i, slo]
+        interval = x[i, DECODE.last_time]
+        gain = TRACKING * x[i, DECODE.slo]
         memory[i, 1] += interval
         memory[i, 2] += interval
         if interval > 0.0:
             memory[i, 3] += gain * QUANTILE if interval > memory[i, 3] else -gain * (1.0 - QUANTILE)
         if memory[i, 2] >= STEP_S:
             memory[i, 2] = 0.0
-            if memory[i, 3] > target * x[i, slo]:
+            if memory[i, 3] > target * x[i, DECODE.slo]:
                 memory[i, 0] += STEP_MHZ
-            elif memory[i, 3] < down * target * x[i, slo]:
+            elif memory[i, 3] < down * target * x[i, DECODE.slo]:
                 memory[i, 0] -= STEP_MHZ
 
 
 @compiled
-def to_class(work: Any, largest: float) -> None:
-    """Round the tokens of work (n, 4) up to a power of two, at most ``largest``, and its attention
-    work with them, in place.
+def to_class(work: Floats, largest: float) -> None:
+    """Round the tokens of work (n, 4) up to a power of two, at most ``largest``, in place.
+
+    Its attention work grows with them.
     """
     for i in range(work.shape[0]):
         tokens = max(work[i, 0], 1.0)
@@ -55,24 +67,23 @@ def to_class(work: Any, largest: float) -> None:
 
 @compiled
 def cheapest_in_time(
-    latency: Any,
-    energy: Any,
-    x: Any,
-    tokens: int,
-    queue: int,
-    slo: int,
-    share: float,
-    clocks_mhz: Any,
-    freq: Any,
+    latency: Floats,
+    energy: Floats,
+    x: Floats,
+    target: float,
+    clocks_mhz: Floats,
+    freq: Floats,
 ) -> None:
-    """Per row, the level of least energy at which the queue, as batches like the next, is done
-    within ``share`` of the SLO.
+    """Per row, the level of least energy at which the queue is done in time.
+
+    The queue counts as batches like the next; in time is within a fraction ``target`` of the SLO.
     """
     for i in range(freq.size):
-        batches = max(x[i, queue] / max(x[i, tokens], 1.0), 1.0)
+        batches = max(x[i, PREFILL.queue_tokens] / max(x[i, PREFILL.batch_tokens], 1.0), 1.0)
         best = clocks_mhz.size - 1
         for k in range(clocks_mhz.size - 2, -1, -1):
-            if latency[i, k] * batches <= share * x[i, slo] and energy[i, k] <= energy[i, best]:
+            in_time = latency[i, k] * batches <= target * x[i, PREFILL.slo]
+            if in_time and energy[i, k] <= energy[i, best]:
                 best = k
         freq[i] = clocks_mhz[best]
 
@@ -90,34 +101,25 @@ class GreenPrefill(Controller):
     phases: ClassVar[tuple[str, ...]] = ("prefill",)
     TUNABLE: ClassVar[Mapping[str, tuple[Any, ...]]] = MARGINS
 
-    def __init__(self, context: PolicyContext, margin: Share = 0.0) -> None:
+    def __init__(self, context: PolicyContext, *, margin: Fraction = 0.0) -> None:
         """Prepare the classes.
 
         Args:
             context: what it may know.
-            margin: share of the SLO kept free.
+            margin: fraction of the SLO kept free.
         """
         super().__init__(context)
         self.margin = float(margin)
-        self._belief, self._work = Belief(context), NextWork(context)
-        self._columns = tuple(
-            context.spec.index(name) for name in ("batch_tokens", "queue_tokens", "slo")
-        )
+        self._scan = LevelScan(context)
 
     def decide(
         self, x: Floats, memory: Floats | None, deterministic: bool
     ) -> tuple[Floats, Floats | None]:
         """Least-energy level of the class that clears the queue in time."""
-        work, freq = self._work(x), np.empty(len(x))
+        work, freq = next_work(x, "prefill"), np.empty(len(x))
         to_class(work, float(self.context.token_budget))
-        cheapest_in_time(
-            *self._belief.levels(work),
-            x,
-            *self._columns,
-            1.0 - self.margin,
-            self._belief.clocks_mhz,
-            freq,
-        )
+        table, clocks = self._scan(work), self._scan.clocks_mhz
+        cheapest_in_time(table.latency_s, table.energy_j, x, 1.0 - self.margin, clocks, freq)
         return freq, None
 
 
@@ -140,29 +142,29 @@ class GreenDecode(Controller):
     # clock, seconds since band, seconds since step, P95 estimate (s), band low, band high (MHz)
     memory_size = 6
 
-    def __init__(self, context: PolicyContext, margin: Share = 0.0, down: Share = 0.8) -> None:
+    def __init__(
+        self, context: PolicyContext, *, margin: Fraction = 0.0, down: Fraction = 0.8
+    ) -> None:
         """Prepare the loops.
 
         Args:
             context: what it may know.
-            margin: share of the SLO kept free.
-            down: share of the target below which the clock is lowered (assumed).
+            margin: fraction of the SLO kept free.
+            down: fraction of the target below which the clock is lowered (assumed).
         """
         super().__init__(context)
         self.margin, self.down = float(margin), float(down)
-        self._belief, self._work = Belief(context), NextWork(context)
-        index = context.spec.index
-        self._slo, self._last = index("slo"), index("last_time")
+        self._scan = LevelScan(context)
 
     def first_memory(self) -> Floats:
         """At the highest clock, with a band due."""
         top = self.context.clocks.freq_max_mhz
         return np.array([top, np.inf, 0.0, 0.0, self.context.clocks.freq_min_mhz, top])
 
-    def _new_bands(self, x: Floats, memory: Floats, due: Any) -> None:
-        levels = self._belief.clocks_mhz
-        limit = x[due, self._slo, None] * (1.0 - self.margin)
-        meets = self._belief.levels(self._work(x[due]))[0] <= limit
+    def _new_bands(self, x: Floats, memory: Floats, due: Bools) -> None:
+        levels = self._scan.clocks_mhz
+        limit = x[due, DECODE.slo, None] * (1.0 - self.margin)
+        meets = self._scan(next_work(x[due], "decode")).latency_s <= limit
         meets[:, -1] = True
         centre = meets.argmax(axis=1)
         memory[due, 4] = levels[np.maximum(centre - 1, 0)]
@@ -175,7 +177,7 @@ class GreenDecode(Controller):
         """One step of both loops."""
         assert memory is not None
         memory = memory.copy()
-        track(x, self._slo, self._last, 1.0 - self.margin, self.down, memory)
+        track(x, 1.0 - self.margin, self.down, memory)
         due = memory[:, 1] >= BAND_S
         if due.any():
             self._new_bands(x, memory, due)

@@ -1,4 +1,13 @@
-"""throttLL'eM: the lowest clock at which the projected future of the instance meets the SLO."""
+"""throttLL'eM: the lowest clock at which the projected future of the instance meets the SLO.
+
+Law (HPCA 2025)::
+
+    decode    f = min { f : T(heaviest iteration within `steps`, f) <= SLO (1 - margin) },
+              f_max where the projection overflows the KV cache
+    prefill   f = min { f : every projected batch completes by its deadline at f }
+
+:mod:`biscale_env.laws.throttllem_law` holds it.
+"""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -13,13 +22,14 @@ from biscale_env.laws.throttllem_law import (
     project_decode,
     throttllem_level,
 )
-from controllers.base import MARGINS, Controller, Count, Floats, PolicyContext, Share
+from controllers.base import MARGINS, Bools, Controller, Count, Floats, Fraction, PolicyContext
+from controllers.columns import DECODE
 from controllers.prefill.mpc_greedy import QueueTables
-from controllers.surrogates.scan import Belief, search_grid
+from controllers.surrogates.scan import LevelScan, search_grid
 
 
 @compiled
-def queue_clocks(latency: Any, deadline: Any, clocks_mhz: Any, freq: Any) -> None:
+def queue_clocks(latency: Floats, deadline: Floats, clocks_mhz: Floats, freq: Floats) -> None:
     """The law of :func:`biscale_env.laws.throttllem_law.lowest_level_for_queue` for every row."""
     for i in range(freq.size):
         freq[i] = clocks_mhz[lowest_level_for_queue(latency[i], deadline[i])]
@@ -27,7 +37,7 @@ def queue_clocks(latency: Any, deadline: Any, clocks_mhz: Any, freq: Any) -> Non
 
 @compiled
 def project_batches_ahead(
-    x: Any, columns: Any, steps: float, capacity: float, max_seqs: float, work: Any, over: Any
+    x: Floats, steps: float, capacity: float, max_seqs: float, work: Floats, over: Bools
 ) -> None:
     """The law of :func:`biscale_env.laws.throttllem_law.project_decode` for every row.
 
@@ -35,13 +45,13 @@ def project_batches_ahead(
     (n,) tells where the KV cache would overflow.
     """
     for i in range(x.shape[0]):
-        batch, cached, waiting, waiting_tokens, incoming, recompute = columns
-        running, redo = x[i, batch], x[i, recompute]
-        tokens_each = x[i, cached] / max(running, 1.0)
+        running, redo = x[i, DECODE.batch], x[i, DECODE.recompute_tokens]
+        cached, incoming = x[i, DECODE.cached_tokens], x[i, DECODE.incoming_requests]
+        tokens_each = cached / max(running, 1.0)
         now = DecodeOutlook(
             running,
-            x[i, waiting] + x[i, incoming],
-            x[i, cached] + x[i, waiting_tokens] + x[i, incoming] * tokens_each,
+            x[i, DECODE.waiting_requests] + incoming,
+            cached + x[i, DECODE.waiting_tokens] + incoming * tokens_each,
             redo,
             0.5 * redo * redo,
         )
@@ -54,7 +64,9 @@ def project_batches_ahead(
 
 
 @compiled
-def throttllem_clocks(latency: Any, limit: Any, over: Any, clocks_mhz: Any, freq: Any) -> None:
+def throttllem_clocks(
+    latency: Floats, limit: Floats, over: Bools, clocks_mhz: Floats, freq: Floats
+) -> None:
     """The law of :func:`biscale_env.laws.throttllem_law.throttllem_level` for every row.
 
     ``latency`` is (n, clocks), ``limit``, ``over`` and ``freq`` (the result, MHz) are (n,), the
@@ -83,32 +95,21 @@ class ThrottllEm(Controller):
 
     TUNABLE: ClassVar[Mapping[str, tuple[Any, ...]]] = MARGINS
 
-    def __init__(self, context: PolicyContext, margin: Share = 0.0, steps: Count = 32.0) -> None:
+    def __init__(
+        self, context: PolicyContext, *, margin: Fraction = 0.0, steps: Count = 32.0
+    ) -> None:
         """Prepare the projection.
 
         Args:
             context: what it may know.
-            margin: share of the SLO kept free.
+            margin: fraction of the SLO kept free.
             steps: decode iterations projected.
         """
         super().__init__(context)
         self.margin, self.steps = float(margin), float(steps)
         self._grid = search_grid(context)
-        index = context.spec.index
-        self._slo = index("slo")
-        if context.phase == "prefill":
-            self._tables = QueueTables(context, self.margin, clocks_mhz=self._grid)
-        else:
-            self._belief = Belief(context, self._grid)
-            names = (
-                "batch",
-                "cached_tokens",
-                "waiting_requests",
-                "waiting_tokens",
-                "incoming_requests",
-                "recompute_tokens",
-            )
-            self._columns = tuple(index(name) for name in names)
+        self._scan = LevelScan(context, self._grid)
+        self._tables = QueueTables(self._scan, self.margin)
 
     def decide(
         self, x: Floats, memory: Floats | None, deterministic: bool
@@ -116,12 +117,12 @@ class ThrottllEm(Controller):
         """Lowest clock that the projection allows."""
         freq = np.empty(len(x))
         if self.context.phase == "prefill":
-            latency, _, deadline = self._tables(x)
-            queue_clocks(latency, deadline, self._grid, freq)
+            queue = self._tables(x)
+            queue_clocks(queue.latency_s, queue.deadline_s, self._grid, freq)
             return freq, None
         work, over = np.empty((len(x), 4)), np.empty(len(x), dtype=np.bool_)
         capacity, seqs = float(self.context.kv_capacity_tokens), float(self.context.max_seqs)
-        project_batches_ahead(x, self._columns, self.steps, capacity, seqs, work, over)
-        limit = interval_limit_s(x[:, self._slo], self.margin)
-        throttllem_clocks(self._belief.levels(work)[0], limit, over, self._grid, freq)
+        project_batches_ahead(x, self.steps, capacity, seqs, work, over)
+        limit = interval_limit_s(x[:, DECODE.slo], self.margin)
+        throttllem_clocks(self._scan(work).latency_s, limit, over, self._grid, freq)
         return freq, None

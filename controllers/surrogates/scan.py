@@ -1,18 +1,37 @@
-"""What a controller believes about the next iteration at each of a few clocks.
+"""Latency and energy of the next work at each of a few clocks, by a controller's nominal model.
 
-One compiled pass, or any model's own methods.
+For every clock f, with ``f_eff = min(f, clock at which the power cap is reached)``::
+
+    latency = T(work, f_eff)        energy = n_gpus E(work, f_eff)
+
+(`biscale_env.models.physics`), in one compiled pass, or by any other model's own methods.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from biscale_env.core.jit import compiled
 from biscale_env.models import COEFFICIENT_DTYPE, IterationModel
 from biscale_env.models.physics import effective_freq_ghz, iteration_energy_j, latency_s
 from controllers.base import Floats, PolicyContext
+from controllers.columns import DECODE, PREFILL
+from controllers.records import Records
 
 CLOCK_STRIDE = 4  # assumed: every fourth clock of the grid, 60 MHz
+
+
+class LevelTable(NamedTuple):
+    """Predictions for n pieces of work at some clocks, each (n, clocks).
+
+    Attributes:
+        latency_s: duration, s.
+        energy_j: energy of the instance, J.
+    """
+
+    latency_s: Floats
+    energy_j: Floats
 
 
 def search_grid(context: PolicyContext) -> Floats:
@@ -23,12 +42,16 @@ def search_grid(context: PolicyContext) -> Floats:
 
 @compiled
 def scan(
-    coef: Any, work: Any, clocks_ghz: Any, freq_min_ghz: float, latency: Any, energy: Any
+    coef: Records,
+    work: Floats,
+    clocks_ghz: Floats,
+    freq_min_ghz: float,
+    latency: Floats,
+    energy: Floats,
 ) -> None:
-    """Latency (s) and instance energy (J) of each row of work (n, 4) at each clock, under the power
-    cap.
+    """Latency (s) and instance energy (J) of work (n, 4) at each clock, under the power cap.
 
-    Both outputs are (n, levels). No work takes no time.
+    Both outputs are (n, clocks). No work takes no time.
     """
     c = coef[0]
     for i in range(work.shape[0]):
@@ -49,12 +72,10 @@ def scan(
             energy[i, k] = e * c.n_gpus
 
 
-class Belief:
-    """Latency and energy of given work at a fixed set of clocks, as the controller's model has
-    them.
-    """
+class LevelScan:
+    """Latency and energy of given work at a fixed set of clocks, by the nominal model."""
 
-    def __init__(self, context: PolicyContext, clocks_mhz: Any = None) -> None:
+    def __init__(self, context: PolicyContext, clocks_mhz: ArrayLike | None = None) -> None:
         """Prepare the scan.
 
         Args:
@@ -67,78 +88,59 @@ class Belief:
         )
         self._compiled = isinstance(context.model, IterationModel)
         if self._compiled:
-            self._coef = np.array(
-                [tuple(context.model.member(context.member))], dtype=COEFFICIENT_DTYPE
-            )
+            member = context.model.member(context.member)
+            self._coef = np.array([tuple(member)], dtype=COEFFICIENT_DTYPE)
             self._clocks_ghz = self.clocks_mhz * 1e-3
             self._freq_min_ghz = context.clocks.freq_min_mhz * 1e-3
 
-    def levels(self, work: Floats) -> tuple[Floats, Floats]:
-        """Latency (s) and energy (J) of each piece of work at each clock.
-
-        Args:
-            work: (n, 4): tokens, attn_work, cached, n_seq.
-
-        Returns:
-            Two arrays (n, clocks).
-        """
+    def __call__(self, work: Floats) -> LevelTable:
+        """Predictions for work (n, 4): tokens, attention token-pairs, cached, n_seq."""
         if self._compiled:
             latency = np.empty((len(work), self.clocks_mhz.size))
             energy = np.empty((len(work), self.clocks_mhz.size))
             scan(self._coef, work, self._clocks_ghz, self._freq_min_ghz, latency, energy)
-            return latency, energy
+            return LevelTable(latency, energy)
         columns = [work[:, k, None] for k in range(4)]
         model, member = self.context.model, self.context.member
         some = columns[0] > 0.0
         latency = model.latency_s(*columns, self.clocks_mhz, member)
-        return np.where(some, latency, 0.0), np.where(
-            some, model.energy_j(*columns, self.clocks_mhz, member), 0.0
-        )
+        energy = model.energy_j(*columns, self.clocks_mhz, member)
+        return LevelTable(np.where(some, latency, 0.0), np.where(some, energy, 0.0))
 
 
 @compiled
-def prefill_work(x: Any, tokens: int, attn_work: int, requests: int, work: Any) -> None:
-    """Work (n, 4) of the next prefill batch from the physical observation.
-
-    The integers are columns of x.
-    """
+def prefill_work(x: Floats, work: Floats) -> None:
+    """Work (n, 4) of the next prefill batch from the physical observation (n, dim)."""
     for i in range(x.shape[0]):
-        work[i, 0] = x[i, tokens]
-        work[i, 1] = x[i, attn_work]
+        work[i, 0] = x[i, PREFILL.batch_tokens]
+        work[i, 1] = x[i, PREFILL.batch_attn]
         work[i, 2] = 0.0
-        work[i, 3] = x[i, requests]
+        work[i, 3] = x[i, PREFILL.batch_requests]
 
 
 @compiled
-def decode_work(x: Any, batch: int, recompute: int, cached: int, work: Any) -> None:
-    """Work (n, 4) of the next decode iteration from the physical observation.
-
-    The integers are columns of x.
-    """
+def decode_work(x: Floats, work: Floats) -> None:
+    """Work (n, 4) of the next decode iteration from the physical observation (n, dim)."""
     for i in range(x.shape[0]):
-        work[i, 0] = x[i, batch] + x[i, recompute]
-        work[i, 1] = 0.5 * x[i, recompute] * x[i, recompute]
-        work[i, 2] = x[i, cached]
-        work[i, 3] = x[i, batch]
+        redo = x[i, DECODE.recompute_tokens]
+        work[i, 0] = x[i, DECODE.batch] + redo
+        work[i, 1] = 0.5 * redo * redo
+        work[i, 2] = x[i, DECODE.cached_tokens]
+        work[i, 3] = x[i, DECODE.batch]
 
 
-class NextWork:
-    """Reads the work of the next iteration out of the physical observation."""
+def next_work(x: Floats, phase: str) -> Floats:
+    """Work of the next iteration of physical observations (n, dim).
 
-    def __init__(self, context: PolicyContext) -> None:
-        """Find the columns."""
-        decode = context.phase == "decode"
-        prefill_names = ("batch_tokens", "batch_attn", "batch_requests")
-        names = ("batch", "recompute_tokens", "cached_tokens") if decode else prefill_names
-        self._columns = [context.spec.index(name) for name in names]
-        self._read = decode_work if decode else prefill_work
+    The attention work of recomputed requests is known only in sum; it is taken as that of one
+    prompt, an upper bound.
 
-    def __call__(self, x: Floats) -> Floats:
-        """Work (n, 4) of the next iteration: tokens, attn_work, cached, n_seq.
-
-        The attention work of recomputed requests is known only in sum; it is taken as that of one
-        prompt, an upper bound.
-        """
-        work = np.empty((len(x), 4))
-        self._read(x, *self._columns, work)
-        return work
+    Returns:
+        (n, 4): tokens, attention token-pairs, cached tokens, requests.
+    """
+    work = np.empty((len(x), 4))
+    if phase == "decode":
+        decode_work(x, work)
+    else:
+        prefill_work(x, work)
+    return work

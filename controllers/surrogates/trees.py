@@ -1,40 +1,43 @@
-"""Gradient-boosted trees evaluated in compiled code.
-
-Scikit-learn's own predict takes a millisecond for seven rows.
-"""
-
-from typing import Any
+"""Gradient-boosted trees in compiled code: scikit-learn's predict takes 1 ms for seven rows."""
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.ensemble import HistGradientBoostingRegressor
 
 from biscale_env.core.jit import compiled
 from controllers.base import Floats
+from controllers.records import Records, record_dtype
+
+Ints = NDArray[np.int64]
+
+
+class TreeNode:
+    """One node: where to go by one feature, or a leaf (feature -1) with its value."""
+
+    feature: int
+    threshold: float
+    left: int
+    right: int
+    value: float
+
+
+NODE_DTYPE = record_dtype(TreeNode)
 
 
 @compiled
-def sum_trees(
-    x: Any,
-    roots: Any,
-    feature: Any,
-    threshold: Any,
-    left: Any,
-    right: Any,
-    value: Any,
-    base: float,
-    out: Any,
-) -> None:
-    """Sum of the leaves that each row of x (n, features) falls into.
+def sum_trees(x: Floats, roots: Ints, nodes: Records, base: float, out: Floats) -> None:
+    """Sum of the leaves that each row of x (n, features) falls into, plus ``base``.
 
-    Trees lie end to end, a leaf has feature -1.
+    Trees lie end to end in ``nodes``; ``roots`` are their first nodes, ``out`` is (n,).
     """
     for i in range(x.shape[0]):
         total = base
         for r in range(roots.size):
-            node = roots[r]
-            while feature[node] >= 0:
-                node = left[node] if x[i, feature[node]] <= threshold[node] else right[node]
-            total += value[node]
+            k = roots[r]
+            while nodes[k].feature >= 0:
+                go_left = x[i, nodes[k].feature] <= nodes[k].threshold
+                k = nodes[k].left if go_left else nodes[k].right
+            total += nodes[k].value
         out[i] = total
 
 
@@ -50,20 +53,17 @@ class CompiledTrees:
         sizes = np.array([len(t) for t in trees])
         self._roots = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
         offset = np.repeat(self._roots, sizes)
-        nodes = np.concatenate(trees)
-        leaf = nodes["is_leaf"].astype(bool)
-        self._feature = np.where(leaf, -1, nodes["feature_idx"]).astype(np.int64)
-        self._threshold = nodes["num_threshold"].astype(np.float64)
-        self._left = (nodes["left"] + offset).astype(np.int64)
-        self._right = (nodes["right"] + offset).astype(np.int64)
-        self._value = nodes["value"].astype(np.float64)
+        found = np.concatenate(trees)
+        self._nodes = np.zeros(len(found), dtype=NODE_DTYPE)
+        leaf = found["is_leaf"].astype(bool)
+        self._nodes["feature"] = np.where(leaf, -1, found["feature_idx"].astype(np.int64))
+        self._nodes["threshold"] = found["num_threshold"]
+        self._nodes["left"], self._nodes["right"] = found["left"] + offset, found["right"] + offset
+        self._nodes["value"] = found["value"]
         self._base = float(np.ravel(fitted._baseline_prediction)[0])
 
     def predict(self, x: Floats) -> Floats:
         """Predictions (n,) for features (n, f)."""
         out = np.empty(len(x))
-        sum_trees(
-            np.ascontiguousarray(x), self._roots, self._feature, self._threshold, self._left, self._right, self._value, self._base,
-            out,
-        )  # fmt: skip
+        sum_trees(np.ascontiguousarray(x), self._roots, self._nodes, self._base, out)
         return out

@@ -12,7 +12,7 @@ from controllers import make_policy
 from controllers.prefill.mpc_greedy import QueueTables, greedy_all
 from controllers.rivals.agft import ARM, ARMS, BUSY, CONTEXT, SIZE, D
 from controllers.rivals.dynamollm import TAIL
-from controllers.surrogates.scan import search_grid
+from controllers.surrogates.scan import LevelScan, search_grid
 
 LEVELS = np.array(plant("prefill").clocks.levels_mhz)
 PREFILL, DECODE = plant("prefill").model, plant("decode").model
@@ -74,7 +74,7 @@ def test_greedy_stays_at_the_top_when_a_deadline_is_lost_and_gives_up_when_told(
 
 
 def test_queue_tables_leave_empty_batches_out():
-    latency, energy, deadline = QueueTables(context("prefill"), 0.1)(
+    latency, energy, deadline = QueueTables(LevelScan(context("prefill")), 0.1)(
         queue([(500, 0.6)])[None] * plant("prefill").spec.scale
     )
     np.testing.assert_allclose(

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controllers import make_policy
+from controllers.columns import DECODE
 from controllers.decode.slack import look_ahead, mean_power_under_load, resist_lowering
-from controllers.surrogates.scan import Belief, NextWork, search_grid
+from controllers.surrogates.scan import LevelScan, next_work, search_grid
 
 LEVELS = np.array(plant("decode").clocks.levels_mhz)
 MODEL = plant("decode").model
@@ -18,6 +19,14 @@ MODEL = plant("decode").model
 
 def busy(batch=64, cached=70000.0, **values):
     return encode("decode", batch=batch, cached_tokens=cached, kv_use=0.2, **values)
+
+
+def seen(**values):
+    """A physical observation (1, dim), zero but for the given columns."""
+    x = np.zeros((1, plant("decode").spec.dim))
+    for name, value in values.items():
+        x[0, getattr(DECODE, name)] = value
+    return x
 
 
 def latencies(batch=64, cached=70000.0):
@@ -85,13 +94,16 @@ def test_looking_ahead_grows_the_context_until_the_clock_can_act():
     table, clocks = np.array([[0.040, 0.030, 0.020]]), np.array([800.0, 1200.0, 1600.0])
     for delay, wait, steps in ((0.05, 0.0, 3), (0.04, 0.0, 2), (0.0, 0.0, 0), (0.01, 0.061, 4)):
         work = np.array([[10.0, 0.0, 5000.0, 10.0]])
-        look_ahead(table, clocks, np.array([[1590.0, wait, delay, 2.0]]), 0, 1, 2, 3, work)
+        x = seen(
+            freq_pending=1590.0, time_to_apply=wait, actuation_delay=delay, incoming_requests=2.0
+        )
+        look_ahead(table, clocks, x, work)
         np.testing.assert_allclose(work[0], [12.0, 0.0, 5000.0 + steps * 10.0, 12.0])
 
 
 def test_only_clocks_below_the_newest_are_resisted():
     table = np.array([[0.040, 0.030, 0.020]])
-    resist_lowering(table, np.array([800.0, 1200.0, 1600.0]), np.array([[1210.0]]), 0, 0.1)
+    resist_lowering(table, np.array([800.0, 1200.0, 1600.0]), seen(freq_pending=1210.0), 0.1)
     np.testing.assert_allclose(table[0], [0.040 / 0.9, 0.030, 0.020])
 
 
@@ -117,13 +129,14 @@ def test_power_under_load_solves_littles_law():
     tables = [
         np.array([v]) for v in (a + b * batch, c + d * batch, a + 2 * b * batch, c + 2 * d * batch)
     ]
-    power, clocks, x = np.empty((1, 2)), np.array([800.0, 1200.0]), np.array([[1190.0, 0.1]])
-    mean_power_under_load(*tables, x, 0, 1, 0.9, clocks, power)
+    power, clocks = np.empty((1, 2)), np.array([800.0, 1200.0])
+    x = seen(freq_pending=1190.0, kv_use=0.1)
+    mean_power_under_load(*tables, x, 0.9, clocks, power)
     rate = batch / (a[old] + b[old] * batch)
     settled = rate * a / (1 - rate * b)
     np.testing.assert_allclose(power[0], (c + d * settled) / (a + b * settled), rtol=1e-12)
     limit = 0.1 * settled[0] / batch * 0.999
-    mean_power_under_load(*tables, x, 0, 1, limit, clocks, power)
+    mean_power_under_load(*tables, x, limit, clocks, power)
     assert power[0, 0] == np.inf
     assert np.isfinite(power[0, 1])
 
@@ -157,9 +170,9 @@ def test_any_model_gives_the_compiled_tables(phase):
 
     c = context(phase)
     x = recorded(phase, 50) * c.spec.scale
-    work = np.vstack([NextWork(c)(x), np.zeros((1, 4))])
+    work = np.vstack([next_work(x, phase), np.zeros((1, 4))])
     for ours, theirs in zip(
-        Belief(c).levels(work), Belief(replace(c, model=Same())).levels(work), strict=True
+        LevelScan(c)(work), LevelScan(replace(c, model=Same()))(work), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9)
         assert np.all(ours[-1] == 0.0)
