@@ -1,24 +1,23 @@
-"""Batches of raw columns out of CSV, JSON lines and Parquet files, with little memory, through
-pyarrow.
-"""
+"""Batches of raw columns out of CSV, JSON lines and Parquet files, with little memory."""
 
 import bz2
+import contextlib
 import csv
 import gzip
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.traces.checks import Where
@@ -50,6 +49,28 @@ class RawColumns:
     output: NDArray[np.float64]
     where: Where
     layout: Layout
+
+    @classmethod
+    def of(
+        cls,
+        path: Path,
+        time_s: ArrayLike,
+        prompt: ArrayLike,
+        output: ArrayLike,
+        first_row: int = 1,
+    ) -> Self:
+        """Rows of a format of one's own.
+
+        Args:
+            path: the file, for messages.
+            time_s: arrival times, shape (n,), s; from 1e8 on they are Unix times.
+            prompt: prompt lengths, shape (n,), tokens.
+            output: output lengths, shape (n,), tokens.
+            first_row: number of the first of these rows in the file, counted from 1.
+        """
+        time, prompts, outputs = (np.asarray(c, dtype=np.float64) for c in (time_s, prompt, output))
+        where = _RowNumber(path, first_row)
+        return cls(time, prompts, outputs, where, Layout("time", "prompt", "output"))
 
 
 def _open(path: Path) -> IO[str]:
@@ -103,18 +124,21 @@ def csv_batches(path: Path, **columns: Any) -> Iterator[RawColumns]:
     if "-" in sample[1:] and ":" in sample:
         types[layout.time] = pa.timestamp("ns", "UTC" if ZONE.search(sample) else None)
     try:
-        stream = pa.csv.open_csv(
-            path,
+        options = (
             pa.csv.ReadOptions(
                 use_threads=False, block_size=BLOCK_BYTES, column_names=header, skip_rows=1
             ),
             pa.csv.ParseOptions(ignore_empty_lines=False),
             pa.csv.ConvertOptions(include_columns=list(layout.columns), column_types=types),
         )
-        line = 2
-        for record in stream:
-            yield _batch(record, layout, _LineName(path, line))
-            line += record.num_rows
+        with (
+            pa.input_stream(str(path), compression="detect") as file,
+            pa.csv.open_csv(file, *options) as stream,
+        ):
+            line = 2
+            for record in stream:
+                yield _batch(record, layout, _LineName(path, line))
+                line += record.num_rows
     except pa.ArrowInvalid as error:
         raise BiscaleError(_csv_fault(path, header, str(error))) from None
 
@@ -156,7 +180,7 @@ def jsonl_batches(path: Path, **columns: Any) -> Iterator[RawColumns]:
     Raises:
         BiscaleError: empty file, missing keys, or a malformed row with its line.
     """
-    first = next(_json_rows(path), (0, {}))[1]
+    first = _json_row(path, 0)[1]
     layout = find_layout(path, list(first), **columns)
     schema = pa.schema([(name, pa.float64()) for name in layout.columns])
     options = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
@@ -169,15 +193,21 @@ def jsonl_batches(path: Path, **columns: Any) -> Iterator[RawColumns]:
                 yield _batch(record, layout, _JsonLineName(path, done))
                 done += record.num_rows
     except pa.ArrowInvalid as error:
-        for line, row in _json_rows(path):
+        _refuse_first_fault(path, layout)
+        raise BiscaleError(
+            f"{path} is not a readable JSON-lines file: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def _refuse_first_fault(path: Path, layout: Layout) -> None:
+    """Name the first row whose columns are not numbers, if there is one."""
+    with contextlib.closing(_json_rows(path)) as rows:
+        for line, row in rows:
             for name in layout.columns:
                 if not isinstance(row.get(name), int | float) or isinstance(row.get(name), bool):
                     raise BiscaleError(
                         f"{path}, line {line}: {name} is missing or not a number"
                     ) from None
-        raise BiscaleError(
-            f"{path} is not a readable JSON-lines file: {str(error).splitlines()[0]}"
-        ) from None
 
 
 def count_lines(path: Path) -> int:
@@ -186,7 +216,7 @@ def count_lines(path: Path) -> int:
         return sum(1 for _ in file)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(path: Path) -> Generator[tuple[int, dict[str, Any]], None, None]:
     with _open(path) as file:
         for line, text in enumerate(file, start=1):
             if not text.strip():
@@ -200,18 +230,21 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield line, row
 
 
+def _json_row(path: Path, k: int) -> tuple[int, dict[str, Any]]:
+    """Line and content of JSON row ``k``, counted from 0; (0, {}) behind the last."""
+    with contextlib.closing(_json_rows(path)) as rows:
+        return next(itertools.islice(rows, k, None), (0, {}))
+
+
 @dataclass(frozen=True)
 class _JsonLineName:
-    """Blank lines are allowed between JSON rows, so the line of a row is counted again when an
-    error needs it.
-    """
+    """Name of a row; blank lines are allowed, so its line is counted when an error needs it."""
 
     path: Path
     done: int
 
     def __call__(self, i: int) -> str:
-        row = next(itertools.islice(_json_rows(self.path), self.done + i, None), (0, {}))
-        return f"{self.path}, line {row[0]}"
+        return f"{self.path}, line {_json_row(self.path, self.done + i)[0]}"
 
 
 def parquet_batches(path: Path, **columns: Any) -> Iterator[RawColumns]:

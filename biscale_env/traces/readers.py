@@ -1,9 +1,8 @@
-"""Reading request traces: Azure CSV (2023, 2024), Mooncake JSON lines, any CSV or Parquet file with
-named columns.
-"""
+"""Reading request traces: Azure, Mooncake, any file with named columns, and installed formats."""
 
+import contextlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,23 +12,12 @@ from numpy.typing import NDArray
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.traces.checks import check_lengths, check_times
-from biscale_env.traces.layouts import NS_PER_UNIT, FileFormat, file_format
-from biscale_env.traces.raw_columns import (
-    RawColumns,
-    count_lines,
-    csv_batches,
-    jsonl_batches,
-    parquet_batches,
-    parquet_duration_s,
-)
+from biscale_env.traces.formats import RowBatches, TraceFormat, format_of, read_batches
+from biscale_env.traces.layouts import NS_PER_UNIT
+from biscale_env.traces.raw_columns import count_lines, parquet_duration_s
 from biscale_env.traces.trace import Trace
 
 UNIX_TIME_S = 1e8
-READERS: dict[FileFormat, Callable[..., Iterator[RawColumns]]] = {
-    "csv": csv_batches,
-    "jsonl": jsonl_batches,
-    "parquet": parquet_batches,
-}
 
 
 @dataclass(frozen=True)
@@ -48,15 +36,11 @@ class _Rows:
         )
 
 
-def _batches(path: Path, columns: dict[str, Any]) -> Iterator[RawColumns]:
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Whatever a file that cannot be read raises becomes one sentence."""
     try:
-        if not path.is_file():
-            raise BiscaleError(f"there is no trace file {path}")
-        with path.open("rb") as file:
-            head = file.read(64)
-        if not head.strip():
-            raise BiscaleError(f"{path} is empty; a trace needs a header and at least one request")
-        yield from READERS[file_format(path, head)](path, **columns)
+        yield
     except (EOFError, zlib.error):
         raise BiscaleError(f"{path} is a damaged archive") from None
     except UnicodeDecodeError:
@@ -65,14 +49,27 @@ def _batches(path: Path, columns: dict[str, Any]) -> Iterator[RawColumns]:
         raise BiscaleError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _rows(path: Path, columns: dict[str, Any], is_sorted: bool = True) -> Iterator[_Rows]:
-    """Checked batches; dates and Unix times are counted from the first request, other numbers are
-    kept.
+def _format(path: Path) -> TraceFormat:
+    with _readable(path):
+        return format_of(path)
+
+
+def _batches(form: TraceFormat, path: Path, columns: dict[str, Any]) -> RowBatches:
+    with _readable(path), contextlib.closing(read_batches(form, path, columns)) as batches:
+        yield from batches
+
+
+def _rows(
+    form: TraceFormat, path: Path, columns: dict[str, Any], is_sorted: bool = True
+) -> Generator[_Rows, None, None]:
+    """Checked batches.
+
+    Dates and Unix times are counted from the first request, other numbers are kept.
     """
     origin: Any = None
     is_relative = False
     last_s = -np.inf
-    for batch in _batches(path, columns):
+    for batch in _batches(form, path, columns):
         if not batch.time.size:
             continue
         layout = batch.layout
@@ -123,11 +120,11 @@ def _trace(
     )
 
 
-def _first_line(path: Path, form: FileFormat, n_rows: int) -> int:
+def _first_line(path: Path, form: TraceFormat, n_rows: int) -> int:
     """Line of the first request where every line behind it holds one request, else 0."""
-    if form == "jsonl":
+    if form.name == "jsonl":
         return 1 if count_lines(path) == n_rows else 0
-    return 2 if form == "csv" else 0
+    return 2 if form.name == "csv" else 0
 
 
 def read_trace(
@@ -135,9 +132,9 @@ def read_trace(
 ) -> Trace:
     """Read a trace file; its format follows from the suffix (else the first bytes) and the header.
 
-    Dates and Unix times are counted from the first request, other times are kept. An output of 0
-    tokens is read as 1, since prefill itself makes the first token; how many there were stands in
-    ``source``.
+    Formats of installed packages go first, see :mod:`biscale_env.traces.formats`. Dates and Unix
+    times are counted from the first request, other times are kept. An output of 0 tokens is read as
+    1, since prefill itself makes the first token; how many there were stands in ``source``.
 
     Args:
         path: CSV, JSON-lines (either may be ``.gz`` or ``.bz2``) or Parquet file.
@@ -150,10 +147,10 @@ def read_trace(
         BiscaleError: one sentence that names the file, the line and the field.
     """
     path = Path(path)
-    rows = list(_rows(path, columns, is_sorted=not sort))
+    form = _format(path)
+    rows = list(_rows(form, path, columns, is_sorted=not sort))
     if not rows:
         raise BiscaleError(f"{path} holds a header but no request")
-    form = file_format(path, path.open("rb").read(4))
     trace = _trace(
         rows,
         path,
@@ -161,7 +158,7 @@ def read_trace(
         0 if sort else _first_line(path, form, sum(len(r.arrival_s) for r in rows)),
         sort,
     )
-    duration_s = parquet_duration_s(path) if form == "parquet" else 0.0
+    duration_s = parquet_duration_s(path) if form.name == "parquet" else 0.0
     return replace(trace, duration_s=max(duration_s, trace.duration_s))
 
 
@@ -189,15 +186,15 @@ def iter_trace(
     name = name or path.name.split(".")[0]
     held: list[_Rows] = []
     k = 0
-    for rows in _rows(path, columns):
-        held.append(rows)
-        while held[-1].arrival_s.size and held[-1].arrival_s[-1] >= (k + 1) * window_s:
-            cut = int(np.searchsorted(held[-1].arrival_s, (k + 1) * window_s))
-            yield _window(
-                [*held[:-1], held[-1].part(slice(0, cut))], name, path, k, window_s, window_s
-            )
-            held = [held[-1].part(slice(cut, None))]
-            k += 1
+    with contextlib.closing(_rows(_format(path), path, columns)) as batches:
+        for rows in batches:
+            held.append(rows)
+            while held[-1].arrival_s.size and held[-1].arrival_s[-1] >= (k + 1) * window_s:
+                cut = int(np.searchsorted(held[-1].arrival_s, (k + 1) * window_s))
+                first = [*held[:-1], held[-1].part(slice(0, cut))]
+                yield _window(first, name, path, k, window_s, window_s)
+                held = [held[-1].part(slice(cut, None))]
+                k += 1
     if not held:
         raise BiscaleError(f"{path} holds a header but no request")
     yield _window(held, name, path, k, window_s, float(held[-1].arrival_s[-1]) - k * window_s)
