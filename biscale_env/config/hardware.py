@@ -11,6 +11,15 @@ from biscale_env.config.loader import Config, load_named
 from biscale_env.core.errors import BiscaleError
 
 Dtype = Literal["bf16", "fp8"]
+ROUNDING = 1e-9  # steps; a range of whole steps may miss one by the last bit
+
+
+def clock_grid_mhz(
+    freq_min_mhz: float, freq_max_mhz: float, freq_step_mhz: float
+) -> NDArray[np.float64]:
+    """Clocks in whole steps below the highest, down to the lowest, rising, MHz."""
+    steps = int(np.floor((freq_max_mhz - freq_min_mhz) / freq_step_mhz + ROUNDING))
+    return freq_max_mhz - freq_step_mhz * np.arange(steps, -1, -1.0)
 
 
 class Gpu(Config):
@@ -54,10 +63,7 @@ class Gpu(Config):
     @property
     def clocks_mhz(self) -> NDArray[np.float64]:
         """All clocks a controller may ask for, rising, MHz."""
-        count = (
-            int(np.floor((self.freq_max_mhz - self.freq_min_mhz) / self.freq_step_mhz + 1e-9)) + 1
-        )
-        return self.freq_max_mhz - self.freq_step_mhz * np.arange(count - 1, -1, -1.0)
+        return clock_grid_mhz(self.freq_min_mhz, self.freq_max_mhz, self.freq_step_mhz)
 
     def check_clock(self, freq_mhz: float) -> float:
         """Return the clock if the GPU can run it.
@@ -67,7 +73,8 @@ class Gpu(Config):
         """
         if not self.freq_min_mhz <= freq_mhz <= self.freq_max_mhz:
             raise BiscaleError(
-                f"clock {freq_mhz:g} MHz is impossible on {self.name}: choose {self.freq_min_mhz:g} to {self.freq_max_mhz:g} MHz"
+                f"clock {freq_mhz:g} MHz is impossible on {self.name}: choose "
+                f"{self.freq_min_mhz:g} to {self.freq_max_mhz:g} MHz"
             )
         return float(freq_mhz)
 
@@ -113,7 +120,8 @@ class Llm(Config):
         tokens = int(per_gpu * tp / self.kv_bytes_per_token(dtype))
         if tokens < 1:
             raise BiscaleError(
-                f"{self.name} in {dtype} does not fit on TP {tp} of {gpu.name}: use a larger TP or fp8"
+                f"{self.name} in {dtype} does not fit on TP {tp} of {gpu.name}: use a larger TP or "
+                "fp8"
             )
         return tokens
 

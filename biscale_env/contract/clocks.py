@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from biscale_env.config import Gpu
+from biscale_env.config.hardware import clock_grid_mhz
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,4 @@ class ClockRange:
     @property
     def grid_mhz(self) -> NDArray[np.float64]:
         """All supported clocks, rising, MHz."""
-        count = (
-            int(np.floor((self.freq_max_mhz - self.freq_min_mhz) / self.freq_step_mhz + 1e-9)) + 1
-        )
-        return self.freq_max_mhz - self.freq_step_mhz * np.arange(count - 1, -1, -1.0)
+        return clock_grid_mhz(self.freq_min_mhz, self.freq_max_mhz, self.freq_step_mhz)
