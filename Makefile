@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SHELL  := /bin/bash
 
-.PHONY: compare test test-slow test-all test-oldest test-python coverage mutation lint types bench fit install docs tables test-engine clean
+.PHONY: compare test test-slow test-all test-oldest test-python coverage mutation lint types bench bench-cluster fit install docs tables test-engine clean
 
 compare: $(READY)            ## the main job on the embedded default scenario
 	$(BIN)/biscale compare
@@ -50,9 +50,11 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-bench: $(READY)              ## every speed figure with its target and ratio
-	$(BIN)/biscale bench
-	$(BIN)/biscale bench --cluster
+bench: $(READY)              ## every speed metric with its target and ratio
+	$(BIN)/python -m pytest -q benchmarks -m "not cluster" --benchmark-json=runs/bench.json --benchmark-columns=min,median,rounds
+
+bench-cluster: $(READY)      ## the same for the cluster, tier 1, a day and the quick headline experiment (minutes)
+	$(BIN)/python -m pytest -q benchmarks -m cluster --benchmark-json=runs/bench-cluster.json --benchmark-columns=min,median,rounds
 
 fit: $(READY)                ## regenerate the coefficient files and the model-against-measurement table
 	$(BIN)/biscale fit --report

@@ -27,7 +27,6 @@ GROUPS = (
     "train",
     "evaluate",
     "hw",
-    "bench",
 )
 INTERRUPTED = 130
 
