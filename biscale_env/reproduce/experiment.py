@@ -33,7 +33,7 @@ class ReproductionJob:
         rate_rps: nominal rate.
         window_s: period of tier 1.
         spare_w: what BiScale's ILP takes an unused GPU to draw, W.
-        alpha: head-room of tier 1; None: chosen on the tuning workloads.
+        alpha: headroom of tier 1; None: chosen on the tuning workloads.
         oracle: solve the prefill stage of DistServe in hindsight too (first workload only).
     """
 

@@ -25,7 +25,8 @@ class OperatingPoint(Config):
 
     Attributes:
         name: short name used in tables.
-        workload: ``A`` (Gamma arrivals at a rate) or ``B`` (Azure arrivals at a fraction of capacity).
+        workload: ``A`` (Gamma arrivals at a rate) or ``B`` (Azure arrivals at a fraction of the
+            capacity).
         rate_rps: rate of workload A.
         load: fraction of the capacity of DistServe's placement at max clock, workload B.
         lengths: length profile of workload B; ``own`` keeps the trace's.

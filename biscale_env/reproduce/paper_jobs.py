@@ -91,8 +91,8 @@ def scope_of(experiment: PaperExperiment, task: Task) -> tuple[tuple[str, ...], 
 def job_of(experiment: PaperExperiment, task: Task, arrivals: Trace) -> ReproductionJob:
     """Workloads, settings and systems of a task.
 
-    Workload B is tuned on the first half of the trace and shown on the second; its rate is a fraction
-    of what DistServe's placement serves on the second half in this very plant.
+    Workload B is tuned on the first half of the trace and shown on the second; its rate is a
+    fraction of what DistServe's placement serves on the second half in this very plant.
     """
     point, settings, varied = task.point, settings_of(experiment, task), task.variation
     if varied is not None and varied.load is not None:

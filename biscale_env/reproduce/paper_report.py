@@ -129,9 +129,15 @@ def _points(summary: pd.DataFrame, failed: pd.DataFrame) -> str:
             continue
         state = "served" if ref["feasible"] else "**infeasible: even max clock misses the SLO**"
         lines.append(
-            [point, f"{ref['rate_rps']:.3g}", str(ref["placement"]), "–" if bi is None else str(bi["placement"]),
-             f"{1e3 * ref['ttft_p99_s']:.0f} / {1e3 * ref['tpot_p99_s']:.0f} ms", state]
-        )  # fmt: skip
+            [
+                point,
+                f"{ref['rate_rps']:.3g}",
+                str(ref["placement"]),
+                "–" if bi is None else str(bi["placement"]),
+                f"{1e3 * ref['ttft_p99_s']:.0f} / {1e3 * ref['tpot_p99_s']:.0f} ms",
+                state,
+            ]
+        )
     for _, row in failed[failed["member"] == -1].iterrows():
         lines.append(
             [
@@ -170,17 +176,19 @@ def _system_lines(rows: pd.DataFrame) -> list[list[str]]:
     for _, row in rows.iterrows():
         if row["system"] == "oracle-prefill":
             continue
-        slo = (
-            "met"
-            if row["feasible"]
-            else f"**missed** ({100 * row['attainment_ttft']:.1f} / {100 * row['attainment_tpot']:.1f} %)"
-        )
+        ttft, tpot = 100 * row["attainment_ttft"], 100 * row["attainment_tpot"]
+        slo = "met" if row["feasible"] else f"**missed** ({ttft:.1f} / {tpot:.1f} %)"
         if np.isfinite(row["members_feasible"]):
             slo += f", {100 * row['members_feasible']:.0f} % of members"
         lines.append(
-            [TITLES[row["system"]], *(_cell(row, stage) for stage in STAGES), f"{row['total_j_per_token']:.2f}",
-             f"{1e3 * row['ttft_p99_s']:.0f} / {1e3 * row['tpot_p99_s']:.0f}", slo]
-        )  # fmt: skip
+            [
+                TITLES[row["system"]],
+                *(_cell(row, stage) for stage in STAGES),
+                f"{row['total_j_per_token']:.2f}",
+                f"{1e3 * row['ttft_p99_s']:.0f} / {1e3 * row['tpot_p99_s']:.0f}",
+                slo,
+            ]
+        )
     return lines
 
 
@@ -304,8 +312,9 @@ def _oracle(rows: pd.DataFrame) -> str:
     if not len(found):
         return ""
     lines = [
-        [row["point"], f"{percent(row['prefill_ratio'])} %", f"{100 * row['oracle_gap']:.1f} %"] for _, row in found.iterrows()
-    ]  # fmt: skip
+        [row["point"], f"{percent(row['prefill_ratio'])} %", f"{100 * row['oracle_gap']:.1f} %"]
+        for _, row in found.iterrows()
+    ]
     return (
         "## Hindsight optimum of the prefill stage\n\nDistServe's prefill instances, the requests "
         "its router sent them, every clock known in "

@@ -47,7 +47,8 @@ PUBLISHED_TIER2 = {
 def with_ratios(frame: pd.DataFrame) -> pd.DataFrame:
     """Add ``<stage>_ratio``: energy per output token relative to DistServe.
 
-    Each run is compared on the same work in the same plant. Co-located servers have no stages; only their total compares.
+    Each run is compared on the same work in the same plant. Co-located servers have no stages; only
+    their total compares.
     """
     frame = frame.assign(variation=frame["variation"].fillna(""))
     frame = frame.assign(

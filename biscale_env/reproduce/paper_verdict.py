@@ -1,5 +1,6 @@
-"""What of the paper's figures is reproduced, by how much not, and which changed assumption closes a
-difference: computed from the rows.
+"""What of the paper's results is reproduced, and what is not: computed from the rows.
+
+By how much it is not, and which changed assumption closes the difference.
 """
 
 import numpy as np
@@ -82,7 +83,7 @@ def verdict(summary: pd.DataFrame, rows: pd.DataFrame) -> str:
 
 def _compared(
     summary: pd.DataFrame, found: pd.DataFrame, stage: str, system: str, paper: tuple[int, int]
-) -> str:  # fmt: skip
+) -> str:
     apart = gap((100 * (found[stage].min() - 1), 100 * (found[stage].max() - 1)), paper)
     its = f"the paper's range ({paper[0]}..{paper[1]} %)"
     if apart == 0:
@@ -91,8 +92,8 @@ def _compared(
         return f"lies within a point of {its}."
     less = "less" if apart > 0 else "more"
     text = f"saves {abs(apart):.1f} points {less} than {its}"
-    drawn = span([*found[f"{stage}_member_low"], *found[f"{stage}_member_high"]])
-    text += f" (members of the model ensemble: {drawn})" if drawn != "–" else ""
+    members = span([*found[f"{stage}_member_low"], *found[f"{stage}_member_high"]])
+    text += f" (members of the model ensemble: {members})" if members != "–" else ""
     return f"{text}; {_closers(summary, list(found['point']), stage, system, paper, apart > 0)}"
 
 
@@ -104,8 +105,9 @@ def _closers(
     paper: tuple[int, int],
     falls_short: bool,
 ) -> str:
-    """Which of the runs with one assumption changed reach the paper's range, and how far the others
-    come.
+    """Which of the runs with one assumption changed reach the paper's range.
+
+    And how far the others come.
     """
     varied = summary[
         summary["point"].isin(points) & (summary["variation"] != "") & (summary["system"] == system)
@@ -125,7 +127,10 @@ def _closers(
         else ""
     )
     if not named:
-        return f"of the changed assumptions that were run there ({len(varied)}) none closes it ({span(varied[stage])})."
+        return (
+            f"of the changed assumptions that were run there ({len(varied)}) none closes it "
+            f"({span(varied[stage])})."
+        )
     return f"changing one assumption closes it: {', '.join(named)}" + (
         f"; {rest}." if rest else "."
     )
@@ -152,7 +157,7 @@ def _load(summary: pd.DataFrame) -> str:
 
 
 def _too_much(summary: pd.DataFrame) -> str:
-    """Loads of workload A that DistServe does not serve, and whether the other number format does."""
+    """Loads of workload A that DistServe does not serve; whether the other number format does."""
     base = summary[
         (summary["variation"] == "")
         & (summary["workload"] == "A")
@@ -177,8 +182,9 @@ def _too_much(summary: pd.DataFrame) -> str:
 
 
 def _rules(summary: pd.DataFrame) -> str:
-    """Where a simpler rule than MPC saves more in prefill on the same instances, and what the size
-    of the batches has to do with it.
+    """Where a simpler rule than MPC saves more in prefill on the same instances.
+
+    And what the size of the batches has to do with it.
     """
     parts = []
     for point in summary.loc[
@@ -218,7 +224,7 @@ def _batches(row: pd.Series) -> str:
 
 
 def _tier2(rows: pd.DataFrame, summary: pd.DataFrame) -> str:
-    """How much tier 2 adds where the head-room of tier 1 was fixed instead of chosen."""
+    """How much tier 2 adds where the headroom of tier 1 was fixed instead of chosen."""
     parts = []
     for variation in summary.loc[
         summary["variation"].str.contains("head-room"), "variation"

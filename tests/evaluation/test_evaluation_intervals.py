@@ -8,8 +8,13 @@ from scipy import stats
 
 from biscale_env.evaluation.runs.blocks import block_totals
 from biscale_env.evaluation.runs.results import results_frame, summarise
-from biscale_env.evaluation.stats.bootstrap import BLOCK_S
-from biscale_env.evaluation.stats.intervals import N_RESAMPLES, add_intervals
+from biscale_env.evaluation.stats.bootstrap import (
+    BLOCK_S,
+    attainment_interval,
+    block_weights,
+    quantile_interval,
+)
+from biscale_env.evaluation.stats.intervals import N_RESAMPLES, SEED, add_intervals
 from biscale_env.evaluation.stats.metrics import judged_latency_s, results_row
 
 N_BLOCKS = 12
@@ -149,7 +154,7 @@ def test_without_a_reference_the_ratio_is_unknown():
 
 
 def test_quantiles_are_those_of_all_requests_together():
-    """One workload late throughout, three never: the P50 of all is early, the mean of P50s is not."""
+    """One workload late throughout, three never: the P50 of all is early, unlike the mean of P50s."""
     runs = [workload(np.zeros(N_BLOCKS), seed) for seed in range(3)]
     runs.append(workload(np.full(N_BLOCKS, PER_BLOCK), 3))
     row = summary(runs).loc["max"]
@@ -193,3 +198,48 @@ def test_points_with_and_without_a_load_have_their_own_intervals():
     lows = dict(zip(made["load"].fillna(-1.0), made["attainment_ci_low"], strict=True))
     assert lows[-1.0] == lows[0.5] < lows[0.75]
     assert made["attainment_ci_low"].notna().all()
+
+
+def test_intervals_are_those_of_the_blocks_of_each_workload_and_no_others():
+    """Two workloads of 12 and 8 blocks are 20 units in two strata."""
+    runs = [workload(MISSED, 0), workload(MISSED[:8], 1)]
+    row = summary(runs).loc["max"]
+    strata = np.repeat([0, 1], [12, 8])
+    weights = block_weights(strata, np.random.default_rng(SEED), N_RESAMPLES)
+    missed = np.concatenate([MISSED, MISSED[:8]])
+    expected = attainment_interval(PER_BLOCK - missed, np.full(20, PER_BLOCK), weights)
+    assert (row["attainment_ci_low"], row["attainment_ci_high"]) == expected[1:]
+    values = np.concatenate([run.requests["first_token_s"] for run in runs])
+    values = values - np.concatenate([run.requests["arrival_s"] for run in runs])
+    units = np.repeat(np.arange(20), PER_BLOCK)
+    expected = quantile_interval(values, units, 0.99, weights)
+    assert (row["ttft_p99_s_ci_low"], row["ttft_p99_s_ci_high"]) == expected[1:]
+
+
+def test_rows_of_an_older_session_without_the_label_are_not_from_one_trace():
+    five = [workload(MISSED, seed, labels={"one_trace": True}) for seed in range(4)]
+    unlabelled = [*five, workload(MISSED, 4)]
+    apart = [workload(MISSED, seed, labels={"one_trace": False}) for seed in range(5)]
+    assert width(summary(unlabelled).loc["max"]) == width(summary(apart).loc["max"])
+
+
+def test_a_run_without_output_takes_no_part_in_the_energy_ratio():
+    flat = np.zeros(N_BLOCKS)
+    runs = [workload(flat, seed, policy) for seed in (0, 1) for policy in ("max", "mpc")]
+    for run in runs[2:]:
+        run.requests["output_tokens"][:] = 0
+    row = summary(runs).loc["mpc"]
+    assert (row["energy_ratio_ci_low"], row["energy_ratio_ci_high"]) == pytest.approx((1.0, 1.0))
+    for run in runs[:2]:  # one token in all counts
+        run.requests["output_tokens"][:] = 0
+        run.requests["output_tokens"][0] = 1
+    assert summary(runs[:2]).loc["mpc", "energy_ratio_ci_low"] == pytest.approx(1.0)
+
+
+def test_a_request_at_the_very_end_belongs_to_the_last_block():
+    run = workload(MISSED)
+    run.requests["arrival_s"][-1] = run.duration_s
+    run.requests["first_token_s"][-1] = run.duration_s + 2.0
+    row = summary([run]).loc["max"]
+    assert row["ttft_p99_s"] == pytest.approx(2.0)
+    assert np.isfinite(row["ttft_p99_s_ci_high"])

@@ -75,6 +75,7 @@ def test_directory_holds_exactly_the_promised_files(tmp_path):
         run_files.PARTS,
     ]
     assert visible(tmp_path) == sorted(expected)
+    assert pd.read_csv(tmp_path / run_files.SUMMARY).columns[0] == "phase"
     provenance = json.loads((tmp_path / run_files.PROVENANCE).read_text())
     assert provenance["seeds"] == {"workload": [0]}
     assert provenance["packages"]["numpy"] == np.__version__

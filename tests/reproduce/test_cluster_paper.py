@@ -130,26 +130,52 @@ def rows(values):
     made = []
     for (system, member, seed), (prefill, decode) in values.items():
         made.append(
-            {"point": "A-1", "variation": "", "member": member, "seed": seed, "system": system, "workload": "A",
-             "dtype": "bf16", "load": None, "lengths": "sharegpt-like", "rate_rps": 1.0, "placement": "x", "alpha": 0.1,
-             "gpus_mean": 8.0, "prefill_j_per_token": prefill, "decode_j_per_token": decode,
-             "total_j_per_token": prefill + decode + 0.5, "spare_j_per_token": 0.5, "prefill_busy_j_per_token": 0.9 * prefill,
-             "decode_busy_j_per_token": decode, "requests_per_prefill_batch": 2.0,
-             "ttft_p99_s": 0.1, "tpot_p99_s": 0.01, "attainment_ttft": 0.995,
-             "attainment_tpot": 0.995 if system != "bad" else 0.98, "requests": 100.0}
-        )  # fmt: skip
+            {
+                "point": "A-1",
+                "variation": "",
+                "member": member,
+                "seed": seed,
+                "system": system,
+                "workload": "A",
+                "dtype": "bf16",
+                "load": None,
+                "lengths": "sharegpt-like",
+                "rate_rps": 1.0,
+                "placement": "x",
+                "alpha": 0.1,
+                "gpus_mean": 8.0,
+                "prefill_j_per_token": prefill,
+                "decode_j_per_token": decode,
+                "total_j_per_token": prefill + decode + 0.5,
+                "spare_j_per_token": 0.5,
+                "prefill_busy_j_per_token": 0.9 * prefill,
+                "decode_busy_j_per_token": decode,
+                "requests_per_prefill_batch": 2.0,
+                "ttft_p99_s": 0.1,
+                "tpot_p99_s": 0.01,
+                "attainment_ttft": 0.995,
+                "attainment_tpot": 0.995 if system != "bad" else 0.98,
+                "requests": 100.0,
+            }
+        )
     return pd.DataFrame(made)
 
 
 def test_tables_by_hand():
     frame = rows(
         {
-            ("distserve", -1, 0): (1.0, 4.0), ("distserve", -1, 1): (2.0, 4.0), ("distserve", 3, 0): (1.0, 1.0),
-            ("placeonly", -1, 0): (0.8, 2.0), ("placeonly", -1, 1): (1.6, 2.0), ("placeonly", 3, 0): (0.9, 0.7),
-            ("biscale", -1, 0): (0.6, 2.0), ("biscale", -1, 1): (1.4, 2.4), ("biscale", 3, 0): (0.5, 0.5),
+            ("distserve", -1, 0): (1.0, 4.0),
+            ("distserve", -1, 1): (2.0, 4.0),
+            ("distserve", 3, 0): (1.0, 1.0),
+            ("placeonly", -1, 0): (0.8, 2.0),
+            ("placeonly", -1, 1): (1.6, 2.0),
+            ("placeonly", 3, 0): (0.9, 0.7),
+            ("biscale", -1, 0): (0.6, 2.0),
+            ("biscale", -1, 1): (1.4, 2.4),
+            ("biscale", 3, 0): (0.5, 0.5),
             ("bad", -1, 0): (0.1, 0.1),
         }
-    )  # fmt: skip
+    )
     summary = summarise(with_ratios(frame)).set_index("system")
     assert summary.loc["biscale", "prefill"] == pytest.approx((0.6 + 0.7) / 2)
     assert summary.loc["biscale", "decode"] == pytest.approx((0.5 + 0.6) / 2)

@@ -14,12 +14,15 @@ BLOCK_COLUMNS: Final = ("block", "energy_j", "n_counted", "n_met")
 
 
 def block_totals(record: RunRecord, block_s: float = BLOCK_S) -> dict[str, NDArray[np.float64]]:
-    """Energy spent, requests judged and requests that met the SLO, per block of ``block_s``
-    seconds.
+    """Energy spent, requests judged and requests that met the SLO, per block of time.
 
     A request belongs to the block it arrives in, energy to the block it is spent in. Energy that
     the timeline does not hold (GPUs outside the placement) is spread evenly over the run, so that
     blocks add up to the run's total.
+
+    Args:
+        record: the run.
+        block_s: length of a block, s.
 
     Returns:
         Arrays of one length, by the names of ``BLOCK_COLUMNS``.
@@ -29,13 +32,13 @@ def block_totals(record: RunRecord, block_s: float = BLOCK_S) -> dict[str, NDArr
     block = np.minimum(time_blocks(record.requests["arrival_s"], block_s), n_blocks - 1)
     counted = verdict["counted"]
     in_timeline = _energy_per_block(record, n_blocks, block_s)
-    share = np.clip(record.duration_s - block_s * np.arange(n_blocks), 0.0, block_s) / max(
+    fraction = np.clip(record.duration_s - block_s * np.arange(n_blocks), 0.0, block_s) / max(
         record.duration_s, 1e-12
     )
     rest_j = float(record.totals["energy_j"]) - float(in_timeline.sum())
     return {
         "block": np.arange(n_blocks, dtype=np.float64),
-        "energy_j": in_timeline + rest_j * share,
+        "energy_j": in_timeline + rest_j * fraction,
         "n_counted": np.bincount(block[counted], minlength=n_blocks).astype(np.float64),
         "n_met": np.bincount(block[counted & verdict["met"]], minlength=n_blocks).astype(
             np.float64

@@ -61,9 +61,12 @@ KEY_COLUMNS: Final = (
 SCENARIO_COLUMNS: Final = ("phase", "scenario", "slo", "load", "tp", "dtype")
 """Together they name one operating point; policies are compared within it."""
 INFEASIBLE_COLUMNS: Final = (*SCENARIO_COLUMNS, "reason")
-"""An operating point without runs, since max clock cannot serve it at any load, and what shows it."""
+"""A point without runs, since max clock cannot serve it at any load, and what shows it."""
 PAIR_COLUMNS: Final = (*SCENARIO_COLUMNS, "workload_seed", "ensemble_member")
-"""Together they name one workload in one plant: every policy sees it unchanged, so differences are paired on it."""
+"""Together they name one workload in one plant.
+
+Every policy sees it unchanged, so differences are paired on it.
+"""
 
 
 def _canonical(value: Any) -> str:
@@ -75,8 +78,9 @@ def _canonical(value: Any) -> str:
 
 
 def run_id(row: Mapping[str, Any]) -> str:
-    """Short name of a run: 12 hexadecimal digits of a hash of its key columns (same key, same name,
-    any process).
+    """Short name of a run: 12 hexadecimal digits of a hash of its key columns.
+
+    The same key has the same name in any process.
     """
     text = "|".join(f"{name}={_canonical(row[name])}" for name in KEY_COLUMNS)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
@@ -113,7 +117,7 @@ class RunRecord:
         totals: at least ``energy_j`` (all counted GPUs, idle included) and ``duration_s``; also
             used when present: ``energy_idle_j``, ``output_tokens`` (produced within the run),
             ``decision_time_median_s``, ``decision_time_p99_s``, ``solver_failures`` (a fraction
-            when several runs share a count), ``preemptions``.
+            when several runs have a count in common), ``preemptions``.
         load: fraction of the capacity at max clock; None when the workload is taken as it is.
         training_seed: seed that a learned policy was trained with; -1 for policies that are not
             trained.

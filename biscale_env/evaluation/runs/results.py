@@ -1,5 +1,6 @@
-"""The results frame: one row per run, completed with what only all rows can tell, and its summary
-per policy.
+"""The results frame, one row per run, and its summary per policy.
+
+Rows are completed with what only all of them can tell.
 """
 
 import math
@@ -97,8 +98,8 @@ def _scenario_feasible(reference: pd.DataFrame) -> pd.DataFrame:
         ["_met", "_need", "_count"]
     ].sum()
     pooled["feasible"] = pooled["_met"] >= pooled["_need"] * (1 - 1e-12)
-    shares = pooled[["_met", "_need"]].div(pooled["_count"].clip(lower=1.0), axis=0)
-    pooled["target"] = [targets.judged_target(need, met) for met, need in shares.to_numpy()]
+    fractions = pooled[["_met", "_need"]].div(pooled["_count"].clip(lower=1.0), axis=0)
+    pooled["target"] = [targets.judged_target(need, met) for met, need in fractions.to_numpy()]
     return pooled[[*SCENARIO_COLUMNS, "feasible", "target"]]
 
 
@@ -112,7 +113,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 
     Means over workloads, members and training seeds, with their spread.
 
-    Attainment is pooled over requests (not averaged over runs), so that it is the share the SLO
+    Attainment is pooled over requests (not averaged over runs), so that it is the fraction the SLO
     speaks about; energies and decision times are means over runs, latency quantiles too
     (``intervals`` puts those of all requests in their place). ``energy_ratio`` is the mean energy
     per output token over that of the reference on the same workloads and members;
@@ -126,34 +127,12 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
         row: dict[str, Any] = dict(zip(keys, values, strict=True))
         row |= {"runs": len(group), "n_requests": int(group["n_requests"].sum())}
         row |= {name: float(group[name].mean()) for name in _AVERAGED}
-        weight = group["n_counted"].to_numpy(dtype=np.float64)
-        for name in ("attainment", "attainment_ttft", "attainment_tpot"):
-            row[name] = float(np.average(group[name], weights=weight)) if weight.sum() > 0 else 1.0
-        base = group["energy_per_output_token_j"] / group["energy_ratio"]
-        paired = base.notna()
-        row["energy_ratio"] = _ratio(
-            group["energy_per_output_token_j"][paired].sum(), base[paired].sum()
-        )
+        row |= _pooled_columns(group)
         row |= {f"{n}_{side}": float(getattr(group[n], f)()) for n in _RANGED for side, f in _SIDES}
-        row["slo_met"] = bool(
-            row["attainment"] >= float(group["slo_attainment"].iloc[0]) * (1 - 1e-12)
-        )
-        row["target_met"] = bool(row["attainment"] >= float(group["target"].iloc[0]) * (1 - 1e-12))
-        row["feasible"] = group["feasible"].iloc[0]
-        for name in (
-            "target",
-            "slo_ttft_s",
-            "slo_tpot_s",
-            "slo_attainment",
-            "slo_statistic",
-            "rate_rps",
-            "n_gpus",
-        ):
-            row[name] = group[name].iloc[0]
-        row |= {
-            name: round(float(group[name].sum()))
-            for name in ("n_violations", "solver_failures", "preemptions")
-        }
+        for name, bound in (("slo_met", "slo_attainment"), ("target_met", "target")):
+            row[name] = bool(row["attainment"] >= float(group[bound].iloc[0]) * (1 - 1e-12))
+        row |= {name: group[name].iloc[0] for name in _COMMON}
+        row |= {name: round(float(group[name].sum())) for name in _SUMMED}
         rows.append(row)
     summary = pd.DataFrame(rows)
     if len(summary):
@@ -162,10 +141,34 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     return summary
 
 
+def _pooled_columns(group: pd.DataFrame) -> dict[str, float]:
+    """Attainment over the requests of all runs; energy over that of the reference, where paired."""
+    weight = group["n_counted"].to_numpy(dtype=np.float64)
+    pooled = {
+        name: float(np.average(group[name], weights=weight)) if weight.sum() > 0 else 1.0
+        for name in ("attainment", "attainment_ttft", "attainment_tpot")
+    }
+    own = group["energy_per_output_token_j"]
+    base = own / group["energy_ratio"]
+    paired = base.notna()
+    return pooled | {"energy_ratio": _ratio(own[paired].sum(), base[paired].sum())}
+
+
 def _ratio(numerator: float, denominator: float) -> float:
     return float(numerator / denominator) if denominator > 0 else math.nan
 
 
+_COMMON: Final = (
+    "feasible",
+    "target",
+    "slo_ttft_s",
+    "slo_tpot_s",
+    "slo_attainment",
+    "slo_statistic",
+    "rate_rps",
+    "n_gpus",
+)
+_SUMMED: Final = ("n_violations", "solver_failures", "preemptions")
 _RANGED: Final = ("energy_ratio", "energy_per_output_token_j", "attainment")
 _SIDES: Final = (("low", "min"), ("high", "max"))
 
@@ -173,7 +176,6 @@ _SIDES: Final = (("low", "min"), ("high", "max"))
 def scenario_label(row: Mapping[Any, Any]) -> str:
     """One line that names an operating point: scenario, phase, load, placement, SLO."""
     load = row["load"]
-    share = "" if load is None or math.isnan(load) else f", {100 * load:.0f} % of capacity"
-    return (
-        f"{row['scenario']}, {row['phase']}{share}, TP{row['tp']} {row['dtype']}, SLO {row['slo']}"
-    )
+    fraction = "" if load is None or math.isnan(load) else f", {100 * load:.0f} % of capacity"
+    instance = f"TP{row['tp']} {row['dtype']}"
+    return f"{row['scenario']}, {row['phase']}{fraction}, {instance}, SLO {row['slo']}"

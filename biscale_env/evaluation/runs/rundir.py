@@ -219,14 +219,18 @@ class RunDirectory:
     def add(
         self, record: RunRecord, *, keep_timeline: bool = True, keep_requests: bool = True
     ) -> dict[str, Any]:
-        """Keep one finished run on disk and return its row (without the columns that compare it
-        with others).
+        """Keep one finished run on disk and return its row.
+
+        The row lacks the columns that compare it with others.
 
         Args:
             record: the run.
             keep_timeline: store its decisions too; large comparisons keep those of one workload
                 only.
             keep_requests: store its requests too.
+
+        Raises:
+            OSError: it cannot be written; then nothing of it is there.
         """
         row = results_row(record)
         run = row["run_id"]
@@ -269,8 +273,10 @@ class RunDirectory:
             )
 
     def name_infeasible(self, points: Sequence[Mapping[str, Any]]) -> None:
-        """Keep, beside the results, the operating points that max clock cannot serve at any load
-        (``Infeasible.point``).
+        """Keep, beside the results, the operating points that max clock cannot serve at any load.
+
+        Args:
+            points: ``Infeasible.point`` of each.
         """
         if points:
             frame = pd.DataFrame(list(points), columns=list(INFEASIBLE_COLUMNS))

@@ -79,10 +79,10 @@ def normalised_score(energy_j: ArrayLike, max_clock_j: ArrayLike, oracle_j: Arra
     More than 1 would mean that the oracle is no bound; below 0 is worse than max clock.
     """
     top = np.asarray(max_clock_j, dtype=np.float64)
-    room = top - np.asarray(oracle_j, dtype=np.float64)
-    usable = room > 1e-12 * np.abs(top)
+    span = top - np.asarray(oracle_j, dtype=np.float64)
+    usable = span > 1e-12 * np.abs(top)
     return np.where(
-        usable, (top - np.asarray(energy_j, dtype=np.float64)) / np.where(usable, room, 1.0), np.nan
+        usable, (top - np.asarray(energy_j, dtype=np.float64)) / np.where(usable, span, 1.0), np.nan
     )
 
 

@@ -26,7 +26,7 @@ from biscale_env.evaluation.stats.bootstrap import (
 from biscale_env.evaluation.stats.metrics import QUANTILES, quantiles
 
 Latencies = Callable[[str, str], tuple[NDArray[np.float64], NDArray[np.float64]] | None]
-"""``(run_id, metric) -> (latency_s, arrival_s)`` of the judged requests, or None when they were not kept."""
+"""``(run_id, metric) -> (latency_s, arrival_s)`` of judged requests; None: they were not kept."""
 
 SEED: Final = 20240229
 """Of the resampling; any number would do, a fixed one makes tables repeatable."""
@@ -39,8 +39,9 @@ def add_intervals(
     blocks: pd.DataFrame,
     latencies: Latencies | None = None,
 ) -> pd.DataFrame:
-    """Add ``<name>_ci_low`` and ``<name>_ci_high`` (95 %) for attainment, energy ratio and P99
-    latencies.
+    """Add ``<name>_ci_low`` and ``<name>_ci_high`` (95 %).
+
+    For attainment, energy ratio and P99 latencies.
 
     Where requests were kept, the latency quantiles are replaced by those of all requests of all
     workloads together, the sample that the attainment speaks of (the mean of each run's P99 is not
@@ -95,8 +96,8 @@ class _Point:
         self.n_units = int(counts.sum())
         rng = np.random.default_rng(SEED)
         if "one_trace" in group and group["one_trace"].fillna(False).astype(bool).all():
-            # choices from one trace share its bursts: block b stands or falls in all of them
-            # together
+            # subsamples of one trace have its bursts in common: a resample takes block b in all of
+            # them or in none
             shared = block_weights(np.zeros(int(counts.max()), dtype=np.int64), rng, N_RESAMPLES)
             self.weights = np.concatenate([shared[:, :n] for n in counts], axis=1)
         else:
@@ -146,8 +147,9 @@ class _Point:
         }
 
     def _energy_ratio(self, runs: pd.DataFrame) -> Interval:
-        """Energy per output token against the reference on the same workloads and members, blocks
-        paired.
+        """Energy per output token against the reference, blocks paired.
+
+        The reference is taken on the same workloads and members.
         """
         own: dict[str, float] = {}
         base: dict[str, float] = {}

@@ -6,7 +6,7 @@ every policy begins empty on the same workload. When a run is cut short, a reque
 finished is a *violation* if its deadline has passed by then (whatever came later would have been
 late) and is *excluded* otherwise (nobody can know). Such a violation enters quantiles with the
 latency it had reached at the end of the run, a lower bound: dropping it would flatter the tail. For
-steady-state figures ``warmup_s`` leaves out the requests that arrive earlier and the energy spent
+steady-state metrics ``warmup_s`` leaves out the requests that arrive earlier and the energy spent
 earlier.
 
 Deadlines. Prefill: ``arrival_s + ttft_s`` for the first token. Decode: ``first_token_s + tpot_s *
@@ -109,23 +109,23 @@ def judge(
 
 
 def attainments(verdict: Mapping[str, NDArray[np.bool_]], slo: Slo, phase: str) -> dict[str, float]:
-    """Shares of the judged requests that met the SLO; 1.0 when nothing could be judged.
+    """Fractions of the judged requests that met the SLO; 1.0 when nothing could be judged.
 
     Returns:
         ``attainment_ttft`` and ``attainment_tpot`` (NaN where the phase has none),
-        ``attainment_joint`` and ``attainment``, the one the SLO is judged by: the joint share when
-        ``slo.statistic`` is ``joint``, else the worse of the two single shares.
+        ``attainment_joint`` and ``attainment``, the one the SLO is judged by: the joint one when
+        ``slo.statistic`` is ``joint``, else the worse of the two single ones.
     """
     counted = verdict["counted"]
-    share = {
+    fraction = {
         name: float(np.mean(verdict[name][counted])) if counted.any() else 1.0 for name in _MET
     }
-    each = min(share["met_ttft"], share["met_tpot"])
+    each = min(fraction["met_ttft"], fraction["met_tpot"])
     return {
-        "attainment": share["met"] if slo.statistic == "joint" else each,
-        "attainment_ttft": math.nan if phase == "decode" else share["met_ttft"],
-        "attainment_tpot": math.nan if phase == "prefill" else share["met_tpot"],
-        "attainment_joint": share["met"],
+        "attainment": fraction["met"] if slo.statistic == "joint" else each,
+        "attainment_ttft": math.nan if phase == "decode" else fraction["met_ttft"],
+        "attainment_tpot": math.nan if phase == "prefill" else fraction["met_tpot"],
+        "attainment_joint": fraction["met"],
     }
 
 
@@ -212,8 +212,9 @@ def _ratio(numerator: float, denominator: float) -> float:
 def _energy_columns(
     record: RunRecord, done: NDArray[np.bool_], warmup_s: float
 ) -> dict[str, float]:
-    """Energy and its ratios; decode counts the tokens it produced, prefill those of the requests it
-    completed.
+    """Energy and its ratios.
+
+    Decode counts the tokens it produced, prefill those of the requests it completed.
     """
     energy_j = float(record.totals["energy_j"])
     energy_j -= energy_between(record.timeline, 0.0, warmup_s) if warmup_s > 0 else 0.0
@@ -262,7 +263,7 @@ def results_row(record: RunRecord, warmup_s: float = 0.0) -> dict[str, Any]:
     verdict = judge(record.requests, record.slo, record.phase, end_s, warmup_s)
     counted = verdict["counted"]
     done = finished(record) & (np.asarray(record.requests["arrival_s"]) >= warmup_s)
-    shares = attainments(verdict, record.slo, record.phase)
+    attained = attainments(verdict, record.slo, record.phase)
     totals = record.totals
     return {
         "run_id": record.run_id,
@@ -279,8 +280,8 @@ def results_row(record: RunRecord, warmup_s: float = 0.0) -> dict[str, Any]:
         "n_finished": int(np.sum(done)),
         "n_violations": int(np.sum(counted & ~verdict["met"])),
         **_energy_columns(record, done, warmup_s),
-        **shares,
-        "slo_met": bool(shares["attainment"] >= record.slo.attainment),
+        **attained,
+        "slo_met": bool(attained["attainment"] >= record.slo.attainment),
         "goodput_rps": _ratio(float(np.sum(counted & verdict["met"])), end_s - warmup_s),
         **_quantile_columns(record, counted),
         **_timeline_columns(record.timeline),

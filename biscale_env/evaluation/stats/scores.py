@@ -26,7 +26,7 @@ _NAN: Final = Interval(math.nan, math.nan, math.nan)
 def with_scores(frame: pd.DataFrame) -> pd.DataFrame:
     """Results with a column ``score``.
 
-    The share of the oracle's saving that the run reaches on the same workload.
+    The fraction of the oracle's saving that the run reaches on the same workload.
 
     NaN where the oracle or max clock was not run. The oracle is the first policy of that family by
     name.
@@ -52,7 +52,7 @@ def score_table(frame: pd.DataFrame, against: str | None = None) -> pd.DataFrame
     IQM of the scores over feasible scenarios, with a stratified bootstrap interval.
 
     A policy that misses the SLO in any feasible scenario gets no score: to average the saving of a
-    run that broke its promise would reward breaking it. ``scenarios_met`` of ``scenarios`` says how
+    run that misses the SLO would reward missing it. ``scenarios_met`` of ``scenarios`` says how
     often it kept it.
 
     Args:

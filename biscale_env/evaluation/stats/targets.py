@@ -11,7 +11,7 @@ give, nobody can be asked for more than max clock attains less a small allowance
 "always the highest clock" is left, and the table shows no controller at all.
 """
 
-# share of the allowed misses that tuning keeps free, since other data will differ (assumed)
+# fraction of the allowed misses that tuning keeps free, since other data will differ (assumed)
 RESERVE = 0.2
 # of the allowed misses, that a controller may lose to max clock (assumed): 0.1 points of attainment
 # at P99
@@ -22,7 +22,7 @@ def tuning_target(slo_attainment: float, best: float) -> float:
     """Attainment that tuning aims at on the tuning workloads.
 
     Args:
-        slo_attainment: share of requests that the SLO asks for.
+        slo_attainment: fraction of requests that the SLO asks for.
         best: what max clock attains on the tuning workloads.
     """
     allowed = 1.0 - slo_attainment
@@ -33,7 +33,7 @@ def judged_target(slo_attainment: float, best: float) -> float:
     """Attainment that a controller is judged by on the evaluated workloads.
 
     Args:
-        slo_attainment: share of requests that the SLO asks for.
+        slo_attainment: fraction of requests that the SLO asks for.
         best: what max clock attains on the evaluated workloads; the SLO's own holds wherever that
             meets it, and where it is unknown (NaN).
     """
