@@ -4,12 +4,12 @@ import time
 
 import numpy as np
 import pytest
-from biscale_env.policies import resolve_policy
 from meter import Meter, Metric
 
 from biscale_env.envs.batch import Batch, RequestTable
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.evaluation.experiment.rollout import time_decisions
+from biscale_env.policies import resolve_policy
 from biscale_env.traces import generate
 
 DECISIONS = [

@@ -3,12 +3,12 @@
 import difflib
 import inspect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Annotated, Any, get_type_hints
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from biscale_env.contract import Policy
 from biscale_env.core.errors import BiscaleError
@@ -111,6 +111,21 @@ def parse_value(text: str) -> Any:
     return text
 
 
+def unknown_policy(name: str, known: Iterable[str], why: str = "") -> BiscaleError:
+    """The error of a name that no policy has, with the nearest known one.
+
+    Args:
+        name: what was asked for.
+        known: names that there are.
+        why: a reason to put before them.
+    """
+    names = list(known)
+    near = difflib.get_close_matches(name.partition(":")[0], names, n=1, cutoff=0.0)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    reason = f"{why}; " if why else ""
+    return BiscaleError(f"unknown policy '{name}': {reason}{hint}known: {', '.join(names)}")
+
+
 def parse_name(name: str) -> tuple[str, dict[str, Any]]:
     """Split ``base:value,key=value`` into the entry's name and parameters.
 
@@ -119,21 +134,32 @@ def parse_name(name: str) -> tuple[str, dict[str, Any]]:
     """
     base, _, rest = name.partition(":")
     if base not in ENTRIES:
-        near = difflib.get_close_matches(base, ENTRIES, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise BiscaleError(f"unknown policy '{base}': {hint}known: {', '.join(ENTRIES)}")
+        raise unknown_policy(base, ENTRIES)
+    return base, parse_parameters(name, rest, ENTRIES[base].positional)
+
+
+def parse_parameters(name: str, rest: str, positional: str | None = None) -> dict[str, Any]:
+    """Parameters ``value,key=value`` of a policy.
+
+    Args:
+        name: the whole name, for errors.
+        rest: what stands behind the base and its colon.
+        positional: parameter that a bare value sets; None: there must be no bare value.
+
+    Raises:
+        BiscaleError: a bare value where none is meant.
+    """
     params: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in rest.split(","))):
         key, equals, value = part.partition("=")
         if not equals:
-            positional = ENTRIES[base].positional
             if positional is None or positional in params:
                 raise BiscaleError(
                     f"policy '{name}': write parameters as key=value, '{part}' has no key"
                 )
             key, value = positional, part
         params[key.strip()] = parse_value(value.strip())
-    return base, params
+    return params
 
 
 def _entry(name: str, phase: str) -> tuple[PolicyEntry, dict[str, Any]]:
@@ -146,28 +172,41 @@ def _entry(name: str, phase: str) -> tuple[PolicyEntry, dict[str, Any]]:
     return entry, named
 
 
-def _checked(
-    entry: PolicyEntry, phase: str, name: str, params: Mapping[str, Any]
+def check_parameters(
+    maker: Callable[..., Any], name: str, params: Mapping[str, Any], known: Sequence[str]
 ) -> dict[str, Any]:
-    """The parameters in the types and ranges that the class's constructor declares beside each.
+    """Parameters in the types and ranges that a constructor declares beside each.
+
+    Args:
+        maker: class, or function that makes the policy.
+        name: the policy's name, for errors.
+        params: what was given.
+        known: parameters that may be given.
 
     Raises:
         BiscaleError: an unknown parameter, or a value that is not of its type or out of its range.
     """
-    policy = entry.load(phase)
-    known = [] if name.startswith("max") else list(inspect.signature(policy).parameters)[1:]
-    hints = get_type_hints(policy.__init__, include_extras=True)
     for key in params:
         if key not in known:
             raise BiscaleError(
-                f"policy '{name}' has no parameter '{key}'; it has: {', '.join([*known, 'member', 'model'])}"
+                f"policy '{name}' has no parameter '{key}'; "
+                f"it has: {', '.join([*known, 'member', 'model'])}"
             )
+    source = getattr(maker, "__init__") if inspect.isclass(maker) else maker  # noqa: B009 - mypy
+    try:
+        hints = get_type_hints(source, include_extras=True)
+    except (NameError, TypeError):  # a class from outside may name types that are not there
+        hints = {}
     return {key: _in_range(name, key, value, hints.get(key, Any)) for key, value in params.items()}
 
 
 def _in_range(name: str, key: str, value: Any, kind: Any) -> Any:
     try:
-        return TypeAdapter(kind).validate_python(value)
+        adapter = TypeAdapter(kind)
+    except PydanticSchemaGenerationError:  # a type that cannot be checked
+        return value
+    try:
+        return adapter.validate_python(value)
     except ValidationError as error:
         wanted = error.errors()[0]["msg"].removeprefix("Input ").split(",")[0]
         raise BiscaleError(f"policy '{name}': {key} {wanted}, got {value}") from None
@@ -190,6 +229,15 @@ def named_model(model: Any, context: PolicyContext) -> Any:
     return boosted(context)
 
 
+def with_member(context: PolicyContext, name: str, member: Any) -> PolicyContext:
+    """The context with another ensemble member as the nominal model of policy ``name``.
+
+    Raises:
+        BiscaleError: no whole number, or below -1.
+    """
+    return replace(context, member=_in_range(name, "member", member, Member))
+
+
 def make_policy(name: str, context: PolicyContext, model: Any = None, **params: Any) -> Policy:
     """Make a policy.
 
@@ -210,13 +258,15 @@ def make_policy(name: str, context: PolicyContext, model: Any = None, **params: 
     entry, named = _entry(name, context.phase)
     merged = {**entry.preset, **named, **params}
     if "member" in merged:
-        context = replace(context, member=_in_range(name, "member", merged.pop("member"), Member))
+        context = with_member(context, name, merged.pop("member"))
     believed = merged.pop("model", None) if model is None else model
     if believed is not None:
         context = replace(context, model=named_model(believed, context))
-    checked = _checked(entry, context.phase, name, merged)
+    policy = entry.load(context.phase)
+    known = [] if name.startswith("max") else list(inspect.signature(policy).parameters)[1:]
+    checked = check_parameters(policy, name, merged, known)
     try:
-        return entry.load(context.phase)(context, **checked)  # type: ignore[no-any-return]
+        return policy(context, **checked)  # type: ignore[no-any-return]
     except BiscaleError:
         raise
     except (TypeError, ValueError) as error:
@@ -244,12 +294,23 @@ def policy_settings(name: str, phase: str) -> list[dict[str, Any]]:
     One free parameter varied at a time from the defaults, each with every value of the joint ones.
     """
     entry, _ = _entry(name, phase)
-    tunables = policy_tunables(name, phase)
-    joint = {k: v for k, v in tunables.items() if k in entry.joint}
+    return one_at_a_time(policy_tunables(name, phase), tuple(entry.joint))
+
+
+def one_at_a_time(
+    tunables: Mapping[str, Sequence[Any]], together: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Settings that vary one free parameter at a time, each with every value of the joint ones.
+
+    Args:
+        tunables: values per free parameter.
+        together: names of the joint ones among them.
+    """
+    joint = {k: v for k, v in tunables.items() if k in together}
     varied = [
         {key: value} for key, values in tunables.items() if key not in joint for value in values
     ] or [{}]
     combined = [
         dict(zip(joint, values, strict=True)) for values in itertools.product(*joint.values())
     ]
-    return [{**one, **together} for one in varied for together in combined if one or together]
+    return [{**one, **rest} for one in varied for rest in combined if one or rest]

@@ -1,28 +1,45 @@
-"""``biscale hw``: what works here, how fast clocks change, the actuator, the emulated engine,
-restoring clocks.
+"""``biscale hw``: real GPUs and engines.
+
+What works here, how fast clocks change, the actuator, the controllers, the emulated engines, and
+resetting clocks after a crash.
 """
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from biscale_env.cli import profile_command, replay_command
-from biscale_env.cli.hw_options import SOCKETS, need_extra, open_log, parse_groups
-from biscale_env.core.files import write_whole
+from biscale_env.cli.hw_options import (
+    SOCKETS,
+    Backend,
+    Dtype,
+    GpuSets,
+    GpuSpec,
+    Instance,
+    MaxSeqs,
+    Model,
+    Phase,
+    Sockets,
+    TokenBudget,
+    Tp,
+    clock_bounds,
+    instance_of,
+    log_to,
+    need_hardware,
+    open_log,
+    parse_groups,
+)
+
+if TYPE_CHECKING:
+    from biscale_env.hardware.emulation.emulate import EmulatorSettings
+    from biscale_env.hardware.loop.control import PowerMeter
 
 group = typer.Typer(
     no_args_is_help=True, help="Real GPUs and engines: check, measure, actuate, emulate, restore."
 )
-
-Backend = Annotated[str, typer.Option(help="nvml, zeusd[:SOCKET] or fake:STATE_FILE.")]
-Sockets = Annotated[
-    Path, typer.Option(help="Folder of the sockets between hook, controller and actuator.")
-]
-GpuSets = Annotated[
-    list[str],
-    typer.Option("--gpus", help="GPUs of one instance, e.g. prefill=0,1,2,3; repeatable."),
-]
 
 
 def register(app: typer.Typer) -> None:
@@ -35,8 +52,12 @@ def register(app: typer.Typer) -> None:
 @group.callback()
 def prepare(context: typer.Context) -> None:
     """Real GPUs and engines: check, measure, actuate, emulate, restore."""
-    if context.invoked_subcommand != "doctor":  # which says itself what is missing
-        need_extra()
+    if context.invoked_subcommand == "doctor":  # which says itself which package is missing
+        from biscale_env.core.platforms import need_linux
+
+        need_linux("the hardware commands")
+    else:
+        need_hardware()
 
 
 @group.command("doctor")
@@ -69,6 +90,7 @@ def doctor_command(
 
 @group.command("clock-latency")
 def clock_latency_command(
+    *,
     backend: Backend = "nvml",
     gpu: Annotated[str, typer.Option(help="Index or UUID; keep this GPU busy meanwhile.")] = "0",
     clocks: Annotated[
@@ -80,12 +102,13 @@ def clock_latency_command(
         Path | None,
         typer.Option(help="Coefficient folder of `biscale fit` to write the delays into."),
     ] = None,
+    gpu_spec: GpuSpec = None,
 ) -> None:
     """Measure how long a clock change takes here; locks and resets the clock of one GPU."""
-    from biscale_env.config import load_gpu
     from biscale_env.core.errors import BiscaleError
     from biscale_env.hardware.clocks import change_latency
-    from biscale_env.hardware.clocks.backend import open_backend
+    from biscale_env.hardware.clocks.backend_registry import open_backend
+    from biscale_env.hardware.clocks.caller import as_caller
 
     if clocks < 2 or repeats < 1:
         raise BiscaleError("--clocks must be at least 2 and --repeats at least 1")
@@ -93,28 +116,28 @@ def clock_latency_command(
         table.close()
     if into:
         change_latency.family_files(into)
-    limits = load_gpu()
+    low, high = clock_bounds(gpu_spec)
     with open_backend(backend) as device:
         uuid = device.device(gpu).uuid
-        usable = [
-            f for f in device.supported_mhz(uuid) if limits.freq_min_mhz <= f <= limits.freq_max_mhz
-        ]
+        usable = change_latency.within(device.supported_mhz(uuid), low, high)
         pairs = change_latency.pairs_of(usable, clocks)
         found = change_latency.measure(device, backend, uuid, pairs, repeats, tell=_tell_switch)
     summary = change_latency.summarise(found)
     typer.echo(
-        f"{len(found)} changes: driver call median {summary['call_median_s'] * 1e3:.2f} ms, P99 {summary['call_p99_s'] * 1e3:.2f} ms; "
-        f"clock seen after median {summary['seen_median_s'] * 1e3:.1f} ms, P99 {summary['seen_p99_s'] * 1e3:.1f} ms "
-        f"({summary['seen_share']:.0%} seen)"
+        f"{len(found)} changes: driver call median {summary['call_median_s'] * 1e3:.2f} ms, "
+        f"P99 {summary['call_p99_s'] * 1e3:.2f} ms; clock seen after "
+        f"median {summary['seen_median_s'] * 1e3:.1f} ms, "
+        f"P99 {summary['seen_p99_s'] * 1e3:.1f} ms ({summary['seen_share']:.0%} seen)"
     )
-    if out:
-        write_whole(out, change_latency.as_frame(found).to_csv(index=False))
-    if into:
-        for path in change_latency.write_delays(into, found):
+    with as_caller():
+        if out:
+            change_latency.as_frame(found).to_csv(out, index=False)
+        for path in change_latency.write_delays(into, found) if into else []:
             typer.echo(f"delays written into {path}")
-    else:
+    if not into:
         typer.echo(
-            f"use it: --delay {summary['seen_median_s']:.3f}, or write it into your fitted models with --into FOLDER"
+            f"use it: --delay {summary['seen_median_s']:.3f}, "
+            "or write it into your fitted models with --into FOLDER"
         )
 
 
@@ -123,12 +146,14 @@ def _tell_switch(switch: object) -> None:
 
     assert isinstance(switch, Switch)
     typer.echo(
-        f"{switch.from_mhz:6g} -> {switch.to_mhz:6g} MHz: call {switch.call_s * 1e3:6.2f} ms, seen {switch.seen_s * 1e3:6.1f} ms"
+        f"{switch.from_mhz:6g} -> {switch.to_mhz:6g} MHz: call {switch.call_s * 1e3:6.2f} ms, "
+        f"seen {switch.seen_s * 1e3:6.1f} ms"
     )
 
 
 @group.command("actuate")
 def actuate_command(
+    *,
     gpus: GpuSets,
     backend: Backend = "nvml",
     sockets: Sockets = SOCKETS,
@@ -142,6 +167,7 @@ def actuate_command(
     lower_bound: Annotated[
         str, typer.Option(help="fixed locks (f, f), cap locks (lowest, f).")
     ] = "fixed",
+    gpu_spec: GpuSpec = None,
     log: Annotated[
         Path | None, typer.Option(help="JSON lines of every clock change with all time stamps.")
     ] = None,
@@ -150,68 +176,70 @@ def actuate_command(
 
     Every clock is reset on any way out.
     """
-    from biscale_env.config import load_gpu
-    from biscale_env.hardware.clocks.backend import open_backend
-    from biscale_env.hardware.loop.actuator import Actuator, ActuatorConfig, serve
+    from biscale_env.hardware.clocks.backend_registry import open_backend
+    from biscale_env.hardware.loop.actuator import Actuator, serve
+    from biscale_env.hardware.loop.gpu_group import ActuatorConfig
 
-    limits = load_gpu()
+    low, high = clock_bounds(gpu_spec)
     config = ActuatorConfig(
-        groups=parse_groups(gpus), sockets=sockets, backend=backend, freq_min_mhz=limits.freq_min_mhz,
-        freq_max_mhz=limits.freq_max_mhz, lease_s=lease, hot_c=hot, lower_bound=lower_bound,
-    )  # fmt: skip
-    with open_backend(backend, observe_only) as device:
-        stream = open_log(log)
-        try:
-            serve(Actuator(config, device, stream, first=True))
-        finally:
-            if stream:
-                stream.close()
+        groups=parse_groups(gpus),
+        sockets=sockets,
+        backend=backend,
+        freq_min_mhz=low,
+        freq_max_mhz=high,
+        lease_s=lease,
+        hot_c=hot,
+        lower_bound=lower_bound,
+    )
+    with open_backend(backend, observe_only) as device, log_to(log) as stream:
+        serve(Actuator(config, device, stream, realtime=True))
 
 
 @group.command("restore")
 def restore_command(
     backend: Backend = "nvml",
     all_gpus: Annotated[
-        bool, typer.Option("--all", help="Reset every GPU of the backend, noted or not.")
+        bool, typer.Option("--all", help="Reset every GPU of the backend, recorded or not.")
     ] = False,
 ) -> None:
-    """Reset every clock that an earlier run of ours may have left locked."""
+    """Reset every clock that an earlier run of ours may have left locked.
+
+    Every GPU is tried and reported; exit code 2 when one could not be reset.
+    """
     from biscale_env.core.errors import BiscaleError
     from biscale_env.hardware.clocks import owner
-    from biscale_env.hardware.clocks.backend import open_backend
+    from biscale_env.hardware.clocks.backend_registry import open_backend
 
+    restore: Callable[..., list[owner.Recovery]] = owner.restore_all if all_gpus else owner.recover
     with open_backend(backend) as device:
-        outcomes = owner.recover(device, backend)
-        if all_gpus:
-            for gpu in device.devices():
-                claim = owner.Claim(gpu.uuid)
-                device.reset(gpu.uuid)
-                claim.release()
-                outcomes.append((gpu.uuid, "reset"))
-    for uuid, outcome in outcomes:
-        typer.echo(f"{uuid}: {outcome}")
+        outcomes = restore(device, backend)
+    for outcome in outcomes:
+        typer.echo(f"{outcome.uuid}: {outcome.text}")
     if not outcomes:
         typer.echo("nothing to restore: no clock was left locked by us")
-    failed = [uuid for uuid, outcome in outcomes if outcome.startswith("NOT")]
+    failed = [outcome for outcome in outcomes if outcome.failed]
     if failed:
         raise BiscaleError(
-            f"{len(failed)} clocks could not be reset, the first is {failed[0]}: see above"
+            f"{len(failed)} of {len(outcomes)} clocks could not be reset, "
+            f"the first is {failed[0].uuid}: see above"
         )
 
 
 @group.command("emulate")
 def emulate_command(
+    *,
     state: Annotated[Path, typer.Option(help="File of the fake GPUs; made anew.")] = SOCKETS
     / "gpus",
     sockets: Sockets = SOCKETS,
     host: str = "127.0.0.1",
     prefill_port: int = 8100,
     decode_port: int = 8200,
-    tp: Annotated[int, typer.Option(help="GPUs per instance.")] = 4,
-    dtype: str = "bf16",
-    model: Annotated[str, typer.Option(help="Fitted model to emulate.")] = "h100-llama70b",
-    token_budget: Annotated[int, typer.Option(help="New tokens per prefill batch.")] = 2048,
-    max_seqs: Annotated[int, typer.Option(help="Requests per batch.")] = 256,
+    instance: Instance = None,
+    tp: Tp = None,
+    dtype: Dtype = None,
+    model: Model = None,
+    token_budget: TokenBudget = None,
+    max_seqs: MaxSeqs = None,
     max_model_len: int = 16_384,
     delay: Annotated[
         float, typer.Option(help="Seconds from a clock request to its effect.")
@@ -223,50 +251,72 @@ def emulate_command(
         str, typer.Option(help="both, or one engine on an existing --state.")
     ] = "both",
 ) -> None:
-    """Serve an emulated prefill and decode engine in real time, on fake GPUs whose clocks they
-    obey. Needs no GPU.
-    """
-    from biscale_env.core.errors import BiscaleError
-    from biscale_env.hardware.emulation.emulate import (
-        PHASES,
-        Emulation,
-        EmulatorSettings,
-        run_instance,
-    )
+    """Serve an emulated prefill and decode engine in real time, on fake GPUs. Needs no GPU.
 
+    The engines obey the clocks of the fake GPUs.
+    """
+    from biscale_env.hardware.emulation.emulate import EmulatorSettings
+
+    spec = instance_of(
+        instance, tp=tp, dtype=dtype, model=model, token_budget=token_budget, max_seqs=max_seqs
+    )
     settings = EmulatorSettings(
-        state=state.absolute(), sockets=sockets.absolute(), host=host, ports=(prefill_port, decode_port), tp=tp, dtype=dtype, model=model,
-        token_budget=token_budget, max_seqs=max_seqs, max_model_len=max_model_len, delay_s=delay, member=member,
-    )  # fmt: skip
+        state=state.absolute(),
+        sockets=sockets.absolute(),
+        host=host,
+        ports=(prefill_port, decode_port),
+        tp=spec.tp,
+        dtype=spec.dtype,
+        model=spec.model,
+        token_budget=spec.token_budget,
+        max_seqs=spec.max_seqs,
+        max_model_len=max_model_len,
+        delay_s=delay,
+        member=member,
+    )
+    _emulate(settings, phase)
+
+
+def _emulate(settings: "EmulatorSettings", phase: str) -> None:
+    """Serve one engine, or make the fake GPUs and serve both."""
+    from biscale_env.core.errors import BiscaleError
+    from biscale_env.hardware.emulation.emulate import PHASES, Emulation, run_instance
+
     if phase in PHASES:
-        return run_instance(settings, phase)
+        run_instance(settings, phase)
+        return
     if phase != "both":
         raise BiscaleError(f"unknown phase '{phase}': choose both, prefill or decode")
     with Emulation(settings) as emulation:
         prefill, decode = emulation.urls
         typer.echo(
-            f"emulated engines at {prefill} (prefill) and {decode} (decode), {2 * tp} fake GPUs in {state}"
+            f"emulated engines at {prefill} (prefill) and {decode} (decode), "
+            f"{2 * settings.tp} fake GPUs in {settings.state}"
         )
         typer.echo(
-            f"in another terminal: biscale replay --backend fake:{state} --sockets {sockets} --engine emulated --policy biscale "
-            f"--prefill {prefill} --decode {decode} --trace azure-conv-like --rate 3 --duration 60 --out runs/emulated"
+            f"in another terminal: biscale replay --backend fake:{settings.state} "
+            f"--sockets {settings.sockets} --engine emulated --policy biscale "
+            f"--prefill {prefill} --decode {decode} --trace azure-conv-like --rate 3 "
+            "--duration 60 --out runs/emulated"
         )
         emulation.wait()
 
 
 @group.command("control")
 def control_command(
-    phase: Annotated[str, typer.Option(help="prefill or decode.")],
+    *,
+    phase: Phase,
     policy: Annotated[
         str, typer.Option(help="mpc, slack, static:1200, a checkpoint, or a recording (*.parquet).")
     ],
     sockets: Sockets = SOCKETS,
-    tp: int = 4,
-    dtype: str = "bf16",
-    model: str = "h100-llama70b",
-    slo: str = "biscale",
-    token_budget: int = 2048,
-    max_seqs: int = 256,
+    instance: Instance = None,
+    tp: Tp = None,
+    dtype: Dtype = None,
+    model: Model = None,
+    slo: Annotated[str | None, typer.Option(help="SLO; default biscale.")] = None,
+    token_budget: TokenBudget = None,
+    max_seqs: MaxSeqs = None,
     delay: Annotated[
         float | None, typer.Option(help="Expected actuation delay, s; default that of the model.")
     ] = None,
@@ -279,49 +329,42 @@ def control_command(
 ) -> None:
     """Decide the clock of one engine instance from its records, until a signal."""
     from biscale_env.envs.plant import Plant, PlantSettings
-    from biscale_env.hardware.clocks.backend import open_backend
-    from biscale_env.hardware.loop.control import ControlLoop, PowerMeter, serve
+    from biscale_env.hardware.loop.control import ControlConfig, ControlLoop, serve
     from biscale_env.hardware.loop.recorded_policy import load_policy
 
-    settings = PlantSettings.of(
-        phase,
-        model=model,
+    spec = instance_of(
+        instance,
         tp=tp,
         dtype=dtype,
+        model=model,
         slo=slo,
         token_budget=token_budget,
         max_seqs=max_seqs,
-        actuation_delay_s=delay,
     )
-    plant = Plant(settings)
+    plant = Plant(PlantSettings.of(phase, instance=spec, actuation_delay_s=delay))
     chosen = load_policy(policy, plant)
-    reader = open_backend(backend, observe_only=True) if backend else None
+    config = ControlConfig(sockets, delay_s=plant.delay_s(-1), lease_s=lease, realtime=True)
+    with contextlib.ExitStack() as stack:
+        meter = _meter(stack, backend, gpus)
+        stream = stack.enter_context(log_to(log))
+        serve(ControlLoop(plant, chosen, config, stream, meter))
+
+
+def _meter(stack: contextlib.ExitStack, backend: str | None, gpus: str) -> "PowerMeter | None":
+    """What reads the power of these GPUs; None where nothing is to be read."""
+    from biscale_env.hardware.clocks.backend_registry import open_backend
+    from biscale_env.hardware.loop.control import PowerMeter
+
+    if not backend:
+        return None
+    reader = stack.enter_context(open_backend(backend, observe_only=True))
     keys = parse_groups([f"x={gpus}"])["x"] if gpus else ()
-    meter = PowerMeter(reader, [reader.device(k).uuid for k in keys]) if reader else None
-    stream = open_log(log)
-    try:
-        serve(
-            ControlLoop(
-                plant,
-                chosen,
-                sockets,
-                delay_s=plant.delay_s(-1),
-                lease_s=lease,
-                log=stream,
-                meter=meter,
-                first=True,
-            )
-        )
-    finally:
-        if stream:
-            stream.close()
-        if reader:
-            reader.close()
+    return PowerMeter(reader, [reader.device(key).uuid for key in keys])
 
 
 @group.command("bridge")
 def bridge_command(
-    phase: Annotated[str, typer.Option(help="prefill or decode.")],
+    phase: Phase,
     source: Annotated[
         str,
         typer.Option(
@@ -331,7 +374,7 @@ def bridge_command(
     sockets: Sockets = SOCKETS,
     every: Annotated[float, typer.Option(help="Seconds between polls of an http source.")] = 0.1,
 ) -> None:
-    """Hand the records of an engine without our hook to the controller, until a signal."""
+    """Forward the records of an engine without our hook to the controller, until a signal."""
     import signal
 
     from biscale_env.core.errors import BiscaleError
@@ -347,7 +390,7 @@ def bridge_command(
 
     if phase not in PHASES:
         raise BiscaleError(f"unknown phase '{phase}': choose prefill or decode")
-    sockets.mkdir(parents=True, exist_ok=True)
+    wire.socket_folder(sockets)
     ended = False
 
     def end(number: int, frame: object) -> None:
@@ -367,7 +410,7 @@ def bridge_command(
     typer.echo(f"{phase} bridge ready")
     count = forward(records, sender)
     sender.close()
-    typer.echo(f"{count} records handed on")
+    typer.echo(f"{count} records forwarded")
 
 
 @group.command("bench")
@@ -377,9 +420,7 @@ def bench_command(
     ] = 20.0,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
-    """Measure the hook's cost, the loop's latency and the replayer's punctuality on emulated
-    engines.
-    """
+    """Measure hook cost, loop latency and replayer punctuality on emulated engines."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,9 +1,45 @@
 """What the hardware commands share."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Annotated, BinaryIO
+
+import typer
+
+if TYPE_CHECKING:
+    from biscale_env.config import InstanceSpec
 
 SOCKETS = Path("/tmp/biscale")
+ENGINE_MAX_SEQS = 256  # requests per batch of an engine that nothing else is said about: vLLM's
+Backend = Annotated[str, typer.Option(help="nvml, zeusd[:SOCKET] or fake:STATE_FILE.")]
+Sockets = Annotated[
+    Path, typer.Option(help="Folder of the sockets between hook, controller and actuator.")
+]
+GpuSets = Annotated[
+    list[str],
+    typer.Option("--gpus", help="GPUs of one instance, e.g. prefill=0,1,2,3; repeatable."),
+]
+GpuSpec = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu-spec",
+        help="GPU description (name or YAML file) that bounds the clocks; default the device's own "
+        "range.",
+    ),
+]
+Instance = Annotated[
+    Path | None,
+    typer.Option(help="YAML description of the instance; options given beside it change it."),
+]
+Tp = Annotated[int | None, typer.Option(help="GPUs per instance; default 4.")]
+Dtype = Annotated[str | None, typer.Option(help="bf16 or fp8; default bf16.")]
+Model = Annotated[str | None, typer.Option(help="Fitted model; default h100-llama70b.")]
+TokenBudget = Annotated[
+    int | None, typer.Option(help="New tokens per prefill batch; default 2048.")
+]
+MaxSeqs = Annotated[int | None, typer.Option(help="Requests per batch; default 256.")]
+Phase = Annotated[str, typer.Option(help="prefill or decode.")]
 EXTRA = {"zmq": "pyzmq", "msgspec": "msgspec", "aiohttp": "aiohttp", "pynvml": "nvidia-ml-py"}
 
 
@@ -24,18 +60,80 @@ def need_extra() -> None:
             )
 
 
+def need_hardware() -> None:
+    """Refuse plainly where clocks and engines cannot be controlled.
+
+    Raises:
+        BiscaleError: not on Linux (which frees sockets and locks of dead processes, ends children
+            with their parents and schedules in real time), or a package is missing.
+    """
+    from biscale_env.core.platforms import need_linux
+
+    need_linux("the hardware commands")
+    need_extra()
+
+
 def open_log(path: Path | None) -> BinaryIO | None:
-    """Open a log for appending; None for none.
+    """Open a log for appending; None for none. Under sudo it is opened as the caller.
 
     Raises:
         BiscaleError: it cannot be written.
     """
     from biscale_env.core.errors import BiscaleError
+    from biscale_env.hardware.clocks.caller import as_caller
 
     try:
-        return path.open("ab") if path else None
+        with as_caller():
+            return path.open("ab") if path else None
     except OSError as error:
         raise BiscaleError(f"cannot write {path}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def log_to(path: Path | None) -> Iterator[BinaryIO | None]:
+    """A log for appending, closed at the end; None for none.
+
+    Raises:
+        BiscaleError: it cannot be opened.
+    """
+    stream = open_log(path)
+    try:
+        yield stream
+    finally:
+        if stream:
+            with contextlib.suppress(OSError):  # who writes reports what cannot be written
+                stream.close()
+
+
+def instance_of(file: Path | None, **changes: object) -> "InstanceSpec":
+    """Description of an instance from a file, with single values changed.
+
+    Args:
+        file: YAML file; None: the defaults of :class:`~biscale_env.config.InstanceSpec`, with the
+            batch limit of vLLM.
+        changes: values of the command line; None leaves the file's.
+
+    Raises:
+        BiscaleError: the file cannot be read, or a value makes no sense.
+    """
+    from biscale_env.config import InstanceSpec
+
+    spec = InstanceSpec.from_yaml(file) if file else InstanceSpec(max_seqs=ENGINE_MAX_SEQS)
+    return spec.changed(**{key: value for key, value in changes.items() if value is not None})
+
+
+def clock_bounds(gpu_spec: str | None) -> tuple[float | None, float | None]:
+    """Lowest and highest clock of a GPU description, MHz; None: the device's own.
+
+    Raises:
+        BiscaleError: an unknown description.
+    """
+    from biscale_env.config import load_gpu
+
+    if gpu_spec is None:
+        return None, None
+    gpu = load_gpu(gpu_spec)
+    return gpu.freq_min_mhz, gpu.freq_max_mhz
 
 
 def parse_groups(items: list[str]) -> dict[str, tuple[str, ...]]:
@@ -51,7 +149,8 @@ def parse_groups(items: list[str]) -> dict[str, tuple[str, ...]]:
         name, equals, rest = item.partition("=")
         if not (name.isidentifier() and equals and rest) or name in groups:
             raise BiscaleError(
-                f"--gpus '{item}': write NAME=GPU,GPU,... with each name once, e.g. --gpus prefill=0,1,2,3"
+                f"--gpus '{item}': write NAME=GPU,GPU,... with each name once, "
+                "e.g. --gpus prefill=0,1,2,3"
             )
         keys: list[str] = []
         for part in rest.split(","):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from biscale_env.cli.hw_options import need_extra
+from biscale_env.cli.hw_options import need_hardware
 
 
 def register(app: typer.Typer) -> None:
@@ -47,11 +47,11 @@ def profile_command(
     """Measure latency and power of prefill and decode iterations on one GPU, for `biscale fit
     --profile`.
     """
-    need_extra()
+    need_hardware()
     import pandas as pd
 
     from biscale_env.core.errors import BiscaleError
-    from biscale_env.hardware.clocks.backend import open_backend
+    from biscale_env.hardware.clocks.backend_registry import open_backend
     from biscale_env.hardware.profile.profiler import (
         Profiler,
         ProfileSettings,

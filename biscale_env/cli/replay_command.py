@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from biscale_env.cli.hw_options import SOCKETS, need_extra, parse_groups
+from biscale_env.cli.hw_options import SOCKETS, need_extra, need_hardware, parse_groups
 
 if TYPE_CHECKING:
     from biscale_env.hardware.replay.assemble import Raw
@@ -81,7 +81,7 @@ def replay_command(
 
     Write a run directory.
     """
-    need_extra()
+    need_hardware()
     from biscale_env.hardware.replay.closed_loop import (
         ReplaySettings,
         policies_by_phase,
@@ -258,13 +258,12 @@ def validate_command(
     from rich.console import Console
     from rich.table import Table
 
-    from biscale_env.config import load_gpu
     from biscale_env.core.errors import BiscaleError
     from biscale_env.hardware.replay.assemble import read_raw
     from biscale_env.hardware.replay.validate import compare
 
     raw = read_raw(run / "raw")
-    rows = compare(raw, load_gpu().freq_max_mhz)
+    rows = compare(raw)
     table = Table(
         "phase",
         "quantity",

@@ -1,5 +1,6 @@
-"""Placements: which instances of which phase, tensor parallelism and base clock share the GPUs of a
-cluster.
+"""Placements: which instances share the GPUs of a cluster.
+
+An instance has a phase, a tensor-parallel degree and a base clock.
 """
 
 from collections import Counter

@@ -1,12 +1,13 @@
 """Clocks and actions: [-1, 1] spans the control range of the GPU, snapped to its clock grid."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from biscale_env.config import Gpu
-from biscale_env.config.hardware import clock_grid_mhz
+from biscale_env.core.clockqueue import grid, snapped, snapped_up
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,19 @@ class ClockRange:
 
     def snap_mhz(self, freq_mhz: ArrayLike) -> NDArray[np.float64]:
         """Nearest supported clock, MHz; same shape."""
-        steps = np.rint(
-            (self.freq_max_mhz - np.asarray(freq_mhz, dtype=np.float64)) / self.freq_step_mhz
-        )
-        last = np.floor((self.freq_max_mhz - self.freq_min_mhz) / self.freq_step_mhz + 1e-9)
-        return np.asarray(self.freq_max_mhz - self.freq_step_mhz * np.clip(steps, 0.0, last))
+        asked: Any = np.asarray(freq_mhz, dtype=np.float64)
+        return np.asarray(snapped(asked, *self._grid))
+
+    def snap_up_mhz(self, freq_mhz: ArrayLike, tolerance_mhz: float) -> NDArray[np.float64]:
+        """Lowest supported clock that is at most ``tolerance_mhz`` below; same shape."""
+        asked: Any = np.asarray(freq_mhz, dtype=np.float64)
+        return np.asarray(snapped_up(asked, *self._grid, tolerance_mhz))
 
     @property
     def grid_mhz(self) -> NDArray[np.float64]:
         """All supported clocks, rising, MHz."""
-        return clock_grid_mhz(self.freq_min_mhz, self.freq_max_mhz, self.freq_step_mhz)
+        return grid(*self._grid)
+
+    @property
+    def _grid(self) -> tuple[float, float, float]:
+        return self.freq_min_mhz, self.freq_max_mhz, self.freq_step_mhz

@@ -1,15 +1,30 @@
-"""Whole runs at one clock in a single compiled call, and the capacity search made of them."""
+"""Whole runs at one clock in a single compiled call, and the capacity search made of them.
 
+A capacity that was found is kept on disk, by the hash of all that it depends on.
+"""
+
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.jit import PACKAGE, python_files, source_digest
+from biscale_env.core.user_cache import cache_root, recall, remember
 from biscale_env.envs.batch import Batch, RequestTable
 from biscale_env.envs.plant import Plant
-from biscale_env.envs.workloads import Maker, capacity_sample, generated
+from biscale_env.envs.workloads import (
+    CAPACITY_SAMPLE_RPS,
+    CAPACITY_SAMPLE_S,
+    Maker,
+    generated,
+)
 from biscale_env.sim.constant_clock import decode_static, prefill_static
 from biscale_env.traces import Trace
 
@@ -17,6 +32,8 @@ from biscale_env.traces import Trace
 # assumed
 MIN_JUDGED = 300
 
+MIN_REQUESTS = 100  # of a trace that loads are made of
+HIGHEST_MULTIPLE = 256  # of the trace's own rate that is tried
 ALONE_S = 3600.0  # between requests that shall not meet
 
 
@@ -142,6 +159,23 @@ def attainment_at(
     return plant.slo.attained(np.concatenate(runs), plant.phase)
 
 
+@dataclass(frozen=True)
+class SearchSettings:
+    """How a capacity is searched.
+
+    Attributes:
+        freq_mhz: clock, MHz.
+        seeds: choices of requests that are pooled, so that one unlucky choice does not decide.
+        member: ensemble member, -1 nominal.
+        tolerance: relative width at which the search stops.
+    """
+
+    freq_mhz: float
+    seeds: tuple[int, ...] = (0, 1, 2)
+    member: int = -1
+    tolerance: float = 0.01
+
+
 def find_capacity(
     plant: Plant,
     trace: Trace,
@@ -151,7 +185,7 @@ def find_capacity(
     tolerance: float = 0.01,
     make: Maker | None = None,
 ) -> Capacity:
-    """Bisect for the highest load within the SLO.
+    """Bisect for the highest load within the SLO; what was found before is not searched again.
 
     Loads are made as in :func:`loaded`, never by stretching time.
 
@@ -169,34 +203,23 @@ def find_capacity(
             request cannot fit.
     """
     plant.check_fits(trace)  # before requests are chosen, while their lines in the file are known
-    if len(trace) < 100:
+    if len(trace) < MIN_REQUESTS:
         raise BiscaleError(
-            f"{trace.name} has {len(trace)} requests: a capacity search needs at least 100"
+            f"{trace.name} has {len(trace)} requests: a capacity search needs at least "
+            f"{MIN_REQUESTS}"
         )
-    freq = plant.gpu.freq_max_mhz if freq_mhz is None else freq_mhz
-    tried: list[tuple[float, float]] = []
-
-    def meets(rate: float) -> bool:
-        tried.append((rate, attainment_at(plant, trace, rate, freq, seeds, member, make)))
-        return tried[-1][1] >= plant.slo.attainment
-
-    low, high = 0.0, trace.rate_rps
-    floor = MIN_JUDGED / (len(seeds) * trace.duration_s)
-    while meets(high):
-        low, high = high, 2.0 * high
-        if high > 256 * trace.rate_rps:
-            break
-    while high - low > tolerance * high and 0.5 * (low + high) >= floor:
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if meets(middle) else (low, middle)
-    best = max((t for t in tried if t[0] == low), default=(0.0, 0.0))
-    return Capacity(best[0], best[1], tuple(tried))
+    how = _settings(plant, freq_mhz, seeds, member, tolerance)
+    told = getattr(getattr(make, "__self__", None), "digest", None)
+    if make is not None and told is None:  # a generator that cannot say what it makes
+        return _search(plant, trace, how, make)
+    key = capacity_key(plant, how, f"{trace.sha256} {told}")
+    return _known(key) or _keep(key, _search(plant, trace, how, make))
 
 
 def profile_capacity(
     plant: Plant, profile: str, freq_mhz: float | None = None, member: int = -1
 ) -> Capacity:
-    """Capacity of a generator profile, wherever a load is a share of it.
+    """Capacity of a generator profile, wherever a load is a fraction of it.
 
     Args:
         plant: phase, hardware and engine settings.
@@ -204,6 +227,99 @@ def profile_capacity(
         freq_mhz: clock; None is the highest.
         member: ensemble member.
     """
-    return find_capacity(
-        plant, capacity_sample(profile), freq_mhz, member=member, make=generated(profile)
-    )
+    make: Any = generated(profile)
+    how = _settings(plant, freq_mhz, (0, 1, 2), member, 0.01)
+    sample = (CAPACITY_SAMPLE_RPS, CAPACITY_SAMPLE_S, 0)
+    key = capacity_key(plant, how, f"{make.__self__.digest} {sample}")
+    if (kept := _known(key)) is not None:
+        return kept
+    trace = make(*sample)
+    plant.check_fits(trace)
+    return _keep(key, _search(plant, trace, how, make))
+
+
+def _settings(
+    plant: Plant, freq_mhz: float | None, seeds: Sequence[int], member: int, tolerance: float
+) -> SearchSettings:
+    freq = plant.gpu.freq_max_mhz if freq_mhz is None else float(freq_mhz)
+    return SearchSettings(freq, tuple(int(seed) for seed in seeds), int(member), float(tolerance))
+
+
+def _search(plant: Plant, trace: Trace, how: SearchSettings, make: Maker | None) -> Capacity:
+    """Bisect, see :func:`find_capacity`."""
+    tried: list[tuple[float, float]] = []
+
+    def meets(rate: float) -> bool:
+        got = attainment_at(plant, trace, rate, how.freq_mhz, how.seeds, how.member, make)
+        tried.append((rate, got))
+        return got >= plant.slo.attainment
+
+    low, high = 0.0, trace.rate_rps
+    floor = MIN_JUDGED / (len(how.seeds) * trace.duration_s)
+    while meets(high):
+        low, high = high, 2.0 * high
+        if high > HIGHEST_MULTIPLE * trace.rate_rps:
+            break
+    while high - low > how.tolerance * high and 0.5 * (low + high) >= floor:
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if meets(middle) else (low, middle)
+    best = max((t for t in tried if t[0] == low), default=(0.0, 0.0))
+    return Capacity(best[0], best[1], tuple(tried))
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """Hash of the code between the files and a capacity."""
+    digest = hashlib.sha256(source_digest().encode())
+    for part in ("config", "models", "traces"):
+        for file in python_files(PACKAGE / part):
+            digest.update(file.relative_to(PACKAGE).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def capacity_key(plant: Plant, how: SearchSettings, work: str) -> str:
+    """Hash of all that a capacity depends on.
+
+    The code, the coefficients with GPU and LLM, the engine limits, the bounds of the SLO, the
+    search and the workload. Not: actuation delay, reward, and names.
+
+    Args:
+        plant: phase, hardware and engine settings.
+        how: the search.
+        work: what tells the workload from others.
+    """
+    s, slo = plant.settings.instance, plant.slo
+    limits = [s.tp, s.dtype, s.token_budget, s.max_seqs, s.kv_watermark]
+    bound = [slo.bound_s(plant.phase), slo.attainment]
+    search = [how.freq_mhz, how.seeds, how.member, how.tolerance]
+    parts = [_code(), plant.phase, plant.model.digest, limits, bound, search, work]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+_found: dict[str, Capacity] = {}  # where no file can be kept
+
+
+def _path(key: str) -> Path:
+    return cache_root() / "instance-capacity" / f"{key}.json"
+
+
+def _known(key: str) -> Capacity | None:
+    """The capacity of a key, found before; None also where the file is damaged."""
+    if key not in _found:
+        kept = recall(_path(key))
+        try:
+            rate, attainment = float(kept["rate_rps"]), float(kept["attainment"])
+            tried = tuple((float(r), float(a)) for r, a in kept["tried"])
+        except (TypeError, KeyError, ValueError):
+            return None
+        if not (np.isfinite(rate) and rate >= 0.0 and 0.0 <= attainment <= 1.0 and tried):
+            return None
+        _found[key] = Capacity(rate, attainment, tried)
+    return _found[key]
+
+
+def _keep(key: str, found: Capacity) -> Capacity:
+    _found[key] = found
+    data = {"rate_rps": found.rate_rps, "attainment": found.attainment, "tried": found.tried}
+    remember(_path(key), json.dumps(data))
+    return found

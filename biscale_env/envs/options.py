@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ DEFAULT_PROFILE = "azure-conv-like"
 DEFAULT_LOAD = 0.75  # of the capacity at max clock: busy, yet served
 DEFAULT_EPISODE_S = 120.0
 RESET_KEYS = ("workload", "member")
-_capacities: dict[tuple[Any, ...], float] = {}
 
 
 @dataclass(frozen=True)
@@ -74,31 +74,19 @@ def whole(value: Any, name: str) -> int:
 
 
 def capacity_rps(plant: Plant, trace: Trace | None, profile: str) -> float:
-    """Capacity at max clock of a trace or a generator profile, searched once per process.
+    """Capacity at max clock of a trace or a generator profile, requests/s.
 
     Raises:
         BiscaleError: no load at all is served within the SLO.
     """
-    s = plant.settings
-    key = (
-        plant.model.digest,
-        s.instance.changed(slo="").model_dump_json(),
-        s.actuation_delay_s,
-        s.phase,
-        plant.slo,
-        trace.sha256 if trace is not None else profile,
-    )
-    if key not in _capacities:
-        found = (
-            find_capacity(plant, trace) if trace is not None else profile_capacity(plant, profile)
-        )
-        _capacities[key] = found.rate_rps
-    if _capacities[key] <= 0:
+    found = find_capacity(plant, trace) if trace is not None else profile_capacity(plant, profile)
+    if found.rate_rps <= 0:
         what = trace.name if trace is not None else profile
         raise BiscaleError(
-            f"{what}: not even a small load meets SLO '{plant.slo.name}' at max clock; use a wider SLO or more GPUs"
+            f"{what}: not even a small load meets SLO '{plant.slo.name}' at max clock; use a wider "
+            "SLO or more GPUs"
         )
-    return _capacities[key]
+    return found.rate_rps
 
 
 @dataclass(frozen=True)
@@ -130,7 +118,7 @@ class WorkloadOptions:
     def __post_init__(self) -> None:
         if self.load is not None and self.rate_rps is not None:
             raise BiscaleError("give either load or rate_rps, not both")
-        if self.load is not None and not self.load > 0:
+        if self.load is not None and not 0 < self.load < np.inf:
             raise BiscaleError(f"load must be a positive fraction of the capacity, got {self.load}")
         if self.n_workloads < 1:
             raise BiscaleError(f"n_workloads must be at least 1, got {self.n_workloads}")
@@ -141,7 +129,7 @@ class WorkloadOptions:
         Raises:
             BiscaleError: an unknown trace or profile, or a request that can never fit.
         """
-        trace, profile = self._loaded()
+        trace, profile = self.loaded()
         if trace is not None:
             plant.check_fits(trace)
         rate_rps = self.rate_rps
@@ -151,7 +139,12 @@ class WorkloadOptions:
         make = trace_windows(trace) if trace is not None else generated(profile)
         return WorkloadSource(make, rate_rps, self.episode_s, self.workload_seed)
 
-    def _loaded(self) -> tuple[Trace | None, str]:
+    def loaded(self) -> tuple[Trace | None, str]:
+        """The trace, if there is one, and the generator profile that counts without one.
+
+        Raises:
+            BiscaleError: an unknown trace.
+        """
         if self.trace is None or isinstance(self.trace, Trace):
             return self.trace, self.profile
         named = str(self.trace)
@@ -211,8 +204,14 @@ def make_options(phase: str, **options: Any) -> EnvOptions:
 
 
 def plain_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Options with configuration objects as plain mappings, so that a spec can be written as JSON."""
-    return {
-        name: value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-        for name, value in options.items()
-    }
+    """Options with plain values, so that a spec can be written as JSON.
+
+    Configuration objects become mappings, members of an enumeration their names.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, BaseModel):
+            return value.model_dump(mode="json")
+        return value.name if isinstance(value, Enum) else value
+
+    return {name: plain(value) for name, value in options.items()}

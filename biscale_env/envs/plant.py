@@ -3,6 +3,7 @@
 An instance (hardware, model, engine limits, SLO), actuation delay and reward. One validated object.
 """
 
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -76,7 +77,6 @@ class Plant:
         self.llm: Llm = self.model.llm
         self.clocks = ClockRange.of(self.gpu)
         self.spec: ObservationSpec = spec_for(settings.phase)
-        self.energy_ref_j = self._reference_energy_j()
         self.llm.kv_capacity_tokens(self.gpu, instance.tp, instance.dtype)
         if settings.ensemble_member != "random":
             self.model.member(settings.ensemble_member)
@@ -106,7 +106,12 @@ class Plant:
         """
         trace.check_fits(self.kv_capacity_tokens, with_output=self.phase == "decode")
 
-    def _reference_energy_j(self) -> float:
+    @cached_property
+    def energy_ref_j(self) -> float:
+        """Unit of energy of the reward: a reference prompt or reference output at max clock, J.
+
+        Computed when it is first needed, since the first compiled call of a process takes long.
+        """
         top = self.gpu.freq_max_mhz
         if self.phase == "prefill":
             n = REFERENCE_PROMPT_TOKENS

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.actions import ActionReader
 from biscale_env.envs.batch import Batch
-from biscale_env.envs.options import EnvOptions, check_render_mode, make_options, plain_options
+from biscale_env.envs.options import EnvOptions, check_render_mode, make_options
+from biscale_env.envs.plain_spec import PlainSpec
 from biscale_env.envs.workload_tables import WorkloadTables
 
 if TYPE_CHECKING:
-    from gymnasium.envs.registration import EnvSpec
+    pass
 
 ROW = np.zeros(1, dtype=np.int64)
 
@@ -34,7 +35,7 @@ def describe_step(batch: Batch, i: int, phase: str) -> dict[str, float]:
     }
 
 
-class PhaseEnv(gym.Env[NDArray[np.float32], Any]):
+class PhaseEnv(PlainSpec, gym.Env[NDArray[np.float32], Any]):
     """One instance of one phase.
 
     A step is one engine iteration (or as many as fit into ``min_decision_interval_s``).
@@ -73,18 +74,6 @@ class PhaseEnv(gym.Env[NDArray[np.float32], Any]):
         self._tables = WorkloadTables(self.plant, self.options.source)
         self._batch: Batch | None = None
         self._action = np.zeros(1, dtype=np.float32)
-        self._spec: EnvSpec | None = None
-
-    @property
-    def spec(self) -> "EnvSpec | None":
-        """Gymnasium's specification; options are plain, so that it can be written as JSON."""
-        return self._spec
-
-    @spec.setter
-    def spec(self, value: "EnvSpec | None") -> None:
-        if value is not None:
-            value.kwargs = plain_options(value.kwargs)
-        self._spec = value
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.actions import ActionReader
 from biscale_env.envs.batch import Batch, RequestTable
-from biscale_env.envs.options import check_render_mode, make_options, plain_options
+from biscale_env.envs.options import check_render_mode, make_options
+from biscale_env.envs.plain_spec import PlainSpec
 
 if TYPE_CHECKING:
-    from gymnasium.envs.registration import EnvSpec
+    pass
 
 Infos = dict[str, Any]
 Bools = NDArray[np.bool_]
@@ -47,7 +48,7 @@ def masked(values: Mapping[str, Any], mask: Bools) -> Infos:
     return infos
 
 
-class PhaseVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
+class PhaseVectorEnv(PlainSpec, VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
     """``num_envs`` environments of one phase, stepped together.
 
     Attributes:
@@ -107,7 +108,6 @@ class PhaseVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
         self._steps = np.zeros(num_envs, dtype=np.int64)
         self._ended = np.zeros(num_envs, dtype=bool)
         self._cost_name = "cost_ttft" if phase == "prefill" else "cost_tpot"
-        self._spec: EnvSpec | None = None
 
     def _make_spaces(self, discrete: bool) -> None:
         spec = self.plant.spec
@@ -116,19 +116,6 @@ class PhaseVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
         self.single_action_space = self._reader.space
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-
-    @property
-    def spec(self) -> "EnvSpec | None":
-        """Gymnasium's specification; options are plain, so that it can be written as JSON."""
-        return self._spec
-
-    @spec.setter
-    def spec(self, value: "EnvSpec | None") -> None:
-        if value is not None:
-            value.kwargs = plain_options(value.kwargs)
-            if "autoreset_mode" in value.kwargs:
-                value.kwargs["autoreset_mode"] = self.autoreset_mode.name
-        self._spec = value
 
     def _start(self, rows: NDArray[np.int64], fixed: Mapping[str, Any] | None = None) -> Infos:
         """Start episodes in some rows; their reset infos."""

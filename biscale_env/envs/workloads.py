@@ -2,16 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING
+from functools import partial
 
 import numpy as np
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.traces import Trace
-
-if TYPE_CHECKING:
-    from biscale_env.traces import LengthProfile, WorkloadProfile
 
 Maker = Callable[[float, float, int], Trace]  # (rate_rps, duration_s, seed) -> workload; picklable
 CAPACITY_SAMPLE_S = 3600.0  # long against the slow swings of the profiles' rates
@@ -84,34 +80,16 @@ def _window(trace: Trace, rate_rps: float, duration_s: float, seed: int) -> Trac
 def generated(profile: str) -> Maker:
     """Maker of workloads from a generator profile (``biscale traces list`` shows them).
 
-    The profile is read once, here: making a workload reads no file.
+    What the profile names is read here, once, and not for every workload.
+
+    Raises:
+        BiscaleError: an unknown profile.
     """
-    from biscale_env.traces import load_lengths, load_workload
+    from biscale_env.traces.synthetic.synthesize import WorkloadRecipe
 
-    workload = load_workload(profile)
-    return partial(_generate, workload, load_lengths(workload.lengths))
-
-
-def _generate(
-    profile: "WorkloadProfile",
-    lengths: "LengthProfile",
-    rate_rps: float,
-    duration_s: float,
-    seed: int,
-) -> Trace:
-    from biscale_env.traces import generate
-
-    return generate(profile, rate_rps=rate_rps, duration_s=duration_s, seed=seed, lengths=lengths)
-
-
-@lru_cache(maxsize=32)
-def long_sample(profile: str, rate_rps: float, duration_s: float, seed: int) -> Trace:
-    """One long generated trace, cached: what capacity is measured on."""
-    return generated(profile)(rate_rps, duration_s, seed)
+    return WorkloadRecipe.of(profile).make
 
 
 def capacity_sample(profile: str) -> Trace:
-    """The generated trace that a profile's capacity is measured on, wherever a load is a share of
-    it.
-    """
-    return long_sample(profile, CAPACITY_SAMPLE_RPS, CAPACITY_SAMPLE_S, 0)
+    """The generated trace that a profile's capacity is measured on, wherever a load is a share."""
+    return generated(profile)(CAPACITY_SAMPLE_RPS, CAPACITY_SAMPLE_S, 0)

@@ -2,13 +2,12 @@
 the ensemble as CSV.
 """
 
-import io
+import csv
 import math
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 import yaml
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
@@ -186,23 +185,43 @@ def read_members(
     """
     if content is None:
         return np.recarray(0, dtype=COEFFICIENT_DTYPE), np.zeros(0)
-    try:
-        table = pd.read_csv(io.BytesIO(content), comment="#")
-    except ValueError as error:  # the errors of pandas, and bytes that are not UTF-8
-        raise BiscaleError(f"{path}: not a table: {str(error).splitlines()[0]}") from None
-    unknown = set(table.columns) - set(Coefficients._fields) - {DELAY_COLUMN}
-    if unknown or DELAY_COLUMN not in table:
+    names, values = _table(path, content)
+    unknown = sorted(set(names) - set(Coefficients._fields) - {DELAY_COLUMN})
+    if unknown or DELAY_COLUMN not in names:
         raise BiscaleError(
             f"{path}: columns must be {DELAY_COLUMN} and coefficient names; wrong or missing: "
-            f"{unknown or DELAY_COLUMN}"
+            f"{', '.join(unknown) or DELAY_COLUMN}"
         )
-    values = table.apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
     if not np.all(np.isfinite(values) & (values >= 0.0)):
         raise BiscaleError(f"{path}: every value must be a finite number, zero or above")
-    records = np.recarray(len(table), dtype=COEFFICIENT_DTYPE)
+    columns = dict(zip(names, values.T, strict=True))
+    records = np.recarray(len(values), dtype=COEFFICIENT_DTYPE)
     for field, value in zip(Coefficients._fields, nominal, strict=True):
-        records[field] = table[field].to_numpy() if field in table else value
-    return records, table[DELAY_COLUMN].to_numpy(np.float64).copy()
+        records[field] = columns.get(field, value)
+    return records, columns[DELAY_COLUMN].copy()
+
+
+def _table(path: Path, content: bytes) -> tuple[list[str], NDArray[np.float64]]:
+    """Header and values, shape (rows, columns), of a CSV; NaN where there is no number.
+
+    By hand, since pandas takes longer to import than an environment may take to make.
+    """
+    try:
+        lines = [r for r in content.decode("utf-8").splitlines() if r and not r.startswith("#")]
+    except UnicodeDecodeError:
+        raise BiscaleError(f"cannot read {path}: not UTF-8 text") from None
+    header, *rows = list(csv.reader(lines)) or [[]]
+    if any(len(row) != len(header) for row in rows):
+        raise BiscaleError(f"{path}: not a table: its rows differ in length")
+    values = np.array([[_number(cell) for cell in row] for row in rows], dtype=np.float64)
+    return [name.strip() for name in header], values.reshape(len(rows), len(header))
+
+
+def _number(cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan
 
 
 def rounded(value: float, digits: int = 6) -> float:

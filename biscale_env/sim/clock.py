@@ -2,15 +2,20 @@
 
 Shared by both phases.
 
-A clock request takes ``delay_s`` to act. One request is on its way at a time; meanwhile the newest
-request waits and starts when the one before has landed (a conflating queue of one, as in the
-hardware actuator). A request equal to the newest one is skipped.
+The clock follows the rules of :mod:`biscale_env.core.clockqueue`: a requested clock takes effect
+``delay_s`` later, one change is in flight at a time, and the newest request waits.
 """
 
 from typing import Any
 
-import numpy as np
-
+from biscale_env.core.clockqueue import (
+    ClockQueue,
+    request,
+    settled_at,
+    snapped,
+    take_effect,
+    wait_s,
+)
 from biscale_env.core.jit import inlined
 from biscale_env.models.physics import (
     effective_freq_ghz,
@@ -23,35 +28,37 @@ from biscale_env.models.physics import (
 @inlined
 def snap_ghz(p: Any, freq_ghz: float) -> float:
     """Nearest supported clock within the range, GHz."""
-    steps = np.rint((p.freq_max_ghz - freq_ghz) / p.freq_step_ghz)
-    last = np.floor((p.freq_max_ghz - p.freq_min_ghz) / p.freq_step_ghz + 1e-9)
-    return p.freq_max_ghz - p.freq_step_ghz * min(max(steps, 0.0), last)
+    return snapped(freq_ghz, p.freq_min_ghz, p.freq_max_ghz, p.freq_step_ghz)
+
+
+@inlined
+def clock_of(st: Any) -> ClockQueue:
+    """The clock of an instance, GHz."""
+    return ClockQueue(st.freq_ghz, st.inflight_ghz, st.wanted_ghz, st.apply_at_s)
+
+
+@inlined
+def set_clock(st: Any, q: ClockQueue) -> None:
+    """Write the clock of an instance; a change of the one in effect is counted."""
+    if q.applied != st.freq_ghz:
+        st.n_switches += 1
+    st.freq_ghz = q.applied
+    st.inflight_ghz = q.inflight
+    st.wanted_ghz = q.requested
+    st.apply_at_s = q.apply_at_s
 
 
 @inlined
 def request_clock(st: Any, p: Any, freq_ghz: float) -> None:
-    """Ask for a (supported) clock now."""
-    if freq_ghz == st.wanted_ghz:
-        return
-    st.wanted_ghz = freq_ghz
-    if p.delay_s <= 0.0:
-        st.freq_ghz = freq_ghz
-        st.n_switches += 1
-    elif not np.isfinite(st.apply_at_s):
-        st.inflight_ghz = freq_ghz
-        st.apply_at_s = st.time_s + p.delay_s
+    """Request a (supported) clock now."""
+    if freq_ghz != st.wanted_ghz:
+        set_clock(st, request(clock_of(st), freq_ghz, st.time_s, p.delay_s))
 
 
 @inlined
-def land_clock(st: Any, p: Any) -> None:
-    """The clock on its way takes effect; if a newer one waits, it sets out."""
-    st.freq_ghz = st.inflight_ghz
-    st.n_switches += 1
-    if st.wanted_ghz == st.freq_ghz:
-        st.apply_at_s = np.inf
-    else:
-        st.inflight_ghz = st.wanted_ghz
-        st.apply_at_s += p.delay_s
+def apply_clock(st: Any, p: Any) -> None:
+    """The clock in flight takes effect."""
+    set_clock(st, take_effect(clock_of(st), p.delay_s))
 
 
 @inlined
@@ -77,7 +84,7 @@ def run_work(
 ) -> None:
     """Run one iteration to its end.
 
-    A clock that lands meanwhile changes the speed of what is left of it.
+    A clock that takes effect meanwhile changes the speed of what is left of it.
     """
     start = st.time_s
     freq, duration, joules = under_cap(c, p, tokens, attn_work, cached, n_seq, st.freq_ghz)
@@ -90,7 +97,7 @@ def run_work(
         cycles += share * duration * freq
         remaining -= share
         st.time_s = max(st.apply_at_s, st.time_s)
-        land_clock(st, p)
+        apply_clock(st, p)
         freq, duration, joules = under_cap(c, p, tokens, attn_work, cached, n_seq, st.freq_ghz)
     energy += remaining * joules
     cycles += remaining * duration * freq
@@ -109,13 +116,13 @@ def run_work(
 
 @inlined
 def run_idle(st: Any, c: Any, p: Any, until_s: float) -> None:
-    """Wait at the clock in force until ``until_s``, drawing idle power."""
+    """Wait at the clock in effect until ``until_s``, drawing idle power."""
     start = st.time_s
     joules = 0.0
     while st.apply_at_s < until_s:
         joules += idle_power_w(c, st.freq_ghz) * max(st.apply_at_s - st.time_s, 0.0)
         st.time_s = max(st.apply_at_s, st.time_s)
-        land_clock(st, p)
+        apply_clock(st, p)
     joules += idle_power_w(c, st.freq_ghz) * (until_s - st.time_s)
     st.time_s = until_s
     joules *= c.n_gpus
@@ -151,17 +158,11 @@ def end_step(st: Any) -> None:
 @inlined
 def start_clock(st: Any, freq_ghz: float) -> None:
     """Begin an episode at a settled clock."""
-    st.freq_ghz = freq_ghz
-    st.inflight_ghz = freq_ghz
-    st.wanted_ghz = freq_ghz
-    st.apply_at_s = np.inf
+    set_clock(st, settled_at(freq_ghz))
     st.n_switches = 0
 
 
 @inlined
 def time_to_apply_s(st: Any, p: Any) -> float:
-    """Time until the newest requested clock is in force, s (0 when it is)."""
-    if st.wanted_ghz == st.freq_ghz and not np.isfinite(st.apply_at_s):
-        return 0.0
-    wait = st.apply_at_s - st.time_s
-    return wait if st.wanted_ghz == st.inflight_ghz else wait + p.delay_s
+    """Time until the newest requested clock is in effect, s (0 when it is)."""
+    return wait_s(clock_of(st), st.time_s, p.delay_s)

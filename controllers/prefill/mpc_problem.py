@@ -307,11 +307,8 @@ class MpcProblem:
         first = (stages["share"] > 0.0).argmax(axis=1)
         asked = freq_ghz[rows, first]
         clocks = self.context.clocks
-        step = clocks.freq_step_mhz
-        down = np.floor((clocks.freq_max_mhz - asked * 1e3) / step + ROUNDING_MHZ / step)
-        freq = clocks.freq_max_mhz - step * down
         return np.where(
             asked > stages["cap_ghz"][rows, first] - ROUNDING_MHZ * 1e-3,
             clocks.freq_max_mhz,
-            clocks.snap_mhz(freq),
+            clocks.snap_up_mhz(asked * 1e3, ROUNDING_MHZ),
         )

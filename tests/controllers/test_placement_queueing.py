@@ -216,7 +216,7 @@ def test_without_a_folder_that_can_be_written_it_is_measured(tmp_path, monkeypat
 
 
 def test_what_is_loaded_counts_by_content(tmp_path):
-    """A changed SLO, GPU or model file is another table; the same content elsewhere is not stale."""
+    """A changed SLO or GPU file is another table; the same content is the same."""
 
     def key(**changes):
         request = TableRequest(SETTINGS.changed(**changes), (1980.0,))

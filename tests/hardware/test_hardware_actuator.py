@@ -6,7 +6,10 @@ What it sets, skips, logs, refuses, and that it always gives clocks back.
 import json
 import math
 import os
+import shutil
+import tempfile
 import time
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -14,12 +17,15 @@ import pytest
 import zmq
 from hardware_helpers import gpus_of
 
+from biscale_env.cli.hw_options import open_log
 from biscale_env.core.errors import BiscaleError
 from biscale_env.hardware.clocks import owner
-from biscale_env.hardware.clocks.backend import ClockDenied, GpuLost, ObserveOnly
+from biscale_env.hardware.clocks.backend import ClockDenied, ClockError, GpuLost, ObserveOnly
+from biscale_env.hardware.clocks.caller import sudo_caller
 from biscale_env.hardware.clocks.fake_gpus import FakeBackend, FakeState, create_state
 from biscale_env.hardware.loop import wire
-from biscale_env.hardware.loop.actuator import Actuator, ActuatorConfig
+from biscale_env.hardware.loop.actuator import Actuator, serve
+from biscale_env.hardware.loop.gpu_group import ActuatorConfig
 from biscale_env.hardware.loop.wire import ClockChange, Command
 
 pytest_plugins = ["hardware_fixtures"]
@@ -146,7 +152,7 @@ def test_equal_clocks_are_skipped(bench):
 @pytest.mark.parametrize(
     ("asked", "sent"),
     [
-        (100.0, 510.0),
+        (100.0, 345.0),
         (5000.0, 1980.0),
         (1202.0, 1200.0),
         (math.nan, 0.0),
@@ -156,7 +162,7 @@ def test_equal_clocks_are_skipped(bench):
 )
 def test_clocks_stay_within_the_bounds_and_nonsense_is_no_clock(bench, asked, sent):
     b = bench()
-    assert b.actuator.snap(b.actuator.groups["prefill"], asked) == sent
+    assert b.actuator.groups["prefill"].snap(asked) == sent
 
 
 def test_bounds_of_the_configuration_hold(bench):
@@ -226,7 +232,7 @@ def test_stop_resets_and_forgets(bench, hw_state):
     b.wait(lambda: b.applied() == {"prefill": 900.0, "decode": 600.0})
     assert b.close() == []
     assert b.clocks() == [1980.0] * 4
-    assert list(hw_state.glob("*")) == []
+    assert list(hw_state.glob("*.json")) == []
     assert {r["group"] for r in b.lines("exit")} == {"prefill", "decode"}
 
 
@@ -302,11 +308,11 @@ def test_cap_locks_from_the_lowest_clock_up(bench):
     class Spy(FakeBackend):
         pairs = ()
 
-        def lock_all(self, uuids, low_mhz, high_mhz):
+        def lock_each(self, uuids, low_mhz, high_mhz):
             self.pairs = (*self.pairs, (low_mhz, high_mhz))
-            super().lock_all(uuids, low_mhz, high_mhz)
+            return super().lock_each(uuids, low_mhz, high_mhz)
 
-    for lower_bound, low in (("fixed", 900.0), ("cap", 510.0)):
+    for lower_bound, low in (("fixed", 900.0), ("cap", 345.0)):
         b = bench(lower_bound=lower_bound)
         spy = b.actuator.backend = Spy(b.path)
         b.command("prefill", 900.0)
@@ -357,7 +363,7 @@ def test_a_lost_gpu_ends_it_and_the_others_are_reset(bench):
     failures = b.close()
     assert len(failures) == 1
     assert [int(g["locked"]) for g in gpus_of(b.path)] == [1, 0, 0, 0]
-    assert owner.noted() == [FakeBackend(b.path).devices()[0].uuid]  # for the next start
+    assert owner.recorded() == [FakeBackend(b.path).devices()[0].uuid]  # for the next start
 
 
 @pytest.mark.parametrize(
@@ -366,7 +372,7 @@ def test_a_lost_gpu_ends_it_and_the_others_are_reset(bench):
         ({"groups": {}}, "at least one group"),
         ({"groups": {"a": ()}}, "at least one group"),
         ({"lease_s": 60.0}, "lease"),
-        ({"freq_min_mhz": 2000.0}, "not a range"),
+        ({"freq_min_mhz": 2000.0, "freq_max_mhz": 1980.0}, "not a range"),
         ({"lower_bound": "half"}, "fixed or cap"),
     ],
 )
@@ -412,17 +418,116 @@ def test_a_socket_path_too_long_for_the_system_is_refused(tmp_path):
         wire.command_endpoint(tmp_path / ("x" * 120), "prefill")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, as sudo gives it")
-def test_under_sudo_the_sockets_belong_to_the_caller(bench, tmp_path, monkeypatch):
-    monkeypatch.setenv("SUDO_UID", "65534")
-    bench()
-    owners = {p.name: p.stat().st_uid for p in (tmp_path / "s", *(tmp_path / "s").iterdir())}
-    assert owners == {
-        "s": 65534,
-        "command-prefill.sock": 65534,
-        "command-decode.sock": 65534,
-        "status.sock": 65534,
-    }
+CALLER = 65534
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, as sudo gives it")
+
+
+@pytest.fixture
+def callers_home(monkeypatch):
+    """A folder of the user who called sudo; pytest's own cannot be entered by others."""
+    folder = Path(tempfile.mkdtemp(prefix="biscale-caller-"))
+    os.chown(folder, CALLER, CALLER)
+    monkeypatch.setenv("SUDO_UID", str(CALLER))
+    monkeypatch.setenv("SUDO_GID", str(CALLER))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def under_sudo(tmp_path, sockets):
+    """An actuator on fake GPUs that root itself has made."""
+    path = tmp_path / "gpus"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("SUDO_UID")
+        create_state(path, 1, delay_s=0.0)
+    return Actuator(ActuatorConfig({"a": ("0",)}, sockets, "fake"), FakeBackend(path))
+
+
+@needs_root
+def test_under_sudo_the_sockets_belong_to_the_caller(tmp_path, hw_state, callers_home):
+    actuator = under_sudo(tmp_path, callers_home / "s")
+    actuator.start()
+    made = [callers_home / "s", *(callers_home / "s").iterdir()]
+    assert len(made) == 1 + 2 * 2  # a lock file beside each socket
+    assert {p.stat().st_uid for p in made} == {CALLER}
+    assert (callers_home / "s").stat().st_mode & 0o777 == 0o700
+    assert os.geteuid() == 0
+    assert actuator.stop() == []
+    assert os.geteuid() == 0
+
+
+@needs_root
+@pytest.mark.parametrize(
+    "kind", ["root's", "a link to root's", "below root's", "nobody's to enter"]
+)
+def test_under_sudo_no_folder_of_root_is_given_away(tmp_path, hw_state, callers_home, kind):
+    """`--sockets /etc` made /etc the caller's: with a sudo rule for this command, all of it."""
+    roots = callers_home / "root"
+    roots.mkdir()
+    (roots / "secret").write_text("x")
+    sockets = roots
+    if kind == "a link to root's":
+        sockets = callers_home / "link"
+        sockets.symlink_to(roots)
+    elif kind == "below root's":
+        sockets = roots / "new"
+    elif kind == "nobody's to enter":
+        roots.chmod(0o700)
+        sockets = roots / "new"
+    before = {p: p.lstat() for p in (roots, roots / "secret", tmp_path)}
+    refused(under_sudo(tmp_path, sockets), BiscaleError, "socket folder")
+    for path, was in before.items():
+        now = path.lstat()
+        assert (now.st_uid, now.st_gid, now.st_mode) == (was.st_uid, was.st_gid, was.st_mode)
+    assert not (roots / "new").exists()
+
+
+@needs_root
+def test_a_log_under_sudo_is_the_callers_and_reaches_no_file_of_root(tmp_path, callers_home):
+    roots = tmp_path / "roots.jsonl"
+    roots.write_text("")
+    roots.chmod(0o644)
+    link = callers_home / "log.jsonl"
+    link.symlink_to(roots)
+    with pytest.raises(BiscaleError, match="cannot write"):
+        open_log(link)
+    open_log(callers_home / "mine.jsonl").close()
+    assert (callers_home / "mine.jsonl").stat().st_uid == CALLER
+
+
+@needs_root
+def test_fake_gpus_made_under_sudo_replace_no_file_of_root(callers_home, tmp_path):
+    (callers_home / "root").mkdir()
+    (callers_home / "root" / "gpus").write_text("mine")
+    with pytest.raises(PermissionError):
+        create_state(callers_home / "root" / "gpus", 1)
+    assert (callers_home / "root" / "gpus").read_text() == "mine"
+    assert create_state(callers_home / "new" / "gpus", 1).stat().st_uid == CALLER
+
+
+@needs_root
+@pytest.mark.parametrize("kind", ["another user's", "everybody's", "a link"])
+def test_a_state_folder_that_others_could_change_is_refused(tmp_path, monkeypatch, kind):
+    folder = tmp_path / "state"
+    folder.mkdir()
+    if kind == "another user's":
+        os.chown(folder, CALLER, -1)
+    elif kind == "everybody's":
+        folder.chmod(0o777)
+    else:
+        folder = tmp_path / "link"
+        folder.symlink_to(tmp_path / "state")
+    monkeypatch.setenv("BISCALE_HW_STATE", str(folder))
+    path = create_state(tmp_path / "gpus", 1)
+    actuator = Actuator(ActuatorConfig({"a": ("0",)}, tmp_path / "s", "fake"), FakeBackend(path))
+    refused(actuator, BiscaleError, "BISCALE_HW_STATE")
+    assert gpus_of(path)[0]["n_sets"] + gpus_of(path)[0]["n_resets"] == 0
+
+
+def test_variables_of_sudo_that_are_no_numbers_are_named(monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setenv("SUDO_UID", "root")
+    with pytest.raises(BiscaleError, match="SUDO_UID='root'"):
+        sudo_caller()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a folder away")
@@ -432,3 +537,199 @@ def test_a_socket_folder_of_somebody_else_is_refused(tmp_path, hw_state):
     os.chown(tmp_path / "s", 12345, -1)
     actuator = Actuator(ActuatorConfig({"a": ("0",)}, tmp_path / "s", "fake"), FakeBackend(path))
     refused(actuator, BiscaleError, "belongs to somebody else")
+
+
+# --- readings that fail, a log that cannot be written ---------------------------------------------
+
+
+class Unreadable(FakeBackend):
+    """Readings of chosen GPUs fail that many times."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.left = {}
+
+    def read(self, uuid):
+        index = self.state.index(uuid)
+        if self.left.get(index, 0) > 0:
+            self.left[index] -= 1
+            raise ClockError(f"clock of {uuid}: NVML error 999")
+        return super().read(uuid)
+
+
+def unreadable(b, **left):
+    b.actuator.backend = backend = Unreadable(b.path)
+    backend.left = {int(k[1:]): n for k, n in left.items()}
+    return backend
+
+
+def test_a_few_failed_readings_of_the_guard_end_nothing(bench):
+    b = bench(lease_s=9.0, failed_reads=3)
+    b.command("prefill", 900.0)
+    b.wait(lambda: b.applied()["prefill"] == 900.0)
+    b.wait(lambda: b.lines("command"))
+    backend = unreadable(b, _0=3)
+    b.wait(lambda: backend.left[0] == 0)
+    b.turns(0.25)  # a good one in between: the count begins anew
+    backend.left[0] = 3
+    b.wait(lambda: backend.left[0] == 0)
+    b.turns(0.25)
+    assert not b.actuator.groups["prefill"].released
+    assert b.applied()["prefill"] == 900.0
+
+
+def test_too_many_in_a_row_release_that_group_and_no_other(bench):
+    b = bench(lease_s=9.0, failed_reads=3)
+    for group in ("prefill", "decode"):
+        b.command(group, 900.0)
+    b.wait(lambda: b.applied() == {"prefill": 900.0, "decode": 900.0})
+    b.wait(lambda: len(b.lines("command")) == 2)
+    unreadable(b, _1=4)
+    b.wait(lambda: b.lines("release"))
+    assert b.clocks() == [1980.0, 1980.0, 900.0, 900.0]
+    assert "999" in b.actuator.groups["prefill"].released
+    b.command("prefill", 900.0)
+    b.command("decode", 1200.0)
+    b.wait(lambda: b.clocks()[2] == 1200.0)
+    assert b.applied()["prefill"] == 0.0
+    assert b.close() == []  # its GPUs could be reset
+
+
+def test_what_the_guard_knew_holds_while_it_cannot_read(bench):
+    b = bench(lease_s=9.0, failed_reads=50)
+    b.command("prefill", 900.0)
+    b.wait(lambda: b.applied()["prefill"] == 900.0)
+    with FakeState(b.path).locked() as gpus:
+        gpus[0]["temperature_c"] = 90.0
+    b.wait(lambda: b.lines("guard"))
+    backend = unreadable(b, _0=40)
+    b.turns(0.25)
+    b.command("prefill", 1200.0)
+    b.turns(0.1)
+    assert b.applied()["prefill"] == 900.0
+    assert backend.left[0] > 0
+
+
+def test_the_process_ends_with_a_sentence_when_no_group_is_left(bench, capsys, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+    b = bench()
+    b.actuator.stop()
+    actuator = Actuator(b.actuator.config, Unreadable(b.path))
+    actuator.backend.left = dict.fromkeys(range(4), 10**6)
+    with pytest.raises(BiscaleError, match=r"'prefill' was released.*'decode' was released"):
+        serve(actuator)
+    assert [int(g["locked"]) for g in gpus_of(b.path)] == [0] * 4
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_under_the_log_keeps_no_gpu_locked(bench, monkeypatch):
+    """Writing the log failed in the middle of stopping: the groups after it stayed locked."""
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+    b = bench(lease_s=9.0)
+    for group in ("prefill", "decode"):
+        b.command(group, 900.0)
+    b.wait(lambda: b.applied() == {"prefill": 900.0, "decode": 900.0})
+    b.wait(lambda: len(b.lines("command")) == 2)
+    b.actuator.log = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    b.command("prefill", 1200.0)
+    with pytest.raises(BiscaleError, match="cannot write the log of clocks"):
+        b.turns(1.0)
+    assert any("log of clocks" in text for text in b.actuator.stop())
+    assert [int(g["locked"]) for g in gpus_of(b.path)] == [0] * 4
+    assert owner.recorded() == []
+
+
+def test_an_error_that_is_none_of_ours_still_resets_and_says_what_was_not(
+    bench, capsys, monkeypatch
+):
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+    b = bench()
+    b.actuator.stop()
+
+    class Broken(Actuator):
+        def run(self):
+            self.backend.lock_all([u for g in self.groups.values() for u in g.uuids], 900, 900)
+            with FakeState(b.path).locked() as gpus:
+                gpus[0]["lost"] = 1
+            raise RuntimeError("a mistake of ours")
+
+    with pytest.raises(RuntimeError, match="mistake"):
+        serve(Broken(b.actuator.config, FakeBackend(b.path)))
+    assert [int(g["locked"]) for g in gpus_of(b.path)] == [1, 0, 0, 0]
+    assert "could not be reset, run `biscale hw restore`" in capsys.readouterr().err
+
+
+# --- what the controller is told ------------------------------------------------------------------
+
+
+class Listener:
+    """Hears all that an actuator publishes."""
+
+    def __init__(self, b):
+        self.b = b
+        self.socket = wire.subscriber(b.context, wire.status_endpoint(b.folder / "s"))
+        time.sleep(0.1)
+        self.heard = []
+
+    def of(self, cause):
+        while self.socket.poll(0):
+            self.heard.append(msgspec.msgpack.decode(self.socket.recv(), type=ClockChange))
+        return [c for c in self.heard if c.cause == cause]
+
+
+def test_every_refusal_is_published_and_the_guards_logged_once(bench):
+    b = bench(lease_s=9)
+    listener = Listener(b)
+    b.command("prefill", 810.0)
+    b.wait(lambda: b.applied()["prefill"] == 810.0)
+    with FakeState(b.path).locked() as gpus:
+        gpus[0]["temperature_c"] = 90.0
+    b.wait(lambda: listener.of("guard"))
+    assert listener.of("guard")[0].freq_mhz == 810.0
+    for count in (1, 2, 3):
+        b.command("prefill", 1500.0)
+        b.wait(lambda count=count: len(listener.of("hold")) == count)
+    assert {(c.requested_mhz, c.freq_mhz) for c in listener.of("hold")} == {(1500.0, 810.0)}
+    assert [c.sequence for c in listener.of("hold")] == [2, 3, 4]
+    assert len(b.lines("hold")) == 1
+    b.command("prefill", 1980.0)
+    b.wait(lambda: len(b.lines("hold")) == 2)
+
+
+def test_a_clock_that_was_bounded_is_published_also_when_nothing_is_set(bench):
+    b = bench(freq_max_mhz=1200.0, lease_s=9)
+    listener = Listener(b)
+    b.command("prefill", 1980.0)
+    b.wait(lambda: listener.of("command"))
+    assert (listener.of("command")[0].requested_mhz, listener.of("command")[0].freq_mhz) == (
+        1980.0,
+        1200.0,
+    )
+    b.command("prefill", 1500.0)
+    b.wait(lambda: listener.of("skip"))
+    assert (listener.of("skip")[0].requested_mhz, listener.of("skip")[0].freq_mhz) == (
+        1500.0,
+        1200.0,
+    )
+    b.command("prefill", 1200.0)
+    b.turns(0.1)
+    assert len(listener.of("skip")) == 1  # what is wanted is applied: nothing to tell
+
+
+def test_commands_that_come_too_late_are_answered(bench):
+    b = bench(lease_s=0.2)
+    listener = Listener(b)
+    b.command("prefill", 900.0, age_s=5.0)
+    b.wait(lambda: listener.of("skip"))
+    assert listener.of("skip")[0].freq_mhz == 0.0
+
+
+def test_a_controller_that_starts_anew_learns_the_clock_that_is_applied(bench):
+    b = bench(lease_s=9)
+    b.command("prefill", 900.0)
+    b.wait(lambda: b.applied()["prefill"] == 900.0)
+    listener = Listener(b)
+    b.sequence = 0
+    b.command("prefill", 900.0)
+    b.wait(lambda: listener.of("skip"))
+    assert listener.of("skip")[0].freq_mhz == 900.0

@@ -72,7 +72,7 @@ def mirror(plant, trace, actions):
             )
         record = engine_record.decode(engine_record.encode(record))
         yield batch.obs[0].copy(), builder.observe(record, view, float(st["last_power_w"])), record
-        view.ask(
+        view.request(
             float(plant.clocks.snap_mhz(plant.clocks.to_freq_mhz(action))),
             EPOCH_S + float(st["time_s"]),
         )
@@ -280,10 +280,10 @@ def test_plain_metrics_are_completed_by_estimates(phase):
 def test_the_clock_view_follows_the_actuator():
     plant = Plant(PlantSettings.of("prefill"))
     view = ClockView(plant.clocks, 0.05)
-    view.ask(1200.0, 10.0)
-    view.ask(900.0, 10.01)
+    view.request(1200.0, 10.0)
+    view.request(900.0, 10.01)
     view.settle(10.06)
-    assert (view.freq_mhz, view.inflight_mhz, view.wanted_mhz, view.apply_at_s) == (
+    assert (view.freq_mhz, view.inflight_mhz, view.requested_mhz, view.apply_at_s) == (
         1200.0,
         900.0,
         900.0,
@@ -296,4 +296,4 @@ def test_the_clock_view_follows_the_actuator():
     )  # sooner than expected
     assert (view.freq_mhz, view.apply_at_s) == (900.0, np.inf)
     view.hear(ClockChange("prefill", "lease", -1, 0.0, 0.0, np.nan, 10.2, 10.2))
-    assert view.freq_mhz == view.wanted_mhz == 1980.0
+    assert view.freq_mhz == view.requested_mhz == 1980.0

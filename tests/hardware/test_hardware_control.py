@@ -20,7 +20,7 @@ from biscale_env.hardware.clocks.fake_gpus import FakeBackend, FakeState, create
 from biscale_env.hardware.engines.hook.engine_record import Detail, EngineRecord, Scheduled, table
 from biscale_env.hardware.engines.hook.sender import Sender
 from biscale_env.hardware.loop import wire
-from biscale_env.hardware.loop.control import ControlLoop, PowerMeter
+from biscale_env.hardware.loop.control import ControlConfig, ControlLoop, PowerMeter
 from biscale_env.hardware.loop.recorded_policy import RecordedPolicy, load_policy
 from biscale_env.hardware.loop.wire import ClockChange, Command
 
@@ -44,7 +44,8 @@ class Bench:
     def __init__(self, folder, policy, phase="prefill", **settings):
         self.plant = Plant(PlantSettings.of(phase))
         self.log = (folder / "decisions.jsonl").open("ab")
-        self.loop = ControlLoop(self.plant, policy, folder, delay_s=0.05, log=self.log, **settings)
+        config = ControlConfig(folder, delay_s=0.05, **settings)
+        self.loop = ControlLoop(self.plant, policy, config, self.log)
         self.context = zmq.Context()
         self.commands = wire.newest_receiver(self.context, wire.command_endpoint(folder, phase))
         self.status = wire.publisher(self.context, wire.status_endpoint(folder))
@@ -160,10 +161,10 @@ def test_the_controller_hears_what_the_actuator_does(bench):
     b.next_command()
     change = ClockChange("prefill", "lease", -1, 0.0, 0.0, math.nan, 0.0, time.monotonic())
     end = time.monotonic() + 2
-    while b.loop.view.wanted_mhz != 1980.0 and time.monotonic() < end:
+    while b.loop.view.requested_mhz != 1980.0 and time.monotonic() < end:
         b.status.send(msgspec.msgpack.encode(change))
         b.loop.turn(0.02)
-    assert b.loop.view.freq_mhz == b.loop.view.wanted_mhz == 1980.0
+    assert b.loop.view.freq_mhz == b.loop.view.requested_mhz == 1980.0
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,7 @@ def test_an_idle_heartbeat_is_a_sign_of_life_and_no_decision(bench):
 def test_one_controller_per_phase(bench, tmp_path):
     b = bench(Constant())
     with pytest.raises(BiscaleError, match="another process listens"):
-        ControlLoop(b.plant, Constant(), tmp_path, delay_s=0.05)
+        ControlLoop(b.plant, Constant(), ControlConfig(tmp_path, delay_s=0.05))
 
 
 def test_the_power_meter_reads_when_it_is_due_and_not_before(tmp_path):

@@ -10,17 +10,22 @@ import math
 import threading
 import time
 
+import aiohttp
 import numpy as np
 import pytest
 from aiohttp import web
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.hardware.replay.client import (
+    GONE_ERROR,
+    INTERRUPTED_ERROR,
+    LOST_AFTER,
     EngineGone,
     LoadSettings,
     Replayer,
     completion_tokens,
     dispatch_errors_s,
+    lost_connection,
 )
 from biscale_env.traces import Trace
 
@@ -69,6 +74,8 @@ class Engine:
     async def completions(self, request):
         body = await request.json()
         self.seen.append((time.monotonic(), body, request.headers.get("X-Request-Id")))
+        if self.behaviour == "overloaded":
+            await asyncio.sleep(30)
         if self.behaviour == "error":
             return web.json_response({"error": "no"}, status=503)
         if not body.get("stream"):
@@ -217,7 +224,7 @@ def test_an_engine_that_hangs_is_given_up_and_what_was_measured_is_kept(engine):
         asyncio.run(replayer.run())
     assert time.monotonic() - start < 5
     assert len(replayer.records) == 4
-    assert all(r.error.startswith("cut off") and r.chunks > 1 for r in replayer.records)
+    assert all(r.error == GONE_ERROR and r.failed and r.chunks > 1 for r in replayer.records)
 
 
 def test_an_engine_that_dies_midway_is_given_up(engine):
@@ -234,6 +241,61 @@ def test_an_engine_that_dies_midway_is_given_up(engine):
     assert 3 < len(answered) < 40
 
 
+def test_timeouts_in_a_row_are_an_overloaded_engine_not_a_lost_one(engine):
+    """TimeoutError is an OSError: eight of them once were "the engine is gone"."""
+    engine.behaviour = "overloaded"
+    n = 2 * LOST_AFTER
+    _, records = replay(trace(n, 0.01), engine, timeout_s=0.3, stall_s=30)
+    assert len(records) == n
+    assert all(r.failed and r.error.startswith("TimeoutError") for r in records)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (TimeoutError(), False),
+        (aiohttp.ServerTimeoutError("read"), False),
+        (aiohttp.ConnectionTimeoutError("connect"), False),
+        (ConnectionRefusedError(), True),
+        (ConnectionResetError(), True),
+        (aiohttp.ServerDisconnectedError(), True),
+        (aiohttp.ClientPayloadError("cut"), False),
+        (ValueError("503"), False),
+    ],
+)
+def test_what_counts_towards_a_lost_engine(error, lost):
+    assert lost_connection(error) is lost
+
+
+def test_a_refused_prefill_has_no_prefill_time(engine):
+    prefill = Engine()
+    prefill.behaviour = "error"
+    try:
+        _, records = replay(trace(2), engine, prefill)
+    finally:
+        prefill.close()
+    assert engine.seen == []
+    for r in records:
+        assert "prefill answered 503" in r.error
+        assert math.isnan(r.prefill_done_s)
+        assert math.isnan(r.decode_sent_s)
+
+
+def test_requests_that_the_user_cut_off_did_not_fail(engine):
+    engine.behaviour = "hang"
+    replayer = Replayer(trace(2), LoadSettings(engine.url))
+
+    async def interrupted():
+        task = asyncio.create_task(replayer.run())
+        await asyncio.sleep(0.5)
+        task.cancel()
+        await task
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(interrupted())
+    assert [(r.error, r.failed) for r in replayer.records] == [(INTERRUPTED_ERROR, False)] * 2
+
+
 def test_every_request_is_written_as_it_ends(engine, tmp_path):
     with (tmp_path / "r.jsonl").open("wb") as out:
         told = []
@@ -248,6 +310,8 @@ def test_every_request_is_written_as_it_ends(engine, tmp_path):
     [
         (b'data: {"choices":[],"usage":{"completion_tokens":7}}\n\ndata: [DONE]\n\n', 7),
         (b'...": 1}\n\ndata: {"usage": {"prompt_tokens": 1, "completion_tokens": 12}}\n\n', 12),
+        (b'data: {"usage": {"completion_tokens": 3}}\r\n\r\ndata: [DONE]\r\n\r\n', 3),
+        (b'data: {"usage":{"completion_tokens":4}}\r\rdata: {"usage":null}\r\r', 4),
         (b"data: [DONE]\n\n", -1),
         (b'data: {"completion_tokens" broken', -1),
         (b"", -1),

@@ -1,8 +1,10 @@
 """Tier 1: the NVML backend through the real nvidia-ml-py onto a Python stand-in for the library."""
 
+import warnings
+
 import pynvml
 import pytest
-from hardware_helpers import PythonNvml
+from hardware_helpers import PythonNvml, by_reference
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.hardware.clocks.backend import (
@@ -10,9 +12,9 @@ from biscale_env.hardware.clocks.backend import (
     ClockError,
     GpuLost,
     ObserveOnly,
-    open_backend,
     reason_text,
 )
+from biscale_env.hardware.clocks.backend_registry import open_backend
 from biscale_env.hardware.clocks.nvml import NvmlBackend
 
 
@@ -60,7 +62,8 @@ def test_reading_has_units(backend, library):
 
 def test_power_falls_back_to_the_mean_on_old_drivers(backend, library):
     library.instant_power = False
-    assert backend.read("GPU-0000-0").power_w == 300.0
+    with pytest.warns(RuntimeWarning, match="mean over one second"):
+        assert backend.read("GPU-0000-0").power_w == 300.0
     library.codes["nvmlDeviceGetPowerUsage"] = pynvml.NVML_ERROR_NOT_SUPPORTED
     assert backend.read("GPU-0000-0").power_w != backend.read("GPU-0000-0").power_w  # NaN
 
@@ -134,3 +137,48 @@ def test_unknown_backend_lists_the_known():
 def test_event_reasons_in_words():
     assert reason_text(0) == "none"
     assert reason_text(0x4 | 0x40) == "power cap, hardware thermal slowdown"
+
+
+class PowerOfSome(PythonNvml):
+    """The instantaneous power reading fails on some GPUs, with this code."""
+
+    def __init__(self, n_gpus):
+        super().__init__(n_gpus)
+        self.failing = {}
+
+    def _nvmlDeviceGetFieldValues(self, handle, count, values):
+        super()._nvmlDeviceGetFieldValues(handle, count, values)
+        by_reference(values)[0].nvmlReturn = self.failing.get(self.gpu(handle), 0)
+
+
+@pytest.fixture
+def power(monkeypatch):
+    library = PowerOfSome(3)
+    monkeypatch.setattr(pynvml, "nvmlLib", library)
+    monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
+    with NvmlBackend() as backend:
+        yield library, backend
+
+
+def watts(backend):
+    return [backend.power_w(device.uuid) for device in backend.devices()]
+
+
+def test_one_gpu_without_instantaneous_power_is_said_once_and_changes_no_other(power):
+    library, backend = power
+    library.failing = {1: pynvml.NVML_ERROR_NOT_SUPPORTED}
+    with pytest.warns(RuntimeWarning, match="GPU-0000-1.*mean over one second"):
+        assert watts(backend) == [321.5, 300.0, 321.5]
+    library.failing = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert watts(backend) == [321.5, 300.0, 321.5]  # one kind of reading per GPU and run
+    assert backend.energy_j("GPU-0000-1") == backend.energy_j("GPU-0000-0")
+
+
+def test_one_failed_reading_of_power_is_not_the_end_of_instantaneous_ones(power):
+    library, backend = power
+    library.failing = {0: pynvml.NVML_ERROR_UNKNOWN}
+    assert watts(backend) == [300.0, 321.5, 321.5]
+    library.failing = {}
+    assert watts(backend) == [321.5] * 3

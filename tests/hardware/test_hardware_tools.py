@@ -95,7 +95,7 @@ def test_doctor_names_throttling_orphans_and_silent_engines(machine):
     with FakeState(machine).locked() as gpus:
         gpus[1]["reasons"] = 0x40
     uuid = FakeBackend(machine).devices()[0].uuid
-    owner.write_note(uuid, "fake")
+    owner.write_state(uuid, "fake")
     findings = doctor.examine(f"fake:{machine}", ["http://127.0.0.1:9"])
     said = {f.status: f.text for f in findings if f.subject in (uuid, "http://127.0.0.1:9")}
     assert any("hardware thermal slowdown" in f.text and f.status == "warn" for f in findings)
@@ -283,6 +283,34 @@ def test_restore_all_resets_everything(machine):
     assert gpus_of(machine)["locked"].sum() == 0
 
 
+def test_restore_all_goes_on_past_a_lost_gpu_and_one_with_an_owner(tmp_path, hw_state):
+    """It stopped at the first of either, and the others stayed locked."""
+    path = create_state(tmp_path / "gpus", 5, delay_s=0.0)
+    backend = FakeBackend(path)
+    uuids = [d.uuid for d in backend.devices()]
+    backend.lock_all(uuids, 900, 900)
+    owner.write_state(uuids[4], f"fake:{path}")
+    with FakeState(path).locked() as gpus:
+        gpus[0]["lost"] = 1
+    with owner.OwnerLock(uuids[1]):
+        done = CliRunner().invoke(build(), ["hw", "restore", "--all", "--backend", f"fake:{path}"])
+    assert gpus_of(path)["locked"].tolist() == [1, 1, 0, 0, 0]
+    assert isinstance(done.exception, BiscaleError)
+    assert "2 of 5" in str(done.exception)
+    said = dict(line.split(": ", 1) for line in done.output.splitlines() if ": " in line)
+    assert "lost" in said[uuids[0]]
+    assert "owner already" in said[uuids[1]]
+    assert [said[u] for u in uuids[2:]] == ["reset"] * 3
+    assert owner.recorded() == []
+
+
+def test_restore_all_without_the_privilege_tries_each(tmp_path, hw_state):
+    path = create_state(tmp_path / "gpus", 2, privileged=False)
+    done = CliRunner().invoke(build(), ["hw", "restore", "--all", "--backend", f"fake:{path}"])
+    assert done.output.count("NOT reset") == 2
+    assert isinstance(done.exception, BiscaleError)
+
+
 # --- recorder
 # -------------------------------------------------------------------------------------------------------------
 
@@ -417,7 +445,7 @@ def test_bridge_hands_a_stream_to_the_controller(tmp_path):
     process.terminate()
     out, _ = process.communicate(timeout=10)
     assert process.returncode == 0
-    assert "handed on" in out
+    assert "forwarded" in out
     receiver.close(0)
     wire.unbind(wire.record_endpoint(sockets, "decode"))
     wire.unbind(source)

@@ -65,7 +65,7 @@ def reader(tmp_path):
 
 def test_locks_a_whole_group_in_one_request(daemon, reader, monkeypatch):
     monkeypatch.setenv("ZEUSD_TOKEN", "secret")
-    backend = ZeusdBackend(daemon.path, reader)
+    backend = ZeusdBackend(reader, daemon.path)
     uuids = [d.uuid for d in reader.devices()][1:3]
     backend.lock_all(uuids, 900.0, 1200.0)
     backend.reset(uuids[0])
@@ -83,7 +83,7 @@ def test_locks_a_whole_group_in_one_request(daemon, reader, monkeypatch):
 
 def test_a_connection_closed_by_the_daemon_is_opened_again(daemon, reader):
     daemon.hang_up = True
-    backend = ZeusdBackend(daemon.path, reader)
+    backend = ZeusdBackend(reader, daemon.path)
     for _ in range(3):
         backend.reset(reader.devices()[0].uuid)
     assert len(daemon.seen) == 3
@@ -95,12 +95,12 @@ def test_a_connection_closed_by_the_daemon_is_opened_again(daemon, reader):
 )
 def test_refusals(daemon, reader, status, kind, words):
     daemon.status, daemon.body = status, "bad clock"
-    backend = ZeusdBackend(daemon.path, reader)
+    backend = ZeusdBackend(reader, daemon.path)
     with pytest.raises(kind, match=words):
         backend.lock(reader.devices()[0].uuid, 900.0, 900.0)
 
 
 def test_nobody_at_the_socket(tmp_path, reader):
     with pytest.raises(BiscaleError, match=r"nothing\.sock.*start it"):
-        ZeusdBackend(str(tmp_path / "nothing.sock"), reader)
+        ZeusdBackend(reader, str(tmp_path / "nothing.sock"))
     assert not os.path.exists(tmp_path / "nothing.sock")

@@ -43,3 +43,12 @@ def random_trace(n=400, rate_rps=20.0, seed=0, prompt_max=3000, output_max=200):
     rng = np.random.default_rng(seed)
     times = np.cumsum(rng.exponential(1.0 / rate_rps, n))
     return trace(times, rng.integers(1, prompt_max, n), rng.integers(1, output_max, n))
+
+
+def idle_w(model, freq_mhz):
+    """Idle power of an instance, from the coefficients."""
+    c, f = model.coefficients, freq_mhz / 1e3
+    volts = 1 + c.v_slope_per_ghz * 0.5 * (
+        (f - c.v_knee_ghz) + np.sqrt((f - c.v_knee_ghz) ** 2 + 0.05**2)
+    )
+    return c.n_gpus * (c.p_static_w + c.p_clock_w_per_ghz * f * volts**2)

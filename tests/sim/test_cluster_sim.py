@@ -6,7 +6,15 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from cluster_support import MAX_MHZ, colocated, placement, plant, random_trace, trace
+from cluster_support import (
+    MAX_MHZ,
+    colocated,
+    idle_w,
+    placement,
+    plant,
+    random_trace,
+    trace,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,15 +55,6 @@ def test_energy_by_hand():
     off = run_cluster(plant(spare="off"), placement(), trace([1.0], 1000, 4, duration_s=2.0))
     assert off.energy.spare_j == 0.0
     assert off.energy.decode_j == run.energy.decode_j
-
-
-def idle_w(model, freq_mhz):
-    """Idle power of an instance, from the coefficients."""
-    c, f = model.coefficients, freq_mhz / 1e3
-    volts = 1 + c.v_slope_per_ghz * 0.5 * (
-        (f - c.v_knee_ghz) + np.sqrt((f - c.v_knee_ghz) ** 2 + 0.05**2)
-    )
-    return c.n_gpus * (c.p_static_w + c.p_clock_w_per_ghz * f * volts**2)
 
 
 def batch_by_hand(prompts, head, done, tail, budget):
@@ -414,6 +413,69 @@ def test_cold_start_makes_requests_wait():
     cluster.offer(trace([0.5], 100, 2), start_s=1.0)
     cluster.advance()
     assert cluster.log["first_token_s"][0] > 4.0
+
+
+def test_a_cold_instance_takes_nothing_while_another_is_ready():
+    w = plant(transitions={"cold_start_s": 3.0}, prefill_router="round_robin")
+    cluster = Cluster(w, placement((4,), (4,)))
+    cluster.advance(1.0)
+    cluster.place(placement((4, 4), (4, 4)))
+    cluster.offer(trace(np.arange(50) * 0.1, 100, 2), start_s=1.0)
+    cluster.advance()
+    cold = cluster.log["arrival_s"] < 4.0
+    assert set(cluster.log["prefill"][cold]) == {0}
+    assert set(cluster.log["prefill"][~cold]) == {0, 1}
+
+
+def test_kv_waits_for_a_cold_decode_instance():
+    w = plant(transitions={"reshard_s": 3.0})
+    cluster = Cluster(w, placement((4,), (4,)))
+    cluster.advance(1.0)
+    cluster.place(placement((4,), (8,)))
+    cluster.offer(trace([0.5], 100, 3), start_s=1.0)
+    cluster.advance()
+    assert cluster.log["first_token_s"][0] < 2.0
+    step = float(w.plant("decode", 8).model.latency_s(1, 0, 101, 1, MAX_MHZ))
+    assert 4.0 + 2 * step <= cluster.log["finish_s"][0] < 4.0 + 2.1 * step
+
+
+@pytest.mark.parametrize(("wanted", "wait_s"), [((8,), 1.0), ((4, 4), 5.0)])
+def test_a_change_of_tp_is_a_reshard_and_one_more_is_a_cold_start(wanted, wait_s):
+    w = plant(transitions={"cold_start_s": 5.0, "reshard_s": 1.0})
+    cluster = Cluster(w, placement((4,), (4,)))
+    cluster.advance(2.0)
+    cluster.place(placement(wanted, (4,)))
+    assert cluster.prefills.meta["ready_s"][-1] == pytest.approx(2.0 + wait_s)
+
+
+def test_instances_that_stay_take_the_new_clock_and_weight():
+    cluster = Cluster(plant(), placement((4,), (4,), freq_mhz=1980.0))
+    cluster.advance(1.0)
+    cluster.place(placement((4,), (4,), freq_mhz=1200.0))
+    cluster.offer(trace([0.5], 100, 3), start_s=1.0)
+    cluster.advance()
+    for pool in (cluster.prefills, cluster.decodes):
+        assert len(pool.meta) == 1
+        assert pool.states["freq_ghz"][0] == pytest.approx(1.2)
+
+
+def test_a_longer_timing_wheel_keeps_what_is_linked():
+    """Requests that run while a longer output is offered finish when they would have."""
+    w = plant()
+    ends = []
+    for later in (20, 3000):
+        cluster = Cluster(w, placement((4,), (4,)))
+        cluster.offer(trace(np.linspace(0.0, 0.4, 20), 100, np.arange(20) + 45))
+        cluster.advance(1.0)
+        running = int(cluster.decodes.states["batch"][0])
+        assert running > 10
+        logs = [cluster.log]
+        cluster.offer(trace([60.0], 100, later), start_s=1.0)
+        cluster.advance(30.0)
+        logs.append(cluster.log)
+        ends.append(np.sort(np.concatenate(logs), order="request")["finish_s"])
+    assert len(ends[0]) == 20
+    np.testing.assert_array_equal(ends[0], ends[1])
 
 
 def test_mistakes_are_sentences():

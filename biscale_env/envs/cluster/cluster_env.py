@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 from biscale_env.config.cluster_layout import Placement
 from biscale_env.config.slo import within
 from biscale_env.core.errors import BiscaleError
+from biscale_env.envs.actions import numbers
 from biscale_env.envs.cluster.cluster_options import (
     ClusterOptions,
     enumerate_placements,
     make_cluster_options,
-    refuse_render_mode,
 )
 from biscale_env.envs.cluster.instance_capacities import Capacities
 from biscale_env.envs.cluster.whole_run import Window, WindowedRun, cut
+from biscale_env.envs.options import check_render_mode
+from biscale_env.envs.plain_spec import PlainSpec
 from biscale_env.traces import Trace
 
 WINDOWS: Final = 12
@@ -50,7 +52,7 @@ PLACEMENT_FEATURES: Final = [f[0] for f in FEATURES].index("prefill_gpus")  # th
 HIGH = 100.0
 
 
-class ClusterEnv(gym.Env[NDArray[np.float32], Any]):
+class ClusterEnv(PlainSpec, gym.Env[NDArray[np.float32], Any]):
     """The coarse loop: a placement for every window, from what happened in the one before.
 
     Action: index into ``placements`` (every number of instances, TP and base clock per phase that
@@ -72,6 +74,7 @@ class ClusterEnv(gym.Env[NDArray[np.float32], Any]):
         self,
         windows: int | None = None,
         window_s: float | None = None,
+        *,
         episode_s: float | None = None,
         freqs_mhz: tuple[float, ...] | None = None,
         capacities_rps: Capacities | None = None,
@@ -97,7 +100,7 @@ class ClusterEnv(gym.Env[NDArray[np.float32], Any]):
         Raises:
             BiscaleError: an unknown option or an impossible value.
         """
-        refuse_render_mode(render_mode)
+        check_render_mode(render_mode, ())
         self.render_mode = None
         self.windows, self.window_s = episode_of(windows, window_s, episode_s)
         self.options: ClusterOptions = make_cluster_options(
@@ -288,13 +291,10 @@ def placement_index(action: Any, n: int) -> int:
     Raises:
         BiscaleError: not a single whole number, or outside the set.
     """
-    try:
-        index = np.asarray(action)
-    except ValueError:
-        index = np.empty(0)
-    if index.size != 1 or index.dtype.kind not in "iu":
-        got = f"shape {index.shape} of {index.dtype}" if index.ndim else repr(action)
-        raise BiscaleError(f"an action is one whole number, the index of a placement; got {got}")
+    what = f"the index of a placement, 0 to {n - 1}"
+    index = numbers(action, "iu", what)
+    if index.size != 1:
+        raise BiscaleError(f"an action is {what}, got shape {index.shape}")
     if not 0 <= index.item() < n:
         raise BiscaleError(f"placement {index.item()} does not exist: choose 0 to {n - 1}")
     return int(index.item())

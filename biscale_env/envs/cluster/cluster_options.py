@@ -13,14 +13,15 @@ import numpy as np
 
 from biscale_env.config import Slo
 from biscale_env.config.cluster_layout import InstanceGroup, Placement
-from biscale_env.config.loader import nearest
+from biscale_env.config.loader import validate
 from biscale_env.core.errors import BiscaleError, OptionError
 from biscale_env.envs.cluster.cluster_settings import ClusterPlant, ClusterSettings, check_gpus
 from biscale_env.envs.cluster.instance_capacities import InstanceCapacities
+from biscale_env.envs.options import WORKLOAD_KEYS, WorkloadOptions, unknown_keyword, whole
 from biscale_env.envs.plant import PlantSettings
 from biscale_env.envs.workloads import WorkloadSource, generated, trace_windows
 from biscale_env.models import instance_hardware, instance_model
-from biscale_env.traces import Trace, load_named
+from biscale_env.traces import Trace
 
 DEFAULT_PROFILE: Final = "gamma-sharegpt-like"
 DEFAULT_RATE_RPS: Final = 30.0  # about half of what 16 GPUs serve of this workload at max clock
@@ -29,17 +30,10 @@ TPS: Final = (1, 2, 4, 8, 16)
 OWN_OPTIONS: Final = (
     "windows",
     "window_s",
-    "episode_s",
     "freqs_mhz",
     "capacities_rps",
     "placement",
     "interval_s",
-    "trace",
-    "profile",
-    "load",
-    "rate_rps",
-    "workload_seed",
-    "n_workloads",
     "violation_weight",
 )
 ELSEWHERE: Final = {  # options of the single-instance environments that mean nothing here
@@ -84,35 +78,23 @@ class ClusterOptions:
         if unknown:
             raise BiscaleError(f"unknown reset option '{unknown[0]}'; known: workload")
         drawn = int(rng.integers(self.n_workloads))
-        chosen = np.asarray(fixed.get("workload", drawn))
-        if chosen.shape or chosen.dtype.kind not in "iu" or chosen < 0:
-            raise BiscaleError(
-                f"reset option 'workload' must be a whole number from 0 on, got {fixed['workload']}"
-            )
-        return int(chosen)
+        chosen = whole(fixed.get("workload", drawn), "workload")
+        if chosen < 0:
+            raise BiscaleError(f"reset option 'workload' must not be negative, got {chosen}")
+        return chosen
 
 
-def refuse_render_mode(render_mode: str | None) -> None:
-    """Refuse any render mode but none.
-
-    Raises:
-        OptionError: names it.
-    """
-    if render_mode is not None:
-        raise OptionError(
-            f"the cluster environments draw nothing: render_mode must be None, got '{render_mode}'"
-        )
-
-
-def _settings(slo: str | Slo, options: Mapping[str, Any]) -> ClusterSettings:
-    known = [*OWN_OPTIONS, *ClusterSettings.model_fields]
+def _plant(slo: str | Slo | Mapping[str, Any], options: Mapping[str, Any]) -> ClusterPlant:
+    known = [*OWN_OPTIONS, *WORKLOAD_KEYS, *ClusterSettings.model_fields]
     for name in options:
+        if name in ELSEWHERE:
+            raise OptionError(f"unexpected keyword argument '{name}': {ELSEWHERE[name]}")
         if name not in ClusterSettings.model_fields:
-            hint = ELSEWHERE.get(name) or f"the nearest option is '{nearest(name, known)}'"
-            raise OptionError(
-                f"the cluster environment got an unexpected keyword argument '{name}': {hint}"
-            )
-    return ClusterSettings.of(slo=slo if isinstance(slo, str) else slo.name, **options)
+            raise unknown_keyword("the cluster environment", name, known)
+    given = validate(dict(slo), Slo, "slo") if isinstance(slo, Mapping) else slo
+    own = given if isinstance(given, Slo) else None
+    settings = ClusterSettings.of(slo=own.name if own else given, **options)
+    return ClusterPlant(settings, own)
 
 
 def make_cluster_options(
@@ -121,7 +103,7 @@ def make_cluster_options(
     *,
     trace: Trace | str | Path | None = None,
     profile: str = DEFAULT_PROFILE,
-    slo: str | Slo = "biscale",
+    slo: str | Slo | Mapping[str, Any] = "biscale",
     load: float | None = None,
     rate_rps: float | None = None,
     workload_seed: int = 0,
@@ -134,9 +116,10 @@ def make_cluster_options(
     Args:
         episode_s: length of an episode, s.
         most_rps: load that the cluster serves within the SLO at best, for ``load``.
-        trace: trace, name or path; episodes are random windows of it, brought to the rate.
+        trace: trace, name or path; episodes are random windows of it, brought to the rate. The
+            name of a generator profile is the same as ``profile``.
         profile: generator profile, used without a trace.
-        slo: an SLO or its name.
+        slo: an SLO, its name, or a mapping of its fields.
         load: mean request rate as a fraction of what the cluster serves at best.
         rate_rps: mean request rate instead of a load; the default is 30 requests/s.
         workload_seed: root of the workloads.
@@ -147,37 +130,31 @@ def make_cluster_options(
     Raises:
         BiscaleError: an unknown option or an impossible value.
     """
-    if n_workloads < 1:
-        raise BiscaleError(f"n_workloads must be at least 1, got {n_workloads}")
     if not 0 <= violation_weight < np.inf:
         raise BiscaleError(f"violation_weight must be a number from 0 on, got {violation_weight}")
     if not 0 < episode_s < np.inf:
         raise BiscaleError(f"episode_s must be a positive number of seconds, got {episode_s}")
-    plant = ClusterPlant(_settings(slo, settings), None if isinstance(slo, str) else slo)
-    loaded = load_named(str(trace)) if isinstance(trace, str | Path) else trace
+    plant = _plant(slo, settings)
+    workload = WorkloadOptions(
+        trace, profile, load, rate_rps, episode_s, workload_seed, n_workloads
+    )
+    loaded, profile = workload.loaded()
     if loaded is not None and loaded.duration_s < episode_s:
         raise BiscaleError(
             f"{loaded.name} lasts {loaded.duration_s:g} s, but an episode needs {episode_s:g} s: "
             "use a longer trace, fewer windows or shorter ones"
         )
     capacities = InstanceCapacities(plant, profile, loaded)
-    rate = _rate_rps(load, rate_rps, lambda: most_rps(capacities))
+    if load is not None:
+        rate_rps = load * most_rps(capacities)
+        if rate_rps <= 0:
+            raise BiscaleError(
+                "no load at all meets the SLO on this cluster: give rate_rps instead"
+            )
     make = trace_windows(loaded) if loaded is not None else generated(profile)
+    rate = DEFAULT_RATE_RPS if rate_rps is None else rate_rps
     source = WorkloadSource(make, rate, episode_s, workload_seed)
     return ClusterOptions(plant, source, n_workloads, violation_weight, capacities)
-
-
-def _rate_rps(load: float | None, rate_rps: float | None, most_rps: Callable[[], float]) -> float:
-    if load is None:
-        return DEFAULT_RATE_RPS if rate_rps is None else rate_rps
-    if rate_rps is not None:
-        raise BiscaleError("give either load or rate_rps, not both")
-    if not 0 < load < np.inf:
-        raise BiscaleError(f"load must be a positive fraction of the capacity, got {load}")
-    most = most_rps()
-    if most <= 0:
-        raise BiscaleError("no load at all meets the SLO on this cluster: give rate_rps instead")
-    return load * most
 
 
 def fitting_tps(settings: ClusterSettings, phase: str) -> list[int]:

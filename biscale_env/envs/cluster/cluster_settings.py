@@ -28,8 +28,8 @@ class Transfer(Config):
             below.
         gb_per_s_per_gpu: network bandwidth per GPU; 165 GB/s over the 4 GPUs of a TP4 instance. A
             single slow Ethernet is 12.5 GB/s.
-        overlap: fraction of the bytes that travel while prefill still computes (layer by layer); 0 as
-            measured.
+        overlap: fraction of the bytes that travel while prefill still computes (layer by layer);
+            0 as measured.
     """
 
     latency_s: float = Field(default=0.0017, ge=0)

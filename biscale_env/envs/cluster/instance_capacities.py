@@ -1,13 +1,13 @@
 """Load that each kind of instance serves within the SLO, measured when first asked for."""
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Final
 
 from biscale_env.config.cluster_layout import InstanceGroup, Placement
 from biscale_env.envs.capacity import find_capacity
 from biscale_env.envs.cluster.cluster_settings import ClusterPlant
-from biscale_env.envs.workloads import Maker, generated, long_sample
+from biscale_env.envs.workloads import Maker, generated
 from biscale_env.traces import Trace
 
 # a shape of five minutes at 30 requests/s, one choice of requests, 5 % wide; assumed
@@ -49,7 +49,7 @@ class InstanceCapacities:
             search = partial(
                 find_capacity,
                 self.plant.plant(phase, tp),
-                self._sample(),
+                self.sample,
                 freq_mhz,
                 seeds=(0,),
                 member=self.plant.settings.ensemble_member,
@@ -75,10 +75,11 @@ class InstanceCapacities:
             return self.capacity_rps(g.phase, g.tp, g.freq_mhz)
         return given.get((g.phase, g.tp, g.freq_mhz), 0.0)
 
-    def _sample(self) -> Trace:
+    @cached_property
+    def sample(self) -> Trace:
         """The workload's shape; of a trace its first minutes, or as much as has enough requests."""
         if self.trace is None:
-            return long_sample(self.profile, SAMPLE_RPS, SAMPLE_S, 0)
+            return generated(self.profile)(SAMPLE_RPS, SAMPLE_S, 0)
         length_s = SAMPLE_S
         while length_s < self.trace.duration_s:
             piece = self.trace.window(0.0, length_s)

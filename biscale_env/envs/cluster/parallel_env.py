@@ -14,9 +14,10 @@ from pettingzoo import ParallelEnv
 from biscale_env.config.cluster_layout import Placement, load_placement
 from biscale_env.contract import DECODE_SPEC, PREFILL_SPEC, ObservationSpec
 from biscale_env.core.errors import BiscaleError
-from biscale_env.envs.cluster.cluster_options import make_cluster_options, refuse_render_mode
+from biscale_env.envs.cluster.cluster_options import make_cluster_options
 from biscale_env.envs.cluster.engine import Cluster
 from biscale_env.envs.cluster.instance_observer import ClusterObserver
+from biscale_env.envs.options import check_render_mode
 
 Observations = dict[str, NDArray[np.float32]]
 Infos = dict[str, dict[str, float]]
@@ -58,7 +59,7 @@ class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float3
         Raises:
             BiscaleError: an unknown option or an impossible value.
         """
-        refuse_render_mode(render_mode)
+        check_render_mode(render_mode, ())
         chosen = load_placement(placement) if isinstance(placement, str) else placement
         if chosen.colocated:
             raise BiscaleError(

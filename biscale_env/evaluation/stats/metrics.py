@@ -4,10 +4,10 @@ What counts. A run starts with an empty system at 0 and ends at ``duration_s``; 
 when the last request has been served, so nothing is cut off and there is no warm-up to discard:
 every policy begins empty on the same workload. When a run is cut short, a request that has not
 finished is a *violation* if its deadline has passed by then (whatever came later would have been
-late) and is *excluded* otherwise (nobody can know). Such a violation enters quantiles with the
-latency it had reached at the end of the run, a lower bound: dropping it would flatter the tail. For
-steady-state metrics ``warmup_s`` leaves out the requests that arrive earlier and the energy spent
-earlier.
+late) and is *excluded* otherwise (nobody can know). A request that *failed* (measured runs only) is
+a violation whatever the time. Such a violation enters quantiles with the latency it had reached at
+the end of the run, a lower bound: dropping it would flatter the tail. For steady-state metrics
+``warmup_s`` leaves out the requests that arrive earlier and the energy spent earlier.
 
 Deadlines. Prefill: ``arrival_s + ttft_s`` for the first token. Decode: ``first_token_s + tpot_s *
 (output_tokens - 1)`` for the last one. A request of one output token has no interval between
@@ -99,13 +99,20 @@ def judge(
         latency_s = np.where(np.isfinite(started_s), tpot_s(requests), np.nan)
         known, met_tpot = verdicts(latency_s, slo.tpot_s, started_s, intervals, end_s)
         counted = known | (counted & ~met_ttft) if phase == "cluster" else known
-    counted &= arrival_s >= warmup_s
+    failed = failures(requests)
+    counted = (counted | failed) & (arrival_s >= warmup_s)
     return {
         "counted": counted,
-        "met": met_ttft & met_tpot,
-        "met_ttft": met_ttft,
-        "met_tpot": met_tpot,
+        "met": met_ttft & met_tpot & ~failed,
+        "met_ttft": met_ttft & ~failed,
+        "met_tpot": met_tpot & ~failed,
     }
+
+
+def failures(requests: Mapping[str, Column]) -> NDArray[np.bool_]:
+    """Requests that were refused or broke off: the optional column ``failed`` of measured runs."""
+    none = np.zeros(np.shape(requests["arrival_s"]), dtype=np.bool_)
+    return np.asarray(requests.get("failed", none), dtype=np.bool_)
 
 
 def attainments(verdict: Mapping[str, NDArray[np.bool_]], slo: Slo, phase: str) -> dict[str, float]:
@@ -202,7 +209,8 @@ def _quantile_columns(record: RunRecord, counted: NDArray[np.bool_]) -> dict[str
 def finished(record: RunRecord) -> NDArray[np.bool_]:
     """Requests that the phase has completed within the run."""
     last = "first_token_s" if record.phase == "prefill" else "finish_s"
-    return np.isfinite(np.asarray(record.requests[last], dtype=np.float64))
+    reached = np.isfinite(np.asarray(record.requests[last], dtype=np.float64))
+    return np.asarray(reached & ~failures(record.requests))
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -4,8 +4,9 @@ The abstract backend, its readings and its refusals.
 """
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -71,9 +72,7 @@ class ClockReading:
 
     @property
     def throttled(self) -> bool:
-        """Whether heat or a power brake holds the clock down (the ordinary power cap does not
-        count).
-        """
+        """Whether heat or a power brake lowers the clock; the ordinary power cap does not count."""
         return bool(self.reasons & THROTTLE_REASONS)
 
 
@@ -81,6 +80,28 @@ def reason_text(reasons: int) -> str:
     """Clock event reasons in words."""
     names = [name for bit, name in REASON_NAMES.items() if reasons & bit]
     return ", ".join(names) or "none"
+
+
+def failures_of(calls: Mapping[str, Callable[[], None]]) -> dict[str, ClockError]:
+    """Make every call, one after the other; what went wrong, by key.
+
+    An error that is none of ours (a broken library, a full disk) must not keep the remaining GPUs
+    from being served, so it counts as a failure of its GPU too.
+    """
+    failures = {}
+    for key, call in calls.items():
+        try:
+            call()
+        except ClockError as error:
+            failures[key] = error
+        except Exception as error:
+            failures[key] = ClockError(f"{key}: {type(error).__name__}: {error}")
+    return failures
+
+
+def _raise_first(failures: Mapping[str, ClockError]) -> None:
+    for error in failures.values():
+        raise error
 
 
 class ClockBackend(abc.ABC):
@@ -121,23 +142,52 @@ class ClockBackend(abc.ABC):
 
     @abc.abstractmethod
     def reset(self, uuid: str) -> None:
-        """Give the clock back to the driver."""
+        """Reset the clock to driver control.
+
+        Returns after every earlier lock call of this GPU has ended.
+        """
 
     def lock_all(self, uuids: Sequence[str], low_mhz: float, high_mhz: float) -> None:
-        """Lock several GPUs; returns when all are."""
-        for uuid in uuids:
-            self.lock(uuid, low_mhz, high_mhz)
+        """Lock several GPUs; every one is tried and no call is left running.
+
+        Raises:
+            ClockError: the first failure; the other GPUs may be locked.
+        """
+        _raise_first(self.lock_each(uuids, low_mhz, high_mhz))
 
     def reset_all(self, uuids: Sequence[str]) -> None:
-        """Reset several GPUs; tries every one before it raises the first error."""
-        errors = []
-        for uuid in uuids:
-            try:
-                self.reset(uuid)
-            except ClockError as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
+        """Reset several GPUs; every one is tried.
+
+        Raises:
+            ClockError: the first failure.
+        """
+        _raise_first(self.reset_each(uuids))
+
+    def lock_each(
+        self, uuids: Sequence[str], low_mhz: float, high_mhz: float
+    ) -> dict[str, ClockError]:
+        """Lock several GPUs; never raises.
+
+        Returns:
+            What went wrong, by UUID; empty when all are locked.
+        """
+        return failures_of({u: partial(self.lock, u, low_mhz, high_mhz) for u in uuids})
+
+    def reset_each(self, uuids: Sequence[str]) -> dict[str, ClockError]:
+        """Reset several GPUs; never raises.
+
+        Returns:
+            What went wrong, by UUID; empty when all are reset.
+        """
+        return failures_of({u: partial(self.reset, u) for u in uuids})
+
+    def outstanding(self) -> set[str]:
+        """UUIDs of GPUs with a driver call that was given up waiting for and may still end."""
+        return set()
+
+    def unreachable(self) -> dict[str, str]:
+        """GPUs that the driver counts but cannot open: index to a sentence that says why."""
+        return {}
 
     def close(self) -> None:  # noqa: B027 - nothing to release is a fine default
         """Release the driver; does not touch any clock."""
@@ -150,6 +200,8 @@ class ClockBackend(abc.ABC):
         """
         found = [d for d in self.devices() if key == str(d.index) or d.uuid == key]
         found = found or [d for d in self.devices() if len(key) > 3 and d.uuid.startswith(key)]
+        if not found and key in self.unreachable():
+            raise ClockError(f"GPU {key} cannot be used: {self.unreachable()[key]}")
         if len(found) != 1:
             known = ", ".join(f"{d.index} ({d.uuid})" for d in self.devices()) or "none"
             raise ClockError(f"no single GPU is called '{key}'; this machine has: {known}")
@@ -165,6 +217,41 @@ class ClockBackend(abc.ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+ATTEMPTS = 3  # of a driver call that may fail once
+
+
+def insist(
+    backend: ClockBackend,
+    call: Callable[[Sequence[str]], dict[str, ClockError]],
+    uuids: Sequence[str],
+) -> dict[str, ClockError]:
+    """Repeat a call for the GPUs where it failed, up to three attempts in all.
+
+    Not where another attempt cannot help: a lost GPU, no privilege, a call that is still running.
+
+    Args:
+        backend: whose calls these are.
+        call: does it for several GPUs and tells what went wrong, by UUID.
+        uuids: for which GPUs.
+
+    Returns:
+        What went wrong at the last attempt, by UUID.
+    """
+    failures = call(uuids)
+    for _ in range(ATTEMPTS - 1):
+        running = backend.outstanding()
+        again = [
+            uuid
+            for uuid, error in failures.items()
+            if uuid not in running and not isinstance(error, GpuLost | ClockDenied)
+        ]
+        if not again:
+            break
+        later = call(again)
+        failures = {u: e for u, e in failures.items() if u not in again} | later
+    return failures
 
 
 class ObserveOnly(ClockBackend):
@@ -195,6 +282,10 @@ class ObserveOnly(ClockBackend):
         """Energy counter of the inner backend, J."""
         return self.inner.energy_j(uuid)
 
+    def unreachable(self) -> dict[str, str]:
+        """GPUs that the inner backend cannot open."""
+        return self.inner.unreachable()
+
     def lock(self, uuid: str, low_mhz: float, high_mhz: float) -> None:
         """Do nothing."""
 
@@ -204,43 +295,3 @@ class ObserveOnly(ClockBackend):
     def close(self) -> None:
         """Close the inner backend."""
         self.inner.close()
-
-
-def _nvml(_: str) -> ClockBackend:
-    from biscale_env.hardware.clocks.nvml import NvmlBackend
-
-    return NvmlBackend()
-
-
-def _zeusd(address: str) -> ClockBackend:
-    from biscale_env.hardware.clocks.zeusd import ZeusdBackend
-
-    return ZeusdBackend(address or None)
-
-
-def _fake(address: str) -> ClockBackend:
-    from biscale_env.hardware.clocks.fake_gpus import FakeBackend
-
-    return FakeBackend(address)
-
-
-BACKENDS: dict[str, Callable[[str], ClockBackend]] = {"nvml": _nvml, "zeusd": _zeusd, "fake": _fake}
-
-
-def open_backend(name: str, observe_only: bool = False) -> ClockBackend:
-    """Open a backend by name.
-
-    Args:
-        name: ``nvml``, ``zeusd[:SOCKET]`` or ``fake:STATE_FILE``.
-        observe_only: wrap it so that it never writes.
-
-    Raises:
-        BiscaleError: unknown name, or the driver or daemon is not there.
-    """
-    kind, _, address = name.partition(":")
-    if kind not in BACKENDS:
-        raise BiscaleError(
-            f"unknown clock backend '{name}': choose nvml, zeusd[:SOCKET] or fake:STATE_FILE"
-        )
-    backend = BACKENDS[kind](address)
-    return ObserveOnly(backend) if observe_only else backend

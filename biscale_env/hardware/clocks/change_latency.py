@@ -52,6 +52,28 @@ def pairs_of(clocks_mhz: Sequence[float], count: int = 4) -> list[tuple[float, f
     return [(float(a), float(b)) for a, b in itertools.permutations(picks, 2)]
 
 
+def within(
+    clocks_mhz: Sequence[float], low_mhz: float | None, high_mhz: float | None
+) -> list[float]:
+    """Clocks within bounds, MHz; None is no bound.
+
+    Raises:
+        BiscaleError: there are not two of them.
+    """
+    usable = [
+        clock
+        for clock in clocks_mhz
+        if (low_mhz is None or clock >= low_mhz) and (high_mhz is None or clock <= high_mhz)
+    ]
+    if len(usable) < 2:
+        raise BiscaleError(
+            f"the GPU supports {len(usable)} clocks within {low_mhz or 0:g} to "
+            f"{high_mhz or float('inf'):g} MHz, and two are needed: give the description of this "
+            "GPU with --gpu-spec"
+        )
+    return usable
+
+
 def _until(backend: ClockBackend, uuid: str, freq_mhz: float, timeout_s: float) -> float:
     """Time until the clock is read back, s; NaN when it is not."""
     start = time.monotonic()
@@ -84,13 +106,14 @@ def measure(
     if not backend.can_lock:
         raise BiscaleError("observe-only cannot measure clock changes: choose a backend that locks")
     found = []
-    with owner.alone(backend, backend_name, uuid):
+    with owner.exclusive(backend, backend_name, uuid):
         for switch in _sweep(backend, uuid, pairs, repeats, timeout_s, settle_s):
             found.append(switch)
             tell(switch)
     if not any(np.isfinite(s.seen_s) for s in found):
         raise BiscaleError(
-            f"{uuid} never showed a clock it was locked at: keep it busy while measuring, and look for power or thermal limits"
+            f"{uuid} never showed a clock it was locked at: keep it busy while measuring, "
+            "and look for power or thermal limits"
         )
     return found
 

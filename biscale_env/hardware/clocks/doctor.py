@@ -13,7 +13,8 @@ from typing import Literal
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.hardware.clocks import owner
-from biscale_env.hardware.clocks.backend import ClockBackend, open_backend, reason_text
+from biscale_env.hardware.clocks.backend import ClockBackend, reason_text
+from biscale_env.hardware.clocks.backend_registry import open_backend
 from biscale_env.hardware.engines.hook.versions import ENGINES, version_note
 
 Status = Literal["ok", "warn", "fail"]
@@ -93,6 +94,8 @@ def check_clocks(name: str) -> list[Finding]:
                 found += check_gpu(backend, device.uuid)
             except BiscaleError as error:
                 found.append(Finding("fail", device.uuid, str(error)))
+        for index, reason in backend.unreachable().items():
+            found.append(Finding("fail", f"GPU {index}", reason))
         if backend.name == "nvml":
             allowed = has_sys_admin()
             text = (
@@ -109,12 +112,12 @@ def check_clocks(name: str) -> list[Finding]:
     return found
 
 
-def check_notes() -> list[Finding]:
+def check_owners() -> list[Finding]:
     """Owners and orphans of clocks."""
     left = owner.orphans()
     living = [
         Finding("ok", uuid, "its clock has a living owner")
-        for uuid in owner.noted()
+        for uuid in owner.recorded()
         if uuid not in left
     ]
     text = "an earlier run died and may have left the clock locked: run `biscale hw restore`"
@@ -147,6 +150,6 @@ def examine(backend: str, endpoints: Sequence[str] = ()) -> list[Finding]:
     return [
         *check_packages(),
         *check_clocks(backend),
-        *check_notes(),
+        *check_owners(),
         *(check_endpoint(url) for url in endpoints),
     ]

@@ -34,6 +34,7 @@ from biscale_env.hardware.clocks.backend import (
     GpuDevice,
     GpuLost,
 )
+from biscale_env.hardware.clocks.caller import as_caller
 
 MAGIC = 0x31454C4143534942  # "BISCALE1"
 HEADER_DTYPE = np.dtype(
@@ -93,10 +94,10 @@ def create_state(
     set_latency_us: int = 0,
     limits_mhz: tuple[float, float, float] = (345.0, 1980.0, 15.0),
 ) -> Path:
-    """Write a fresh state file; an existing one is replaced.
+    """Write a fresh state file; an existing one is replaced. Under sudo it is the caller's.
 
     Args:
-        path: the file.
+        path: the file; missing folders are made.
         n_gpus: GPUs of the pretended machine.
         delay_s: actuation delay, s (0.05: the lower end of what was measured with nvidia-smi on
             H100).
@@ -128,7 +129,9 @@ def create_state(
     gpus["min_mhz"], gpus["step_mhz"], gpus["memory_mhz"] = low, step, 2619.0
     gpus["apply_at_s"], gpus["landed_at_s"], gpus["power_at_s"] = np.inf, now, now
     gpus["temperature_c"], gpus["toy_idle_w"], gpus["toy_slope_w"] = 45.0, 100.0, 50.0
-    write_whole(path, header.tobytes() + gpus.tobytes())
+    with as_caller():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, header.tobytes() + gpus.tobytes())
     return path
 
 

@@ -2,7 +2,8 @@
 
 ``zeusd`` (0.5) takes requests over HTTP on a Unix socket; clocks are written through it and read
 through NVML, which needs no privilege. The daemon itself never resets a clock, so all promises are
-kept by our actuator as with NVML.
+kept by our actuator as with NVML. It serves the requests of one GPU in order, so a reset that
+follows a lock whose answer never came is carried out after it.
 """
 
 import http.client
@@ -35,25 +36,21 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 class ZeusdBackend(ClockBackend):
-    """Writes through ``zeusd``, reads through ``reader`` (NVML unless told otherwise)."""
+    """Writes through ``zeusd``, reads through ``reader``."""
 
     name = "zeusd"
 
-    def __init__(self, socket_path: str | None = None, reader: ClockBackend | None = None) -> None:
+    def __init__(self, reader: ClockBackend, socket_path: str | None = None) -> None:
         """Connect.
 
         Args:
+            reader: backend that readings come from; NVML on real GPUs.
             socket_path: the daemon's socket; default ``$ZEUSD_SOCK_PATH``, else
                 ``/var/run/zeusd.sock``.
-            reader: backend that readings come from.
 
         Raises:
             BiscaleError: nobody answers at the socket.
         """
-        if reader is None:
-            from biscale_env.hardware.clocks.nvml import NvmlBackend
-
-            reader = NvmlBackend()
         self.reader = reader
         self.socket_path = socket_path or os.environ.get("ZEUSD_SOCK_PATH") or "/var/run/zeusd.sock"
         self._connection = _UnixConnection(self.socket_path)
@@ -77,13 +74,15 @@ class ZeusdBackend(ClockBackend):
                 break
             except (OSError, http.client.HTTPException) as error:
                 self._connection.close()
-                if attempt:
+                # after a time-out the daemon may still carry the request out: not asked twice
+                if attempt or isinstance(error, TimeoutError):
                     raise ClockError(
                         f"zeusd at {self.socket_path} does not answer ({error})"
                     ) from None
         if response.status in (401, 403):
             raise ClockDenied(
-                f"zeusd refuses {route} ({body or response.status}): set ZEUSD_TOKEN to a token that allows it"
+                f"zeusd refuses {route} ({body or response.status}): "
+                "set ZEUSD_TOKEN to a token that allows it"
             )
         if response.status != 200:
             raise ClockError(
@@ -93,6 +92,10 @@ class ZeusdBackend(ClockBackend):
     def devices(self) -> list[GpuDevice]:
         """GPUs as the reader lists them."""
         return self.reader.devices()
+
+    def unreachable(self) -> dict[str, str]:
+        """GPUs that the reader cannot open."""
+        return self.reader.unreachable()
 
     def supported_mhz(self, uuid: str) -> list[float]:
         """Clocks as the reader lists them, MHz."""
@@ -113,12 +116,20 @@ class ZeusdBackend(ClockBackend):
         """Ask the daemon to lock, and wait until it has."""
         self.lock_all([uuid], low_mhz, high_mhz)
 
-    def lock_all(self, uuids: Sequence[str], low_mhz: float, high_mhz: float) -> None:
-        """Ask the daemon to lock several GPUs in one request."""
+    def lock_each(
+        self, uuids: Sequence[str], low_mhz: float, high_mhz: float
+    ) -> dict[str, ClockError]:
+        """Ask the daemon to lock several GPUs in one request.
+
+        Its answer is about all of them: a refusal counts for each.
+        """
         clocks = {"min_clock_mhz": str(round(low_mhz)), "max_clock_mhz": str(round(high_mhz))}
-        self._post(
-            "set_gpu_locked_clocks", {"gpu_ids": self._ids(uuids), **clocks, "block": "true"}
-        )
+        try:
+            ids = self._ids(uuids)
+            self._post("set_gpu_locked_clocks", {"gpu_ids": ids, **clocks, "block": "true"})
+        except ClockError as error:
+            return dict.fromkeys(uuids, error)
+        return {}
 
     def reset(self, uuid: str) -> None:
         """Ask the daemon to unlock, and wait until it has."""

@@ -18,7 +18,7 @@ from biscale_env.hardware.emulation.emulator import Instance
 from biscale_env.hardware.emulation.emulator_http import EngineServer, serve
 from biscale_env.hardware.engines.hook.sender import Sender
 from biscale_env.hardware.loop import wire
-from biscale_env.hardware.loop.processes import Child, quick_threads
+from biscale_env.hardware.loop.processes import Child, tuned_for_latency
 
 PHASES = ("prefill", "decode")
 
@@ -85,7 +85,7 @@ def all_records_endpoint(sockets: Path, phase: str) -> str:
 
 def run_instance(settings: EmulatorSettings, phase: str) -> None:
     """Serve one instance until a signal."""
-    settings.sockets.mkdir(parents=True, exist_ok=True)
+    wire.socket_folder(settings.sockets)
     plant = settings.plant(phase)
     sender = Sender(
         wire.record_endpoint(settings.sockets, phase), all_records_endpoint(settings.sockets, phase)
@@ -99,12 +99,12 @@ def run_instance(settings: EmulatorSettings, phase: str) -> None:
         engine = Instance(
             plant, FakeState(settings.state), settings.gpus(phase), sender, settings.member
         )
-        quick_threads()
-        await serve(
-            EngineServer(engine, settings.max_model_len),
-            settings.host,
-            settings.ports[PHASES.index(phase)],
-        )
+        with tuned_for_latency():
+            await serve(
+                EngineServer(engine, settings.max_model_len),
+                settings.host,
+                settings.ports[PHASES.index(phase)],
+            )
 
     asyncio.run(main())
 
@@ -120,7 +120,6 @@ class Emulation:
         """
         self.settings = settings
         settings.plant("prefill")  # mistakes are said here, not by a child
-        settings.state.parent.mkdir(parents=True, exist_ok=True)
         self._held = hold(
             "emulation-"
             + hashlib.blake2b(os.fsencode(settings.state.absolute()), digest_size=16).hexdigest()

@@ -1,18 +1,20 @@
 """The process that owns the clocks.
 
-It takes the newest wish per group of GPUs, bounds it, skips what is in force already, sets it,
-reads it back, logs every time stamp, and gives the clock back to the driver on exit, on a signal,
+It takes the newest command per group of GPUs, bounds it, skips what is applied already, sets it,
+reads it back, logs every time stamp, and resets the clock to driver control on exit, on a signal,
 on an error, and whenever the lease runs out: no command from a controller that has itself heard of
 its engine within ``lease_s``.
+
+A GPU that is lost, or whose clock cannot be set after several attempts, ends the process with every
+clock reset. Readings may fail now and then; a group where they fail too often in a row is
+*released*: reset and left to the driver until the next start, while the other groups go on.
 """
 
+import contextlib
 import math
-import os
 import signal
+import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO
 
 import msgspec
@@ -21,76 +23,16 @@ import zmq
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.hardware.clocks import owner
-from biscale_env.hardware.clocks.backend import ClockBackend, ClockError
+from biscale_env.hardware.clocks.backend import ClockBackend, ClockError, GpuLost, insist
+from biscale_env.hardware.clocks.caller import as_caller, sudo_caller
 from biscale_env.hardware.loop import wire
-from biscale_env.hardware.loop.processes import go_first
+from biscale_env.hardware.loop.gpu_group import ActuatorConfig, GpuGroup
+from biscale_env.hardware.loop.processes import set_realtime
 from biscale_env.hardware.loop.wire import ClockChange, Command
 
 POLL_S = 0.1  # longest wait: signals, leases and the guard are looked at this often
 READBACK_POLL_S = 0.002
 NAN = math.nan
-
-
-@dataclass(frozen=True)
-class ActuatorConfig:
-    """Settings of one actuator.
-
-    Attributes:
-        groups: GPUs (UUID, index or start of a UUID) of each group; a group is one engine instance
-            and has one clock.
-        sockets: folder of the sockets.
-        backend: name for :func:`~biscale_env.hardware.clocks.backend.open_backend`.
-        freq_min_mhz: lowest clock ever set.
-        freq_max_mhz: highest clock ever set.
-        lease_s: the clock goes back to the driver when no live command came for this long.
-        hot_c: above this temperature (assumed: under the slowdown threshold of an H100), or while a
-            GPU is throttled by heat or a power brake, the clock may be lowered but not raised.
-        cool_down_c: the guard ends this far below ``hot_c``.
-        readback_s: how long a new clock is looked for.
-        lower_bound: ``fixed`` locks (f, f), ``cap`` locks (lowest, f) and lets an idle GPU fall.
-    """
-
-    groups: Mapping[str, tuple[str, ...]]
-    sockets: Path
-    backend: str = "nvml"
-    freq_min_mhz: float = 510.0
-    freq_max_mhz: float = 1980.0
-    lease_s: float = 1.5
-    hot_c: float = 85.0
-    cool_down_c: float = 3.0
-    readback_s: float = 0.5
-    lower_bound: str = "fixed"
-
-    def __post_init__(self) -> None:
-        if not self.groups or not all(self.groups.values()):
-            raise BiscaleError(
-                "the actuator needs at least one group with at least one GPU, e.g. --gpus prefill=0,1,2,3"
-            )
-        if not 0.1 <= self.lease_s <= 10:
-            raise BiscaleError(f"lease of {self.lease_s:g} s: choose 0.1 to 10 s")
-        if not 0 < self.freq_min_mhz <= self.freq_max_mhz:
-            raise BiscaleError(
-                f"clock bounds {self.freq_min_mhz:g} to {self.freq_max_mhz:g} MHz are not a range"
-            )
-        if self.lower_bound not in ("fixed", "cap"):
-            raise BiscaleError(f"unknown lower bound '{self.lower_bound}': choose fixed or cap")
-
-
-@dataclass
-class GpuGroup:
-    """State of one group while the actuator runs."""
-
-    name: str
-    uuids: list[str]
-    supported_mhz: np.ndarray
-    applied_mhz: float = 0.0  # 0: with the driver
-    alive_until_s: float = -math.inf
-    throttled: bool = False
-    pending: ClockChange | None = None
-    commands: int = 0
-    skipped: int = 0
-    changes: int = 0
-    socket: zmq.Socket | None = field(default=None, repr=False)
 
 
 class Actuator:
@@ -101,7 +43,7 @@ class Actuator:
         config: ActuatorConfig,
         backend: ClockBackend,
         log: IO[bytes] | None = None,
-        first: bool = False,
+        realtime: bool = False,
     ) -> None:
         """Prepare; nothing is touched before :meth:`start`.
 
@@ -109,34 +51,36 @@ class Actuator:
             config: GPUs, bounds, lease.
             backend: reads and locks.
             log: JSON lines of every change.
-            first: run before other processes, where that is allowed.
+            realtime: run before other processes, where that is allowed.
+
+        Raises:
+            BiscaleError: the variables of sudo make no sense.
         """
+        sudo_caller()
         self.config = config
-        self.first = first
+        self.realtime = realtime
         self.backend = backend
         self.log = log
         self.stopping = False
         self.groups: dict[str, GpuGroup] = {}
-        self._claims: list[owner.Claim] = []
+        self._locks: dict[str, owner.OwnerLock] = {}
         self._context = zmq.Context()
         self._status: zmq.Socket | None = None
         self._poller = zmq.Poller()
         self._decoder = msgspec.msgpack.Decoder(Command)
         self._next_guard_s = 0.0
 
-    # --- start and stop
-    # ---------------------------------------------------------------------------------------------
+    # --- start and stop ---------------------------------------------------------------------------
 
-    def start(self) -> list[tuple[str, str]]:
-        """Claim the GPUs, recover orphans, write the notes, test the privilege, open the sockets.
+    def start(self) -> list[owner.Recovery]:
+        """Own the GPUs, recover orphans, write state files, test the privilege, open the sockets.
 
         Returns:
-            What became of orphans of earlier runs, as
-            :func:`~biscale_env.hardware.clocks.owner.recover` tells it.
+            What became of orphans of earlier runs.
 
         Raises:
-            BiscaleError: a GPU is unknown, claimed by somebody else or twice, or there is no
-                privilege.
+            BiscaleError: a GPU is unknown, owned by somebody else or named twice, there is no
+                privilege, or the sockets cannot be opened.
         """
         recovered = (
             owner.recover(self.backend, self.config.backend) if self.backend.can_lock else []
@@ -149,100 +93,92 @@ class Actuator:
         if len(set(everyone)) < len(everyone):
             raise BiscaleError("a GPU is named twice in --gpus: every GPU belongs to one group")
         if self.backend.can_lock:
-            self._claims = [owner.Claim(uuid) for uuid in everyone]
+            for uuid in everyone:
+                self._locks[uuid] = owner.OwnerLock(uuid)
         for name, uuids in named.items():
-            clocks = np.array(self.backend.supported_mhz(uuids[0]))
-            clocks = clocks[
-                (clocks >= self.config.freq_min_mhz) & (clocks <= self.config.freq_max_mhz)
-            ]
-            if clocks.size == 0:
-                bounds = f"{self.config.freq_min_mhz:g} to {self.config.freq_max_mhz:g} MHz"
-                raise BiscaleError(f"the GPUs of group '{name}' support no clock within {bounds}")
-            self._take(GpuGroup(name, uuids, clocks))
-        if self.first:
-            go_first()
+            self._take(GpuGroup.of(name, uuids, self.backend, self.config))
+        if self.realtime:
+            set_realtime()
         self._listen()
         return recovered
 
     def _take(self, group: GpuGroup) -> None:
-        """Note the GPUs on disk, then reset them.
+        """Record the GPUs on disk, then reset them.
 
         A known state, and the test whether clocks may be locked at all.
         """
-        fresh = [uuid for uuid in group.uuids if not owner.note_path(uuid).exists()]
-        if self.backend.can_lock:
-            for uuid in group.uuids:
-                owner.write_note(uuid, self.config.backend)
+        ours = group.uuids if self.backend.can_lock else []
+        fresh = [uuid for uuid in ours if not owner.state_path(uuid).exists()]
         try:
-            self._reset(group, "start")
-        except ClockError:
-            for uuid in fresh:
-                owner.remove_note(uuid)
+            for uuid in ours:
+                owner.write_state(uuid, self.config.backend)
+            self.backend.reset_all(group.uuids)
+        except BiscaleError:
+            for uuid in set(fresh) - self.backend.outstanding():
+                owner.remove_state(uuid)
             raise
         self.groups[group.name] = group
+        self._changed(group, ClockChange(group.name, "start", -1, 0.0, 0.0))
 
     def _listen(self) -> None:
-        folder = self.config.sockets
-        folder.mkdir(parents=True, exist_ok=True)
-        caller = int(os.environ.get("SUDO_UID", "0")) if os.geteuid() == 0 else os.geteuid()
-        if folder.stat().st_uid not in (0, caller):
-            raise BiscaleError(
-                f"the socket folder {folder} belongs to somebody else (user {folder.stat().st_uid}): choose another --sockets"
-            )
+        folder = wire.socket_folder(self.config.sockets)
         for group in self.groups.values():
-            endpoint = wire.command_endpoint(self.config.sockets, group.name)
+            endpoint = wire.command_endpoint(folder, group.name)
             group.socket = wire.newest_receiver(self._context, endpoint)
             self._poller.register(group.socket, zmq.POLLIN)
         self._status = wire.publisher(self._context, wire.status_endpoint(folder))
-        if (
-            caller != os.geteuid()
-            # called through sudo: controllers and engines run as the caller and must reach the sockets
-        ):
-            for path in (
-                folder,
-                *(folder / wire.command_endpoint(folder, g).rsplit("/", 1)[1] for g in self.groups),
-                folder / "status.sock",
-            ):
-                os.chown(path, caller, -1)
 
     def stop(self) -> list[str]:
-        """Reset every clock and give all claims up; may be called more than once.
+        """Reset every clock and give all locks up; may be called more than once.
+
+        Clocks come first: whatever fails afterwards (a full disk under the log, a socket) is
+        reported, and keeps no GPU from being reset.
 
         Returns:
-            Sentences about GPUs that could not be reset; their notes stay for the next start.
+            Sentences about what failed; GPUs that could not be reset keep their state files for the
+            next start.
         """
-        failures = []
+        uuids = [uuid for group in self.groups.values() for uuid in group.uuids]
+        failed: dict[str, ClockError] = {}
+        if self.backend.can_lock:
+            failed = owner.reset_and_forget(self.backend, uuids)
+        problems = []
+        if failed:
+            texts = "; ".join(str(error) for error in failed.values())
+            problems.append(f"clocks could not be reset, run `biscale hw restore`: {texts}")
         for group in self.groups.values():
-            failures += self._reset_all_of(group, "exit")
-            self._write(group, time.monotonic(), final=True)
-        for claim in self._claims:
-            claim.release()
-        self._claims.clear()
-        self._context.destroy(linger=100)
-        for name in self.groups:
-            wire.unbind(wire.command_endpoint(self.config.sockets, name))
-        wire.unbind(wire.status_endpoint(self.config.sockets))
-        self.groups.clear()
-        return failures
-
-    def _reset_all_of(self, group: GpuGroup, cause: str) -> list[str]:
-        failures: list[str] = []
-        if not self.backend.can_lock:
-            return failures
-        for uuid in group.uuids:
+            mine = "; ".join(str(failed[uuid]) for uuid in group.uuids if uuid in failed)
             try:
-                owner.give_back(self.backend, uuid)
-            except ClockError as error:
-                failures.append(str(error))
-        self._changed(group, cause, 0.0, 0.0, -1, NAN, time.monotonic(), " ".join(failures))
-        return failures
+                self._changed(group, ClockChange(group.name, "exit", -1, 0.0, 0.0, error=mine))
+                self._read_back(group, time.monotonic(), final=True)
+            except BiscaleError as error:
+                problems.append(str(error))
+        self._close()
+        return problems
 
-    # --- one turn of the loop
-    # ---------------------------------------------------------------------------------------
+    def _close(self) -> None:
+        running = self.backend.outstanding()
+        for uuid in [uuid for uuid in self._locks if uuid not in running]:
+            self._locks.pop(uuid).release()  # with a call running nobody else may have the GPU
+        # the sockets are the caller's; a reset that waits in the driver needs the privilege
+        with contextlib.nullcontext() if running else as_caller():
+            self._context.destroy(linger=100)
+            for name in self.groups:
+                wire.unbind(wire.command_endpoint(self.config.sockets, name))
+            wire.unbind(wire.status_endpoint(self.config.sockets))
+        self._status = None
+        self.groups.clear()
+
+    # --- one turn of the loop ---------------------------------------------------------------------
 
     def run(self) -> None:
-        """Serve until :attr:`stopping` is set."""
-        while not self.stopping:
+        """Serve until :attr:`stopping` is set or no group is left.
+
+        Raises:
+            ClockError: a GPU is lost, or its clock cannot be set.
+            BiscaleError: the log cannot be written.
+        """
+        while not self.stopping and not all(g.released for g in self.groups.values()):
             self.turn(POLL_S)
 
     def turn(self, timeout_s: float) -> None:
@@ -259,12 +195,14 @@ class Actuator:
         now = time.monotonic()
         if now >= self._next_guard_s:
             self._next_guard_s = now + POLL_S
-            self._guard()
+            for group in self.groups.values():
+                if not group.released:
+                    self._guard(group)
         for group in self.groups.values():
             if group.applied_mhz and time.monotonic() > group.alive_until_s:
-                self._reset(group, "lease")
+                self._expire(group)
             if group.pending:
-                self._write(group, time.monotonic(), final=False)
+                self._read_back(group, time.monotonic(), final=False)
 
     def _receive(self, group: GpuGroup) -> None:
         assert group.socket is not None
@@ -275,94 +213,123 @@ class Actuator:
         self.obey(group, command, time.monotonic())
 
     def obey(self, group: GpuGroup, command: Command, received_s: float) -> None:
-        """Apply one command: prolong the lease, bound and snap the clock, skip it when in force,
-        else set it.
+        """Apply one command.
+
+        Prolong the lease, bound and snap the clock, skip it when it is applied already, else set
+        it. Whatever keeps the clock from being the one requested is published.
         """
         group.commands += 1
-        age = (
-            command.engine_age_s
-            if math.isfinite(command.engine_age_s) and command.engine_age_s >= 0
-            else math.inf
+        restarted = command.sequence <= group.sequence  # another controller, which knows nothing
+        group.sequence = command.sequence
+        age = command.engine_age_s
+        if not (math.isfinite(age) and age >= 0):
+            age = math.inf
+        alive_until_s = received_s + self.config.lease_s - age
+        group.alive_until_s = max(group.alive_until_s, alive_until_s)
+        wanted = group.snap(command.freq_mhz)
+        if group.released or received_s > group.alive_until_s:
+            self._keep(group, command, received_s, "skip")
+        elif wanted == group.applied_mhz:
+            if restarted or wanted != command.freq_mhz:
+                self._keep(group, command, received_s, "skip")
+            else:
+                group.skipped += 1
+            group.held_mhz = NAN
+        elif not group.may_set(wanted):
+            self._keep(group, command, received_s, "hold")
+        else:
+            self._set(group, wanted, command, received_s)
+
+    def _keep(self, group: GpuGroup, command: Command, received_s: float, cause: str) -> None:
+        """Leave the clock as it is and say so; a refusal of the guard is logged once."""
+        group.skipped += 1
+        change = ClockChange(
+            group.name,
+            cause,
+            command.sequence,
+            command.freq_mhz,
+            group.applied_mhz,
+            command.decided_s,
+            received_s,
+            time.monotonic(),
         )
-        group.alive_until_s = max(group.alive_until_s, received_s + self.config.lease_s - age)
-        if received_s > group.alive_until_s:
-            return
-        wanted = self.snap(group, command.freq_mhz)
-        if wanted == group.applied_mhz:
-            group.skipped += 1
-            return
-        if group.throttled and (wanted == 0.0 or wanted > (group.applied_mhz or math.inf)):
-            group.skipped += 1
-            return
-        self._set(group, wanted, command, received_s)
-
-    def snap(self, group: GpuGroup, freq_mhz: float) -> float:
-        """Nearest supported clock within the bounds, MHz.
-
-        0 (hand back) for 0 or for anything that is not a number.
-        """
-        if not math.isfinite(freq_mhz) or freq_mhz <= 0:
-            return 0.0
-        return float(group.supported_mhz[np.argmin(np.abs(group.supported_mhz - freq_mhz))])
+        self._publish(change)
+        if cause == "hold" and command.freq_mhz != group.held_mhz:
+            group.held_mhz = command.freq_mhz
+            change.error = "the guard allows no raise"
+            self._write(change)
 
     def _set(self, group: GpuGroup, wanted: float, command: Command, received_s: float) -> None:
-        try:
-            if wanted:
-                low = (
-                    wanted if self.config.lower_bound == "fixed" else float(group.supported_mhz[0])
-                )
-                self.backend.lock_all(group.uuids, low, wanted)
-            else:
-                self.backend.reset_all(group.uuids)
-        except ClockError as error:
-            self._changed(
-                group,
-                "error",
-                command.freq_mhz,
-                wanted,
-                command.sequence,
-                command.decided_s,
-                received_s,
-                str(error),
+        if wanted:
+            low = wanted if self.config.lower_bound == "fixed" else float(group.supported_mhz[0])
+            failures = insist(
+                self.backend,
+                lambda uuids: self.backend.lock_each(uuids, low, wanted),
+                group.uuids,
             )
-            raise
-        args = (command.freq_mhz, wanted, command.sequence, command.decided_s, received_s)
-        self._changed(group, "command", *args)
-
-    def _reset(self, group: GpuGroup, cause: str) -> None:
-        now = time.monotonic()
-        self.backend.reset_all(group.uuids)
-        self._changed(group, cause, 0.0, 0.0, -1, NAN, now)
-
-    # --- telling
-    # ----------------------------------------------------------------------------------------------------
-
-    def _changed(
-        self,
-        group: GpuGroup,
-        cause: str,
-        requested: float,
-        sent: float,
-        sequence: int,
-        decided_s: float,
-        received_s: float,
-        error: str = "",
-    ) -> None:
-        now = time.monotonic()
-        if group.pending:
-            self._write(group, now, final=True)
-        group.applied_mhz = sent
-        group.changes += 1
-        group.pending = ClockChange(
-            group.name, cause, sequence, requested, sent, decided_s, received_s, now, error=error
+        else:
+            failures = insist(self.backend, self.backend.reset_each, group.uuids)
+        change = ClockChange(
+            group.name,
+            "command",
+            command.sequence,
+            command.freq_mhz,
+            wanted,
+            command.decided_s,
+            received_s,
         )
-        self._publish(group.pending)
+        if failures:
+            change.cause, change.error = "error", "; ".join(str(e) for e in failures.values())
+        group.held_mhz = NAN
+        self._changed(group, change)
+        for error in failures.values():
+            raise error
+
+    def _expire(self, group: GpuGroup) -> None:
+        """The lease has run out."""
+        failures = insist(self.backend, self.backend.reset_each, group.uuids)
+        text = "; ".join(str(e) for e in failures.values())
+        self._changed(group, ClockChange(group.name, "lease", -1, 0.0, 0.0, error=text))
+        for error in failures.values():
+            raise error
+
+    def _release(self, group: GpuGroup, why: str) -> None:
+        """End the control of one group; its state files stay until :meth:`stop` has reset it."""
+        group.released = why
+        failures = insist(self.backend, self.backend.reset_each, group.uuids)
+        texts = dict.fromkeys([why, *(str(e) for e in failures.values())])
+        change = ClockChange(group.name, "release", -1, 0.0, 0.0, error="; ".join(texts))
+        self._changed(group, change)
+
+    # --- telling ----------------------------------------------------------------------------------
+
+    def _changed(self, group: GpuGroup, change: ClockChange) -> None:
+        """Take note of a clock that was just sent, publish it, and begin to look for it."""
+        now = time.monotonic()
+        change.set_s = now
+        if math.isnan(change.received_s):
+            change.received_s = now
+        if group.pending:
+            self._read_back(group, now, final=True)
+        group.applied_mhz = change.freq_mhz
+        group.changes += 1
+        group.pending = change
+        self._publish(change)
 
     def _publish(self, change: ClockChange) -> None:
         if self._status is not None:
             self._status.send(msgspec.msgpack.encode(change), zmq.NOBLOCK)
 
-    def _write(self, group: GpuGroup, now: float, final: bool) -> None:
+    def _write(self, change: ClockChange) -> None:
+        if self.log is None:
+            return
+        try:
+            self.log.write(msgspec.json.encode(change) + b"\n")
+            self.log.flush()
+        except OSError as error:
+            raise BiscaleError(f"cannot write the log of clocks: {error.strerror}") from None
+
+    def _read_back(self, group: GpuGroup, now: float, final: bool) -> None:
         """Look whether the pending change can be seen on every GPU.
 
         Log it when it can, when time is up, or when ``final``.
@@ -378,44 +345,45 @@ class Actuator:
         if readings:
             change.seen_mhz = float(np.mean([r.freq_mhz for r in readings]))
             change.reasons = int(np.bitwise_or.reduce([r.reasons for r in readings]))
-            step = (
-                float(np.min(np.diff(group.supported_mhz))) if group.supported_mhz.size > 1 else 1.0
-            )
-            if change.freq_mhz and all(
-                abs(r.freq_mhz - change.freq_mhz) < 0.5 * step for r in readings
-            ):
+            if change.freq_mhz and group.shows(change.freq_mhz, readings):
                 change.seen_s, final = now, True
         if final or not change.freq_mhz or now > change.set_s + self.config.readback_s:
             group.pending = None
             self._publish(change)
-            if self.log is not None:
-                self.log.write(msgspec.json.encode(change) + b"\n")
-                self.log.flush()
+            self._write(change)
 
-    def _guard(self) -> None:
-        for group in self.groups.values():
+    def _guard(self, group: GpuGroup) -> None:
+        """Look at temperature and throttling of one group.
+
+        A reading may fail now and then: the last state of the guard holds meanwhile, and the group
+        is released when readings fail too often in a row.
+
+        Raises:
+            GpuLost: one of its GPUs is.
+        """
+        try:
             readings = [self.backend.read(uuid) for uuid in group.uuids]
-            hottest = max(r.temperature_c for r in readings)
-            limit = self.config.hot_c - (self.config.cool_down_c if group.throttled else 0.0)
-            throttled = hottest > limit or any(r.throttled for r in readings)
-            if throttled != group.throttled:
-                group.throttled = throttled
-                text = f"{hottest:g} C, raising the clock is {'stopped' if throttled else 'allowed again'}"
-                change = ClockChange(
-                    group.name,
-                    "guard",
-                    -1,
-                    NAN,
-                    group.applied_mhz,
-                    NAN,
-                    NAN,
-                    time.monotonic(),
-                    error=text,
-                )
-                self._publish(change)
-                if self.log is not None:
-                    self.log.write(msgspec.json.encode(change) + b"\n")
-                    self.log.flush()
+        except GpuLost:
+            raise
+        except ClockError as error:
+            group.failed_reads += 1
+            if group.failed_reads > self.config.failed_reads:
+                self._release(group, str(error))
+            return
+        group.failed_reads = 0
+        hottest = max(r.temperature_c for r in readings)
+        limit = self.config.hot_c - (self.config.cool_down_c if group.throttled else 0.0)
+        throttled = hottest > limit or any(r.throttled for r in readings)
+        if throttled == group.throttled:
+            return
+        group.throttled, group.held_mhz = throttled, NAN
+        change = ClockChange(
+            group.name, "guard", group.sequence, NAN, group.applied_mhz, set_s=time.monotonic()
+        )
+        state = "stopped" if throttled else "allowed again"
+        change.error = f"{hottest:g} C, raising the clock is {state}"
+        self._publish(change)
+        self._write(change)
 
 
 def serve(actuator: Actuator) -> None:
@@ -424,7 +392,8 @@ def serve(actuator: Actuator) -> None:
     Every clock is reset on any way out. Prints ``actuator ready`` when it takes commands.
 
     Raises:
-        BiscaleError: something failed; says so when a clock could not be reset.
+        BiscaleError: something failed; says so when a group was released or a clock could not be
+            reset.
     """
 
     def ask_to_stop(number: int, frame: object) -> None:
@@ -432,19 +401,27 @@ def serve(actuator: Actuator) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, ask_to_stop)
-    trouble = []
+    trouble: list[str] = []
     try:
-        for uuid, outcome in actuator.start():
-            print(f"left behind by an earlier run: {uuid}: {outcome}", flush=True)
+        for left in actuator.start():
+            print(f"left behind by an earlier run: {left.uuid}: {left.text}", flush=True)
         print("actuator ready", flush=True)
         actuator.run()
     except BiscaleError as error:
         trouble.append(str(error))
-    finally:
-        failures = actuator.stop()
-    if failures:
-        trouble.append(
-            f"clocks could not be reset, run `biscale hw restore`: {'; '.join(failures)}"
-        )
+    except BaseException:  # its traceback must not hide what was not reset
+        print(*_end(actuator), sep="\n", file=sys.stderr)
+        raise
+    trouble += _end(actuator)
     if trouble:
         raise BiscaleError("; ".join(trouble))
+
+
+def _end(actuator: Actuator) -> list[str]:
+    """Stop; sentences about groups that were released and about what failed."""
+    released = [
+        f"group '{group.name}' was released: {group.released}"
+        for group in actuator.groups.values()
+        if group.released
+    ]
+    return released + actuator.stop()

@@ -1,65 +1,104 @@
 """What a controller knows about the clock it controls.
 
-By the rules of the actuator and the delay, corrected by what was seen.
+By the rules of the actuator and the delay, corrected by what the actuator tells.
 """
 
 import math
 from typing import Any
 
 from biscale_env.contract import ClockRange
-from biscale_env.hardware.loop.wire import ClockChange
+from biscale_env.hardware.loop.wire import UNCHANGED, ClockChange
 
 
 class ClockView:
-    """Clock in force, on its way and wanted, MHz; times are CLOCK_MONOTONIC seconds."""
+    """Clock in effect, in flight and requested, MHz; times are CLOCK_MONOTONIC seconds."""
 
     def __init__(self, clocks: ClockRange, delay_s: float) -> None:
         """Begin with the driver's own clock, taken to be the highest."""
         self.clocks = clocks
         self.delay_s = delay_s
-        self.given_back()
+        self._newest = (-1, math.nan, -math.inf)  # sequence, clock and time of the newest request
+        self.driver_controls()
 
-    def given_back(self) -> None:
-        """The clock is with the driver."""
+    def driver_controls(self) -> None:
+        """The clock is under driver control."""
         top = self.clocks.freq_max_mhz
-        self.freq_mhz = self.inflight_mhz = self.wanted_mhz = top
+        self.freq_mhz = self.inflight_mhz = self.requested_mhz = top
         self.apply_at_s = math.inf
 
-    def ask(self, freq_mhz: float, now_s: float) -> None:
-        """A command goes out now."""
+    def request(self, freq_mhz: float, now_s: float, sequence: int = -1) -> None:
+        """A command goes out now, with this number."""
+        self._newest = (sequence, freq_mhz, now_s)
         self.settle(now_s)
-        if freq_mhz == self.wanted_mhz:
+        self._queue(freq_mhz, now_s)
+
+    def _queue(self, freq_mhz: float, now_s: float) -> None:
+        if freq_mhz == self.requested_mhz:
             return
-        self.wanted_mhz = freq_mhz
+        self.requested_mhz = freq_mhz
         if math.isinf(self.apply_at_s):
             self.inflight_mhz, self.apply_at_s = freq_mhz, now_s + self.delay_s
 
     def settle(self, now_s: float) -> None:
-        """Let what should have landed by now land."""
+        """Let clocks take effect whose delay is over."""
         while self.apply_at_s <= now_s:
             self.freq_mhz = self.inflight_mhz
-            if self.wanted_mhz == self.freq_mhz:
+            if self.requested_mhz == self.freq_mhz:
                 self.apply_at_s = math.inf
             else:
-                self.inflight_mhz, self.apply_at_s = self.wanted_mhz, self.apply_at_s + self.delay_s
+                self.inflight_mhz = self.requested_mhz
+                self.apply_at_s += self.delay_s
 
     def hear(self, change: ClockChange) -> None:
-        """The actuator reports a change."""
-        if change.cause in ("lease", "start", "exit", "error"):
-            self.given_back()
-        elif (
-            change.cause == "command"
-            and math.isfinite(change.seen_s)
-            and change.freq_mhz == self.inflight_mhz
-        ):
+        """Take over what the actuator tells about a change, or about one it refused."""
+        if not math.isfinite(change.freq_mhz):
+            return
+        if change.cause in UNCHANGED:
+            self._unchanged(change.freq_mhz)
+            sequence, freq_mhz, requested_s = self._newest
+            if change.sequence < sequence:  # a newer command is on its way to the actuator
+                self._queue(freq_mhz, requested_s)
+        elif change.cause == "error" or change.freq_mhz == 0.0:
+            self.driver_controls()
+        elif math.isfinite(change.seen_s):
+            self._seen(change)
+        else:
+            self._sent(change)
+
+    def _unchanged(self, freq_mhz: float) -> None:
+        """The applied clock stays, whatever was requested."""
+        if freq_mhz == 0.0:
+            self.driver_controls()
+            return
+        if self.inflight_mhz != freq_mhz or math.isinf(self.apply_at_s):
+            self.freq_mhz = self.inflight_mhz = freq_mhz
+            self.apply_at_s = math.inf
+        self.requested_mhz = freq_mhz
+
+    def _sent(self, change: ClockChange) -> None:
+        """A command went to the driver, perhaps bounded to another clock than requested."""
+        if math.isfinite(self.apply_at_s) and self.inflight_mhz == change.requested_mhz:
+            self.inflight_mhz = change.freq_mhz
+        if change.sequence < self._newest[0] or self.requested_mhz == change.freq_mhz:
+            return
+        self.requested_mhz = change.freq_mhz
+        if math.isinf(self.apply_at_s):
+            self.inflight_mhz, self.apply_at_s = change.freq_mhz, change.set_s + self.delay_s
+
+    def _seen(self, change: ClockChange) -> None:
+        """A clock was read back on every GPU."""
+        if change.freq_mhz == self.inflight_mhz:
             self.freq_mhz = change.freq_mhz
-            if self.wanted_mhz == change.freq_mhz:
+            if self.requested_mhz == change.freq_mhz:
                 self.apply_at_s = math.inf
+        elif change.sequence >= self._newest[0]:
+            self.freq_mhz = self.inflight_mhz = self.requested_mhz = change.freq_mhz
+            self.apply_at_s = math.inf
 
     def write(self, st: Any, now_s: float, epoch_s: float) -> None:
         """Put the clock into a record of the simulator's state, whose time starts at ``epoch_s``."""
         self.settle(now_s)
-        st["freq_ghz"], st["inflight_ghz"], st["wanted_ghz"] = (
-            self.freq_mhz / 1e3, self.inflight_mhz / 1e3, self.wanted_mhz / 1e3
-        )  # fmt: skip
+        st["freq_ghz"] = self.freq_mhz / 1e3
+        st["inflight_ghz"] = self.inflight_mhz / 1e3
+        st["wanted_ghz"] = self.requested_mhz / 1e3
         st["apply_at_s"] = self.apply_at_s - epoch_s

@@ -1,15 +1,18 @@
 """The process that decides: newest engine record in, observation, policy, clock command out."""
 
+import contextlib
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
 import numpy as np
 import zmq
+from numpy.typing import NDArray
 
 from biscale_env.contract import Policy
 from biscale_env.core.errors import BiscaleError
@@ -20,7 +23,7 @@ from biscale_env.hardware.engines.hook.sender import alive_endpoint
 from biscale_env.hardware.loop import wire
 from biscale_env.hardware.loop.builder import ObservationBuilder
 from biscale_env.hardware.loop.clockview import ClockView
-from biscale_env.hardware.loop.processes import go_first, quick_threads
+from biscale_env.hardware.loop.processes import set_realtime, tuned_for_latency
 
 POWER_PERIOD_S = 0.05
 FLUSH_S = 0.5
@@ -87,6 +90,25 @@ class PowerMeter:
             self.power_w = math.nan
 
 
+@dataclass(frozen=True)
+class ControlConfig:
+    """Settings of one control loop.
+
+    Attributes:
+        sockets: folder that actuator and engine hook use too.
+        delay_s: expected actuation delay, s.
+        lease_s: the actuator's lease; keep-alives go out five times as often.
+        group: the actuator's name for these GPUs; None: the phase.
+        realtime: run before other processes, where that is allowed.
+    """
+
+    sockets: Path
+    delay_s: float
+    lease_s: float = 1.5
+    group: str | None = None
+    realtime: bool = False
+
+
 class ControlLoop:
     """Controls the clock of one instance."""
 
@@ -94,37 +116,28 @@ class ControlLoop:
         self,
         plant: Plant,
         policy: Policy,
-        sockets: Path,
-        *,
-        delay_s: float,
-        lease_s: float = 1.5,
-        group: str | None = None,
+        config: ControlConfig,
         log: IO[bytes] | None = None,
         meter: PowerMeter | None = None,
-        first: bool = False,
     ) -> None:
         """Open the sockets and warm everything up.
 
         Args:
             plant: phase, SLO, engine limits and model of the instance.
             policy: any policy for this phase's observation.
-            sockets: folder that actuator and engine hook use too.
-            delay_s: expected actuation delay, s.
-            lease_s: the actuator's lease; keep-alives go out five times as often.
-            group: the actuator's name for these GPUs; default the phase.
+            config: sockets, delay and lease.
             log: JSON lines of all decisions.
             meter: source of the mean power per GPU.
-            first: run before other processes, where that is allowed.
 
         Raises:
             BiscaleError: an address is taken, or the policy does not fit the observation.
         """
         self.plant, self.policy, self.log = plant, policy, log
-        self.builder = ObservationBuilder(plant, delay_s)
-        self.view = ClockView(plant.clocks, delay_s)
+        self.builder = ObservationBuilder(plant, config.delay_s)
+        self.view = ClockView(plant.clocks, config.delay_s)
         self.meter = meter or PowerMeter(None, ())
-        self.keep_alive_s = lease_s / 5
-        self.lease_s = lease_s
+        self.keep_alive_s = config.lease_s / 5
+        self.lease_s = config.lease_s
         self.stopping = False
         self.sequence = 0
         self.heard_s = -math.inf
@@ -134,13 +147,14 @@ class ControlLoop:
         self._sent_s = -math.inf
         self._flushed_s = 0.0
         self._warm_up()
-        if first:
-            go_first()
-        self._open(sockets, group or plant.phase)
+        if config.realtime:
+            set_realtime()
+        self._open(config.sockets, config.group or plant.phase)
 
     def _warm_up(self) -> None:
-        """Compile the observer and let the policy answer a few times, so that the first iteration
-        does not pay for it.
+        """Compile the observer and let the policy answer a few times.
+
+        So that the first iteration does not pay for it.
         """
         self.builder.warm_up()
         blank = np.clip(
@@ -152,10 +166,9 @@ class ControlLoop:
         for _ in range(WARM_UP_PREDICTIONS):
             _, state = self.policy.predict(blank, state, start, True)
             start = np.zeros(1, dtype=bool)
-        quick_threads()
 
     def _open(self, sockets: Path, group: str) -> None:
-        sockets.mkdir(parents=True, exist_ok=True)
+        wire.socket_folder(sockets)
         self._context = zmq.Context()
         self._endpoint = wire.record_endpoint(sockets, self.plant.phase)
         self._records = wire.newest_receiver(self._context, self._endpoint)
@@ -177,12 +190,12 @@ class ControlLoop:
             self.turn(self.keep_alive_s)
 
     def turn(self, timeout_s: float) -> None:
-        """Wait for the next record (at most ``timeout_s``), decide on it, and keep the lease alive."""
+        """Wait at most ``timeout_s`` for a record, decide on it, and keep the lease alive."""
         ready = dict(self._poller.poll(max(1, round(timeout_s * 1e3))))
+        if self._status in ready:  # first: the decision below is to know it
+            self._hear()
         if self._records in ready:
             self._decide(self._records.recv(zmq.NOBLOCK), time.monotonic())
-        if self._status in ready:
-            self._hear()
         if self._alive in ready:
             self._alive.recv(zmq.NOBLOCK)
             self.heard_s = time.monotonic()
@@ -196,7 +209,8 @@ class ControlLoop:
         self.meter.read_if_due()
         if self.log is not None and now - self._flushed_s > FLUSH_S:
             self._flushed_s = now
-            self.log.flush()
+            with _naming_the_log():
+                self.log.flush()
 
     def _decide(self, data: bytes, received_s: float) -> None:
         try:
@@ -210,25 +224,14 @@ class ControlLoop:
         observation = self.builder.observe(
             record, self.view, power_w if math.isfinite(power_w) else 0.0
         )
-        try:
-            answer, self._state = self.policy.predict(observation, self._state, self._start, True)
-        except Exception as error:
-            raise BiscaleError(
-                f"the policy failed on a record ({type(error).__name__}: {error}): the clock goes back"
-            ) from error
-        self._start = np.zeros(1, dtype=bool)
-        action = float(np.asarray(answer).reshape(-1)[0])
-        if not math.isfinite(action):
-            raise BiscaleError(
-                f"the policy answered {action}, not an action in [-1, 1]: the clock goes back to the driver"
-            )
+        action = self._action(observation)
         decided_s = time.monotonic()
         self.freq_mhz = float(self.plant.clocks.snap_mhz(self.plant.clocks.to_freq_mhz(action)))
-        self._send(decided_s, received_s, record.detail.time_s if record.detail else received_s)
+        time_s = record.detail.time_s if record.detail else received_s
+        self._send(decided_s, received_s, time_s)
         sent_s = time.monotonic()
-        self.view.ask(self.freq_mhz, sent_s)
+        self.view.request(self.freq_mhz, sent_s, self.sequence)
         if self.log is not None:
-            time_s = record.detail.time_s if record.detail else received_s
             decision = Decision(
                 self.sequence,
                 record.counter_id,
@@ -240,7 +243,30 @@ class ControlLoop:
                 self.freq_mhz,
                 observation.tolist(),
             )
-            self.log.write(msgspec.json.encode(decision) + b"\n")
+            with _naming_the_log():
+                self.log.write(msgspec.json.encode(decision) + b"\n")
+
+    def _action(self, observation: NDArray[np.float32]) -> float:
+        """The policy's answer, a finite number.
+
+        Raises:
+            BiscaleError: it fails, or answers something else.
+        """
+        try:
+            answer, self._state = self.policy.predict(observation, self._state, self._start, True)
+        except Exception as error:
+            raise BiscaleError(
+                f"the policy failed on a record ({type(error).__name__}: {error}): "
+                "the clock is reset to driver control"
+            ) from error
+        self._start = np.zeros(1, dtype=bool)
+        action = float(np.asarray(answer).reshape(-1)[0])
+        if not math.isfinite(action):
+            raise BiscaleError(
+                f"the policy answered {action}, not an action in [-1, 1]: "
+                "the clock is reset to driver control"
+            )
+        return action
 
     def _send(self, decided_s: float, record_s: float, time_s: float) -> None:
         self.sequence += 1
@@ -265,11 +291,23 @@ class ControlLoop:
         wire.unbind(self._endpoint)
         wire.unbind(alive_endpoint(self._endpoint))
         if self.log is not None:
-            self.log.flush()
+            with contextlib.suppress(OSError):  # has been said, or nothing more can be done
+                self.log.flush()
+
+
+@contextlib.contextmanager
+def _naming_the_log() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BiscaleError(f"cannot write the log of decisions: {error.strerror}") from None
 
 
 def serve(loop: ControlLoop) -> None:
-    """Run a loop until a signal. Prints ``controller ready`` when it takes records."""
+    """Run a loop until a signal, in a process of its own.
+
+    Prints ``controller ready`` when it takes records.
+    """
 
     def ask_to_stop(number: int, frame: object) -> None:
         loop.stopping = True
@@ -278,6 +316,7 @@ def serve(loop: ControlLoop) -> None:
         signal.signal(number, ask_to_stop)
     print("controller ready", flush=True)
     try:
-        loop.run()
+        with tuned_for_latency():
+            loop.run()
     finally:
         loop.close()

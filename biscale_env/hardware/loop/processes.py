@@ -3,16 +3,18 @@
 import contextlib
 import gc
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from biscale_env.core.errors import BiscaleError
 
-# Runs first in the child: SIGTERM when the parent dies, by whatever way (PR_SET_PDEATHSIG = 1,
-# linux/prctl.h).
+# Runs first in the child: SIGTERM when the thread that made it ends, at the latest with the parent
+# process, by whatever way it dies (PR_SET_PDEATHSIG = 1, linux/prctl.h).
 PROGRAM = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)
@@ -23,22 +25,32 @@ main()
 """
 
 
-FIRST = -10  # nice value of processes that decide and actuate
+REFUSAL = "biscale: "  # how the command line begins the sentence it ends with
+ELEVATED_NICE = -10  # nice value of processes that decide and actuate
 SWITCH_S = 0.0005  # Python's own 5 ms is what a waiting thread may lose to a busy one
 
 
-def quick_threads() -> None:
-    """Make a latency-bound process.
+@contextlib.contextmanager
+def tuned_for_latency() -> Iterator[None]:
+    """Keep the waits of this process short inside the block; for processes of our own.
 
-    Threads hand over quickly, and what was loaded so far is no garbage to look through again.
+    Threads hand over quickly, and what was loaded so far is not searched for garbage again. Both
+    are properties of the whole process, and are as before afterwards.
     """
+    switch_s, frozen = sys.getswitchinterval(), gc.get_freeze_count()
     sys.setswitchinterval(SWITCH_S)
     gc.collect()
     gc.freeze()
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(switch_s)
+        if not frozen:  # what somebody else has frozen stays so
+            gc.unfreeze()
 
 
-def go_first() -> None:
-    """Ask for this thread to run before others, in real time if possible.
+def set_realtime() -> None:
+    """Ask for this thread to be scheduled in real time, or else before ordinary ones.
 
     Granted to root, silently refused to others.
 
@@ -51,23 +63,58 @@ def go_first() -> None:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     except OSError:
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, 0, FIRST)
+            os.setpriority(os.PRIO_PROCESS, 0, ELEVATED_NICE)
 
 
 @contextlib.contextmanager
-def hurried() -> Iterator[None]:
-    """This thread is scheduled before ordinary ones, but not in real time.
+def elevated_priority() -> Iterator[None]:
+    """Schedule this thread before ordinary ones, but not in real time, inside the block.
 
     Granted to root, silently refused to others.
     """
     before = os.getpriority(os.PRIO_PROCESS, 0)
     with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, FIRST)
+        os.setpriority(os.PRIO_PROCESS, 0, ELEVATED_NICE)
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, 0, before)
+
+
+class _Starter:
+    """Starts child processes from a thread that lives as long as this process.
+
+    The kernel sends the signal of PR_SET_PDEATHSIG when the *thread* that made the child ends
+    (prctl(2)), so a child made by a short-lived thread would end with that thread.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pid = 0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="biscale-children")
+
+    def start(self, command: Sequence[str], env: dict[str, str]) -> subprocess.Popen[str]:
+        """Start a command; its output comes as text, its session is its own."""
+        with self._lock:
+            if self._pid != os.getpid():  # a fork has no threads of its parent
+                self._pid = os.getpid()
+                self._pool = ThreadPoolExecutor(1, thread_name_prefix="biscale-children")
+        return self._pool.submit(_popen, command, env).result()
+
+
+def _popen(command: Sequence[str], env: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+_starter = _Starter()
 
 
 class Child:
@@ -86,14 +133,7 @@ class Child:
         self.name = name
         command = [sys.executable, "-u", "-c", PROGRAM, *arguments]
         surroundings = {**os.environ, **(env or {}), "BISCALE_PARENT": str(os.getpid())}
-        self.process = subprocess.Popen(
-            command,
-            env=surroundings,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        self.process = _starter.start(command, surroundings)
         self.lines: list[str] = []
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -114,14 +154,17 @@ class Child:
         return self.process.poll() is None
 
     def wait_for(self, text: str, timeout_s: float = 60.0) -> None:
-        """Wait until it prints a line with ``text``.
+        """Wait until it prints a line with ``text``, as whole words, that is no refusal.
 
         Raises:
             BiscaleError: it ended before, with the reason it gave; or it took too long.
         """
         deadline = time.monotonic() + timeout_s
+        words = re.compile(rf"\b{re.escape(text)}\b")
         with self._changed:
-            while not any(text in line for line in self.lines):
+            while not any(
+                words.search(line) and not line.startswith(REFUSAL) for line in self.lines
+            ):
                 if not self._reader.is_alive():
                     raise BiscaleError(self.reason())
                 if time.monotonic() > deadline:
@@ -132,7 +175,7 @@ class Child:
         """Why it ended: its own last sentence."""
         self.process.wait()
         self._reader.join(1.0)
-        said = [line.removeprefix("biscale: ") for line in self.lines if line.strip()]
+        said = [line.removeprefix(REFUSAL) for line in self.lines if line.strip()]
         return (
             f"{self.name}: {said[-1]}"
             if said

@@ -1,4 +1,4 @@
-"""Policies for hardware: by name, from a checkpoint, or a recording played back."""
+"""Policies for hardware: those that have a name, and recordings played back."""
 
 import time
 from pathlib import Path
@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from biscale_env.contract import ClockRange, Policy
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.plant import Plant
+from biscale_env.policies import phases_of, resolve_policy
+from biscale_env.policies.policy_source import PHASES
 
-AGENT = "agent"  # the agent that comes with the package
+RECORDING = ".parquet"
 
 
 class RecordedPolicy:
@@ -103,76 +105,23 @@ def load_policy(name: str, plant: Plant) -> Policy:
     """Make the policy that the user named.
 
     Args:
-        name: a name of the registry (``mpc``, ``slack:margin=0.1``, ``static:1200``), ``agent``
-            (the shipped one), a checkpoint of ``biscale train`` (``.npz``, ``.zip``), or a
-            recording (``.parquet``).
+        name: in the syntax of :mod:`biscale_env.policies` (``mpc``, ``slack:margin=0.1``,
+            ``agent:margin=0.1``, a checkpoint or run directory, ``module:Class``), or a recording
+            (``.parquet``).
         plant: the instance it is to control.
 
     Raises:
         BiscaleError: no such policy or file, or one made for another observation.
     """
-    from controllers.base import context_of
-    from controllers.registry import make_policy
-
-    path = checkpoint_path(name, plant.phase)
-    if path is not None:
-        return _checkpoint(path, context_of(plant))
-    if name.endswith(".parquet"):
+    if name.endswith(RECORDING):
         return read_recording(Path(name), plant.phase, plant.clocks)
-    return make_policy(name, context_of(plant))
+    return resolve_policy(name, plant)
 
 
-def checkpoint_path(name: str, phase: str) -> Path | None:
-    """File of a learned agent; None when the name is something else.
-
-    Raises:
-        BiscaleError: no agent is shipped for the phase, or there is no such file.
-    """
-    if name != AGENT and not name.endswith((".npz", ".zip")):
-        return None
-    import agents
-
-    shipped = Path(agents.__path__[0]) / "checkpoints" / f"{phase}.npz"
-    path = shipped if name == AGENT else Path(name)
-    if not path.is_file():
-        trained = f"train one with `biscale train {phase}`"
-        raise BiscaleError(
-            f"no agent is shipped for {phase}: {trained}"
-            if name == AGENT
-            else f"there is no checkpoint at {path}"
-        )
-    return path
-
-
-def phases_of(name: str, phases: tuple[str, ...]) -> tuple[str, ...]:
-    """Which of these phases a named policy can run.
+def recordable_phases(name: str) -> tuple[str, ...]:
+    """Phases that a named policy can run; a recording says so only when it is read.
 
     Raises:
         BiscaleError: no such policy or checkpoint.
     """
-    from controllers.registry import parse_name, policy_names
-
-    if name.endswith(".parquet") or name == AGENT:
-        return phases
-    path = checkpoint_path(name, phases[0])
-    if path is None:
-        return tuple(p for p in phases if parse_name(name)[0] in policy_names(p))
-    if path.suffix == ".zip":
-        from agents.policy.sb3_policy import config_beside
-
-        own = str(config_beside(path).phase)
-    else:
-        from agents.policy.numpy_policy import load_network
-
-        own = load_network(path).phase
-    return tuple(p for p in phases if p == own)
-
-
-def _checkpoint(path: Path, context: Any) -> Policy:
-    if path.suffix == ".zip":
-        from agents.policy.sb3_policy import Sb3Policy
-
-        return Sb3Policy.load(path, context)
-    from agents.policy.numpy_policy import NumpyPolicy
-
-    return NumpyPolicy.load(path, context)
+    return PHASES if name.endswith(RECORDING) else phases_of(name)

@@ -1,30 +1,31 @@
 """Messages between controller, actuator and recorder, and the sockets they travel on.
 
 Commands travel on a PUSH/PULL pair per group of GPUs that keeps the newest message only: a late
-actuator never works through old wishes. Times are CLOCK_MONOTONIC seconds, one clock for all
+actuator never works through old commands. Times are CLOCK_MONOTONIC seconds, one clock for all
 processes of a machine.
 """
 
-import hashlib
+import contextlib
 import os
-import socket as stdsocket
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import zmq
 
+from biscale_env.core import files
 from biscale_env.core.errors import BiscaleError
-from biscale_env.hardware.clocks import owner
+from biscale_env.hardware.clocks.caller import as_caller, own_folder
 
 MAX_IPC_PATH = 100  # sun_path holds 107 bytes
 
 
 class Command(msgspec.Struct, frozen=True, gc=False):
-    """What a controller wants of one group of GPUs.
+    """What a controller requests for one group of GPUs.
 
     Attributes:
         sequence: rises by one per command of this controller.
-        freq_mhz: SM clock, MHz; 0 hands the clock back to the driver.
+        freq_mhz: SM clock, MHz; 0 resets it to driver control.
         decided_s: when the policy had decided.
         engine_age_s: how long ago the engine last gave a sign of life when this was sent; the lease
             counts from there.
@@ -41,17 +42,25 @@ class Command(msgspec.Struct, frozen=True, gc=False):
     time_s: float = 0.0
 
 
+UNCHANGED = frozenset({"guard", "hold", "skip"})  # causes that leave the clock as it was
+
+
 class ClockChange(msgspec.Struct, gc=False):
     """One change (or refused change) of the clock of one group.
 
-    Published when set and logged when seen.
+    Published when set and when seen, logged when seen. Refused ones (:data:`UNCHANGED`) are
+    published as they come; of those only the guard's are logged, equal ones in a row once.
 
     Attributes:
         group: name of the group.
-        cause: ``command``, ``lease``, ``start``, ``exit``, ``guard`` or ``error``.
-        sequence: of the command, -1 where there was none.
-        requested_mhz: what was asked; 0 is a reset.
-        freq_mhz: what was sent to the driver, snapped and bounded; 0 is a reset.
+        cause: ``start``, ``command``, ``lease`` or ``exit``; ``error``: a command that failed on
+            some GPU; ``release``: reset for good because its GPUs cannot be controlled any more;
+            ``guard``: raising was stopped or is allowed again; ``hold``: a command that the guard
+            refused; ``skip``: a command that came too late, or whose bounded clock is applied
+            already.
+        sequence: of the command, -1 where there was none; with ``guard`` that of the newest one.
+        requested_mhz: what was requested; 0 is a reset.
+        freq_mhz: clock that is applied from now on, snapped and bounded; 0 is driver control.
         decided_s: policy had decided; NaN without a command.
         received_s: actuator had the command.
         set_s: the driver call had returned.
@@ -100,7 +109,8 @@ def ipc(path: Path) -> str:
     absolute = path.absolute()
     if len(os.fsencode(absolute)) > MAX_IPC_PATH:
         raise BiscaleError(
-            f"the path of the socket {absolute} is too long for the system: choose a shorter --sockets folder"
+            f"the path of the socket {absolute} is too long for the system: "
+            "choose a shorter --sockets folder"
         )
     return f"ipc://{absolute}"
 
@@ -142,32 +152,57 @@ def subscriber(context: zmq.Context, endpoint: str) -> zmq.Socket:
     return socket
 
 
-_held: dict[str, object] = {}
+def socket_folder(folder: Path) -> Path:
+    """The folder of the sockets, made if missing; under sudo it is the caller's.
+
+    Raises:
+        BiscaleError: it belongs to another user, or everybody can write to it.
+    """
+    with as_caller():
+        return own_folder(folder, "the socket folder", "choose another --sockets")
+
+
+_held: dict[str, contextlib.ExitStack] = {}
 
 
 def _bound(socket: zmq.Socket, endpoint: str) -> zmq.Socket:
-    """Bind, but never steal the address of a living process (ZeroMQ would unlink its socket file
-    without asking).
+    """Bind, but never steal the address of a living process.
+
+    ZeroMQ would unlink its socket file without asking; a lock file beside it prevents that. Under
+    sudo both are the caller's, whose controllers and engines must reach them.
     """
-    name = "socket-" + hashlib.blake2b(endpoint.encode(), digest_size=16).hexdigest()
-    held = owner.hold(name) if endpoint.startswith("ipc://") else True
     try:
-        if held is None:
-            raise BiscaleError(
-                f"another process listens at {endpoint} already: stop it or choose another --sockets folder"
-            )
-        socket.bind(endpoint)
-    except (BiscaleError, zmq.ZMQError) as error:
+        with as_caller(), contextlib.ExitStack() as stack:
+            if endpoint.startswith("ipc://"):
+                stack.enter_context(_address_lock(endpoint))
+            socket.bind(endpoint)
+            _held[endpoint] = stack.pop_all()
+    except zmq.ZMQError as error:
         socket.close(0)
-        if isinstance(error, BiscaleError):
-            raise
         raise BiscaleError(f"cannot listen at {endpoint}: {error.strerror}") from None
-    _held[endpoint] = held
+    except BiscaleError:
+        socket.close(0)
+        raise
     return socket
+
+
+@contextlib.contextmanager
+def _address_lock(endpoint: str) -> Iterator[None]:
+    path = endpoint.removeprefix("ipc://")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(files.lock(f"{path}.lock"))
+        except BiscaleError:
+            raise BiscaleError(
+                f"another process listens at {endpoint} already: "
+                "stop it or choose another --sockets folder"
+            ) from None
+        except OSError as error:
+            raise BiscaleError(f"cannot listen at {endpoint}: {error.strerror}") from None
+        yield
 
 
 def unbind(endpoint: str) -> None:
     """Free the address of a socket that this process has closed."""
-    held = _held.pop(endpoint, None)
-    if isinstance(held, stdsocket.socket):
+    if held := _held.pop(endpoint, None):
         held.close()

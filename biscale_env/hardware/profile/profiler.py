@@ -194,7 +194,7 @@ class Profiler:
         with contextlib.ExitStack() as stack:
             if self.settings.clocks_mhz:
                 assert self.backend is not None  # checked at the start
-                stack.enter_context(owner.alone(self.backend, self.backend.name, self.uuid))
+                stack.enter_context(owner.exclusive(self.backend, self.backend.name, self.uuid))
             for clock in clocks:
                 if clock is not None and self.backend is not None:
                     self.backend.lock(self.uuid, clock, clock)

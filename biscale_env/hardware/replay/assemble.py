@@ -10,11 +10,11 @@ import pandas as pd
 import yaml
 from numpy.typing import NDArray
 
-from biscale_env.config import load_slo
+from biscale_env.config import InstanceSpec, load_slo
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.runs.record import TIMELINE_COLUMNS, RunRecord
 from biscale_env.hardware.loop.control import Decision
-from biscale_env.hardware.loop.wire import ClockChange
+from biscale_env.hardware.loop.wire import UNCHANGED, ClockChange
 from biscale_env.hardware.replay.client import RequestRecord, dispatch_errors_s
 from biscale_env.hardware.replay.closed_loop import read_lines
 from biscale_env.hardware.replay.recorder import EnergyCurve, IterationRow
@@ -48,6 +48,15 @@ class Raw:
         return tuple(self.facts["settings"]["policies"])
 
     @property
+    def instance(self) -> InstanceSpec:
+        """The instance that was controlled; recordings of version 0.1 have its keys beside others."""
+        settings = self.facts["settings"]
+        if "instance" in settings:
+            return InstanceSpec.of(**settings["instance"])
+        known = {key: settings[key] for key in InstanceSpec.model_fields if key in settings}
+        return InstanceSpec.of(**known)
+
+    @property
     def start_s(self) -> float:
         """Time 0 of the trace."""
         return float(self.facts["started_s"])
@@ -79,10 +88,17 @@ def read_raw(folder: Path) -> Raw:
 
 
 def request_columns(raw: Raw, phase: str) -> dict[str, NDArray[Any]]:
-    """Requests of one phase, times from the start of the trace.
+    """Requests of one phase, in the order of their arrival; times from the start of the trace, s.
 
-    Decode has those of two tokens or more that were sent to it; one without a single token back
-    counts from when it was sent.
+    Latencies count from the times of the trace, not from when the client came to sending: a client
+    that lags behind must not make the engine look fast (coordinated omission). A request that
+    failed has not finished in any phase, whatever it had got by then. Decode has the requests of
+    two tokens or more that were sent to it; one without a single token back counts from when it was
+    sent.
+
+    Returns:
+        The columns of a run record, and beside them ``sent_s`` (when the engine had the request),
+        ``failed`` and ``answered`` (whether any token came back).
     """
     chosen = raw.requests
     if phase == "decode":
@@ -91,20 +107,30 @@ def request_columns(raw: Raw, phase: str) -> dict[str, NDArray[Any]]:
     def column(name: str) -> Floats:
         return np.array([getattr(r, name) for r in chosen], dtype=np.float64) - raw.start_s
 
-    failed = np.array([bool(r.error) for r in chosen], dtype=bool)
+    failed = np.array([r.failed for r in chosen], dtype=bool)
+    chunk = column("first_chunk_s")
     if phase == "prefill":
         separate = raw.facts["settings"]["prefill_url"] is not None
-        arrival = column("dispatched_s")
-        first = finish = column("prefill_done_s") if separate else column("first_chunk_s")
+        done = column("prefill_done_s") if separate else chunk
+        arrival, sent = column("scheduled_s"), column("dispatched_s")
+        first = finish = np.where(failed, np.nan, done)
     else:
-        chunk = column("first_chunk_s")
-        arrival = first = np.where(np.isfinite(chunk), chunk, column("decode_sent_s"))
-        finish = np.where(failed, np.nan, column("last_chunk_s"))
+        done = chunk
+        arrival = sent = first = np.where(np.isfinite(chunk), chunk, column("decode_sent_s"))
+        incomplete = np.array([bool(r.error) for r in chosen], dtype=bool)
+        finish = np.where(incomplete, np.nan, column("last_chunk_s"))
     order = np.argsort(arrival, kind="stable")
     columns: dict[str, NDArray[Any]] = {
-        "arrival_s": arrival, "start_s": np.full(len(chosen), np.nan), "first_token_s": first, "finish_s": finish,
-        "prompt_tokens": np.array([r.prompt_tokens for r in chosen]), "output_tokens": np.array([r.output_tokens for r in chosen]),
-    }  # fmt: skip
+        "arrival_s": arrival,
+        "start_s": np.full(len(chosen), np.nan),
+        "first_token_s": first,
+        "finish_s": finish,
+        "prompt_tokens": np.array([r.prompt_tokens for r in chosen]),
+        "output_tokens": np.array([r.output_tokens for r in chosen]),
+        "sent_s": sent,
+        "failed": failed,
+        "answered": np.isfinite(done),
+    }
     return {name: values[order] for name, values in columns.items()}
 
 
@@ -113,7 +139,7 @@ def clock_steps(raw: Raw, phase: str, top_mhz: float) -> tuple[Floats, Floats]:
 
     0 stands for the driver's own.
     """
-    mine = [c for c in raw.changes if c.group == phase and c.cause != "guard"]
+    mine = [c for c in raw.changes if c.group == phase and c.cause not in UNCHANGED]
     delays = [c.seen_s - c.set_s for c in mine if math.isfinite(c.seen_s)]
     usual_s = float(np.median(delays)) if delays else 0.0
     times = [
@@ -204,48 +230,61 @@ def run_record(raw: Raw, phase: str, top_mhz: float) -> RunRecord:
     Raises:
         BiscaleError: not one request was answered.
     """
-    settings = raw.facts["settings"]
+    settings, instance = raw.facts["settings"], raw.instance
     requests = request_columns(raw, phase)
     last = requests["first_token_s" if phase == "prefill" else "finish_s"]
     if not np.isfinite(last).any():
-        raise BiscaleError(
-            f"no request was answered in {phase}: {next((r.error for r in raw.requests if r.error), 'none was sent')}"
-        )
-    end_s = float(np.nanmax(last))
-    curve, decided = EnergyCurve(raw.telemetry, phase), raw.decisions[phase]
+        why = next((r.error for r in raw.requests if r.error), "none was sent")
+        raise BiscaleError(f"no request was answered in {phase}: {why}")
+    end_s = float(max(np.nanmax(last), np.max(requests["arrival_s"])))
+    curve = EnergyCurve(raw.telemetry, phase)
+    energy_j = curve.between(raw.start_s, raw.start_s + end_s)
+    return RunRecord(
+        phase=phase,
+        policy=settings["policies"][phase],
+        scenario=f"replay of {raw.facts['trace']}",
+        slo=load_slo(instance.slo),
+        rate_rps=len(raw.requests) / max(end_s, 1e-9),
+        workload_seed=0,
+        ensemble_member=-1,
+        tp=instance.tp,
+        dtype=instance.dtype,
+        n_gpus=curve.n_gpus,
+        requests=requests,
+        timeline=timeline_columns(raw, phase, end_s, top_mhz),
+        totals={"energy_j": energy_j, "duration_s": end_s, **totals_of(raw, phase)},
+        labels=labels_of(raw, phase),
+    )
+
+
+def totals_of(raw: Raw, phase: str) -> dict[str, float]:
+    """Counts and decision latencies of one phase; in decode the tokens that were delivered."""
     seen = {r.counter for r in raw.iterations[phase]}
+    spent_s = [d.decided_s - d.received_s for d in raw.decisions[phase]]
+    switches = sum(c.group == phase and c.cause == "command" for c in raw.changes)
     totals = {
-        "energy_j": curve.between(raw.start_s, raw.start_s + end_s),
-        "duration_s": end_s,
         "iterations": float(len(seen)),
         "records_lost": float(max(seen) - min(seen) + 1 - len(seen)) if seen else 0.0,
-        "decision_time_median_s": _quantile([d.decided_s - d.received_s for d in decided], 0.5),
-        "decision_time_p99_s": _quantile([d.decided_s - d.received_s for d in decided], 0.99),
-        "clock_switches": float(
-            sum(c.group == phase and c.cause == "command" for c in raw.changes)
-        ),
+        "decision_time_median_s": _quantile(spent_s, 0.5),
+        "decision_time_p99_s": _quantile(spent_s, 0.99),
+        "clock_switches": float(switches),
     }
     if phase == "decode":
-        totals["output_tokens"] = float(
-            sum(
-                r.completion_tokens
-                for r in raw.requests
-                if r.output_tokens > 1 and r.completion_tokens > 0
-            )
-        )
-    labels: dict[str, str | float | int | bool] = {
+        good = (r for r in raw.requests if r.output_tokens > 1 and not r.failed)
+        totals["output_tokens"] = float(sum(max(r.completion_tokens, 0) for r in good))
+    return totals
+
+
+def labels_of(raw: Raw, phase: str) -> dict[str, str | float | int | bool]:
+    """What the results table says about a measurement beside the metrics."""
+    decided, hook_s = raw.decisions[phase], [r.hook_s for r in raw.iterations[phase] if r.hook_s]
+    return {
         "source": "hardware",
-        "engine": settings["engine"],
+        "engine": raw.facts["settings"]["engine"],
         "record_to_command_p99_s": _quantile([d.sent_s - d.received_s for d in decided], 0.99),
         "dispatch_error_p99_s": _quantile(dispatch_errors_s(raw.requests), 0.99),
         "actuation_delay_median_s": _quantile(delays_s(raw, phase), 0.5),
-        "hook_p50_s": _quantile([r.hook_s for r in raw.iterations[phase] if r.hook_s], 0.5),
-        "hook_p99_s": _quantile([r.hook_s for r in raw.iterations[phase] if r.hook_s], 0.99),
-        "failed_requests": sum(bool(r.error) for r in raw.requests),
+        "hook_p50_s": _quantile(hook_s, 0.5),
+        "hook_p99_s": _quantile(hook_s, 0.99),
+        "failed_requests": sum(r.failed for r in raw.requests),
     }
-    rate_rps = len(raw.requests) / max(end_s, 1e-9)
-    return RunRecord(
-        phase=phase, policy=settings["policies"][phase], scenario=f"replay of {raw.facts['trace']}", slo=load_slo(settings["slo"]),
-        rate_rps=rate_rps, workload_seed=0, ensemble_member=-1, tp=int(settings["tp"]), dtype=settings["dtype"], n_gpus=curve.n_gpus,
-        requests=requests, timeline=timeline_columns(raw, phase, end_s, top_mhz), totals=totals, labels=labels,
-    )  # fmt: skip

@@ -1,10 +1,13 @@
-"""Open-loop replay of a trace against OpenAI-compatible engines, with the hand-over between prefill
-and decode.
+"""Open-loop replay of a trace against OpenAI-compatible engines, prefill and decode apart or not.
 
 Requests leave when the trace says so, whether earlier ones are answered or not. Prompts are random
 token ids of exact length (no tokenizer, no prefix hits), outputs have exact length
 (``ignore_eos``). Tokens are counted by the server's ``usage``, because one chunk of a stream may
 hold several tokens.
+
+When the engine counts as gone. Either :data:`LOST_AFTER` requests in a row found no connection or
+lost it, or requests are under way and no byte came from any of them for ``stall_s``. A request that
+times out fails, but says nothing about the engine: under overload an engine that lives is slow.
 """
 
 import asyncio
@@ -18,6 +21,7 @@ from typing import IO, Any
 import aiohttp
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.traces import Trace
@@ -25,7 +29,9 @@ from biscale_env.traces import Trace
 FIRST_ID = 10  # ids below are special tokens in most vocabularies
 USAGE_TAIL = 4096  # bytes kept of the end of a stream: usage comes last
 SPIN_S = 0.002
-LOST_AFTER = 8  # requests failing in a row to connect: the engine is gone
+LOST_AFTER = 8  # requests in a row without a connection: the engine is gone
+INTERRUPTED_ERROR = "cut off: the replay ended before the answer"
+GONE_ERROR = "cut off: the engine is gone"
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ class LoadSettings:
     def __post_init__(self) -> None:
         if self.vocabulary <= FIRST_ID:
             raise BiscaleError(
-                f"a vocabulary of {self.vocabulary} token ids is too small: {FIRST_ID} are left to special tokens"
+                f"a vocabulary of {self.vocabulary} token ids is too small: "
+                f"{FIRST_ID} are left to special tokens"
             )
 
 
@@ -68,7 +75,7 @@ class RequestRecord(msgspec.Struct):
         index: row of the trace.
         scheduled_s: when the trace wanted it to leave.
         dispatched_s: when it left.
-        prefill_done_s: prefill engine had answered.
+        prefill_done_s: prefill engine had answered, and not with an error.
         decode_sent_s: the decode request left.
         first_chunk_s: first token of the stream.
         last_chunk_s: last token of the stream.
@@ -93,6 +100,11 @@ class RequestRecord(msgspec.Struct):
     chunks: int = 0
     longest_gap_s: float = 0.0
     error: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the engine failed it; not so where the user ended the replay before the answer."""
+        return bool(self.error) and self.error != INTERRUPTED_ERROR
 
     @property
     def ttft_s(self) -> float:
@@ -274,34 +286,36 @@ class Replayer:
         decode: bytes,
     ) -> None:
         headers = {"Content-Type": "application/json", "X-Request-Id": uuid.uuid4().hex}
-        record.dispatched_s = (
-            time.monotonic()
-        )  # here and not where the task was made: answers that had come may have been served first
+        # here and not where the task was made: answers that had come may have been served first
+        record.dispatched_s = time.monotonic()
         try:
             if prefill is not None:
                 params = await self._prefill(session, record, prefill, headers)
-                if (
-                    params is not None
-                ):  # append to the encoded object instead of encoding the prompt again
-                    decode = (
-                        decode[:-1] + b',"kv_transfer_params":' + msgspec.json.encode(params) + b"}"
-                    )
+                if params is not None:  # appended, instead of encoding the prompt again
+                    added = msgspec.json.encode(params)
+                    decode = decode[:-1] + b',"kv_transfer_params":' + added + b"}"
             record.decode_sent_s = time.monotonic()
             await self._stream(session, record, decode, headers)
             self._failing = 0
         except asyncio.CancelledError:
-            record.error = "cut off: the replay ended before the answer"
+            record.error = INTERRUPTED_ERROR if self._gone is None else GONE_ERROR
             self._keep(record)
             raise
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            record.error = f"{type(error).__name__}: {error}".strip(": ")
-            if isinstance(error, aiohttp.ClientConnectionError | OSError):
-                self._failing += 1
-                if self._failing >= LOST_AFTER:
-                    self._gone = EngineGone(
-                        f"the engine is gone: {self._failing} requests in a row failed, the last with {record.error}"
-                    )
+            record.error = described(error)
+            self._count(error)
         self._keep(record)
+
+    def _count(self, error: Exception) -> None:
+        """Give the engine up when too many requests in a row had no connection."""
+        if not lost_connection(error):
+            return
+        self._failing += 1
+        if self._failing >= LOST_AFTER and self._gone is None:
+            self._gone = EngineGone(
+                f"the engine is gone: {self._failing} requests in a row failed, "
+                f"the last with {described(error)}"
+            )
 
     def _keep(self, record: RequestRecord) -> None:
         self.records.append(record)
@@ -320,11 +334,12 @@ class Replayer:
             f"{_base(self.settings.prefill_url or '')}/v1/completions", data=body, headers=headers
         ) as answer:
             text = await answer.read()
-            self._heard_s = record.prefill_done_s = time.monotonic()
+            done_s = self._heard_s = time.monotonic()
             if answer.status != 200:
                 raise ValueError(
                     f"prefill answered {answer.status}: {text[:200].decode(errors='replace')}"
                 )
+            record.prefill_done_s = done_s
             params = msgspec.json.decode(text).get("kv_transfer_params")
             return params if isinstance(params, dict) else None
 
@@ -369,14 +384,29 @@ class Replayer:
             silent_s = time.monotonic() - self._heard_s
             if silent_s > self.settings.stall_s:
                 self._gone = EngineGone(
-                    f"the engine stopped answering: {len(self._under_way)} requests are under way, and nothing came for {silent_s:.0f} s"
+                    f"the engine stopped answering: {len(self._under_way)} requests are under way, "
+                    f"and nothing came for {silent_s:.0f} s"
                 )
+
+
+def lost_connection(error: Exception) -> bool:
+    """Whether a request found no connection or lost it; a timeout of any kind is none of these.
+
+    ``TimeoutError`` is an ``OSError``, and aiohttp's own timeouts are connection errors too.
+    """
+    broken = isinstance(error, aiohttp.ClientConnectionError | OSError)
+    return broken and not isinstance(error, TimeoutError)
+
+
+def described(error: Exception) -> str:
+    """Kind and text of an error, in one line."""
+    return f"{type(error).__name__}: {error}".strip(": ")
 
 
 def completion_tokens(tail: bytes) -> int:
     """Tokens made, from the usage at the end of a stream; -1 when it does not say."""
-    for event in reversed(tail.split(b"\n\n")):
-        payload = event.partition(b"data:")[2].strip()
+    for line in reversed(tail.splitlines()):  # whichever way the server ends its lines
+        payload = line.partition(b"data:")[2].strip()
         if b'"completion_tokens"' not in payload:
             continue
         try:
@@ -386,6 +416,6 @@ def completion_tokens(tail: bytes) -> int:
     return -1
 
 
-def dispatch_errors_s(records: list[RequestRecord]) -> np.ndarray:
+def dispatch_errors_s(records: list[RequestRecord]) -> NDArray[np.float64]:
     """How late requests left, s."""
     return np.array([r.dispatched_s - r.scheduled_s for r in records])

@@ -17,11 +17,11 @@ import yaml
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import open_whole, write_whole
 from biscale_env.envs.plant import Plant, PlantSettings
-from biscale_env.hardware.clocks.backend import open_backend
+from biscale_env.hardware.clocks.backend_registry import open_backend
 from biscale_env.hardware.emulation.emulate import all_records_endpoint
 from biscale_env.hardware.engines.sources import parse_prometheus
-from biscale_env.hardware.loop.processes import Child, hurried, quick_threads
-from biscale_env.hardware.loop.recorded_policy import load_policy, phases_of
+from biscale_env.hardware.loop.processes import Child, elevated_priority, tuned_for_latency
+from biscale_env.hardware.loop.recorded_policy import load_policy, recordable_phases
 from biscale_env.hardware.replay.client import EngineGone, LoadSettings, Replayer, RequestRecord
 from biscale_env.hardware.replay.recorder import IterationLog, Telemetry
 from biscale_env.traces import Trace
@@ -149,7 +149,7 @@ def policies_by_phase(names: list[str], phases: tuple[str, ...] = PHASES) -> dic
         else:
             bare.append(name)
     for name in bare:
-        able = phases_of(name, phases)
+        able = [phase for phase in recordable_phases(name) if phase in phases]
         if not able:
             raise BiscaleError(
                 f"--policy {name} can run none of the phases of this replay: {', '.join(phases)}"
@@ -270,8 +270,11 @@ class ClosedLoopReplay:
             stall_s=s.stall_s,
         )
         gone = ""
-        quick_threads()
-        with (self.raw / "requests.jsonl").open("wb") as out, hurried():
+        with (
+            (self.raw / "requests.jsonl").open("wb") as out,
+            tuned_for_latency(),
+            elevated_priority(),
+        ):
             replayer = Replayer(self.trace, load, out, self.tell)
             try:
                 asyncio.run(replayer.run())

@@ -1,9 +1,8 @@
-"""How far simulation and reality are apart: the same requests, the same decisions, simulated.
+"""How far simulation and reality are apart: the same requests and decisions, simulated beside."""
 
-Side by side.
-"""
-
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,35 +11,26 @@ from numpy.typing import NDArray
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.batch import Batch, RequestTable
 from biscale_env.envs.plant import Plant, PlantSettings
-from biscale_env.evaluation.runs.record import RunRecord
+from biscale_env.evaluation.runs.record import Column, RunRecord
 from biscale_env.evaluation.stats.metrics import results_row
 from biscale_env.hardware.loop.recorded_policy import RecordedPolicy
 from biscale_env.hardware.replay.assemble import Raw, delays_s, run_record
 from biscale_env.traces import Trace
 
-LATENESS_S = (
-    0.005  # a simulated iteration may begin this much before the real one whose decision it takes
-)
+Floats = NDArray[np.float64]
+# a simulated iteration may begin this much before the real one whose decision it takes
+LATENESS_S = 0.005
 TOLERANCES = {"energy_j": 0.02, "p99": 0.05}
+TOKEN_COLUMNS = ("prompt_tokens", "output_tokens")
 QUANTITIES = {
-    "prefill": (
-        "ttft_p50_s",
-        "ttft_p90_s",
-        "ttft_p99_s",
+    phase: (
+        *(f"{metric}_{q}_s" for q in ("p50", "p90", "p99")),
         "attainment",
         "energy_j",
         "mean_power_w",
         "duration_s",
-    ),
-    "decode": (
-        "tpot_p50_s",
-        "tpot_p90_s",
-        "tpot_p99_s",
-        "attainment",
-        "energy_j",
-        "mean_power_w",
-        "duration_s",
-    ),
+    )
+    for phase, metric in (("prefill", "ttft"), ("decode", "tpot"))
 }
 
 
@@ -75,7 +65,7 @@ class Agreement:
 
 def simulate(
     plant: Plant, trace: Trace, decisions: RecordedPolicy, member: int = -1
-) -> tuple[dict[str, NDArray[np.float64]], float, float]:
+) -> tuple[Floats, float, float]:
     """Run the simulator on measured arrivals under recorded decisions.
 
     Args:
@@ -85,8 +75,7 @@ def simulate(
         member: ensemble member.
 
     Returns:
-        ``(requests, energy in J, duration in s)``; requests have ``arrival_s`` and ``finish_s`` in
-        the order of the trace.
+        ``(finish_s, energy in J, duration in s)``; ``finish_s`` in the order of the trace.
     """
     batch = Batch(plant, 1, RequestTable.of(plant, [trace]), record=True)
     row = np.zeros(1, dtype=np.int64)
@@ -97,60 +86,71 @@ def simulate(
     while not batch.done[0]:
         action[:] = clocks.to_action(decisions.at(float(st["time_s"]) + LATENESS_S))
         batch.step(action)
-    requests = {"arrival_s": batch.pool.arrival_s, "finish_s": batch.finish_s}
-    return requests, float(st["energy_j"]), float(st["time_s"])
+    return batch.finish_s, float(st["energy_j"]), float(st["time_s"])
+
+
+def plant_of(raw: Raw, phase: str) -> Plant:
+    """Plant of a replay: its instance, with the measured actuation delay where there is one."""
+    delays, expected_s = delays_s(raw, phase), raw.facts["settings"]["delay_s"]
+    delay_s = float(np.median(delays)) if len(delays) else expected_s
+    return Plant(
+        PlantSettings.of(phase, instance=raw.instance, actuation_delay_s=delay_s, drain=True)
+    )
+
+
+def load_of(requests: Mapping[str, Column]) -> NDArray[np.bool_]:
+    """Requests that were load for the engine: not those that it refused without a single token."""
+    return np.asarray(requests["answered"] | ~requests["failed"], dtype=np.bool_)
 
 
 def simulated_record(raw: Raw, measured: RunRecord) -> RunRecord:
     """The simulated twin of a measured run record.
 
+    The simulated engine gets each request when the real one got it, while latencies count from the
+    trace in both. A request that failed is failed in both.
+
     Raises:
         BiscaleError: no decision was recorded.
     """
-    phase, settings = measured.phase, raw.facts["settings"]
-    taken = raw.decisions[phase]
+    phase, taken = measured.phase, raw.decisions[measured.phase]
     if not taken:
         raise BiscaleError(
-            f"no decision was recorded for {phase}: the engine's records never reached the controller"
+            f"no decision was recorded for {phase}: "
+            "the engine's records never reached the controller"
         )
-    delays = delays_s(raw, phase)
-    plant = Plant(
-        PlantSettings.of(
-            phase, model=settings["model"], tp=settings["tp"], dtype=settings["dtype"], slo=settings["slo"], drain=True,
-            token_budget=settings["token_budget"], max_seqs=settings["max_seqs"],
-            actuation_delay_s=float(np.median(delays)) if len(delays) else settings["delay_s"],
-        )
-    )  # fmt: skip
+    plant = plant_of(raw, phase)
     times = np.array([d.time_s for d in taken]) - raw.start_s
     policy = RecordedPolicy(times, np.array([d.freq_mhz for d in taken]), plant.clocks)
-    kept = np.isfinite(measured.requests["arrival_s"])
-    columns = {name: values[kept] for name, values in measured.requests.items()}
-    arrival = np.maximum.accumulate(np.maximum(columns["arrival_s"], 0.0))
-    trace = Trace(
-        "measured",
-        arrival,
-        columns["prompt_tokens"].astype(np.int32),
-        columns["output_tokens"].astype(np.int32),
-        "replay",
-    )
-    requests, energy_j, duration_s = simulate(plant, trace, policy)
-    finish = requests["finish_s"]
-    mine = {
-        **columns, "arrival_s": arrival, "first_token_s": finish if phase == "prefill" else arrival, "finish_s": finish,
-    }  # fmt: skip
-    return RunRecord(
-        phase=phase, policy=measured.policy, scenario=measured.scenario, slo=measured.slo, rate_rps=measured.rate_rps, workload_seed=0,
-        ensemble_member=-1, tp=measured.tp, dtype=measured.dtype, n_gpus=plant.settings.tp, requests=mine,
-        timeline={name: np.zeros(0) for name in measured.timeline}, totals={"energy_j": energy_j, "duration_s": duration_s},
+    columns = measured.requests
+    rows = np.flatnonzero(load_of(columns))
+    rows = rows[np.argsort(columns["sent_s"][rows], kind="stable")]
+    sent_s = np.maximum(columns["sent_s"][rows], 0.0)
+    prompt, output = (columns[name][rows].astype(np.int32) for name in TOKEN_COLUMNS)
+    trace = Trace("measured", sent_s, prompt, output, "replay")
+    finish = np.full(len(columns["sent_s"]), np.nan)
+    finish[rows], energy_j, duration_s = simulate(plant, trace, policy)
+    finish[columns["failed"]] = np.nan
+    first = finish if phase == "prefill" else columns["first_token_s"]
+    return dataclasses.replace(
+        measured,
+        n_gpus=plant.settings.tp,
+        requests={**columns, "first_token_s": first, "finish_s": finish},
+        timeline={name: np.zeros(0) for name in measured.timeline},
+        totals={"energy_j": energy_j, "duration_s": duration_s},
         labels={"source": "simulation"},
-    )  # fmt: skip
+    )
 
 
-def compare(raw: Raw, top_mhz: float) -> list[Agreement]:
-    """Measured against simulated, for every controlled phase."""
+def compare(raw: Raw, top_mhz: float | None = None) -> list[Agreement]:
+    """Measured against simulated, for every controlled phase.
+
+    Args:
+        raw: logs of the replay.
+        top_mhz: clock under the driver's own control; None: the highest of the instance's GPU.
+    """
     found = []
     for phase in raw.phases:
-        measured = run_record(raw, phase, top_mhz)
+        measured = run_record(raw, phase, top_mhz or plant_of(raw, phase).gpu.freq_max_mhz)
         real, twin = results_row(measured), results_row(simulated_record(raw, measured))
         for name in QUANTITIES[phase]:
             tolerance = TOLERANCES["p99"] if "p99" in name else TOLERANCES.get(name, math.nan)

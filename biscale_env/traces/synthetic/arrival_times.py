@@ -1,5 +1,4 @@
-"""Arrival times: a renewal process in operational time, and time changes that make it bursty or
-diurnal.
+"""Arrival times: a renewal process in operational time, and time changes of it.
 
 Operational time advances at the momentary relative rate; an arrival happens where the integral of
 the rate over time reaches the next point of a unit-rate renewal process with gamma gaps. A constant
@@ -67,8 +66,9 @@ def markov_rate(
 
 
 def envelope_rate(envelope: RateEnvelope, start_s: float, duration_s: float) -> PiecewiseRate:
-    """The envelope from ``start_s`` on, repeated as often as needed, with a mean of 1 over the
-    duration.
+    """The envelope from ``start_s`` on, repeated as often as needed.
+
+    Its mean over the duration is 1.
 
     Raises:
         BiscaleError: the envelope is zero all through the chosen time.
@@ -108,10 +108,20 @@ def renewal_points(gap_cv: float, length: float, rng: np.random.Generator) -> Fl
 
 
 def sample_arrivals(
-    arrivals: Arrivals, rate_rps: float, duration_s: float, rng: np.random.Generator
+    arrivals: Arrivals,
+    rate_rps: float,
+    duration_s: float,
+    rng: np.random.Generator,
+    envelope: RateEnvelope | None = None,
 ) -> FloatArray:
-    """Draw sorted arrival times in ``[0, duration_s)``, s, with an expected mean rate of
-    ``rate_rps``.
+    """Sample sorted arrival times in ``[0, duration_s)``, s.
+
+    Args:
+        arrivals: the process.
+        rate_rps: expected mean rate, requests/s.
+        duration_s: length, s.
+        rng: source of randomness.
+        envelope: the envelope that the process names, where it was loaded before.
 
     Raises:
         BiscaleError: a rate or duration that is not positive, or more requests than fit in memory.
@@ -126,7 +136,8 @@ def sample_arrivals(
         )
     rate = PiecewiseRate(np.array([0.0, duration_s]), np.array([rate_rps]))
     if arrivals.envelope is not None:
-        rate = rate * envelope_rate(load_envelope(arrivals.envelope), arrivals.start_s, duration_s)
+        shape = envelope or load_envelope(arrivals.envelope)
+        rate = rate * envelope_rate(shape, arrivals.start_s, duration_s)
     modulation_rng, gap_rng = rng.spawn(2)
     if arrivals.modulation is not None:
         rate = rate * markov_rate(arrivals.modulation, duration_s, modulation_rng)

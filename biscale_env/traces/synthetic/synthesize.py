@@ -1,15 +1,20 @@
 """Making workloads from profiles: deterministic in the seed, the global random state untouched."""
 
-from dataclasses import replace
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Self
 
 import numpy as np
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.traces.synthetic.arrival_times import sample_arrivals
-from biscale_env.traces.synthetic.lengths import sample_lengths
+from biscale_env.traces.synthetic.lengths import LengthSampler, sample_lengths
 from biscale_env.traces.synthetic.profiles import (
     LengthProfile,
+    RateEnvelope,
     WorkloadProfile,
+    load_envelope,
     load_lengths,
     load_workload,
 )
@@ -22,6 +27,72 @@ def _seed_sequences(seed: int, count: int) -> list[np.random.Generator]:
     return [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(count)]
 
 
+@dataclass(frozen=True)
+class WorkloadRecipe:
+    """A workload profile with all that it names loaded: makes any number of workloads.
+
+    Attributes:
+        profile: arrivals, default rate, duration and seed.
+        lengths: prompt and output lengths.
+        envelope: shape of the rate over days; None without one.
+    """
+
+    profile: WorkloadProfile
+    lengths: LengthProfile
+    envelope: RateEnvelope | None
+
+    @classmethod
+    def of(cls, profile: WorkloadProfile | str, lengths: LengthProfile | None = None) -> Self:
+        """Load what a profile names.
+
+        Args:
+            profile: workload profile, or its name or YAML file.
+            lengths: length profile in place of the one that the workload names.
+
+        Raises:
+            BiscaleError: an unknown profile.
+        """
+        profile = load_workload(profile) if isinstance(profile, str) else profile
+        named = profile.arrivals.envelope
+        envelope = load_envelope(named) if named is not None else None
+        return cls(profile, lengths or load_lengths(profile.lengths), envelope)
+
+    @cached_property
+    def sampler(self) -> LengthSampler:
+        """The length profile, ready to be sampled."""
+        return LengthSampler.of(self.lengths)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of everything that the workloads depend on but rate, duration and seed."""
+        parts = (self.profile, self.lengths, self.envelope)
+        told = "\n".join(part.model_dump_json() for part in parts if part is not None)
+        return hashlib.sha256(told.encode()).hexdigest()
+
+    def make(self, rate_rps: float, duration_s: float, seed: int) -> Trace:
+        """Make a workload.
+
+        Arrivals and lengths have random streams of their own, so a change of one leaves the samples
+        of the other.
+
+        Args:
+            rate_rps: expected mean rate, requests/s; the realised one varies as the process does.
+            duration_s: duration, s.
+            seed: root seed.
+
+        Raises:
+            BiscaleError: a rate or duration that is not positive, or a negative seed.
+        """
+        name = self.profile.name
+        arrival_rng, length_rng = _seed_sequences(seed, 2)
+        arrival_s = sample_arrivals(
+            self.profile.arrivals, rate_rps, duration_s, arrival_rng, self.envelope
+        )
+        prompt, output = self.sampler.sample(arrival_s.size, length_rng)
+        source = f"generated: {name}, {rate_rps:g} requests/s for {duration_s:g} s, seed {seed}"
+        return Trace(name, arrival_s, prompt, output, source, duration_s=duration_s)
+
+
 def generate(
     profile: WorkloadProfile | str,
     rate_rps: float | None = None,
@@ -29,15 +100,11 @@ def generate(
     seed: int | None = None,
     lengths: LengthProfile | None = None,
 ) -> Trace:
-    """Make a workload.
-
-    Arrivals and lengths have random streams of their own, so a change of one leaves the draws of
-    the other.
+    """Make one workload; see :class:`WorkloadRecipe` for many.
 
     Args:
         profile: workload profile, or its name or YAML file.
-        rate_rps: mean rate, requests/s; default the profile's. The realised rate varies around it
-            as the process does.
+        rate_rps: mean rate, requests/s; default the profile's.
         duration_s: duration, s; default the profile's.
         seed: root seed; default the profile's.
         lengths: length profile in place of the one that the workload names.
@@ -45,22 +112,19 @@ def generate(
     Raises:
         BiscaleError: unknown profile, or a rate or duration that is not positive.
     """
-    profile = load_workload(profile) if isinstance(profile, str) else profile
-    rate_rps = profile.rate_rps if rate_rps is None else rate_rps
-    duration_s = profile.duration_s if duration_s is None else duration_s
-    seed = profile.seed if seed is None else seed
-    arrival_rng, length_rng = _seed_sequences(seed, 2)
-    arrival_s = sample_arrivals(profile.arrivals, rate_rps, duration_s, arrival_rng)
-    prompt, output = sample_lengths(
-        lengths or load_lengths(profile.lengths), arrival_s.size, length_rng
+    recipe = WorkloadRecipe.of(profile, lengths)
+    own = recipe.profile
+    return recipe.make(
+        own.rate_rps if rate_rps is None else rate_rps,
+        own.duration_s if duration_s is None else duration_s,
+        own.seed if seed is None else seed,
     )
-    source = f"generated: {profile.name}, {rate_rps:g} requests/s for {duration_s:g} s, seed {seed}"
-    return Trace(profile.name, arrival_s, prompt, output, source, duration_s=duration_s)
 
 
 def with_lengths(trace: Trace, lengths: LengthProfile | str, seed: int) -> Trace:
-    """The arrivals of a trace with lengths drawn from a profile (as in BiScale's workload B: Azure
-    with ShareGPT).
+    """The arrivals of a trace with lengths sampled from a profile.
+
+    As in BiScale's workload B: arrivals of Azure with lengths like ShareGPT.
 
     Args:
         trace: where the arrival times come from.
