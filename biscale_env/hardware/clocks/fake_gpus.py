@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from biscale_env.core.clockqueue import ClockQueue, request, snapped, take_effect
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import write_whole
 from biscale_env.hardware.clocks.backend import (
@@ -135,25 +136,34 @@ def create_state(
     return path
 
 
-def settle(gpu: Any, now_s: float, delay_s: float) -> None:
-    """Let every clock that has landed by ``now_s`` take effect, with its energy."""
-    while gpu["apply_at_s"] <= now_s:
-        landed = float(gpu["apply_at_s"])
-        integrate(gpu, landed)
-        gpu["previous_mhz"], gpu["freq_mhz"], gpu["landed_at_s"] = (
-            gpu["freq_mhz"],
-            gpu["inflight_mhz"],
-            landed,
-        )
-        if gpu["wanted_mhz"] == gpu["freq_mhz"]:
-            gpu["apply_at_s"] = np.inf
-        else:
-            gpu["inflight_mhz"] = gpu["wanted_mhz"]
-            gpu["apply_at_s"] = landed + delay_s
+def _queue_of(gpu: np.void) -> ClockQueue:
+    return ClockQueue(
+        float(gpu["freq_mhz"]),
+        float(gpu["inflight_mhz"]),
+        float(gpu["wanted_mhz"]),
+        float(gpu["apply_at_s"]),
+    )
+
+
+def _keep(gpu: np.void, queue: ClockQueue, now_s: float) -> None:
+    """Write a clock into the record; a change that took effect, at ``now_s``, with its energy."""
+    if queue.applied != gpu["freq_mhz"]:
+        integrate(gpu, now_s)
+        gpu["previous_mhz"], gpu["landed_at_s"] = gpu["freq_mhz"], now_s
+    gpu["freq_mhz"], gpu["inflight_mhz"], gpu["wanted_mhz"], gpu["apply_at_s"] = queue
+
+
+def settle(gpu: np.void, now_s: float, delay_s: float) -> None:
+    """Let every clock take effect that is due by ``now_s``, with its energy."""
+    queue = _queue_of(gpu)
+    while queue.apply_at_s <= now_s:
+        due_s = queue.apply_at_s
+        queue = take_effect(queue, delay_s)
+        _keep(gpu, queue, due_s)
     integrate(gpu, now_s)
 
 
-def integrate(gpu: Any, now_s: float) -> None:
+def integrate(gpu: np.void, now_s: float) -> None:
     """Add the energy drawn since the last look; an emulated engine does its own book-keeping."""
     if gpu["external"] == 0:
         power_w = gpu["toy_idle_w"] + gpu["toy_slope_w"] * (gpu["freq_mhz"] * 1e-3) ** 3
@@ -161,15 +171,9 @@ def integrate(gpu: Any, now_s: float) -> None:
         gpu["power_w"], gpu["power_at_s"] = power_w, now_s
 
 
-def want(gpu: Any, freq_mhz: float, now_s: float, delay_s: float) -> None:
+def want(gpu: np.void, freq_mhz: float, now_s: float, delay_s: float) -> None:
     """Request a clock at ``now_s`` (the GPU must be settled)."""
-    if freq_mhz == gpu["wanted_mhz"]:
-        return
-    gpu["wanted_mhz"] = freq_mhz
-    if not math.isfinite(gpu["apply_at_s"]):
-        gpu["inflight_mhz"] = freq_mhz
-        gpu["apply_at_s"] = now_s + delay_s
-        settle(gpu, now_s, delay_s)
+    _keep(gpu, request(_queue_of(gpu), freq_mhz, now_s, delay_s), now_s)
 
 
 class FakeState:
@@ -299,10 +303,8 @@ class FakeBackend(ClockBackend):
             raise ClockError(
                 f"locking {uuid} at {low_mhz:g} to {high_mhz:g} MHz: the driver calls the pair invalid"
             )
-        step = float(gpu["step_mhz"])
-        self._change(
-            uuid, float(gpu["max_mhz"]) - step * round((float(gpu["max_mhz"]) - high_mhz) / step)
-        )
+        low, high, step = (float(gpu[name]) for name in ("min_mhz", "max_mhz", "step_mhz"))
+        self._change(uuid, snapped(high_mhz, low, high, step))
 
     def reset(self, uuid: str) -> None:
         """Give the clock back."""

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from biscale_env.contract import ClockRange
+from biscale_env.core.clockqueue import advance_to, request, settled_at
 from biscale_env.hardware.loop.wire import UNCHANGED, ClockChange
 
 
@@ -20,34 +21,39 @@ class ClockView:
         self._newest = (-1, math.nan, -math.inf)  # sequence, clock and time of the newest request
         self.driver_controls()
 
+    @property
+    def freq_mhz(self) -> float:
+        """Clock in effect."""
+        return self.queue.applied
+
+    @property
+    def inflight_mhz(self) -> float:
+        """Clock that takes effect next; the one in effect when nothing is in flight."""
+        return self.queue.inflight
+
+    @property
+    def requested_mhz(self) -> float:
+        """Newest request that the actuator has not refused."""
+        return self.queue.requested
+
+    @property
+    def apply_at_s(self) -> float:
+        """When the one in flight takes effect; inf: nothing is in flight."""
+        return self.queue.apply_at_s
+
     def driver_controls(self) -> None:
         """The clock is under driver control."""
-        top = self.clocks.freq_max_mhz
-        self.freq_mhz = self.inflight_mhz = self.requested_mhz = top
-        self.apply_at_s = math.inf
+        self.queue = settled_at(self.clocks.freq_max_mhz)
 
     def request(self, freq_mhz: float, now_s: float, sequence: int = -1) -> None:
         """A command goes out now, with this number."""
         self._newest = (sequence, freq_mhz, now_s)
         self.settle(now_s)
-        self._queue(freq_mhz, now_s)
-
-    def _queue(self, freq_mhz: float, now_s: float) -> None:
-        if freq_mhz == self.requested_mhz:
-            return
-        self.requested_mhz = freq_mhz
-        if math.isinf(self.apply_at_s):
-            self.inflight_mhz, self.apply_at_s = freq_mhz, now_s + self.delay_s
+        self.queue = request(self.queue, freq_mhz, now_s, self.delay_s)
 
     def settle(self, now_s: float) -> None:
         """Let clocks take effect whose delay is over."""
-        while self.apply_at_s <= now_s:
-            self.freq_mhz = self.inflight_mhz
-            if self.requested_mhz == self.freq_mhz:
-                self.apply_at_s = math.inf
-            else:
-                self.inflight_mhz = self.requested_mhz
-                self.apply_at_s += self.delay_s
+        self.queue = advance_to(self.queue, now_s, self.delay_s)
 
     def hear(self, change: ClockChange) -> None:
         """Take over what the actuator tells about a change, or about one it refused."""
@@ -57,7 +63,7 @@ class ClockView:
             self._unchanged(change.freq_mhz)
             sequence, freq_mhz, requested_s = self._newest
             if change.sequence < sequence:  # a newer command is on its way to the actuator
-                self._queue(freq_mhz, requested_s)
+                self.queue = request(self.queue, freq_mhz, requested_s, self.delay_s)
         elif change.cause == "error" or change.freq_mhz == 0.0:
             self.driver_controls()
         elif math.isfinite(change.seen_s):
@@ -70,30 +76,26 @@ class ClockView:
         if freq_mhz == 0.0:
             self.driver_controls()
             return
-        if self.inflight_mhz != freq_mhz or math.isinf(self.apply_at_s):
-            self.freq_mhz = self.inflight_mhz = freq_mhz
-            self.apply_at_s = math.inf
-        self.requested_mhz = freq_mhz
+        if self.inflight_mhz == freq_mhz and math.isfinite(self.apply_at_s):
+            self.queue = self.queue._replace(requested=freq_mhz)
+        else:
+            self.queue = settled_at(freq_mhz)
 
     def _sent(self, change: ClockChange) -> None:
         """A command went to the driver, perhaps bounded to another clock than requested."""
         if math.isfinite(self.apply_at_s) and self.inflight_mhz == change.requested_mhz:
-            self.inflight_mhz = change.freq_mhz
-        if change.sequence < self._newest[0] or self.requested_mhz == change.freq_mhz:
-            return
-        self.requested_mhz = change.freq_mhz
-        if math.isinf(self.apply_at_s):
-            self.inflight_mhz, self.apply_at_s = change.freq_mhz, change.set_s + self.delay_s
+            self.queue = self.queue._replace(inflight=change.freq_mhz)
+        if change.sequence >= self._newest[0]:
+            self.queue = request(self.queue, change.freq_mhz, change.set_s, self.delay_s)
 
     def _seen(self, change: ClockChange) -> None:
         """A clock was read back on every GPU."""
+        newest = change.sequence >= self._newest[0]
         if change.freq_mhz == self.inflight_mhz:
-            self.freq_mhz = change.freq_mhz
-            if self.requested_mhz == change.freq_mhz:
-                self.apply_at_s = math.inf
-        elif change.sequence >= self._newest[0]:
-            self.freq_mhz = self.inflight_mhz = self.requested_mhz = change.freq_mhz
-            self.apply_at_s = math.inf
+            newest = self.requested_mhz == change.freq_mhz
+            self.queue = self.queue._replace(applied=change.freq_mhz)
+        if newest:
+            self.queue = settled_at(change.freq_mhz)
 
     def write(self, st: Any, now_s: float, epoch_s: float) -> None:
         """Put the clock into a record of the simulator's state, whose time starts at ``epoch_s``."""
