@@ -168,6 +168,10 @@ def actuate_command(
         str, typer.Option(help="fixed locks (f, f), cap locks (lowest, f).")
     ] = "fixed",
     gpu_spec: GpuSpec = None,
+    instance: Annotated[
+        Path | None,
+        typer.Option(help="YAML description of the instance, for the range of its GPU."),
+    ] = None,
     log: Annotated[
         Path | None, typer.Option(help="JSON lines of every clock change with all time stamps.")
     ] = None,
@@ -180,7 +184,7 @@ def actuate_command(
     from biscale_env.hardware.loop.actuator import Actuator, serve
     from biscale_env.hardware.loop.gpu_group import ActuatorConfig
 
-    low, high = clock_bounds(gpu_spec)
+    low, high = clock_bounds(gpu_spec, instance)
     config = ActuatorConfig(
         groups=parse_groups(gpus),
         sockets=sockets,

@@ -122,17 +122,30 @@ def instance_of(file: Path | None, **changes: object) -> "InstanceSpec":
     return spec.changed(**{key: value for key, value in changes.items() if value is not None})
 
 
-def clock_bounds(gpu_spec: str | None) -> tuple[float | None, float | None]:
-    """Lowest and highest clock of a GPU description, MHz; None: the device's own.
+def clock_bounds(
+    gpu_spec: str | None, instance: Path | None = None
+) -> tuple[float | None, float | None]:
+    """Lowest and highest clock that may be set, MHz.
+
+    Args:
+        gpu_spec: name or file of a GPU description.
+        instance: YAML description of an instance, whose GPU counts where ``gpu_spec`` is None.
+
+    Returns:
+        The bounds; None for both where the device alone bounds its clocks.
 
     Raises:
         BiscaleError: an unknown description.
     """
-    from biscale_env.config import load_gpu
+    from biscale_env.config import InstanceSpec, load_gpu
+    from biscale_env.models import instance_model
 
-    if gpu_spec is None:
+    if gpu_spec is not None:
+        gpu = load_gpu(gpu_spec)
+    elif instance is not None:
+        gpu = instance_model("prefill", InstanceSpec.from_yaml(instance)).gpu
+    else:
         return None, None
-    gpu = load_gpu(gpu_spec)
     return gpu.freq_min_mhz, gpu.freq_max_mhz
 
 

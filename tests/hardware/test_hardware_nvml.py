@@ -6,7 +6,7 @@ import pynvml
 import pytest
 from hardware_helpers import PythonNvml, by_reference
 
-from biscale_env.core.errors import BiscaleError
+from biscale_env.core.errors import BiscaleError, BiscaleWarning
 from biscale_env.hardware.clocks.backend import (
     ClockDenied,
     ClockError,
@@ -62,7 +62,7 @@ def test_reading_has_units(backend, library):
 
 def test_power_falls_back_to_the_mean_on_old_drivers(backend, library):
     library.instant_power = False
-    with pytest.warns(RuntimeWarning, match="mean over one second"):
+    with pytest.warns(BiscaleWarning, match="mean over one second"):
         assert backend.read("GPU-0000-0").power_w == 300.0
     library.codes["nvmlDeviceGetPowerUsage"] = pynvml.NVML_ERROR_NOT_SUPPORTED
     assert backend.read("GPU-0000-0").power_w != backend.read("GPU-0000-0").power_w  # NaN
@@ -167,7 +167,7 @@ def watts(backend):
 def test_one_gpu_without_instantaneous_power_is_said_once_and_changes_no_other(power):
     library, backend = power
     library.failing = {1: pynvml.NVML_ERROR_NOT_SUPPORTED}
-    with pytest.warns(RuntimeWarning, match="GPU-0000-1.*mean over one second"):
+    with pytest.warns(BiscaleWarning, match="GPU-0000-1.*mean over one second"):
         assert watts(backend) == [321.5, 300.0, 321.5]
     library.failing = {}
     with warnings.catch_warnings():

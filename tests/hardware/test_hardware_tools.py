@@ -14,14 +14,16 @@ import numpy as np
 import pandas as pd
 import pynvml
 import pytest
+import yaml
 from hardware_helpers import PythonNvml, gpus_of, read_until, spawn
+from toy_hardware import TOY_GPU, toy_spec
 from typer.testing import CliRunner
 
 from biscale_env.benchmarks import hardware_loop
 from biscale_env.cli import build
-from biscale_env.cli.hw_options import parse_groups
+from biscale_env.cli.hw_options import clock_bounds, instance_of, parse_groups
 from biscale_env.cli.profile_command import parse_clocks
-from biscale_env.config import configs_dir
+from biscale_env.config import InstanceSpec, configs_dir, load_gpu
 from biscale_env.core.errors import BiscaleError
 from biscale_env.hardware.clocks import change_latency, doctor, owner
 from biscale_env.hardware.clocks.backend import ClockDenied, ObserveOnly
@@ -474,6 +476,52 @@ def test_groups_that_make_no_sense(item):
         parse_groups([item])
     with pytest.raises(BiscaleError, match="each name once"):
         parse_groups(["a=0", "a=1"])
+
+
+def test_clock_bounds_come_from_the_description_of_the_gpu_or_from_the_device(tmp_path):
+    toy = load_gpu(TOY_GPU)
+    bounds = (toy.freq_min_mhz, toy.freq_max_mhz)
+    assert clock_bounds(TOY_GPU) == bounds
+    assert clock_bounds(None, toy_spec().to_yaml(tmp_path / "i.yaml")) == bounds
+    assert clock_bounds(None) == (None, None)
+    h100 = load_gpu("h100-sxm")
+    assert clock_bounds(None, InstanceSpec().to_yaml(tmp_path / "h.yaml")) == (
+        h100.freq_min_mhz,
+        h100.freq_max_mhz,
+    )
+
+
+def test_latency_stays_within_the_described_range(machine, tmp_path):
+    description = yaml.safe_load(Path(TOY_GPU).read_text())
+    description |= {
+        "freq_min_mhz": 900.0,
+        "freq_max_mhz": 1200.0,
+        "control_levels_mhz": [900.0, 1200.0],
+    }
+    (tmp_path / "gpu.yaml").write_text(yaml.safe_dump(description))
+    out = tmp_path / "l.csv"
+    arguments = ["hw", "clock-latency", "--backend", f"fake:{machine}", "--clocks", "2"]
+    arguments += ["--repeats", "1", "--gpu-spec", str(tmp_path / "gpu.yaml"), "--out", str(out)]
+    done = CliRunner().invoke(build(), arguments)
+    assert done.exit_code == 0, done.output
+    assert set(pd.read_csv(out)["to_mhz"]) == {900.0, 1200.0}
+
+
+def test_a_description_of_another_gpu_is_said_before_anything_is_set(machine, tmp_path):
+    with pytest.raises(BiscaleError, match="--gpu-spec"):
+        change_latency.within([345.0, 360.0], 510.0, 1980.0)
+    assert change_latency.within([345.0, 360.0, 375.0], None, 360.0) == [345.0, 360.0]
+
+
+def test_an_instance_of_a_file_and_of_the_command_line(tmp_path):
+    assert instance_of(None).max_seqs == 256
+    assert instance_of(None, tp=8, slo=None) == InstanceSpec(max_seqs=256, tp=8)
+    path = InstanceSpec(tp=2, max_seqs=64).to_yaml(tmp_path / "i.yaml")
+    assert instance_of(path, token_budget=1024) == InstanceSpec(
+        tp=2, max_seqs=64, token_budget=1024
+    )
+    with pytest.raises(BiscaleError, match="tp"):
+        instance_of(path, tp=0)
 
 
 def test_clocks_of_the_profiler():

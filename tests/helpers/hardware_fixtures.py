@@ -69,7 +69,7 @@ def c_nvml(fake_library_path, tmp_path, monkeypatch):
 
 @pytest.fixture
 def hw_state(tmp_path, monkeypatch):
-    """Folder of the owner notes, for this test only."""
+    """Folder of the state files, for this test only."""
     folder = tmp_path / "owned"
     monkeypatch.setenv("BISCALE_HW_STATE", str(folder))
     return folder

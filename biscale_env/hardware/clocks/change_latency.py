@@ -28,7 +28,7 @@ class Switch:
     Attributes:
         uuid: GPU.
         from_mhz: settled clock before.
-        to_mhz: clock asked for.
+        to_mhz: clock requested.
         call_s: duration of the driver call.
         seen_s: from the start of the call until the new clock was read back; NaN when it was not
             within the time allowed.
@@ -140,7 +140,7 @@ def _sweep(
 
 
 def summarise(switches: Sequence[Switch]) -> dict[str, float]:
-    """Median and P99 of call and read-back times, s, and the share of changes that were seen."""
+    """Median and P99 of call and read-back times, s, and the fraction of changes that were seen."""
     call = np.array([s.call_s for s in switches])
     seen = np.array([s.seen_s for s in switches])
     known = seen[np.isfinite(seen)]

@@ -69,13 +69,17 @@ def check_gpu(backend: ClockBackend, uuid: str) -> list[Finding]:
     took_s = time.monotonic() - started
     clocks = backend.supported_mhz(uuid)
     text = (
-        f"{reading.freq_mhz:g} MHz of {clocks[0]:g} to {clocks[-1]:g} ({len(clocks)} clocks), {reading.power_w:.0f} W, "
-        f"{reading.temperature_c:g} C, held down by: {reason_text(reading.reasons)}; read in {took_s * 1e3:.1f} ms"
+        f"{reading.freq_mhz:g} MHz of {clocks[0]:g} to {clocks[-1]:g} ({len(clocks)} clocks), "
+        f"{reading.power_w:.0f} W, {reading.temperature_c:g} C, "
+        f"held down by: {reason_text(reading.reasons)}; read in {took_s * 1e3:.1f} ms"
     )
     found = [Finding("warn" if reading.throttled else "ok", uuid, text)]
     persistence = getattr(backend, "persistence", lambda _: None)(uuid)
     if persistence is False:
-        text = "persistence mode is off: an unloading driver drops the lock; the actuator keeps the driver open meanwhile"
+        text = (
+            "persistence mode is off: an unloading driver drops the lock; "
+            "the actuator keeps the driver open meanwhile"
+        )
         found.append(Finding("warn", uuid, text))
     return found
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 
 from biscale_env.hardware.clocks.backend import ClockError, failures_of
 
-# Longest wait for one round of calls, several times the slowest ones known. Together they stay under
-# the 10 s that a parent waits for an actuator to end (loop/processes.py).
+# Longest wait for one round of calls, several times the slowest ones known. Together they stay
+# under the 10 s that a parent waits for an actuator to end (loop/processes.py).
 LOCK_TIMEOUT_S = 1.0
 RESET_TIMEOUT_S = 3.0
 

@@ -1,5 +1,6 @@
-"""GPUs in a file: clocks that outlive processes, with privileges, delays and power, but without any
-hardware.
+"""GPUs in a file, without any hardware.
+
+Their clocks outlive processes; they have privileges, delays and power.
 
 The file is a memory-mapped record per GPU. It is read and written by three parties: this backend,
 the emulated engine (which obeys the clock and reports power), and the C library
@@ -7,13 +8,12 @@ the emulated engine (which obeys the clock and reports power), and the C library
 compares the two). Every access holds the file's lock, which the kernel releases when a process
 dies.
 
-Clocks move as in the simulator: a request takes ``delay_s``; one is on its way at a time; the
-newest waits behind it.
+Clocks change as in the simulator (:mod:`biscale_env.core.clockqueue`): a request takes effect after
+``delay_s``, one is in flight at a time, and the newest waits behind it.
 """
 
 import contextlib
 import fcntl
-import math
 import mmap
 import os
 import secrets
@@ -44,7 +44,7 @@ HEADER_DTYPE = np.dtype(
         ("n_gpus", np.int64),
         ("privileged", np.int64),  # 0: locking is refused
         ("set_latency_us", np.int64),  # time a lock or reset call takes
-        ("delay_s", np.float64),  # from the call to the clock being in force
+        ("delay_s", np.float64),  # from the call to the clock being in effect
         ("spare", np.float64, (3,)),
     ]
 )
@@ -52,9 +52,9 @@ GPU_DTYPE = np.dtype(
     [
         ("uuid", "S96"),
         ("name", "S96"),
-        ("freq_mhz", np.float64),  # clock in force
-        ("inflight_mhz", np.float64),  # clock on its way
-        ("apply_at_s", np.float64),  # CLOCK_MONOTONIC; inf: nothing on its way
+        ("freq_mhz", np.float64),  # clock in effect
+        ("inflight_mhz", np.float64),  # clock in flight
+        ("apply_at_s", np.float64),  # CLOCK_MONOTONIC; inf: nothing in flight
         ("wanted_mhz", np.float64),  # newest request
         ("previous_mhz", np.float64),  # clock before the last change
         ("landed_at_s", np.float64),  # when the clock last changed
@@ -70,17 +70,12 @@ GPU_DTYPE = np.dtype(
         ("n_resets", np.int64),
         ("lost", np.int64),
         ("external", np.int64),  # 1: an emulated engine writes energy and power, 0: the toy below
-        (
-            "effective_mhz",
-            np.float64,
-        ),  # clock under the power cap while an emulated iteration runs; 0: no cap
+        ("effective_mhz", np.float64),  # under the power cap during an emulated iteration; 0: none
         ("energy_j", np.float64),  # up to power_at_s
         ("power_w", np.float64),  # since power_at_s
         ("power_at_s", np.float64),
-        (
-            "toy_idle_w",
-            np.float64,
-        ),  # toy: idle + slope (f / GHz)^3, any values (assumed); tests use it as a known answer
+        # toy: idle + slope (f / GHz)^3, any values (assumed); tests use it as a known answer
+        ("toy_idle_w", np.float64),
         ("toy_slope_w", np.float64),
     ]
 )
@@ -117,7 +112,7 @@ def create_state(
     low, high, step = limits_mhz
     for k in range(n_gpus):
         gpus[k]["uuid"] = f"GPU-{machine}-0000-0000-0000-{k:012d}".encode()
-        gpus[k]["name"] = b"Emulated H100 (no hardware)"
+        gpus[k]["name"] = b"Emulated GPU (no hardware)"
     for name in (
         "freq_mhz",
         "inflight_mhz",
@@ -186,8 +181,8 @@ class FakeState:
             self._map = mmap.mmap(self._file.fileno(), 0)
         except (OSError, ValueError) as error:
             raise BiscaleError(
-                f"cannot open the fake GPUs in '{path}' ({getattr(error, 'strerror', None) or error}): "
-                "`biscale hw emulate` makes the file"
+                f"cannot open the fake GPUs in '{path}' "
+                f"({getattr(error, 'strerror', None) or error}): `biscale hw emulate` makes the file"
             ) from None
         if (
             len(self._map) < HEADER_DTYPE.itemsize
@@ -301,11 +296,12 @@ class FakeBackend(ClockBackend):
         gpu = self.state.gpus[self.state.index(uuid)]
         if not 0 < low_mhz <= high_mhz or not gpu["min_mhz"] <= high_mhz <= gpu["max_mhz"]:
             raise ClockError(
-                f"locking {uuid} at {low_mhz:g} to {high_mhz:g} MHz: the driver calls the pair invalid"
+                f"locking {uuid} at {low_mhz:g} to {high_mhz:g} MHz: "
+                "the driver calls the pair invalid"
             )
         low, high, step = (float(gpu[name]) for name in ("min_mhz", "max_mhz", "step_mhz"))
         self._change(uuid, snapped(high_mhz, low, high, step))
 
     def reset(self, uuid: str) -> None:
-        """Give the clock back."""
+        """Reset to the clock of an unlocked GPU."""
         self._change(uuid, None)

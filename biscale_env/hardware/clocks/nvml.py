@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from biscale_env.core.errors import BiscaleError
+from biscale_env.core.errors import BiscaleError, BiscaleWarning
 from biscale_env.hardware.clocks.backend import (
     ClockBackend,
     ClockDenied,
@@ -178,7 +178,7 @@ class NvmlBackend(ClockBackend):
                 warnings.warn(
                     f"{uuid}: the driver has no instantaneous power reading, its mean over one "
                     "second is used (the energy counter is not concerned)",
-                    RuntimeWarning,
+                    BiscaleWarning,
                     stacklevel=2,
                 )
         try:

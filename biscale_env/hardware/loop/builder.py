@@ -216,7 +216,7 @@ class ObservationBuilder:
             record: what the engine told.
             clock: what is known about the clock.
             power_w: mean power per GPU over the last iteration, W.
-            backpressure: share of the decode KV cache spoken for, for prefill.
+            backpressure: fraction of the decode KV cache that is taken, for prefill.
 
         Returns:
             Encoded observation, (dim,), a fresh array.

@@ -98,7 +98,7 @@ class ClockView:
             self.queue = settled_at(change.freq_mhz)
 
     def write(self, st: Any, now_s: float, epoch_s: float) -> None:
-        """Put the clock into a record of the simulator's state, whose time starts at ``epoch_s``."""
+        """Put the clock into a state record of the simulator, whose time starts at ``epoch_s``."""
         self.settle(now_s)
         st["freq_ghz"] = self.freq_mhz / 1e3
         st["inflight_ghz"] = self.inflight_mhz / 1e3

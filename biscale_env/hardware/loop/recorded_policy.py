@@ -44,7 +44,7 @@ class RecordedPolicy:
         self._begun_s: float | None = None
 
     def at(self, now_s: float) -> float:
-        """Clock in force at a time of the recording, MHz."""
+        """Clock requested last at a time of the recording, MHz."""
         k = int(np.searchsorted(self.time_s, now_s, side="right")) - 1
         return float(self.freq_mhz[max(k, 0)])
 
@@ -64,8 +64,9 @@ class RecordedPolicy:
 
 
 def read_recording(path: Path, phase: str, clocks: ClockRange) -> RecordedPolicy:
-    """Recording of a run: a timelines table of a run directory, or any table with ``time_s`` and
-    ``freq_requested_mhz``.
+    """Read the recording of a run.
+
+    A timelines table of a run directory, or any table with ``time_s`` and ``freq_requested_mhz``.
 
     Raises:
         BiscaleError: the file cannot be read, or has other columns.
