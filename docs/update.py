@@ -18,13 +18,13 @@ import pandas as pd
 
 from agents.training.curves import draw, learning_curves
 from biscale_env.contract import DECODE_SPEC, PREFILL_SPEC
-from biscale_env.evaluation.experiment import robustness as splits
-from biscale_env.evaluation.experiment.agent_jobs import shipped_seeds
 from biscale_env.evaluation.report.agent_table import HEAD, markdown, point_rows, summary
+from biscale_env.evaluation.report.robustness_table import robustness_markdown
 from biscale_env.evaluation.report.tables import summary_markdown
 from biscale_env.evaluation.runs.results import scenario_label
 from biscale_env.evaluation.runs.run_view import load_run
 from biscale_env.models.fit.validation import to_markdown, validation_frame
+from biscale_env.policies.checkpoint_source import shipped_seeds
 
 ROOT = Path(__file__).resolve().parent.parent
 BISCALE = [sys.executable, "-m", "biscale_env.cli"]
@@ -322,7 +322,7 @@ def algorithms(folder: str) -> None:
 def robustness(folder: str) -> None:
     """The shipped agents in distribution, shifted and on unseen workloads."""
     replace_block(
-        ROOT / "docs" / "agents.md", "robustness", splits.markdown(load_run(folder).results)
+        ROOT / "docs" / "agents.md", "robustness", robustness_markdown(load_run(folder).results)
     )
 
 

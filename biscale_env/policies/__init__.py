@@ -19,6 +19,7 @@ from biscale_env.policies.resolver import (
     phases_of,
     policy_settings,
     resolve_policy,
+    with_parameters,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "phases_of",
     "policy_settings",
     "resolve_policy",
+    "with_parameters",
 ]

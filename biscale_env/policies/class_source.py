@@ -86,6 +86,13 @@ class ClassSource:
         free = {key: tuple(tunables[key]) for key in tunables if key not in self.params}
         return one_at_a_time(free)
 
+    def files(self) -> list[Path]:
+        """The file that the class is written in; none where it has none."""
+        try:
+            return [Path(inspect.getfile(self.maker))]
+        except (TypeError, OSError):
+            return []
+
     def make(self, context: PolicyContext, **params: Any) -> Policy:
         """The policy in a context.
 

@@ -1,6 +1,7 @@
 """From a policy's name to the policy: the only place where names are looked up."""
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +100,14 @@ def known_policies(phase: str | None = None) -> list[str]:
     built_in = itertools.chain(*(registry.policy_names(p) for p in phases))
     agent = [AGENT] if any(ships(p) for p in phases) else []
     return list(dict.fromkeys([*built_in, *agent, *PLANNED, *entry_points()]))
+
+
+def with_parameters(name: str, params: Mapping[str, Any]) -> str:
+    """The name with parameters added to those in it."""
+    base, rest = split_name(name, known_policies())
+    added = [f"{key}={value}" for key, value in params.items()]
+    given = ",".join([*([rest] if rest else []), *added])
+    return f"{base}:{given}" if given else base
 
 
 def phases_of(name: str) -> tuple[str, ...]:

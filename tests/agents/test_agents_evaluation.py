@@ -1,7 +1,4 @@
-"""What `biscale evaluate` makes of training seeds: tables, scores, splits, learning curves.
-
-Settings of a build string.
-"""
+"""What `biscale evaluate` makes of training seeds: tables, scores, splits, learning curves."""
 
 import numpy as np
 import pandas as pd
@@ -12,15 +9,9 @@ from biscale_env.config.loader import list_names, load_named
 from biscale_env.config.loader import validate as check
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.experiment import robustness
-from biscale_env.evaluation.experiment.agent_jobs import (
-    SHIPPED,
-    is_checkpoint,
-    setting_grid,
-    split_build,
-)
-from biscale_env.evaluation.experiment.policy_jobs import parse, split_list
 from biscale_env.evaluation.experiment.scenarios import Scenario, load_scenario
 from biscale_env.evaluation.report import agent_table
+from biscale_env.evaluation.report.robustness_table import robustness_markdown
 
 
 def frame(agent, own=0.8, lost=5, max_lost=5, oracle=0.7, seeds=(0, 1), scenario="synthetic"):
@@ -88,42 +79,6 @@ def test_scores_are_between_max_clock_and_oracle_and_leave_out_what_max_clock_mi
     assert text.count("| synthetic") == 1
 
 
-def test_build_strings_have_a_price_and_a_margin():
-    assert split_build("agent:price=40") == ("agent", {"price": 40.0})
-    assert split_build("runs/a:b/x.zip:price=4,margin=0.2") == (
-        "runs/a:b/x.zip",
-        {"price": 4.0, "margin": 0.2},
-    )
-    assert split_build("runs/a:b/x.zip") == ("runs/a:b/x.zip", {})
-    assert is_checkpoint("agent:margin=0.2")
-    assert is_checkpoint("runs/a:b/x.zip:price=4,margin=0.2")
-    assert not is_checkpoint(
-        "mpc-plus:margin=0.0,forecast=4.0,idle_clock=0.5"
-    )  # a reference has a margin, too
-    for bad in ("agent:cost=3", "agent:price=dear", "agent:price=3,x=1"):
-        with pytest.raises(BiscaleError, match="takes price=<number> and margin=<number>"):
-            split_build(bad)
-    assert split_list("mpc:give_up=true,margin=0.2,my=a/b.zip") == [
-        "mpc:give_up=true,margin=0.2",
-        "my=a/b.zip",
-    ]
-
-
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_shipped_agents_can_be_tuned_unless_a_setting_is_given(phase):
-    assert len(setting_grid("agent", phase)) >= 4
-    assert setting_grid("agent:price=3", phase) == []
-
-
-def test_a_checkpoint_of_a_phase_that_is_not_compared_is_refused():
-    path = SHIPPED / "prefill.npz"
-    with pytest.raises(
-        BiscaleError, match="policy 'my': the checkpoint is for prefill, which is not compared here"
-    ):
-        parse(f"all,my={path}", ("decode",))
-    assert ("my", str(path)) in parse(f"all,my={path}", ("prefill", "decode"))["prefill"]
-
-
 @pytest.mark.parametrize("name", list_names("robustness"))
 def test_shipped_conditions_are_scenarios(name):
     plan = load_named("robustness", name, robustness.Robustness)
@@ -143,7 +98,7 @@ def test_splits_stay_apart_in_the_table():
             frame([0.7, 0.7], scenario="unseen: code"),
         ]
     )
-    text = robustness.markdown(both)
+    text = robustness_markdown(both)
     assert "| prefill | shifted | load 30 % |" in text
     assert "| prefill | unseen | code |" in text
 

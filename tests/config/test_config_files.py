@@ -19,7 +19,7 @@ from biscale_env.config.loader import load_named
 from biscale_env.config.slo import within
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.experiment.experiments import load_experiment
-from biscale_env.evaluation.experiment.policy_jobs import parse
+from biscale_env.evaluation.experiment.policy_list import choose
 
 SLO = "name: x\nttft_s: 0.6\ntpot_s: 0.1\nattainment: 0.99\n"
 
@@ -46,7 +46,7 @@ def test_every_experiment_names_policies_and_scenarios_that_exist(name: str) -> 
     ) * len(experiment.delays_s)
     assert set(experiment.oracle_seeds_by_phase) == set(experiment.phases)
     assert all(0 <= n <= experiment.seeds for n in experiment.oracle_seeds_by_phase.values())
-    for pairs in parse(",".join(experiment.policies), experiment.phases).values():
+    for pairs in choose(experiment.policies, experiment.phases).values():
         assert len(pairs) >= 3
 
 

@@ -167,37 +167,28 @@ def test_solver_failures_are_those_of_the_run_not_of_the_probe(workloads):
 
 def test_job_makes_complete_records():
     scenario = Scenario(name="tiny", duration_s=30.0, seeds=2, load=0.5)
-
-    class Factory:
-        def build(self, name, plant, traces, member):
-            assert (name, len(traces), member) == ("1.0", 2, 3)
-            return Constant(float(name))
-
-    job = ComparisonJob(scenario, "prefill", "max", "1.0", 3, (0, 1))
-    records = run_job(job, Factory()).records
+    job = ComparisonJob(
+        scenario, "prefill", "mine", "outside_rule:QueueRule:low_mhz=900", 3, (0, 1)
+    )
+    records = run_job(job).records
     assert [r.key for r in records] == [job.key(0), job.key(1)]
     assert records[0].labels["delay_s"] == resolve(scenario, "prefill").plant.model.delay_s(3)
+    asked = np.concatenate([r.timeline["freq_requested_mhz"] for r in records])
+    assert set(np.round(asked)) == {900.0, 1980.0}
 
 
 def test_tuned_job_uses_the_setting_that_reaches_on_other_workloads():
-    class Factory:
-        def build(self, name, plant, traces, member):
-            return Constant(float(name.partition("action=")[2]))
-
-        def grid(self, name, phase):
-            return [{"action": 1.0}, {"action": 0.2}, {"action": -1.0}]
-
     scenario = Scenario(name="tiny", duration_s=60.0, seeds=1, load=0.3)
-    outcome = run_job(
-        ComparisonJob(scenario, "prefill", "x", "x", -1, (0,), variant="tuned"), Factory()
-    )
+    name = "outside_rule:QueueRule"
+    outcome = run_job(ComparisonJob(scenario, "prefill", "x", name, -1, (0,), variant="tuned"))
     chosen = outcome.tuned.chosen
-    others = [s for s in outcome.tuned.tried if s.attainment >= 0.992]
+    assert [s.params["low_mhz"] for s in outcome.tuned.tried] == [900.0, 1200.0, 1500.0]
+    others = [s for s in outcome.tuned.tried if s.attainment >= outcome.tuned.target]
     assert chosen.energy_j == min(s.energy_j for s in others)
     record = outcome.records[0]
-    assert record.labels["setting"] == f"action={chosen.params['action']}"
-    asked = float(resolve(scenario, "prefill").plant.clocks.to_freq_mhz(chosen.params["action"]))
-    assert record.timeline["freq_requested_mhz"] == pytest.approx(asked)
+    assert record.labels["setting"] == f"low_mhz={chosen.params['low_mhz']}"
+    asked = record.timeline["freq_requested_mhz"]
+    assert asked.min() == pytest.approx(chosen.params["low_mhz"])
 
 
 def test_static_best_is_cheapest_of_those_that_reach():

@@ -6,7 +6,6 @@ import pytest
 from evaluation_synthetic import requests_of, tiny
 
 from biscale_env.evaluation.experiment.compare import ComparisonJob, settle
-from biscale_env.evaluation.experiment.policy_jobs import Policies
 from biscale_env.evaluation.experiment.scenarios import Scenario, resolve
 from biscale_env.evaluation.experiment.tuning import max_clock
 from biscale_env.evaluation.report import tables
@@ -45,9 +44,8 @@ def test_the_allowance_scales_with_the_slo():
 def test_tuning_aims_at_what_max_clock_attains_on_the_tuning_workloads():
     scenario = Scenario(name="tiny", duration_s=120.0, load=1.3)
     case = resolve(scenario, "prefill")
-    _, _, tuned, top = settle(
-        ComparisonJob(scenario, "prefill", "static-best", "static-best", -1, (0,)), case, Policies()
-    )
+    job = ComparisonJob(scenario, "prefill", "static-best", "static-best", -1, (0,))
+    _, _, tuned, top = settle(job, case)
     assert top == max_clock(case)
     assert top.attainment < 0.99  # beyond capacity
     assert tuned.target == pytest.approx(top.attainment - 0.001)

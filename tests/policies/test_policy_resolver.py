@@ -17,6 +17,7 @@ from biscale_env.policies import (
     phases_of,
     policy_settings,
     resolve_policy,
+    with_parameters,
 )
 from biscale_env.policies.checkpoint_source import SHIPPED, best_of, checkpoint_in, ships
 from biscale_env.policies.policy_source import is_class_name, split_name
@@ -219,6 +220,23 @@ def installed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(info.parent))
     yield info.parent
     sys.modules.pop("installed_rule", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "longer"),
+    [
+        ("mpc", "mpc:b=2"),
+        ("mpc:a=1", "mpc:a=1,b=2"),
+        ("mine:Rule", "mine:Rule:b=2"),
+        ("mine:Rule:a=1", "mine:Rule:a=1,b=2"),
+        ("runs/a:b/x.zip", "runs/a:b/x.zip:b=2"),
+        ("queue-rule", "queue-rule:b=2"),
+        ("queue-rule:3", "queue-rule:3,b=2"),
+    ],
+)
+def test_parameters_are_added_to_any_name(name, longer, installed):
+    assert with_parameters(name, {"b": 2}) == longer
+    assert with_parameters(name, {}) == name
 
 
 def test_entry_points_have_names_of_their_own(installed):

@@ -36,7 +36,6 @@ CONTROLLERS_MAY_SEE_ENVS = ("controllers/oracle/", "controllers/placement/")
 
 
 TO_BE_MENDED = {  # circles of 0.1, one registry in a base module each
-    "biscale_env.evaluation.experiment.agent_jobs",
     "biscale_env.evaluation.report.figures",
 }
 

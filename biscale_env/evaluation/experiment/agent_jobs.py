@@ -1,216 +1,118 @@
-"""Checkpoints of learned agents as policies and jobs of a comparison."""
+"""What ``biscale evaluate`` evaluates, and its jobs beside the references."""
 
-from collections.abc import Mapping
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from biscale_env.contract import Policy
-from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.experiment.compare import ComparisonJob
+from biscale_env.evaluation.experiment.policy_jobs import plan, variant_of
+from biscale_env.evaluation.experiment.policy_list import choose
+from biscale_env.evaluation.experiment.scenarios import Case, Scenario, load_scenario, resolve
+from biscale_env.policies import find_policy, known_policies
+from biscale_env.policies.checkpoint_source import (
+    CheckpointSource,
+    best_of,
+    checkpoint_in,
+    phase_of,
+    training_seed,
+)
+from biscale_env.policies.policy_source import AGENT, BISCALE_OWN, split_name
 
-SHIPPED = Path(find_spec("agents").submodule_search_locations[0]) / "checkpoints"  # type: ignore[union-attr, index]
-AGENT = "agent"
-N_PRICES = 14  # as many settings as a margin has in `controllers.base.MARGINS`
-# times the lowest trained price: at the edge of what it knows an agent loses requests faster than
-# energy (assumed)
-PRICE_FLOOR = 2.5
-SUFFIXES = (".npz", ".zip")
-PARAMETERS = ("price", "margin")
-BISCALE_OWN = {"prefill": "mpc", "decode": "slack"}
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy that is evaluated, of one training seed.
+
+    Attributes:
+        build: its name for the resolver.
+        phases: phases that it can run.
+        training_seed: -1 for policies that are not trained.
+    """
+
+    build: str
+    phases: tuple[str, ...]
+    training_seed: int = -1
 
 
-def split_build(build: str) -> tuple[str, dict[str, float]]:
-    """Checkpoint (``agent`` or a path) and settings of a build string such as ``agent:price=40`` or
-    ``agent:margin=0.2``.
+def candidates_of(target: str) -> list[Candidate]:
+    """The policies that a target of ``biscale evaluate`` means.
+
+    Args:
+        target: a policy in the syntax of :mod:`biscale_env.policies`, or a folder of run
+            directories ``seed-*``, each of which is a candidate.
 
     Raises:
-        BiscaleError: another parameter, or a value that is no number.
+        BiscaleError: no such policy, or a folder without a checkpoint.
     """
-    name = _name(build)
-    rest = build[len(name) + 1 :]
-    settings: dict[str, float] = {}
-    for part in filter(None, rest.split(",")):
-        key, _, value = part.partition("=")
-        try:
-            if key not in PARAMETERS:
-                raise ValueError
-            settings[key] = float(value)
-        except ValueError:
-            raise BiscaleError(
-                f"'{build}': a learned agent takes price=<number> and margin=<number>"
-            ) from None
-    return name, settings
+    base, rest = split_name(target, known_policies())
+    behind = f":{rest}" if rest else ""
+    folder = Path(base)
+    if folder.is_dir():
+        runs = [run for run in (folder, *sorted(folder.glob("seed-*"))) if best_of(run)]
+        paths = [checkpoint_in(str(run)) for run in runs] or [checkpoint_in(base)]
+        return [_of_file(path, behind) for path in paths]
+    source = find_policy(target)
+    if isinstance(source, CheckpointSource):
+        return [_of_file(source.path(phase), behind) for phase in source.phases]
+    return [Candidate(target, source.phases)]
 
 
-def _name(build: str) -> str:
-    """Build string without the settings behind it; they need not be an agent's."""
-    at = next((build.rfind(f":{key}=") for key in PARAMETERS if f":{key}=" in build), len(build))
-    return AGENT if build.startswith(f"{AGENT}:") else build[:at]
-
-
-def is_checkpoint(build: str) -> bool:
-    """Whether a build string names a learned agent: ``agent``, or the path of a checkpoint.
-
-    Settings may follow.
-    """
-    return _name(build) == AGENT or Path(_name(build)).suffix in SUFFIXES
-
-
-def is_file(build: str) -> bool:
-    """Whether a build string is a checkpoint's path, and the file is there."""
-    return Path(_name(build)).suffix in SUFFIXES and Path(_name(build)).is_file()
-
-
-def setting_grid(build: str, phase: str) -> list[dict[str, float]]:
-    """Settings that tuning may try: the checkpoint's margins, else prices it was trained on.
-
-    None when there are none or one is given.
-    """
-    name, given = split_build(build)
-    path = checkpoint_path(name, phase)
-    if given or path.suffix != ".npz":
-        return []
-    from agents.policy.numpy_policy import load_network
-
-    network = load_network(path)
-    config = network.card.get("config", {})
-    if config.get("margins"):
-        return [{"margin": float(m)} for m in config["margins"]]
-    if network.price is None:
-        return []
-    low, high = config.get("price") or (1.0, 100.0)
-    return [{"price": float(f"{p:.3g}")} for p in np.geomspace(PRICE_FLOOR * low, high, N_PRICES)]
-
-
-def checkpoint_path(name: str, phase: str) -> Path:
-    """File of ``agent`` or of a path.
-
-    Raises:
-        BiscaleError: no agent is shipped for the phase.
-    """
-    if name != AGENT:
-        return Path(name)
-    path = SHIPPED / f"{phase}.npz"
-    if not path.is_file():
-        raise BiscaleError(
-            f"no agent is shipped for {phase}: train one with 'biscale train {phase}'"
-        )
-    return path
-
-
-def ships(phase: str) -> bool:
-    """Whether an agent comes with the package for a phase."""
-    return (SHIPPED / f"{phase}.npz").is_file()
-
-
-def load_agent(build: str, context: Any) -> Policy:
-    """Policy of a build string in a controller's context.
-
-    Raises:
-        BiscaleError: missing, corrupt, or made for another phase or observation.
-    """
-    from agents import load_agent as load
-
-    name, settings = split_build(build)
-    return load(checkpoint_path(name, context.phase), context, context.member, **settings)
-
-
-def phase_of(path: Path) -> str:
-    """Phase that a checkpoint was trained for."""
-    if path.suffix == ".zip":
-        from agents.policy.sb3_policy import config_beside
-
-        return str(config_beside(path).phase)
-    from agents.policy.numpy_policy import load_network
-
-    return load_network(path).phase
-
-
-def training_seed(path: Path) -> int:
-    """Seed that a checkpoint was trained with; -1 when its card does not say."""
-    if path.suffix == ".zip":
-        from agents.policy.sb3_policy import config_beside
-
-        return int(config_beside(path).seed)
-    from agents.policy.numpy_policy import load_network
-
-    return int(load_network(path).card.get("seed", -1))
-
-
-def shipped_seeds() -> dict[str, int]:
-    """Training seed of the shipped agent per phase."""
-    return {phase: training_seed(SHIPPED / f"{phase}.npz") for phase in BISCALE_OWN if ships(phase)}
-
-
-def checkpoints_of(target: str) -> list[tuple[int, Path]]:
-    """``(training seed, checkpoint)`` of a run directory, a directory of seeds, a checkpoint, or
-    the shipped agents.
-
-    Raises:
-        BiscaleError: nothing there.
-    """
-    path = Path(target)
-    if target == AGENT:
-        found = [p for p in (SHIPPED / "prefill.npz", SHIPPED / "decode.npz") if p.is_file()]
-    elif path.is_file() and path.suffix in SUFFIXES:
-        found = [path]
-    elif path.is_dir():
-        folders = [path, *sorted(path.glob("seed-*"))]
-        found = [
-            next(p for p in (f / "best.npz", f / "best.zip") if p.is_file())
-            for f in folders
-            if any(f.glob("best.*"))
-        ]
-    else:
-        raise BiscaleError(
-            f"{target} is neither a run directory nor a checkpoint (.npz or .zip) nor 'agent'"
-        )
-    if not found:
-        raise BiscaleError(
-            f"{target} holds no best.npz or best.zip yet: let biscale train reach its first evaluation"
-        )
-    return [(training_seed(p), p) for p in found]
+def _of_file(path: Path, behind: str) -> Candidate:
+    return Candidate(f"{path}{behind}", (phase_of(path),), training_seed(path))
 
 
 def scenario_jobs(
-    name: str,
-    phase: str,
-    found: list[tuple[int, Path]],
-    policies: str | None,
-    changes: Mapping[str, Any],
+    case: Case,
+    found: Sequence[Candidate],
+    policies: Sequence[str],
     tuned: bool,
     oracle_seeds: int | None = None,
 ) -> list[ComparisonJob]:
-    """Jobs of one scenario and phase.
+    """Jobs of one scenario and phase: the references, and every candidate as ``agent``.
 
-    The references, and every checkpoint of that phase under the name ``agent``.
+    Args:
+        case: the scenario, resolved for the phase.
+        found: candidates; those of the other phase are passed over.
+        policies: references; none takes max clock, the best static one and BiScale's own.
+        tuned: choose free parameters on tuning workloads.
+        oracle_seeds: workloads for which the optimum is computed; None for all.
     """
-    from biscale_env.config.loader import validate
-    from biscale_env.evaluation.experiment.policy_jobs import parse, plan
-    from biscale_env.evaluation.experiment.scenarios import Scenario, load_scenario, resolve
-
-    scenario = validate(
-        load_scenario(name).model_dump() | dict(changes), Scenario, f"scenario {name}"
-    )
-    case = resolve(scenario, phase)
-    chosen = parse(policies or f"max,static-best,{BISCALE_OWN[phase]}", (phase,))[phase]
-    jobs = plan(scenario, case, chosen, tuned, oracle_seeds)
+    scenario, phase = case.scenario, case.phase
+    own = policies or ("max", "static-best", BISCALE_OWN[phase])
+    jobs = plan(scenario, case, choose(own, (phase,))[phase], tuned, oracle_seeds)
     seeds = tuple(range(scenario.seeds))
     return jobs + [
         ComparisonJob(
             scenario,
             phase,
             AGENT,
-            str(path),
+            one.build,
             member,
             seeds,
-            training_seed=seed,
-            variant="tuned" if tuned and setting_grid(str(path), phase) else "",
+            training_seed=one.training_seed,
+            variant=variant_of(one.build, phase, tuned),
         )
-        for seed, path in found
-        if phase_of(path) == phase
+        for one in found
+        if phase in one.phases
         for member in scenario.members
     ]
+
+
+def changed_scenario(name: str, changes: Mapping[str, Any]) -> Scenario:
+    """A named scenario with some keys changed.
+
+    Raises:
+        BiscaleError: no such scenario, an unknown key or an impossible value.
+    """
+    return load_scenario(name).changed(**changes)
+
+
+def case_of(name: str, changes: Mapping[str, Any], phase: str) -> Case:
+    """A named scenario with some keys changed, resolved for a phase.
+
+    Raises:
+        Infeasible: max clock itself cannot serve it at any load.
+        BiscaleError: as of :func:`changed_scenario`.
+    """
+    return resolve(changed_scenario(name, changes), phase)

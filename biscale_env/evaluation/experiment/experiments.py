@@ -20,15 +20,15 @@ class Experiment(Config):
         about: one sentence on what it answers.
         workloads: base scenarios (``configs/scenarios``), one per workload.
         phases: phases it runs.
-        loads: shares of capacity.
+        loads: fractions of capacity.
         slos: SLO names.
         gpu: GPU of every instance, name or YAML file; None takes the workload's.
         llm: LLM, likewise.
         model: fitted model, likewise.
         delays_s: actuation delays; a null entry takes that of the ensemble member.
         members: ensemble members.
-        policies: build strings; ``all`` for the default ones of the phase, ``ablations``,
-            ``beliefs``.
+        policies: entries ``[label=]name``, each in the syntax of :mod:`biscale_env.policies`;
+            ``all`` for the default ones of the phase, ``ablations``, ``beliefs``.
         tune: choose the free parameters of every policy on tuning workloads.
         seeds: workload seeds.
         oracle_seeds: workloads for which the optimum is computed, the first few; a number, or one

@@ -1,13 +1,15 @@
 """Digests of what a comparison is made from, so that a resumed one cannot mix two of a name."""
 
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
 
-from biscale_env.evaluation.experiment.agent_jobs import checkpoint_path, is_checkpoint, split_build
 from biscale_env.evaluation.experiment.compare import ComparisonJob
 from biscale_env.evaluation.experiment.scenarios import Case, resolve
 from biscale_env.evaluation.runs.provenance import file_hash, text_hash
 from biscale_env.models.coefficient_files import find_file, members_path
+from biscale_env.policies import find_policy
+from biscale_env.policies.checkpoint_source import CheckpointSource
+from biscale_env.policies.class_source import ClassSource
+from biscale_env.policies.policy_source import PLANNED
 
 
 def inputs_of(jobs: Iterable[ComparisonJob]) -> dict[str, str]:
@@ -24,8 +26,8 @@ def inputs_of(jobs: Iterable[ComparisonJob]) -> dict[str, str]:
         if point not in done:
             done.add(point)
             found |= case_inputs(resolve(job.scenario, job.phase))
-        if is_checkpoint(job.build):
-            found |= checkpoint_inputs(job.build, job.phase)
+        if job.build not in PLANNED:
+            found |= policy_inputs(job.build, job.phase)
     return found
 
 
@@ -51,18 +53,19 @@ def case_inputs(case: Case) -> dict[str, str]:
     return found
 
 
-def checkpoint_inputs(build: str, phase: str) -> dict[str, str]:
-    """The file of a learned policy, and the configuration beside one of Stable-Baselines3."""
-    name, _ = split_build(build)
-    path = checkpoint_path(name, phase)
-    return {
-        f"checkpoint {name} ({file.name})": file_hash(file)
-        for file in _files(path)
-        if file.is_file()
-    }
+def policy_inputs(build: str, phase: str) -> dict[str, str]:
+    """Files of a policy that is not part of this package.
 
-
-def _files(path: Path) -> Iterator[Path]:
-    yield path
-    if path.suffix == ".zip":
-        yield path.with_name("config.yaml")
+    The checkpoint of a learned one, with the configuration beside a model of Stable-Baselines3, or
+    the source file of a class from outside.
+    """
+    source = find_policy(build)
+    if isinstance(source, CheckpointSource):
+        path = source.path(phase)
+        kind, name = "checkpoint", source.base
+        files = [path, *([path.with_name("config.yaml")] if path.suffix == ".zip" else [])]
+    elif isinstance(source, ClassSource):
+        kind, name, files = "policy", build.partition(":")[0], source.files()
+    else:
+        return {}
+    return {f"{kind} {name} ({file.name})": file_hash(file) for file in files if file.is_file()}

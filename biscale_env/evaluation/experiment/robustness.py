@@ -4,19 +4,12 @@ One agent in distribution, under shifted conditions, and on unseen workloads, ke
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from pydantic import Field
 
 from biscale_env.config.loader import Config, load_named
-from biscale_env.evaluation.experiment.agent_jobs import AGENT, BISCALE_OWN, scenario_jobs
-from biscale_env.evaluation.experiment.compare import ComparisonJob
-from biscale_env.evaluation.experiment.scenarios import Infeasible
-from biscale_env.evaluation.report.agent_table import STATIC, percent, saving, shown, target
-
-BETWEEN = ": "
+from biscale_env.evaluation.report.robustness_table import BETWEEN
 
 
 class Condition(Config):
@@ -44,51 +37,21 @@ class Robustness(Config):
     about: str
     splits: dict[str, tuple[Condition, ...]] = Field(min_length=1)
 
+    def scenarios(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Scenario and changes of every condition.
 
-def robustness_jobs(
-    name: str,
-    phase: str,
-    found: list[tuple[int, Path]],
-    changes: dict[str, Any],
-    tuned: bool,
-    infeasible: list[Infeasible],
-) -> Iterator[ComparisonJob]:
-    """Jobs of all conditions; the scenario of each is called ``split: name``, so that the results
-    frame keeps them apart.
+        Its name becomes ``split: name``, so that the results frame keeps the splits apart.
+        """
+        for split, conditions in self.splits.items():
+            for condition in conditions:
+                name = f"{split}{BETWEEN}{condition.name}"
+                yield condition.scenario, {**condition.changes, "name": name}
+
+
+def load_robustness(name: str) -> Robustness:
+    """The conditions ``configs/robustness/<name>.yaml``, or of a YAML file.
+
+    Raises:
+        BiscaleError: no such file, an unknown key or an impossible value.
     """
-    for split, conditions in load_named("robustness", name, Robustness).splits.items():
-        for condition in conditions:
-            point = changes | condition.changes | {"name": f"{split}{BETWEEN}{condition.name}"}
-            try:
-                yield from scenario_jobs(condition.scenario, phase, found, None, point, tuned)
-            except Infeasible as error:
-                infeasible.append(error)
-
-
-def markdown(results: pd.DataFrame) -> str:
-    """One row per phase, split and condition.
-
-    Max clock, best static, BiScale's own, the agent and the paired difference.
-    """
-    head = [
-        "phase",
-        "split",
-        "condition",
-        "max clock",
-        "best static",
-        "BiScale's own",
-        "agent",
-        "agent - own, points",
-    ]
-    lines = ["| " + " | ".join(head) + " |", "|---|---|---|" + "---:|" * (len(head) - 3)]
-    for (phase, scenario), rows in results.groupby(["phase", "scenario"], sort=False):
-        split, _, name = str(scenario).partition(BETWEEN)
-        own = BISCALE_OWN[str(phase)]
-        policies = ("max", STATIC, own, AGENT)
-        parts = {policy: rows[rows["policy"] == policy] for policy in policies}
-        if parts[AGENT].empty:  # a run that was broken off
-            continue
-        cells = [str(shown(parts[policy], target(rows)) or "-") for policy in policies]
-        cells.append(percent(saving(parts[AGENT], parts[own])))
-        lines.append("| " + " | ".join([str(phase), split, name, *cells]) + " |")
-    return "\n".join(lines) + "\n"
+    return load_named("robustness", name, Robustness)

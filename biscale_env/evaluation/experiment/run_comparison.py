@@ -1,10 +1,13 @@
 """Running planned jobs with a progress bar, and what is shown at the end."""
 
+import itertools
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import pandas as pd
 from rich.console import Console
@@ -20,9 +23,14 @@ from rich.progress import (
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import write_whole
 from biscale_env.evaluation.experiment.compare import ComparisonJob, JobOutcome, run_jobs
-from biscale_env.evaluation.experiment.policy_jobs import Policies, plan
+from biscale_env.evaluation.experiment.policy_jobs import plan
+from biscale_env.evaluation.experiment.policy_list import NamedPolicy
 from biscale_env.evaluation.experiment.scenarios import Infeasible, Scenario, resolve
+from biscale_env.evaluation.report.page import write_report
+from biscale_env.evaluation.report.tables import print_table
 from biscale_env.evaluation.runs import run_files
+from biscale_env.evaluation.runs.results import scenario_label
+from biscale_env.evaluation.runs.run_view import load_run
 from biscale_env.evaluation.runs.rundir import RunDirectory
 
 
@@ -37,7 +45,7 @@ class Prepared:
 def prepare(
     points: Sequence[Scenario],
     phases: Sequence[str],
-    policies: dict[str, list[tuple[str, str]]],
+    policies: Mapping[str, Sequence[NamedPolicy]],
     tuned: bool,
     oracle_seeds: Mapping[str, int] | None,
 ) -> Prepared:
@@ -45,24 +53,26 @@ def prepare(
 
     One that max clock cannot serve at any load is named, not hidden.
 
+    Args:
+        points: operating points.
+        phases: phases of each.
+        policies: policies of each phase.
+        tuned: choose free parameters on tuning workloads.
+        oracle_seeds: workloads per phase for which the optimum is computed; None for all.
+
     Raises:
         BiscaleError: no point can be served, or a mistake in a policy's parameters.
     """
-    jobs, infeasible = [], []
-    for point in points:
-        for phase in phases:
-            try:
-                case = resolve(point, phase)
-            except Infeasible as error:
-                infeasible.append(error)
-                continue
-            jobs += plan(
-                point,
-                case,
-                policies[phase],
-                tuned,
-                None if oracle_seeds is None else oracle_seeds[phase],
-            )
+    jobs: list[ComparisonJob] = []
+    infeasible: list[Infeasible] = []
+    for point, phase in itertools.product(points, phases):
+        try:
+            case = resolve(point, phase)
+        except Infeasible as error:
+            infeasible.append(error)
+            continue
+        limit = None if oracle_seeds is None else oracle_seeds[phase]
+        jobs += plan(point, case, policies[phase], tuned, limit)
     if not jobs:
         raise infeasible[0]
     return Prepared(jobs, infeasible)
@@ -74,37 +84,52 @@ def run_all(
     n_jobs: int | None,
     infeasible: Sequence[Infeasible] = (),
 ) -> None:
-    """Run what is not finished yet; every finished run is on disk before the next is awaited."""
+    """Run what is not finished yet; every finished run is on disk before the next is awaited.
+
+    Args:
+        run: where to.
+        jobs: all jobs, finished ones too.
+        n_jobs: processes; None for all cores.
+        infeasible: points to name beside the results.
+    """
     run.name_infeasible([error.point for error in infeasible])
     todo = [job for job in jobs if not all(run.has(job.key(seed)) for seed in job.seeds)]
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     done = len(jobs) - len(todo)
+    console = Console(stderr=True)
     try:
-        with Progress(
-            *columns, console=Console(stderr=True), disable=not sys.stderr.isatty()
-        ) as progress:
+        with (
+            Progress(*_COLUMNS, console=console, disable=not sys.stderr.isatty()) as progress,
+            closing(run_jobs(todo, n_jobs or os.cpu_count() or 1)) as outcomes,
+        ):
             task = progress.add_task("runs", total=len(jobs), completed=done)
-            for outcome in run_jobs(todo, Policies(), n_jobs or os.cpu_count() or 1):
-                for record in outcome.records:
-                    run.add(record, keep_timeline=record.workload_seed == 0)
-                keep_tuning(run.path, outcome)
+            for outcome in outcomes:
+                _keep(run, outcome)
                 done += 1
-                progress.update(
-                    task, completed=done, description=f"{outcome.job.phase} {outcome.job.policy}"
-                )
+                name = f"{outcome.job.phase} {outcome.job.policy}"
+                progress.update(task, completed=done, description=name)
     except KeyboardInterrupt:
         kept = f"{done} of {len(jobs)} are finished and kept in {run.path}"
         print(
-            f"biscale: interrupted; {kept}: the same command with --out {run.path} --resume goes on",
+            f"biscale: interrupted; {kept}: "
+            f"the same command with --out {run.path} --resume goes on",
             file=sys.stderr,
         )
         raise
+
+
+_COLUMNS: Final = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+)
+
+
+def _keep(run: RunDirectory, outcome: JobOutcome) -> None:
+    for record in outcome.records:
+        run.add(record, keep_timeline=record.workload_seed == 0)
+    keep_tuning(run.path, outcome)
 
 
 def keep_tuning(folder: Path, outcome: JobOutcome) -> None:
@@ -127,12 +152,18 @@ def keep_tuning(folder: Path, outcome: JobOutcome) -> None:
         "reference_j": outcome.reference.energy_j,
     }
     rows = [
-        key | found | {
-            "policy": job.policy, "ensemble_member": job.member, "setting": ", ".join(f"{k}={v}" for k, v in s.params.items()),
-            "energy_j": s.energy_j, "attainment": s.attainment, "chosen": s is outcome.tuned.chosen,
+        key
+        | found
+        | {
+            "policy": job.policy,
+            "ensemble_member": job.member,
+            "setting": ", ".join(f"{k}={v}" for k, v in s.params.items()),
+            "energy_j": s.energy_j,
+            "attainment": s.attainment,
+            "chosen": s is outcome.tuned.chosen,
         }
         for s in outcome.tuned.tried
-    ]  # fmt: skip
+    ]
     frame = pd.DataFrame(rows)
     if path.is_file():
         frame = pd.concat([run_files.read_csv(path), frame], ignore_index=True)
@@ -141,11 +172,6 @@ def keep_tuning(folder: Path, outcome: JobOutcome) -> None:
 
 def conclude(folder: Path) -> None:
     """Print the table, name what is infeasible, write the report."""
-    from biscale_env.evaluation.report.page import write_report
-    from biscale_env.evaluation.report.tables import print_table
-    from biscale_env.evaluation.runs.results import scenario_label
-    from biscale_env.evaluation.runs.run_view import load_run
-
     run = load_run(folder)
     if run.results.empty:
         raise BiscaleError(f"{folder} holds no finished run: add --resume to continue it")

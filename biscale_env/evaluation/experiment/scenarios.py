@@ -1,11 +1,11 @@
-"""Scenarios: which workload, at what share of capacity, under which SLO, delay and ensemble
-members. Named ones are frozen in YAML.
+"""Scenarios: which workload, load, SLO, delay and ensemble members.
+
+Named ones are frozen in YAML.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
@@ -18,7 +18,6 @@ from biscale_env.envs.workloads import capacity_sample, generated
 from biscale_env.traces import Trace
 from biscale_env.traces import load_named as load_named_trace
 
-PHASES: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
 TUNE_SEED = 1_000_003  # workloads for tuning are generated from here on, those for tables from 0
 
 
@@ -48,7 +47,7 @@ class Scenario(WithInstance):
         name: short name used in tables.
         trace: name or path of a trace; without one, workloads are generated from ``profile``.
         profile: generator profile.
-        load: share of the capacity of one instance at max clock.
+        load: fraction of the capacity of one instance at max clock.
         delay_s: actuation delay; None takes that of the ensemble member.
         duration_s: length of generated workloads; of a trace, the part used after ``tune_fraction``
             at most.
@@ -134,39 +133,42 @@ def load_scenario(name: str) -> Scenario:
     return load_named("scenarios", name, Scenario)
 
 
-def _stamp(name: str | None) -> tuple[int, int] | None:
-    """What tells one content of a file from the next; None where no file is named."""
-    try:
-        found = Path(name).stat() if name else None
-    except OSError:
-        found = None
-    return None if found is None else (found.st_mtime_ns, found.st_size)
+Stamp = tuple[tuple[int, ...], ...]
+
+
+def _stamp(*names: str | None) -> Stamp:
+    """What tells one content of files (and of folders of files) from the next.
+
+    Names that are no paths add nothing: what is shipped does not change.
+    """
+    paths = [Path(name) for name in names if name]
+    inside = [sorted(path.iterdir()) if path.is_dir() else [path] for path in paths]
+    found = [file.stat() for files in inside for file in files if file.is_file()]
+    return tuple((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found)
 
 
 @lru_cache(maxsize=8)
-def _trace(name: str, stamp: tuple[int, int] | None) -> Trace:
+def _trace(name: str, stamp: Stamp) -> Trace:
     return load_named_trace(name)
 
 
 @lru_cache(maxsize=64)
 def _capacity(
-    phase: str, scenario_key: str, slo: Slo, stamp: tuple[int, int] | None
+    phase: str, scenario_key: str, slo: Slo, stamp: Stamp
 ) -> tuple[Plant, Capacity, Trace | None, Trace | None]:
     scenario = Scenario.model_validate_json(scenario_key)
     plant = Plant(scenario.plant_settings(phase))
     if scenario.trace is None:
         return plant, profile_capacity(plant, scenario.profile), None, None
-    tune, part = _trace(scenario.trace, stamp).split(scenario.tune_fraction)
+    tune, part = _trace(scenario.trace, _stamp(scenario.trace)).split(scenario.tune_fraction)
     if scenario.duration_s is not None and scenario.duration_s < part.duration_s:
         part = part.window(0.0, scenario.duration_s)
     if phase == "decode" and scenario.decode_duration_s is not None:
         part, tune = (
             p.window(0.0, min(scenario.decode_duration_s, p.duration_s)) for p in (part, tune)
         )
-    both = (
-        find_capacity(plant, part),
-        find_capacity(plant, tune),
-    )  # the load must be servable where it is tuned, too
+    # the load must be servable where it is tuned, too
+    both = (find_capacity(plant, part), find_capacity(plant, tune))
     return plant, min(both, key=lambda c: c.rate_rps), part, tune
 
 
@@ -175,15 +177,15 @@ def resolve(scenario: Scenario, phase: str) -> Case:
 
     Raises:
         Infeasible: not even a small load meets the SLO at max clock, so there is no capacity to
-            take a share of.
+            take a fraction of.
     """
     slo = load_slo(scenario.slo)
     capacity_part = scenario.model_copy(
         update={"name": "", "load": 1.0, "seeds": 1, "members": (-1,), "delay_s": 0.0}
     )
-    _, capacity, part, tune = _capacity(
-        phase, capacity_part.model_dump_json(), slo, _stamp(scenario.trace)
-    )
+    spec = scenario.instance
+    stamp = _stamp(scenario.trace, scenario.profile, spec.gpu, spec.llm, spec.model)
+    _, capacity, part, tune = _capacity(phase, capacity_part.model_dump_json(), slo, stamp)
     if capacity.rate_rps <= 0:
         rate_rps, attainment = capacity.tried[-1]
         plant = Plant(scenario.plant_settings(phase))
@@ -191,8 +193,9 @@ def resolve(scenario: Scenario, phase: str) -> Case:
             plant, capacity_sample(scenario.profile) if part is None else part
         )
         reason = (
-            f"even {rate_rps:.3g} req/s on one TP{scenario.tp} {scenario.dtype} instance misses SLO '{scenario.slo}' at max "
-            f"clock (attainment {attainment:.2%}; with the instance to itself, the slowest request takes {1e3 * alone_s:.0f} of "
+            f"even {rate_rps:.3g} req/s on one TP{scenario.tp} {scenario.dtype} instance misses SLO "
+            f"'{scenario.slo}' at max clock (attainment {attainment:.2%}; with the instance to "
+            f"itself, the slowest request takes {1e3 * alone_s:.0f} of "
             f"{1e3 * plant.slo.bound_s(phase):.0f} ms); use a wider SLO or a larger TP"
         )
         raise Infeasible(scenario, phase, reason)

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from biscale_env.evaluation.experiment.agent_jobs import AGENT, BISCALE_OWN
 from biscale_env.evaluation.stats.bootstrap import (
     Interval,
     crossed_bootstrap,
@@ -18,10 +17,10 @@ from biscale_env.evaluation.stats.bootstrap import (
     paired_difference,
 )
 from biscale_env.evaluation.stats.targets import judged_target
+from biscale_env.policies.policy_source import AGENT, BISCALE_OWN, ORACLE, STATIC_BEST
 
 SEED = 20240229
 POINT = ["phase", "scenario", "load"]
-STATIC, ORACLE = "static-best", "oracle"
 HEAD = (
     "scenario", "load", "max clock", "best static", "BiScale's own", "agent", "agent - own", "agent - static", "oracle",
     "gap closed", "training seeds", "that hold",
@@ -138,11 +137,12 @@ def point_row(rows: pd.DataFrame, phase: str, shipped: int | None) -> list[str]:
     own, parts = BISCALE_OWN[phase], split(rows, shipped)
     nothing, asked = rows.iloc[:0], target(rows)
     cells = [
-        str(shown(parts.get(name, nothing), asked) or "-") for name in ("max", STATIC, own, AGENT)
+        str(shown(parts.get(name, nothing), asked) or "-")
+        for name in ("max", STATIC_BEST, own, AGENT)
     ]
     against = [
         percent(saving(parts[AGENT], parts[name])) if name in parts else "-"
-        for name in (own, STATIC)
+        for name in (own, STATIC_BEST)
     ]
     closed = gap_closed(parts, own)
     oracle = str(shown(parts.get(ORACLE, nothing), asked) or "-")
@@ -168,22 +168,25 @@ def scores(results: pd.DataFrame, phase: str) -> dict[str, Any]:
     """IQM of the scores (0: max clock, 1: oracle; without an oracle the saving against max clock)
     over training seeds x workloads.
 
-    Points that max clock itself cannot serve within the SLO are left out. Training seeds are
+    Points that max clock itself cannot serve within the SLO, or without BiScale's own controller,
+    are left out (``points`` says how many are there; with none there is nothing else). Training seeds are
     resampled together for all points, and workloads within each; ``better`` is the probability that
     a run saves more than BiScale's own controller on the same workload.
     """
     rng, mine, own, better = np.random.default_rng(SEED), [], [], []
     for _, rows in results[results["phase"] == phase].groupby(POINT, sort=False):
         parts = split(rows, None)
-        if parts["seeds"].empty or not attainment(parts.get("max", rows.iloc[:0])) >= float(
-            rows["slo_attainment"].iloc[0]
-        ):
+        served = attainment(parts.get("max", rows.iloc[:0]))
+        there = not parts["seeds"].empty and BISCALE_OWN[phase] in parts
+        if not there or not served >= float(rows["slo_attainment"].iloc[0]):
             continue
         a, b = by_seed(parts["seeds"]), by_seed(parts[BISCALE_OWN[phase]])
         room = 1.0 - float(parts[ORACLE]["energy_ratio"].mean()) if ORACLE in parts else 1.0
         mine.append((1.0 - a) / room)
         own.append((1.0 - b) / room)
         better.append((a < b) + 0.5 * (a == b))
+    if not mine:
+        return {"points": 0}
     return {
         "agent": crossed_bootstrap(mine, rng, iqm),
         "own": crossed_bootstrap(own, rng, iqm),
@@ -219,6 +222,11 @@ def markdown(results: pd.DataFrame, shipped: Mapping[str, int] | None = None) ->
 def summary(results: pd.DataFrame, phase: str) -> str:
     """The scores of a phase in one sentence."""
     s = scores(results, phase)
+    if not s["points"]:
+        return (
+            f"{phase}: no scores, since there is no point that max clock serves with the agent and "
+            f"{BISCALE_OWN[phase]} among the policies."
+        )
     what = (
         "IQM of the score (0: max clock, 1: oracle)"
         if s["oracle"]

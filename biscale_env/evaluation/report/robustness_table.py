@@ -1,0 +1,37 @@
+"""The table of ``biscale evaluate --robustness``."""
+
+import pandas as pd
+
+from biscale_env.evaluation.report.agent_table import percent, saving, shown, target
+from biscale_env.policies.policy_source import AGENT, BISCALE_OWN, STATIC_BEST
+
+BETWEEN = ": "  # between split and condition in the scenario's name of the results
+HEAD = (
+    "phase",
+    "split",
+    "condition",
+    "max clock",
+    "best static",
+    "BiScale's own",
+    "agent",
+    "agent - own, points",
+)
+
+
+def robustness_markdown(results: pd.DataFrame) -> str:
+    """One row per phase, split and condition.
+
+    Max clock, best static, BiScale's own, the agent and the paired difference.
+    """
+    lines = ["| " + " | ".join(HEAD) + " |", "|---|---|---|" + "---:|" * (len(HEAD) - 3)]
+    for (phase, scenario), rows in results.groupby(["phase", "scenario"], sort=False):
+        split, _, name = str(scenario).partition(BETWEEN)
+        own = BISCALE_OWN[str(phase)]
+        policies = ("max", STATIC_BEST, own, AGENT)
+        parts = {policy: rows[rows["policy"] == policy] for policy in policies}
+        if parts[AGENT].empty:  # a run that was broken off
+            continue
+        cells = [str(shown(parts[policy], target(rows)) or "-") for policy in policies]
+        cells.append(percent(saving(parts[AGENT], parts[own])))
+        lines.append("| " + " | ".join([str(phase), split, name, *cells]) + " |")
+    return "\n".join(lines) + "\n"
