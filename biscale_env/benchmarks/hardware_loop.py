@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from biscale_env.config import InstanceSpec
 from biscale_env.hardware.emulation.emulate import PHASES, Emulation, EmulatorSettings
 from biscale_env.hardware.engines.hook.sender import Sender
 from biscale_env.hardware.engines.hook.vllm_hook import SchedulerWatcher
-from biscale_env.hardware.replay.assemble import read_raw
 from biscale_env.hardware.replay.client import dispatch_errors_s
 from biscale_env.hardware.replay.closed_loop import ClosedLoopReplay, ReplaySettings
+from biscale_env.hardware.replay.raw_log import read_raw
 from biscale_env.traces import Trace
 
 RATE_RPS = 50.0
@@ -136,17 +137,24 @@ def loop_figures(
     chosen = policies or {"prefill": "mpc", "decode": "slack"}
     folder = Path(tempfile.mkdtemp(prefix="biscale-"))
     try:
-        settings = EmulatorSettings(folder / "gpus", folder / "s", ports=(8190, 8290), max_seqs=512)
+        settings = EmulatorSettings(
+            folder / "gpus", folder / "s", ports=(8190, 8290), instance=InstanceSpec(max_seqs=512)
+        )
         with Emulation(settings) as emulation:
             prefill, decode = emulation.urls
-            replay = ClosedLoopReplay(
-                ReplaySettings(
-                    policies=chosen, decode_url=decode, prefill_url=prefill, gpus={p: tuple(map(str, settings.gpus(p))) for p in PHASES},
-                    backend=f"fake:{settings.state}", engine="emulated", sockets=settings.sockets, max_seqs=512, delay_s=settings.delay_s,
-                ),
-                _trace(duration_s, rate_rps),
-                folder / "raw",
-            )  # fmt: skip
+            replay_settings = ReplaySettings(
+                policies=chosen,
+                decode_url=decode,
+                prefill_url=prefill,
+                gpus={p: tuple(map(str, settings.gpus(p))) for p in PHASES},
+                backend=f"fake:{settings.state}",
+                engine="emulated",
+                sockets=settings.sockets,
+                instance=settings.instance,
+                delay_s=settings.delay_s,
+            )
+            trace = _trace(duration_s, rate_rps)
+            replay = ClosedLoopReplay(replay_settings, trace, folder / "raw")
             replay.run()
         raw = read_raw(folder / "raw")
     finally:

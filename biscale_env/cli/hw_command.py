@@ -32,6 +32,8 @@ from biscale_env.cli.hw_options import (
     open_log,
     parse_groups,
 )
+from biscale_env.cli.instance_options import GpuName, LlmName
+from biscale_env.cli.settings_file import SettingsFile
 
 if TYPE_CHECKING:
     from biscale_env.hardware.emulation.emulate import EmulatorSettings
@@ -175,6 +177,7 @@ def actuate_command(
     log: Annotated[
         Path | None, typer.Option(help="JSON lines of every clock change with all time stamps.")
     ] = None,
+    settings: SettingsFile = None,
 ) -> None:
     """Own the clocks of these GPUs until a signal; needs root with NVML.
 
@@ -239,9 +242,11 @@ def emulate_command(
     prefill_port: int = 8100,
     decode_port: int = 8200,
     instance: Instance = None,
+    gpu: GpuName = None,
+    llm: LlmName = None,
+    model: Model = None,
     tp: Tp = None,
     dtype: Dtype = None,
-    model: Model = None,
     token_budget: TokenBudget = None,
     max_seqs: MaxSeqs = None,
     max_model_len: int = 16_384,
@@ -254,6 +259,7 @@ def emulate_command(
     phase: Annotated[
         str, typer.Option(help="both, or one engine on an existing --state.")
     ] = "both",
+    settings: SettingsFile = None,
 ) -> None:
     """Serve an emulated prefill and decode engine in real time, on fake GPUs. Needs no GPU.
 
@@ -261,24 +267,18 @@ def emulate_command(
     """
     from biscale_env.hardware.emulation.emulate import EmulatorSettings
 
-    spec = instance_of(
-        instance, tp=tp, dtype=dtype, model=model, token_budget=token_budget, max_seqs=max_seqs
-    )
-    settings = EmulatorSettings(
+    limits = {"tp": tp, "dtype": dtype, "token_budget": token_budget, "max_seqs": max_seqs}
+    emulated = EmulatorSettings(
         state=state.absolute(),
         sockets=sockets.absolute(),
         host=host,
         ports=(prefill_port, decode_port),
-        tp=spec.tp,
-        dtype=spec.dtype,
-        model=spec.model,
-        token_budget=spec.token_budget,
-        max_seqs=spec.max_seqs,
+        instance=instance_of(instance, gpu=gpu, llm=llm, model=model, **limits),
         max_model_len=max_model_len,
         delay_s=delay,
         member=member,
     )
-    _emulate(settings, phase)
+    _emulate(emulated, phase)
 
 
 def _emulate(settings: "EmulatorSettings", phase: str) -> None:
@@ -295,7 +295,7 @@ def _emulate(settings: "EmulatorSettings", phase: str) -> None:
         prefill, decode = emulation.urls
         typer.echo(
             f"emulated engines at {prefill} (prefill) and {decode} (decode), "
-            f"{2 * settings.tp} fake GPUs in {settings.state}"
+            f"{2 * settings.instance.tp} fake GPUs in {settings.state}"
         )
         typer.echo(
             f"in another terminal: biscale replay --backend fake:{settings.state} "
@@ -330,6 +330,7 @@ def control_command(
     ] = None,
     gpus: Annotated[str, typer.Option(help="GPUs to read power from, e.g. 0,1,2,3.")] = "",
     log: Annotated[Path | None, typer.Option(help="JSON lines of every decision.")] = None,
+    settings: SettingsFile = None,
 ) -> None:
     """Decide the clock of one engine instance from its records, until a signal."""
     from biscale_env.envs.plant import Plant, PlantSettings

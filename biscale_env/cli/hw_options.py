@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from biscale_env.config import InstanceSpec
 
 SOCKETS = Path("/tmp/biscale")
-ENGINE_MAX_SEQS = 256  # requests per batch of an engine that nothing else is said about: vLLM's
 Backend = Annotated[str, typer.Option(help="nvml, zeusd[:SOCKET] or fake:STATE_FILE.")]
 Sockets = Annotated[
     Path, typer.Option(help="Folder of the sockets between hook, controller and actuator.")
@@ -117,8 +116,9 @@ def instance_of(file: Path | None, **changes: object) -> "InstanceSpec":
         BiscaleError: the file cannot be read, or a value makes no sense.
     """
     from biscale_env.config import InstanceSpec
+    from biscale_env.hardware.engines.engine_instance import ENGINE_INSTANCE
 
-    spec = InstanceSpec.from_yaml(file) if file else InstanceSpec(max_seqs=ENGINE_MAX_SEQS)
+    spec = InstanceSpec.from_yaml(file) if file else ENGINE_INSTANCE
     return spec.changed(**{key: value for key, value in changes.items() if value is not None})
 
 

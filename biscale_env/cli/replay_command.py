@@ -1,16 +1,31 @@
 """``biscale replay`` and ``biscale validate``."""
 
-import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from biscale_env.cli.hw_options import SOCKETS, need_extra, need_hardware, parse_groups
+from biscale_env.cli.hw_options import (
+    SOCKETS,
+    Backend,
+    Dtype,
+    Instance,
+    MaxSeqs,
+    Model,
+    TokenBudget,
+    Tp,
+    instance_of,
+    need_extra,
+    need_hardware,
+    parse_groups,
+)
+from biscale_env.cli.instance_options import GpuName, LlmName
 
 if TYPE_CHECKING:
-    from biscale_env.hardware.replay.assemble import Raw
-    from biscale_env.hardware.replay.closed_loop import ReplayOutcome, ReplaySettings
+    from rich.console import Console
+
+    from biscale_env.hardware.replay.closed_loop import ReplaySettings
+    from biscale_env.hardware.replay.measured_run import MeasuredRun
     from biscale_env.traces import Trace
 
 
@@ -21,6 +36,7 @@ def register(app: typer.Typer) -> None:
 
 
 def replay_command(
+    *,
     trace: Annotated[str, typer.Option(help="Trace: file or name.")],
     decode: Annotated[
         str, typer.Option(help="Address of the engine that streams (decode pool or router).")
@@ -28,14 +44,15 @@ def replay_command(
     policy: Annotated[
         list[str],
         typer.Option(
-            help="biscale, mpc, slack, static:1200, CHECKPOINT, recorded.parquet, or PHASE=POLICY; repeatable."
+            help="biscale, mpc, slack, static:1200, agent, CHECKPOINT, module:Class, "
+            "recorded.parquet, or PHASE=POLICY; repeatable."
         ),
     ] = ["biscale"],  # noqa: B006 - typer copies it
     prefill: Annotated[str | None, typer.Option(help="Address of the prefill engine.")] = None,
     engine: Annotated[
         str, typer.Option(help="vllm, sglang, dynamo or emulated: a label in the results.")
     ] = "vllm",
-    backend: Annotated[str, typer.Option(help="nvml, zeusd[:SOCKET] or fake:STATE_FILE.")] = "nvml",
+    backend: Backend = "nvml",
     gpus: Annotated[
         list[str] | None,
         typer.Option(help="GPUs per phase; default prefill=0-3 and decode=4-7 (with TP 4)."),
@@ -52,18 +69,21 @@ def replay_command(
     ] = SOCKETS,
     out: Annotated[Path, typer.Option(help="Run directory to write.")] = Path("runs/replay"),
     duration: Annotated[
-        float | None, typer.Option(help="ClosedLoopReplay this many seconds of the trace.")
+        float | None, typer.Option(help="Replay this many seconds of the trace.")
     ] = None,
     rate: Annotated[
-        float | None, typer.Option(help="Choose requests to this mean rate, requests/s.")
+        float | None, typer.Option(help="Thin the trace to this mean rate, requests/s.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of requests.")] = 0,
-    slo: str = "biscale",
-    model: str = "h100-llama70b",
-    tp: int = 4,
-    dtype: str = "bf16",
-    token_budget: int = 2048,
-    max_seqs: int = 256,
+    seed: Annotated[int, typer.Option(help="Of the thinning.")] = 0,
+    instance: Instance = None,
+    gpu: GpuName = None,
+    llm: LlmName = None,
+    model: Model = None,
+    tp: Tp = None,
+    dtype: Dtype = None,
+    slo: Annotated[str | None, typer.Option(help="SLO; default biscale.")] = None,
+    token_budget: TokenBudget = None,
+    max_seqs: MaxSeqs = None,
     delay: Annotated[
         float | None, typer.Option(help="Expected actuation delay, s; default the model's.")
     ] = None,
@@ -77,85 +97,54 @@ def replay_command(
         typer.Option(help="Wait so many seconds at most for engines that are still starting."),
     ] = 0.0,
 ) -> None:
-    """ClosedLoopReplay a trace against a running engine while a policy controls the clocks.
+    """Replay a trace against a running engine while a policy controls the clocks.
 
     Write a run directory.
     """
     need_hardware()
+    from biscale_env.hardware.replay import measured_run
     from biscale_env.hardware.replay.closed_loop import (
         ReplaySettings,
         policies_by_phase,
         wait_for_engines,
     )
 
+    limits = {"tp": tp, "dtype": dtype, "token_budget": token_budget, "max_seqs": max_seqs}
+    spec = instance_of(instance, gpu=gpu, llm=llm, model=model, slo=slo, **limits)
     phases = ("prefill", "decode") if prefill else ("decode",)
-    groups = parse_groups(gpus or [f"prefill=0-{tp - 1}", f"decode={tp}-{2 * tp - 1}"])
+    groups = parse_groups(
+        gpus or [f"prefill=0-{spec.tp - 1}", f"decode={spec.tp}-{2 * spec.tp - 1}"]
+    )
     settings = ReplaySettings(
-        policies=policies_by_phase(list(policy), phases), decode_url=decode, prefill_url=prefill, gpus=_groups_of(groups, phases),
-        backend=backend, engine=engine, sockets=sockets.absolute(), own_actuator=actuator, observe_only=observe_only, slo=slo,
-        model=model, tp=tp, dtype=dtype, token_budget=token_budget, max_seqs=max_seqs, delay_s=delay, lease_s=lease,
-        vocabulary=vocabulary, stall_s=stall,
-    )  # fmt: skip
-    load = _load_of(trace, duration, rate, seed)
-    _must_be_free(out)
+        policies=policies_by_phase(list(policy), phases),
+        decode_url=decode,
+        prefill_url=prefill,
+        gpus=measured_run.gpus_of_phases(groups, phases),
+        backend=backend,
+        engine=engine,
+        sockets=sockets.absolute(),
+        own_actuator=actuator,
+        observe_only=observe_only,
+        instance=spec,
+        delay_s=delay,
+        lease_s=lease,
+        vocabulary=vocabulary,
+        stall_s=stall,
+    )
+    load = measured_run.trace_to_replay(trace, duration, rate, seed)
+    measured_run.must_be_free(out)
     wait_for_engines([url for url in (prefill, decode) if url], wait)
-    outcome, raw = run_replay(settings, load, out)
-    _tell(raw, outcome, out)
+    done = _with_progress(settings, load, out)
+    _tell(done)
+    done.raise_trouble()
 
 
-def _groups_of(
-    groups: dict[str, tuple[str, ...]], phases: tuple[str, ...]
-) -> dict[str, tuple[str, ...]]:
-    from biscale_env.core.errors import BiscaleError
-
-    missing = [phase for phase in phases if phase not in groups]
-    if missing:
-        raise BiscaleError(f"--gpus names no GPUs for {missing[0]}: add --gpus {missing[0]}=...")
-    return {phase: groups[phase] for phase in phases}
-
-
-def _must_be_free(out: Path) -> None:
-    """A replay measures once: it cannot take up what an earlier one left behind."""
-    from biscale_env.core.errors import BiscaleError
-    from biscale_env.evaluation.runs.run_files import CONFIG
-
-    if (out / CONFIG).is_file():
-        raise BiscaleError(f"{out} holds a run already; choose another --out")
-
-
-def _load_of(name: str, duration: float | None, rate: float | None, seed: int) -> "Trace":
-    from biscale_env.core.errors import BiscaleError
-    from biscale_env.traces import load_named, read_trace
-
-    trace = read_trace(Path(name)) if Path(name).exists() else load_named(name)
-    if rate is not None:
-        trace = trace.scaled_to(rate, seed)
-    if duration is not None:
-        trace = trace.window(0.0, duration)
-    if not len(trace):
-        raise BiscaleError(
-            f"{name}: no request within the first {duration:g} s: use a longer --duration"
-        )
-    return trace
-
-
-def run_replay(
-    settings: "ReplaySettings", trace: "Trace", out: Path
-) -> "tuple[ReplayOutcome, Raw]":
-    """ClosedLoopReplay into a run directory.
-
-    What was measured is kept when the engine goes away midway.
-
-    Raises:
-        BiscaleError: something does not start, or the engine went away.
-    """
+def _with_progress(settings: "ReplaySettings", trace: "Trace", out: Path) -> "MeasuredRun":
+    """Replay under a progress bar."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from biscale_env.evaluation.report.page import write_report
-    from biscale_env.evaluation.runs.run_view import load_run
-    from biscale_env.evaluation.runs.rundir import RunDirectory
-    from biscale_env.hardware.replay.assemble import read_raw, run_record
-    from biscale_env.hardware.replay.closed_loop import ClosedLoopReplay
+    from biscale_env.hardware.replay.client import RequestRecord
+    from biscale_env.hardware.replay.measured_run import run_replay
 
     columns = (
         TextColumn("replaying"),
@@ -168,85 +157,62 @@ def run_replay(
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("replay", total=len(trace), failed="")
 
-        def tell(record: Any) -> None:
+        def tell(record: RequestRecord) -> None:
             nonlocal failed
-            failed += bool(record.error)
+            failed += record.failed
             bar.update(task, advance=1, failed=f"{failed} failed" if failed else "")
 
-        config = {
-            "replay": settings.plain(),
-            "trace": {"name": trace.name, "source": trace.source, "requests": len(trace)},
-        }
-        raw_folder = out / "raw"
-        replay = ClosedLoopReplay(settings, trace, raw_folder, tell)
-        empty = not (out.is_dir() and any(out.iterdir()))
-        try:
-            with RunDirectory(out, config, inputs={f"trace {trace.name}": trace.sha256}) as run:
-                outcome = replay.run()
-                raw = read_raw(raw_folder)
-                for phase in raw.phases:
-                    run.add(run_record(raw, phase, replay.plants[phase].gpu.freq_max_mhz))
-        except BaseException:
-            log = raw_folder / "requests.jsonl"
-            if empty and not (
-                log.is_file() and log.stat().st_size
-            ):  # nothing was measured: the same command may be given again
-                shutil.rmtree(out, ignore_errors=True)
-            raise
-    write_report(load_run(out))
-    return outcome, raw
+        return run_replay(settings, trace, out, tell)
 
 
-def _tell(raw: "Raw", outcome: "ReplayOutcome", out: Path) -> None:
+def _tell(done: "MeasuredRun") -> None:
+    """Print metrics, latencies of the loop and problems."""
     from rich.console import Console
-    from rich.table import Table
 
-    from biscale_env.core.errors import BiscaleError
-    from biscale_env.evaluation.runs.run_view import load_run
     from biscale_env.hardware.replay.closed_loop import INTERRUPTED
 
-    table = Table(
-        "phase",
-        "policy",
-        "sent",
-        "P50",
-        "P99",
-        "SLO met",
-        "energy",
-        "per output token",
-        title=str(out),
-    )
-    for row in load_run(out).results.to_dict("records"):
+    console = Console()
+    if done.view is not None:
+        _tell_results(console, done)
+    for problem in done.outcome.problems:
+        console.print(f"[yellow]{problem}[/]")
+    if done.outcome.gone == INTERRUPTED:
+        console.print(f"interrupted; clocks are restored, what was measured is in {done.out}")
+
+
+def _tell_results(console: "Console", done: "MeasuredRun") -> None:
+    from rich.table import Table
+
+    assert done.view is not None
+    rows = done.view.results.to_dict("records")
+    names = ("phase", "policy", "sent", "failed", "P50", "P99", "SLO attainment", "energy")
+    table = Table(*names, "per output token", title=str(done.out))
+    for row in rows:
         metric = "ttft" if row["phase"] == "prefill" else "tpot"
         table.add_row(
-            row["phase"], row["policy"], str(len(raw.requests)), f"{row[f'{metric}_p50_s'] * 1e3:.1f} ms",
-            f"{row[f'{metric}_p99_s'] * 1e3:.1f} ms", f"{row['attainment']:.2%}", f"{row['energy_j']:,.0f} J",
+            row["phase"],
+            row["policy"],
+            str(len(done.raw.requests)),
+            str(row["failed_requests"]),
+            f"{row[f'{metric}_p50_s'] * 1e3:.1f} ms",
+            f"{row[f'{metric}_p99_s'] * 1e3:.1f} ms",
+            f"{row['attainment']:.2%}",
+            f"{row['energy_j']:,.0f} J",
             f"{row['energy_per_output_token_j']:.3f} J",
-        )  # fmt: skip
-    console = Console()
+        )
     console.print(table)
-    for row in load_run(out).results.to_dict("records"):
+    for row in rows:
         told = (
-            f"{row['phase']}: record to command P99 {row['record_to_command_p99_s'] * 1e3:.2f} ms, clock seen after median "
-            f"{row['actuation_delay_median_s'] * 1e3:.0f} ms, records lost {row.get('records_lost', 0):.0f}"
+            f"{row['phase']}: record to command P99 {row['record_to_command_p99_s'] * 1e3:.2f} ms, "
+            f"clock seen after median {row['actuation_delay_median_s'] * 1e3:.0f} ms, "
+            f"records lost {row.get('records_lost', 0):.0f}"
         )
         if row["hook_p50_s"] > 0:
-            told += f", hook {row['hook_p50_s'] * 1e6:.0f} us per iteration (P99 {row['hook_p99_s'] * 1e6:.0f} us)"
+            told += (
+                f", hook {row['hook_p50_s'] * 1e6:.0f} us per iteration "
+                f"(P99 {row['hook_p99_s'] * 1e6:.0f} us)"
+            )
         console.print(told, highlight=False)
-    for problem in outcome.problems:
-        console.print(f"[yellow]{problem}[/]")
-    if outcome.gone == INTERRUPTED:
-        console.print(f"interrupted; clocks are restored, what was measured is in {out}")
-        raise KeyboardInterrupt
-    if outcome.gone:
-        raise BiscaleError(f"{outcome.gone}; clocks are restored, what was measured is in {out}")
-    if outcome.failed:
-        raise BiscaleError(f"{outcome.failed}; clocks are restored, what was measured is in {out}")
-    failed = [r for r in raw.requests if r.error]
-    if failed:
-        raise BiscaleError(
-            f"{len(failed)} of {len(raw.requests)} requests failed, the first: {failed[0].error}; see {out}/raw"
-        )
 
 
 def validate_command(
@@ -259,43 +225,29 @@ def validate_command(
     from rich.table import Table
 
     from biscale_env.core.errors import BiscaleError
-    from biscale_env.hardware.replay.assemble import read_raw
+    from biscale_env.hardware.replay.raw_log import read_raw
     from biscale_env.hardware.replay.validate import compare
 
     raw = read_raw(run / "raw")
     rows = compare(raw)
-    table = Table(
-        "phase",
-        "quantity",
-        "measured",
-        "simulated",
-        "deviation",
-        "within",
-        title=f"simulation against {run}",
-    )
+    names = ("phase", "quantity", "measured", "simulated", "deviation", "within")
+    table = Table(*names, title=f"simulation against {run}")
     for row in rows:
-        asked = (
-            ""
-            if row.tolerance != row.tolerance
-            else f"{'yes' if row.agrees else 'NO'} ({row.tolerance:.0%})"
-        )
-        table.add_row(
-            row.phase,
-            row.quantity,
-            f"{row.measured:,.5g}",
-            f"{row.simulated:,.5g}",
-            f"{row.deviation:+.2%}",
-            asked,
-        )
+        asked = "" if row.tolerance != row.tolerance else f"({row.tolerance:.0%})"
+        within = f"{'yes' if row.agrees else 'NO'} {asked}" if asked else ""
+        numbers = f"{row.measured:,.5g}", f"{row.simulated:,.5g}", f"{row.deviation:+.2%}"
+        table.add_row(row.phase, row.quantity, *numbers, within)
     console = Console()
     console.print(table)
     for phase, late_s in (raw.facts.get("lateness_p99_s") or {}).items():
         console.print(
-            f"the emulated {phase} engine answered up to {late_s * 1e3:.1f} ms late (P99); a busy machine does that",
+            f"the emulated {phase} engine answered up to {late_s * 1e3:.1f} ms late (P99); "
+            "a busy machine does that",
             highlight=False,
         )
     missed = [row for row in rows if not row.agrees]
     if missed and strict:
         raise BiscaleError(
-            f"{missed[0].phase} {missed[0].quantity} deviates by {missed[0].deviation:+.1%}, asked was {missed[0].tolerance:.0%}"
+            f"{missed[0].phase} {missed[0].quantity} deviates by {missed[0].deviation:+.1%}, "
+            f"asked was {missed[0].tolerance:.0%}"
         )

@@ -245,7 +245,7 @@ def locked(state):
 
 
 def test_forty_requests_under_control(site):
-    from biscale_env.hardware.replay.assemble import read_raw
+    from biscale_env.hardware.replay.raw_log import read_raw
 
     folder, _, _, state = site
     process = start_replay(site, "run", 40)
@@ -282,7 +282,7 @@ def test_forty_requests_under_control(site):
 
 
 def test_serving_is_unharmed_when_the_actuator_is_killed(site):
-    from biscale_env.hardware.replay.assemble import read_raw
+    from biscale_env.hardware.replay.raw_log import read_raw
 
     folder, _, env, state = site
     process = start_replay(site, "killed", 20)

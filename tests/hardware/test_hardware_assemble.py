@@ -13,7 +13,6 @@ from biscale_env.evaluation.stats.metrics import results_row
 from biscale_env.hardware.loop.control import Decision
 from biscale_env.hardware.loop.wire import ClockChange
 from biscale_env.hardware.replay.assemble import (
-    Raw,
     at_step,
     clock_steps,
     delays_s,
@@ -22,6 +21,7 @@ from biscale_env.hardware.replay.assemble import (
     timeline_columns,
 )
 from biscale_env.hardware.replay.client import GONE_ERROR, INTERRUPTED_ERROR, RequestRecord
+from biscale_env.hardware.replay.raw_log import Raw
 from biscale_env.hardware.replay.recorder import TELEMETRY_COLUMNS, IterationRow
 from biscale_env.hardware.replay.validate import (
     Agreement,

@@ -14,24 +14,29 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
 import pytest
-from hardware_helpers import gpus_of, spawn, wait_until
+from hardware_helpers import gpus_of, read_until, spawn, wait_until
+from toy_hardware import TOY_GPU, follows_toy, on_toy_grid, toy_spec
 from typer.testing import CliRunner
 
 from biscale_env.cli import build
+from biscale_env.config import load_gpu
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.evaluation.runs.run_view import load_run
 from biscale_env.hardware.clocks.fake_gpus import FakeBackend, FakeState
 from biscale_env.hardware.emulation.emulate import Emulation, EmulatorSettings
+from biscale_env.hardware.loop.processes import Child
 from biscale_env.hardware.loop.recorded_policy import load_policy
 from biscale_env.hardware.loop.wire import ClockChange
-from biscale_env.hardware.replay.assemble import at_step, read_raw
-from biscale_env.hardware.replay.closed_loop import policies_by_phase, read_lines, wait_for_engines
-from biscale_env.hardware.replay.validate import compare
+from biscale_env.hardware.replay.assemble import at_step
+from biscale_env.hardware.replay.closed_loop import policies_by_phase, wait_for_engines
+from biscale_env.hardware.replay.raw_log import read_lines, read_raw
+from biscale_env.hardware.replay.validate import compare, plant_of
 
 # lateness of the emulated engines (P99) up to which 5 % of the smallest P99 here can be told
 CALM_S = 0.008
@@ -62,11 +67,13 @@ def write_trace(path, n, rate, prompt=(20, 1500), output=(5, 60), seed=0):
 class Lab:
     """Emulated engines and the commands that use them."""
 
-    def __init__(self, folder, state):
+    def __init__(self, folder, state, **settings):
         self.folder = folder
         self.env = {"BISCALE_HW_STATE": str(state)}
         self.gpus = folder / "gpus"
-        self.settings = EmulatorSettings(self.gpus, folder / "s", ports=(free_port(), free_port()))
+        self.settings = EmulatorSettings(
+            self.gpus, folder / "s", ports=(free_port(), free_port()), **settings
+        )
         self.emulation = Emulation(self.settings)
 
     def arguments(self, trace, out, *extra):
@@ -93,6 +100,143 @@ def lab(tmp_path, hw_state):
     lab = Lab(tmp_path, hw_state)
     yield lab
     lab.emulation.stop()
+
+
+@pytest.mark.slow
+def test_a_second_gpu_and_llm_go_through_emulate_replay_and_validate(tmp_path, hw_state):
+    """Memory, cap, clocks and levels of everything follow the instance, on the pretended GPUs too."""
+    spec = toy_spec(max_seqs=64)
+    lab = Lab(tmp_path, hw_state, instance=spec)
+    try:
+        gpus = gpus_of(lab.gpus)
+        assert len(gpus) == 2 * spec.tp
+        assert set(gpus["max_mhz"]) == {1200.0}
+        assert set(gpus["step_mhz"]) == {25.0}
+        for phase in ("prefill", "decode"):
+            follows_toy(lab.settings.plant(phase))
+        trace = write_trace(tmp_path / "t.jsonl", 20, 4.0, prompt=(20, 400))
+        spec.to_yaml(tmp_path / "toy.yaml")
+        out = tmp_path / "run"
+        code, stdout, stderr = lab.run(trace, out, "--instance", str(tmp_path / "toy.yaml"))
+        assert code == 0, stderr + stdout
+        assert lab.locked() == 0
+    finally:
+        lab.emulation.stop()
+    raw = read_raw(out / "raw")
+    assert raw.instance == spec.from_yaml(tmp_path / "toy.yaml")
+    for phase in raw.phases:
+        assert raw.decisions[phase]
+        assert on_toy_grid([d.freq_mhz for d in raw.decisions[phase]])
+        asked = [c.freq_mhz for c in raw.changes if c.group == phase and c.cause == "command"]
+        assert asked
+        assert on_toy_grid(asked)
+        follows_toy(plant_of(raw, phase))
+    sampled = raw.telemetry
+    assert sampled["power_w"].max() <= load_gpu(TOY_GPU).power_cap_w * (1 + 1e-9)
+    assert sampled["freq_mhz"].max() <= 1200.0
+    assert (load_run(out).results["tp"] == spec.tp).all()
+    shown = spawn("validate", str(out))
+    stdout, stderr = shown.communicate(timeout=60)
+    assert shown.returncode == 0, stderr
+    energy = [a for a in compare(raw) if a.quantity == "energy_j"]
+    assert all(a.agrees for a in energy), energy
+
+
+@pytest.mark.slow
+def test_a_replay_that_would_run_uncontrolled_ends_before_the_load(lab, tmp_path):
+    """Fault of 0.1: "another process listens ... already" was taken for "ready"."""
+    trace, out = write_trace(tmp_path / "t.jsonl", 5, 5.0), tmp_path / "run"
+    sockets = ("--sockets", str(lab.folder / "s"))
+    rival = spawn("hw", "control", "--phase", "decode", "--policy", "max", *sockets, env=lab.env)
+    read_until(rival, "controller ready")
+    code, stdout, stderr = lab.run(trace, out, "--policy", "max")
+    assert code == 2, stdout
+    assert stderr.strip().count("\n") == 0
+    assert "decode controller: another process listens" in stderr
+    assert not out.exists()
+    rival.terminate()
+    rival.communicate(timeout=20)
+    code, stdout, stderr = lab.run(trace, out, "--policy", "max", "--no-actuator")
+    assert code == 2, stdout
+    assert "no actuator takes commands for prefill" in stderr
+    assert not out.exists()
+    actuate = ("hw", "actuate", "--gpus", "prefill=0-3", "--gpus", "decode=4-7")
+    actuator = spawn(*actuate, "--backend", f"fake:{lab.gpus}", *sockets, env=lab.env)
+    read_until(actuator, "actuator ready")
+    code, stdout, stderr = lab.run(trace, out, "--policy", "static:1200", "--no-actuator")
+    assert code == 0, stderr
+    actuator.terminate()
+    actuator.communicate(timeout=20)
+    assert len(load_run(out).results) == 2
+
+
+@pytest.mark.slow
+def test_an_engine_without_the_hook_gets_no_result_under_a_policy_s_name(lab, tmp_path):
+    trace, out = write_trace(tmp_path / "t.jsonl", 8, 5.0), tmp_path / "run"
+    elsewhere = ("--sockets", str(tmp_path / "other"))
+    code, stdout, stderr = lab.run(trace, out, "--policy", "max", *elsewhere)
+    assert code == 2, stdout
+    assert "no record came from the prefill engine" in stderr
+    assert "there is no result of prefill" in stderr
+    raw = read_raw(out / "raw")
+    assert len([r for r in raw.requests if not r.error]) == 8
+    assert not list(out.rglob("results.parquet"))
+    watched = tmp_path / "watched"  # without control there is nothing to be mistaken about
+    code, stdout, stderr = lab.run(trace, watched, "--policy", "max", "--observe-only", *elsewhere)
+    assert code == 0, stderr
+    assert len(load_run(watched).results) == 2
+
+
+class Script(Child):
+    """A child that runs a few lines of Python instead of a command of ours."""
+
+    def __init__(self, code):
+        with mock.patch("biscale_env.hardware.loop.processes.PROGRAM", code):
+            super().__init__("the child", [])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "another process listens at ipc:///x already",
+        "biscale: the actuator is not ready",
+        "biscale: controller ready",
+        "controller ready to fail",
+        "not yet readyready",
+        "uncontroller ready",
+    ],
+)
+def test_only_the_line_itself_is_taken_for_ready(line):
+    child = Script(f"import time; print({line!r}, flush=True); time.sleep(30)")
+    try:
+        with pytest.raises(BiscaleError, match="did not get ready within"):
+            child.wait_for("controller ready", 0.7)
+    finally:
+        child.stop()
+
+
+def test_a_child_that_ends_before_it_is_ready_is_told_by_its_last_sentence():
+    child = Script("print('biscale: the port is taken')")
+    with pytest.raises(BiscaleError, match="the child: the port is taken"):
+        child.wait_for("ready", 20)
+    child.stop()
+    child = Script("import time; print('actuator ready', flush=True); time.sleep(30)")
+    child.wait_for("actuator ready", 20)
+    child.stop()
+
+
+def test_options_of_a_command_come_from_a_settings_file(tmp_path):
+    def refused(settings, *more):
+        (tmp_path / "o.yaml").write_text(settings)
+        arguments = ["hw", "control", "--settings", str(tmp_path / "o.yaml"), *more]
+        return str(CliRunner().invoke(build(), arguments).exception)
+
+    complete = f"phase: decode\npolicy: nonsense\nsockets: {tmp_path}\ntp: 4\n"
+    assert "unknown policy 'nonsense'" in refused(complete)
+    assert "unknown policy 'rubbish'" in refused(complete, "--policy", "rubbish")  # wins
+    assert "nearest known key is 'policy'" in refused("polcy: max\n")
+    assert "keys and values" in refused("- 1\n")
+    assert "o.yaml" in refused("a: [")
 
 
 def processes_of(parent):

@@ -1,26 +1,28 @@
-"""`biscale hw emulate`: fake GPUs, an emulated prefill engine and an emulated decode engine, each
-its own process.
-"""
+"""`biscale hw emulate`: fake GPUs and two emulated engines, prefill and decode, as processes."""
 
 import asyncio
 import hashlib
+import math
 import os
 import signal
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from biscale_env.config import Gpu, InstanceSpec
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.hardware.clocks.fake_gpus import FakeState, create_state
 from biscale_env.hardware.clocks.owner import hold
 from biscale_env.hardware.emulation.emulator import Instance
-from biscale_env.hardware.emulation.emulator_http import EngineServer, serve
+from biscale_env.hardware.emulation.emulator_http import EngineServer, ready_line, serve
+from biscale_env.hardware.engines.engine_instance import ENGINE_INSTANCE
 from biscale_env.hardware.engines.hook.sender import Sender
 from biscale_env.hardware.loop import wire
 from biscale_env.hardware.loop.processes import Child, tuned_for_latency
 
 PHASES = ("prefill", "decode")
+DRIVER_MIN_MHZ = 345.0  # lowest clock that an H100's driver lists
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,7 @@ class EmulatorSettings:
         sockets: folder of the record sockets.
         host: address to listen at.
         ports: port per phase.
-        tp: GPUs per instance.
-        dtype: ``bf16`` or ``fp8``.
-        model: model family.
-        token_budget: new tokens per prefill batch.
-        max_seqs: requests per batch.
+        instance: GPU, LLM, model and limits of either engine.
         max_model_len: context length.
         delay_s: actuation delay of the fake GPUs, s.
         member: ensemble member of the emulated plant.
@@ -46,11 +44,7 @@ class EmulatorSettings:
     sockets: Path
     host: str = "127.0.0.1"
     ports: tuple[int, int] = (8100, 8200)
-    tp: int = 4
-    dtype: str = "bf16"
-    model: str = "h100-llama70b"
-    token_budget: int = 2048
-    max_seqs: int = 256
+    instance: InstanceSpec = ENGINE_INSTANCE
     max_model_len: int = 16_384
     delay_s: float = 0.05
     member: int = -1
@@ -58,24 +52,50 @@ class EmulatorSettings:
     def plant(self, phase: str) -> Plant:
         """Plant of one instance."""
         settings = PlantSettings.of(
-            phase, model=self.model, tp=self.tp, dtype=self.dtype, token_budget=self.token_budget, max_seqs=self.max_seqs,
-            actuation_delay_s=self.delay_s, ensemble_member=self.member,
-        )  # fmt: skip
+            phase,
+            instance=self.instance,
+            actuation_delay_s=self.delay_s,
+            ensemble_member=self.member,
+        )
         return Plant(settings)
 
     def gpus(self, phase: str) -> list[int]:
         """Fake GPUs of one instance."""
-        first = 0 if phase == "prefill" else self.tp
-        return list(range(first, first + self.tp))
+        first = 0 if phase == "prefill" else self.instance.tp
+        return list(range(first, first + self.instance.tp))
 
-    def arguments(self, phase: str) -> list[str]:
-        """Command line of the process of one instance."""
-        return [
-            "hw", "emulate", "--phase", phase, "--state", str(self.state), "--sockets", str(self.sockets), "--host", self.host,
-            "--prefill-port", str(self.ports[0]), "--decode-port", str(self.ports[1]), "--tp", str(self.tp), "--dtype", self.dtype,
-            "--model", self.model, "--token-budget", str(self.token_budget), "--max-seqs", str(self.max_seqs),
-            "--max-model-len", str(self.max_model_len), "--delay", str(self.delay_s), "--member", str(self.member),
-        ]  # fmt: skip
+    def url(self, phase: str) -> str:
+        """Address of one engine."""
+        return f"http://{self.host}:{self.ports[PHASES.index(phase)]}"
+
+    def file(self, name: str) -> Path:
+        """A file of the emulation, beside that of its fake GPUs."""
+        return self.state.with_name(f"{self.state.name}-{name}.yaml")
+
+    def options(self, phase: str) -> dict[str, object]:
+        """Options of the process of one instance, for its settings file."""
+        return {
+            "phase": phase,
+            "state": str(self.state),
+            "sockets": str(self.sockets),
+            "host": self.host,
+            "prefill_port": self.ports[0],
+            "decode_port": self.ports[1],
+            "instance": str(self.file("instance")),
+            "max_model_len": self.max_model_len,
+            "delay": self.delay_s,
+            "member": self.member,
+        }
+
+
+def machine_limits_mhz(gpu: Gpu) -> tuple[float, float, float]:
+    """Lowest and highest clock and step of the pretended machine.
+
+    As a real driver it goes lower than what is controlled: to :data:`DRIVER_MIN_MHZ` at least.
+    """
+    steps = math.floor((gpu.freq_max_mhz - DRIVER_MIN_MHZ) / gpu.freq_step_mhz)
+    low = gpu.freq_max_mhz - gpu.freq_step_mhz * max(steps, 0)
+    return min(low, gpu.freq_min_mhz), gpu.freq_max_mhz, gpu.freq_step_mhz
 
 
 def all_records_endpoint(sockets: Path, phase: str) -> str:
@@ -119,20 +139,32 @@ class Emulation:
             BiscaleError: a port or the file is taken, or the settings make no sense.
         """
         self.settings = settings
-        settings.plant("prefill")  # mistakes are said here, not by a child
+        gpu = settings.plant("prefill").gpu  # mistakes are said here, not by a child
         self._held = hold(
             "emulation-"
             + hashlib.blake2b(os.fsencode(settings.state.absolute()), digest_size=16).hexdigest()
         )
         if self._held is None:  # its engines would go on with a file that nobody else sees any more
             raise BiscaleError(
-                f"another emulation runs on the fake GPUs in {settings.state}: stop it or choose another --state"
+                f"another emulation runs on the fake GPUs in {settings.state}: "
+                "stop it or choose another --state"
             )
-        create_state(settings.state, 2 * settings.tp, delay_s=settings.delay_s)
-        self.children = [Child(f"emulated {phase}", settings.arguments(phase)) for phase in PHASES]
+        limits_mhz = machine_limits_mhz(gpu)
+        create_state(
+            settings.state,
+            2 * settings.instance.tp,
+            delay_s=settings.delay_s,
+            limits_mhz=limits_mhz,
+        )
+        settings.instance.to_yaml(settings.file("instance"))
+        self.children: list[Child] = []
         try:
-            for child in self.children:
-                child.wait_for("ready at", 120)
+            for phase in PHASES:
+                options, file = settings.options(phase), settings.file(phase)
+                child = Child.with_settings(f"emulated {phase}", ("hw", "emulate"), options, file)
+                self.children.append(child)
+            for phase, child in zip(PHASES, self.children, strict=True):
+                child.wait_for(ready_line(phase, settings.url(phase)), 120)
         except BaseException:
             self.stop()
             raise
@@ -140,8 +172,8 @@ class Emulation:
     @property
     def urls(self) -> tuple[str, str]:
         """Addresses of prefill and decode."""
-        host, ports = self.settings.host, self.settings.ports
-        return f"http://{host}:{ports[0]}", f"http://{host}:{ports[1]}"
+        prefill, decode = (self.settings.url(phase) for phase in PHASES)
+        return prefill, decode
 
     def wait(self) -> None:
         """Wait for a signal or for a child to end.

@@ -1,5 +1,4 @@
-"""The OpenAI-compatible face of an emulated engine, with vLLM's two-step hand-over between prefill
-and decode.
+"""The OpenAI-compatible face of an emulated engine, with vLLM's two-step hand-over.
 
 Prefill answers one token and ``kv_transfer_params``; decode takes them, waits for the KV transfer,
 and streams. As in SGLang, the first token of the stream is the one that prefill made: it comes when
@@ -19,9 +18,8 @@ from aiohttp import web
 from biscale_env.core.errors import BiscaleError
 from biscale_env.hardware.emulation.emulator import Instance, Ticket
 
-TRANSFER_BASE_S = (
-    1.7e-3  # 4 x 400G network: 1.7 ms + bytes / 165 GB/s (second-hand, see docs/hardware.md)
-)
+# 4 x 400G network: 1.7 ms + bytes / 165 GB/s (second-hand, see docs/hardware.md)
+TRANSFER_BASE_S = 1.7e-3
 TRANSFER_BYTES_PER_S = 165e9
 DONE = b"data: [DONE]\n\n"
 MODEL = "emulated-llama-3.3-70b"
@@ -65,7 +63,6 @@ class EngineServer:
         self.app.router.add_get("/health", self.health)
 
     # --- small routes
-    # -----------------------------------------------------------------------------------------------
 
     async def health(self, request: web.Request) -> web.Response:
         """Liveness."""
@@ -93,7 +90,6 @@ class EngineServer:
         return web.Response(text="\n".join(lines) + "\n")
 
     # --- completions
-    # ------------------------------------------------------------------------------------------------
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """One completion of token ids."""
@@ -117,7 +113,8 @@ class EngineServer:
             raise Refusal("this is a prefill instance: it makes one token, ask for max_tokens=1")
         if len(prompt) + body.max_tokens > self.max_model_len:
             raise Refusal(
-                f"this model's maximum context length is {self.max_model_len} tokens, but {len(prompt)} + {body.max_tokens} were asked for"
+                f"this model's maximum context length is {self.max_model_len} tokens, "
+                f"but {len(prompt)} + {body.max_tokens} were asked for"
             )
         return body
 
@@ -131,9 +128,14 @@ class EngineServer:
             ticket.cancelled = True
             raise
         params = {
-            "do_remote_prefill": True, "do_remote_decode": False, "remote_engine_id": f"emulated-{id(self.engine)}",
-            "remote_block_ids": [0], "remote_num_tokens": len(body.prompt), "remote_host": "127.0.0.1", "remote_port": 0,
-        }  # fmt: skip
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "remote_engine_id": f"emulated-{id(self.engine)}",
+            "remote_block_ids": [0],
+            "remote_num_tokens": len(body.prompt),
+            "remote_host": "127.0.0.1",
+            "remote_port": 0,
+        }
         choice = {"index": 0, "text": " x", "finish_reason": "length", "logprobs": None}
         return _json(
             {
@@ -231,6 +233,11 @@ def _json(data: dict[str, Any], status: int = 200) -> web.Response:
     )
 
 
+def ready_line(phase: str, url: str) -> str:
+    """What an emulated engine prints when it answers."""
+    return f"emulated {phase} ready at {url}"
+
+
 async def serve(server: EngineServer, host: str, port: int) -> None:
     """Serve until a signal. Prints ``emulated ... ready`` when it answers.
 
@@ -249,17 +256,17 @@ async def serve(server: EngineServer, host: str, port: int) -> None:
             await web.TCPSite(runner, host, port, backlog=1024).start()
         except OSError as error:
             raise BiscaleError(
-                f"cannot serve at {host}:{port} ({error.strerror}): choose another --{server.phase}-port"
+                f"cannot serve at {host}:{port} ({error.strerror}): "
+                f"choose another --{server.phase}-port"
             ) from None
-        print(f"emulated {server.phase} ready at http://{host}:{port}", flush=True)
+        print(ready_line(server.phase, f"http://{host}:{port}"), flush=True)
         waiting = asyncio.create_task(stop.wait())
         await asyncio.wait({waiting, engine}, return_when=asyncio.FIRST_COMPLETED)
         if engine.done():
             engine.result()
     finally:
-        while (
-            not engine.done()
-        ):  # Python 3.11's wait_for may swallow a cancellation that meets its time-out
+        # Python 3.11's wait_for may swallow a cancellation that meets its time-out
+        while not engine.done():
             engine.cancel()
             await asyncio.wait({engine}, timeout=0.2)
         server.engine.sender.close()

@@ -3,15 +3,18 @@
 import contextlib
 import gc
 import os
-import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import yaml
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import write_whole
 
 # Runs first in the child: SIGTERM when the thread that made it ends, at the latest with the parent
 # process, by whatever way it dies (PR_SET_PDEATHSIG = 1, linux/prctl.h).
@@ -117,6 +120,10 @@ def _popen(command: Sequence[str], env: dict[str, str]) -> subprocess.Popen[str]
 _starter = _Starter()
 
 
+def _announces(line: str, text: str) -> bool:
+    return line == text or (line.endswith(f" {text}") and not line.startswith(REFUSAL))
+
+
 class Child:
     """``biscale ...`` as a process of its own; its output is kept, its end is orderly."""
 
@@ -139,6 +146,21 @@ class Child:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
+    @classmethod
+    def with_settings(
+        cls, name: str, command: Sequence[str], settings: Mapping[str, object], file: Path
+    ) -> "Child":
+        """Start a command whose options are handed over in a YAML file.
+
+        Args:
+            name: what errors call it.
+            command: words of the command, e.g. ``("hw", "control")``.
+            settings: its options by name.
+            file: the file to write them to.
+        """
+        write_whole(file, yaml.safe_dump(dict(settings), sort_keys=False))
+        return cls(name, [*command, "--settings", str(file)])
+
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
@@ -154,18 +176,17 @@ class Child:
         return self.process.poll() is None
 
     def wait_for(self, text: str, timeout_s: float = 60.0) -> None:
-        """Wait until it prints a line with ``text``, as whole words, that is no refusal.
+        """Wait until it prints a line that is ``text``, or ends with it as words of its own.
+
+        A sentence of refusal is never taken for it, whatever words it has.
 
         Raises:
             BiscaleError: it ended before, with the reason it gave; or it took too long.
         """
         deadline = time.monotonic() + timeout_s
-        words = re.compile(rf"\b{re.escape(text)}\b")
         with self._changed:
-            while not any(
-                words.search(line) and not line.startswith(REFUSAL) for line in self.lines
-            ):
-                if not self._reader.is_alive():
+            while not any(_announces(line, text) for line in self.lines):
+                if not self._reader.is_alive() or not self.running:
                     raise BiscaleError(self.reason())
                 if time.monotonic() > deadline:
                     raise BiscaleError(f"{self.name} did not get ready within {timeout_s:g} s")

@@ -7,6 +7,7 @@ processes of a machine.
 
 import contextlib
 import os
+import socket as socketlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -200,6 +201,16 @@ def _address_lock(endpoint: str) -> Iterator[None]:
         except OSError as error:
             raise BiscaleError(f"cannot listen at {endpoint}: {error.strerror}") from None
         yield
+
+
+def somebody_listens(endpoint: str) -> bool:
+    """Whether a living process listens at an address of :func:`ipc`."""
+    with socketlib.socket(socketlib.AF_UNIX) as probe:
+        try:
+            probe.connect(endpoint.removeprefix("ipc://"))
+        except OSError:
+            return False
+    return True
 
 
 def unbind(endpoint: str) -> None:

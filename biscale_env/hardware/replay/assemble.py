@@ -1,90 +1,20 @@
 """From the raw logs of a replay to run records, the same that simulation makes."""
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import yaml
 from numpy.typing import NDArray
 
-from biscale_env.config import InstanceSpec, load_slo
+from biscale_env.config import load_slo
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.runs.record import TIMELINE_COLUMNS, RunRecord
-from biscale_env.hardware.loop.control import Decision
-from biscale_env.hardware.loop.wire import UNCHANGED, ClockChange
-from biscale_env.hardware.replay.client import RequestRecord, dispatch_errors_s
-from biscale_env.hardware.replay.closed_loop import read_lines
-from biscale_env.hardware.replay.recorder import EnergyCurve, IterationRow
+from biscale_env.hardware.loop.wire import UNCHANGED
+from biscale_env.hardware.replay.client import dispatch_errors_s
+from biscale_env.hardware.replay.raw_log import Raw
+from biscale_env.hardware.replay.recorder import EnergyCurve
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Raw:
-    """Raw logs of one replay; all times CLOCK_MONOTONIC.
-
-    Attributes:
-        facts: settings, trace, start and end.
-        requests: as the client saw them.
-        iterations: engine records per phase.
-        decisions: decisions per phase.
-        changes: clock changes.
-        telemetry: GPU samples.
-    """
-
-    facts: dict[str, Any]
-    requests: list[RequestRecord]
-    iterations: dict[str, list[IterationRow]]
-    decisions: dict[str, list[Decision]]
-    changes: list[ClockChange]
-    telemetry: pd.DataFrame
-
-    @property
-    def phases(self) -> tuple[str, ...]:
-        """Phases that were controlled."""
-        return tuple(self.facts["settings"]["policies"])
-
-    @property
-    def instance(self) -> InstanceSpec:
-        """The instance that was controlled; recordings of version 0.1 have its keys beside others."""
-        settings = self.facts["settings"]
-        if "instance" in settings:
-            return InstanceSpec.of(**settings["instance"])
-        known = {key: settings[key] for key in InstanceSpec.model_fields if key in settings}
-        return InstanceSpec.of(**known)
-
-    @property
-    def start_s(self) -> float:
-        """Time 0 of the trace."""
-        return float(self.facts["started_s"])
-
-
-def read_raw(folder: Path) -> Raw:
-    """Read the logs.
-
-    Raises:
-        BiscaleError: this is not the raw folder of a replay.
-    """
-    try:
-        facts = yaml.safe_load((folder / "replay.yaml").read_text(encoding="utf-8"))
-        telemetry = pd.read_parquet(folder / "telemetry.parquet")
-    except (OSError, ValueError, yaml.YAMLError):
-        raise BiscaleError(
-            f"{folder} holds no replay: give the folder that `biscale replay --out` wrote"
-        ) from None
-    rows = read_lines(folder / "iterations.jsonl", IterationRow)
-    phases = facts["settings"]["policies"]
-    return Raw(
-        facts,
-        sorted(read_lines(folder / "requests.jsonl", RequestRecord), key=lambda r: r.index),
-        {p: [r for r in rows if r.phase == p] for p in phases},
-        {p: read_lines(folder / f"decisions-{p}.jsonl", Decision) for p in phases},
-        read_lines(folder / "clocks.jsonl", ClockChange),
-        telemetry,
-    )
 
 
 def request_columns(raw: Raw, phase: str) -> dict[str, NDArray[Any]]:

@@ -2,26 +2,28 @@
 
 import asyncio
 import contextlib
-import json
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pandas as pd
 import yaml
 
+from biscale_env.config import InstanceSpec
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import open_whole, write_whole
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.hardware.clocks.backend_registry import open_backend
 from biscale_env.hardware.emulation.emulate import all_records_endpoint
+from biscale_env.hardware.engines.engine_instance import ENGINE_INSTANCE
 from biscale_env.hardware.engines.sources import parse_prometheus
+from biscale_env.hardware.loop import wire
 from biscale_env.hardware.loop.processes import Child, elevated_priority, tuned_for_latency
 from biscale_env.hardware.loop.recorded_policy import load_policy, recordable_phases
+from biscale_env.hardware.replay import raw_log
 from biscale_env.hardware.replay.client import EngineGone, LoadSettings, Replayer, RequestRecord
 from biscale_env.hardware.replay.recorder import IterationLog, Telemetry
 from biscale_env.traces import Trace
@@ -30,6 +32,7 @@ PHASES = ("prefill", "decode")
 GAVE_UP = 2  # exit code of our own sentences; a process that was killed has another
 BISCALE = {"prefill": "mpc", "decode": "slack"}
 INTERRUPTED = "interrupted"
+NO_RECORD = "no record came from the {} engine: start it with the hook (docs/hardware.md)"
 SETTLE_S = 0.5  # after the controllers are ready: sockets connect
 
 
@@ -49,12 +52,7 @@ class ReplaySettings:
         own_actuator: start an actuator; False uses one that runs already on these sockets (e.g. as
             root).
         observe_only: set no clock.
-        slo: name of the SLO.
-        model: fitted model that observation and controllers use.
-        tp: GPUs per instance, of the model.
-        dtype: of the model.
-        token_budget: the engine's tokens per batch.
-        max_seqs: the engine's requests per batch.
+        instance: GPU, LLM, fitted model, engine limits and SLO that observation and controllers use.
         delay_s: expected actuation delay; None takes the model's.
         lease_s: lease of the clocks.
         vocabulary: token ids are drawn below this.
@@ -71,12 +69,7 @@ class ReplaySettings:
     sockets: Path = Path("/tmp/biscale")
     own_actuator: bool = True
     observe_only: bool = False
-    slo: str = "biscale"
-    model: str = "h100-llama70b"
-    tp: int = 4
-    dtype: str = "bf16"
-    token_budget: int = 2048
-    max_seqs: int = 256
+    instance: InstanceSpec = ENGINE_INSTANCE
     delay_s: float | None = None
     lease_s: float = 1.5
     vocabulary: int = 32_000
@@ -86,18 +79,20 @@ class ReplaySettings:
     def plant(self, phase: str) -> Plant:
         """Plant that observation and controllers of a phase are made from."""
         settings = PlantSettings.of(
-            phase, model=self.model, tp=self.tp, dtype=self.dtype, slo=self.slo, token_budget=self.token_budget, max_seqs=self.max_seqs,
-            actuation_delay_s=self.delay_s, drain=True,
-        )  # fmt: skip
+            phase, instance=self.instance, actuation_delay_s=self.delay_s, drain=True
+        )
         return Plant(settings)
 
     def plain(self) -> dict[str, Any]:
         """As plain data."""
-        data = asdict(self)
-        data["sockets"] = str(self.sockets)
-        data["gpus"] = {k: list(v) for k, v in self.gpus.items()}
-        data["policies"] = dict(self.policies)
-        return data
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            **data,
+            "sockets": str(self.sockets),
+            "gpus": {k: list(v) for k, v in self.gpus.items()},
+            "policies": dict(self.policies),
+            "instance": self.instance.model_dump(mode="json"),
+        }
 
 
 @dataclass
@@ -115,6 +110,7 @@ class ReplayOutcome:
             makes them late, and latencies too long.
         failed: why a process of ours gave up; empty when none did. Serving went on, the clocks are
             the driver's.
+        silent: phases whose engine sent no record: no policy decided there.
     """
 
     started_s: float
@@ -125,6 +121,7 @@ class ReplayOutcome:
     gone: str = ""
     lateness_s: dict[str, float] = field(default_factory=dict)
     failed: str = ""
+    silent: list[str] = field(default_factory=list)
 
 
 def policies_by_phase(names: list[str], phases: tuple[str, ...] = PHASES) -> dict[str, str]:
@@ -196,16 +193,17 @@ class ClosedLoopReplay:
         self._failed = ""
 
     def run(self) -> ReplayOutcome:
-        """ClosedLoopReplay.
+        """Start our processes, send the trace, measure, and stop everything.
 
         Raises:
-            BiscaleError: a process does not start, or no engine answers at the start.
+            BiscaleError: a process does not start or ends before the load begins, nobody would set
+                the clocks, or no engine answers at the start.
         """
         s = self.settings
         self.raw.mkdir(parents=True, exist_ok=True)
         endpoints = {phase: all_records_endpoint(s.sockets, phase) for phase in self.phases}
         telemetry = Telemetry(self.backend, self.uuids)
-        log = IterationLog(endpoints, self.raw / "iterations.jsonl")
+        log = IterationLog(endpoints, self.raw / raw_log.ITERATIONS)
         telemetry.start()
         log.start()
         try:
@@ -213,6 +211,7 @@ class ClosedLoopReplay:
                 stack.callback(self._stop_children)
                 self._start_children()
                 time.sleep(SETTLE_S)
+                self._must_be_controlled()
                 outcome = self._load()
                 time.sleep(2 * telemetry.period_s)  # one more sample, before the clocks go back
         finally:
@@ -221,44 +220,71 @@ class ClosedLoopReplay:
             self.backend.close()
         outcome.telemetry = telemetry.frame()
         heard = {row.phase for row in log.rows}
-        silent = [
-            f"no record came from the {p} engine: start it with the hook (docs/hardware.md)"
-            for p in self.phases
-            if p not in heard
-        ]
-        outcome.problems += self._died + silent + telemetry.problems[:3] + log.problems[:3]
+        outcome.silent = [phase for phase in self.phases if phase not in heard]
+        outcome.problems += [NO_RECORD.format(phase) for phase in outcome.silent]
+        outcome.problems += self._died + telemetry.problems[:3] + log.problems[:3]
         outcome.failed = self._failed
         self._save(outcome, telemetry)
         return outcome
 
     def _start_children(self) -> None:
+        """Actuator first, then the controllers, each from a settings file in the raw folder."""
         s = self.settings
         if s.own_actuator:
-            groups = [
-                a
-                for phase in self.phases
-                for a in ("--gpus", f"{phase}={','.join(self.uuids[phase])}")
-            ]
-            extra = ["--observe-only"] if s.observe_only else []
-            self._children.append(
-                Child(
-                    "actuator",
-                    ["hw", "actuate", *groups, "--backend", s.backend, "--sockets", str(s.sockets), "--lease", str(s.lease_s), "--log",
-                     str(self.raw / "clocks.jsonl"), *extra],
-                )
-            )  # fmt: skip
-            self._children[0].wait_for("actuator ready")
-        for phase in self.phases:
-            plant = self.plants[phase]
-            arguments = [
-                "hw", "control", "--phase", phase, "--policy", s.policies[phase], "--sockets", str(s.sockets), "--tp", str(s.tp),
-                "--dtype", s.dtype, "--model", s.model, "--slo", s.slo, "--token-budget", str(s.token_budget), "--max-seqs",
-                str(s.max_seqs), "--delay", str(plant.delay_s(-1)), "--lease", str(s.lease_s), "--backend", s.backend, "--gpus",
-                ",".join(self.uuids[phase]), "--log", str(self.raw / f"decisions-{phase}.jsonl"),
-            ]  # fmt: skip
-            self._children.append(Child(f"{phase} controller", arguments))
+            groups = [f"{phase}={','.join(self.uuids[phase])}" for phase in self.phases]
+            options = {
+                "gpus": groups,
+                "backend": s.backend,
+                "sockets": str(s.sockets),
+                "lease": s.lease_s,
+                "log": str(self.raw / raw_log.CLOCKS),
+                "observe_only": s.observe_only,
+            }
+            self._start("actuator", "actuate", options).wait_for("actuator ready")
+        s.instance.to_yaml(self.raw / "instance.yaml")
+        controllers = [
+            self._start(f"{phase} controller", "control", self._control_options(phase))
+            for phase in self.phases
+        ]
+        for child in controllers:
+            child.wait_for("controller ready", 120)
+
+    def _control_options(self, phase: str) -> dict[str, object]:
+        s = self.settings
+        return {
+            "phase": phase,
+            "policy": s.policies[phase],
+            "sockets": str(s.sockets),
+            "instance": str(self.raw / "instance.yaml"),
+            "delay": self.plants[phase].delay_s(-1),
+            "lease": s.lease_s,
+            "backend": s.backend,
+            "gpus": ",".join(self.uuids[phase]),
+            "log": str(self.raw / raw_log.decisions_file(phase)),
+        }
+
+    def _start(self, name: str, command: str, options: dict[str, object]) -> Child:
+        file = self.raw / f"{name.replace(' ', '-')}.yaml"
+        child = Child.with_settings(name, ("hw", command), options, file)
+        self._children.append(child)
+        return child
+
+    def _must_be_controlled(self) -> None:
+        """Refuse to send the load where it would run at the driver's clocks under a policy's name.
+
+        Raises:
+            BiscaleError: a process of ours has ended, or no actuator listens on these sockets.
+        """
+        s = self.settings
         for child in self._children:
-            child.wait_for("ready", 120)
+            if not child.running:
+                raise BiscaleError(f"{child.reason()}; nothing was sent")
+        for phase in () if s.observe_only else self.phases:
+            if not wire.somebody_listens(wire.command_endpoint(s.sockets, phase)):
+                raise BiscaleError(
+                    f"no actuator takes commands for {phase} in {s.sockets}, nothing was sent: "
+                    "start `biscale hw actuate` there, or leave --no-actuator out"
+                )
 
     def _load(self) -> ReplayOutcome:
         s = self.settings
@@ -271,7 +297,7 @@ class ClosedLoopReplay:
         )
         gone = ""
         with (
-            (self.raw / "requests.jsonl").open("wb") as out,
+            (self.raw / raw_log.REQUESTS).open("wb") as out,
             tuned_for_latency(),
             elevated_priority(),
         ):
@@ -309,16 +335,26 @@ class ClosedLoopReplay:
             child.stop()
 
     def _save(self, outcome: ReplayOutcome, telemetry: Telemetry) -> None:
-        with open_whole(self.raw / "telemetry.parquet") as temporary:
+        with open_whole(self.raw / raw_log.TELEMETRY) as temporary:
             outcome.telemetry.to_parquet(temporary, index=False)
         if telemetry.gpm_samples:
-            with open_whole(self.raw / "gpm.parquet") as temporary:
+            with open_whole(self.raw / raw_log.GPM) as temporary:
                 pd.DataFrame(telemetry.gpm_samples).to_parquet(temporary, index=False)
         facts = {
-            "settings": self.settings.plain(), "trace": self.trace.name, "started_s": outcome.started_s, "ended_s": outcome.ended_s,
-            "problems": outcome.problems, "gone": outcome.gone, "failed": outcome.failed, "lateness_p99_s": outcome.lateness_s,
-        }  # fmt: skip
-        write_whole(self.raw / "replay.yaml", yaml.safe_dump(facts, sort_keys=False))
+            "settings": self.settings.plain(),
+            "trace": self.trace.name,
+            "started_s": outcome.started_s,
+            "ended_s": outcome.ended_s,
+            "problems": outcome.problems,
+            "gone": outcome.gone,
+            "failed": outcome.failed,
+            "lateness_p99_s": outcome.lateness_s,
+        }
+        write_whole(self.raw / raw_log.FACTS, yaml.safe_dump(facts, sort_keys=False))
+
+
+def _url(engine: str, path: str) -> str:
+    return f"{engine.rstrip('/').removesuffix('/v1')}/{path}"
 
 
 def wait_for_engines(urls: Sequence[str], wait_s: float) -> None:
@@ -330,9 +366,7 @@ def wait_for_engines(urls: Sequence[str], wait_s: float) -> None:
     for url in urls:
         while time.monotonic() < deadline:
             try:
-                urllib.request.urlopen(
-                    f"{url.rstrip('/').removesuffix('/v1')}/v1/models", timeout=2
-                ).close()
+                urllib.request.urlopen(_url(url, "v1/models"), timeout=2).close()
                 break
             except (OSError, ValueError):
                 time.sleep(0.3)
@@ -344,36 +378,8 @@ def lateness_p99_s(url: str) -> float | None:
     None for real engines and for those that are gone.
     """
     try:
-        with urllib.request.urlopen(
-            f"{url.rstrip('/').removesuffix('/v1')}/metrics", timeout=2
-        ) as answer:
+        with urllib.request.urlopen(_url(url, "metrics"), timeout=2) as answer:
             values = parse_prometheus(answer.read().decode(errors="replace"))
     except (OSError, ValueError):
         return None
     return values.get("vllm:lateness_p99_seconds") if "biscale_emulated:engine" in values else None
-
-
-def read_lines(path: Path, kind: type) -> list[Any]:
-    """Rows of a JSON lines file as structs; nothing where the file is missing.
-
-    A torn last line is left out.
-    """
-    if not path.is_file():
-        return []
-    decoder: Any = msgspec.json.Decoder(kind)
-    rows = []
-    for line in path.read_bytes().splitlines():
-        with contextlib.suppress(msgspec.DecodeError):
-            rows.append(decoder.decode(_nan(line)))
-    return rows
-
-
-def _nan(line: bytes) -> bytes:
-    """JSON has no NaN: our writers put null where a number is missing.
-
-    Drop those keys, so that defaults (NaN) apply.
-    """
-    if b"null" not in line:
-        return line
-    data = json.loads(line)
-    return msgspec.json.encode({k: v for k, v in data.items() if v is not None})

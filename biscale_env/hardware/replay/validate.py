@@ -14,7 +14,8 @@ from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.evaluation.runs.record import Column, RunRecord
 from biscale_env.evaluation.stats.metrics import results_row
 from biscale_env.hardware.loop.recorded_policy import RecordedPolicy
-from biscale_env.hardware.replay.assemble import Raw, delays_s, run_record
+from biscale_env.hardware.replay.assemble import delays_s, run_record
+from biscale_env.hardware.replay.raw_log import Raw
 from biscale_env.traces import Trace
 
 Floats = NDArray[np.float64]
