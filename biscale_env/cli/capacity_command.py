@@ -1,4 +1,4 @@
-"""``biscale capacity``: the load that one instance serves within its SLO, and how that was found."""
+"""``biscale capacity``: the load that one instance serves within its SLO, and how it was found."""
 
 import json
 from typing import Annotated
@@ -61,21 +61,27 @@ def capacity(
         else profile_capacity(plant, DEFAULT_PROFILE, freq, member)
     )
     if as_json:
-        print(json.dumps({
-            "phase": phase, "trace": sample.name, "slo": slo, "freq_mhz": freq, "capacity_rps": found.rate_rps,
-            "attainment": found.attainment, "tried": [{"rate_rps": r, "attainment": a} for r, a in found.tried],
-        }))  # fmt: skip
+        told = {
+            "phase": phase,
+            "trace": sample.name,
+            "slo": slo,
+            "freq_mhz": freq,
+            "capacity_rps": found.rate_rps,
+            "attainment": found.attainment,
+            "tried": [{"rate_rps": r, "attainment": a} for r, a in found.tried],
+        }
+        print(json.dumps(told))
         return
     for rate, attainment in sorted(found.tried):
         verdict = "met" if attainment >= plant.slo.attainment else "missed"
         print(f"{rate:9.3f} req/s   attainment {attainment:8.3%}   {verdict}")
+    what = f"{phase} instance (TP {tp}, {dtype}, {freq:g} MHz)"
     if found.rate_rps <= 0:
+        alone_s = slowest_alone_s(plant, sample)
         print(
-            f"infeasible: no load meets SLO '{slo}' on one {phase} instance (TP {tp}, {dtype}, {freq:g} MHz) with {sample.name}; at max "
-            f"clock, with the instance to itself, its slowest request takes {1e3 * slowest_alone_s(plant, sample):.0f} of "
+            f"infeasible: no load meets SLO '{slo}' on one {what} with {sample.name}; at max clock, "
+            f"with the instance to itself, its slowest request takes {1e3 * alone_s:.0f} of "
             f"{1e3 * plant.slo.bound_s(phase):.0f} ms"
         )
         return
-    print(
-        f"capacity of one {phase} instance (TP {tp}, {dtype}, {freq:g} MHz) on {sample.name}: {found.rate_rps:.3f} req/s"
-    )
+    print(f"capacity of one {what} on {sample.name}: {found.rate_rps:.3f} req/s")

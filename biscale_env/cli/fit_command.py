@@ -1,6 +1,4 @@
-"""`biscale fit`: regenerate the shipped models, fit a user's own table, or print the model against
-its measurements.
-"""
+"""`biscale fit`: regenerate the shipped models, fit one's own table, or compare with measurements."""
 
 from pathlib import Path
 from typing import Annotated
@@ -64,7 +62,8 @@ def fit(
     profile: Annotated[
         Path | None,
         typer.Option(
-            help="Your own table: phase,tp,dtype,batch,new_tokens,prefix,context,latency_s,freq_mhz and perhaps power_w."
+            help="Your own table: phase,tp,dtype,batch,new_tokens,prefix,context,latency_s,freq_mhz "
+            "and perhaps power_w."
         ),
     ] = None,
     power: Annotated[
@@ -102,7 +101,8 @@ def fit(
         _family(model, out, check)
     elif out is None:
         raise BiscaleError(
-            "--profile needs --out: a .yaml file, or a folder if the table holds several configurations"
+            "--profile needs --out: a .yaml file, or a folder if the table holds several "
+            "configurations"
         )
     else:
         _user(profile, power, out, model, gpu, llm)

@@ -46,15 +46,17 @@ def _band(p: "Prediction", key: str, scale: float, digits: int) -> str:
 
 
 def _text(p: "Prediction") -> str:
-    box = "inside the fitted box" if p.inside_box else "OUTSIDE the fitted box: an extrapolation"
+    domain = "the validity domain of the fit"
+    where = f"inside {domain}" if p.inside_box else f"OUTSIDE {domain}: an extrapolation"
     return "\n".join(
         [
-            f"{p.phase} {p.dtype} TP {p.tp} on {p.model}, {p.tokens} tokens, {box}",
+            f"{p.phase} {p.dtype} TP {p.tp} on {p.model}, {p.tokens} tokens, {where}",
             f"  latency          {p.latency_s * 1e3:9.2f} ms{_band(p, 'latency_s', 1e3, 2)}",
             f"  power per GPU    {p.power_w:9.1f} W{_band(p, 'power_w', 1.0, 1)}",
             f"  energy, {p.tp} GPUs   {p.energy_j:9.2f} J{_band(p, 'energy_j', 1.0, 2)}",
             f"  energy per token {p.energy_per_token_j:9.4f} J",
-            f"  effective clock  {p.freq_effective_mhz:9.0f} MHz{_band(p, 'freq_effective_mhz', 1.0, 0)}",
+            f"  effective clock  {p.freq_effective_mhz:9.0f} MHz"
+            f"{_band(p, 'freq_effective_mhz', 1.0, 0)}",
             f"  requested clock  {p.freq_requested_mhz:9.0f} MHz",
             f"  best clock       {p.freq_best_mhz:9.0f} MHz (least energy for this iteration)",
         ]

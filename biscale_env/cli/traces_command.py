@@ -1,6 +1,4 @@
-"""``biscale traces``: list, fetch and describe request traces, make profiles of them, generate new
-ones.
-"""
+"""``biscale traces``: list, fetch and describe request traces, make profiles, generate new ones."""
 
 import json
 from pathlib import Path

@@ -12,7 +12,10 @@ from pydantic import Field
 from biscale_env.config.loader import Config, load_named
 
 TIME_RESOLUTION_S: Final = 1e-9
-"""Differences of float64 instants carry rounding: 1.6 s - 1.0 s is more than 0.6 s. A nanosecond is no violation."""
+"""Differences of float64 instants carry rounding: 1.6 s - 1.0 s is more than 0.6 s.
+
+A nanosecond is no violation.
+"""
 
 
 def within(latency_s: ArrayLike, bound_s: ArrayLike) -> NDArray[np.bool_]:
@@ -39,10 +42,10 @@ class Slo(Config):
         name: short name used in tables.
         ttft_s: bound on the time to first token (prefill completes minus arrival), s.
         tpot_s: bound on the time per output token of a request, (last - first) / (tokens - 1), s.
-        attainment: share of requests that must meet the bound: 0.99 is "P99".
-        statistic: ``each``: TTFT and TPOT must each be met by that share; ``joint``: by the same
+        attainment: fraction of requests that must meet the bound: 0.99 is "P99".
+        statistic: ``each``: TTFT and TPOT must each be met by that fraction; ``joint``: by the same
             requests.
-        source: where the figures come from.
+        source: where the numbers come from.
     """
 
     name: str
@@ -57,17 +60,15 @@ class Slo(Config):
         return self.ttft_s if phase == "prefill" else self.tpot_s
 
     def attained(self, latency_s: NDArray[np.float64], phase: str) -> float:
-        """Share of requests within the bound; a request without a latency (NaN: never finished) is
-        a violation.
+        """Fraction of requests within the bound.
 
-        An empty sample attains 1.0: nothing was asked, nothing was missed.
+        A request without a latency (NaN: never finished) is a violation. An empty sample attains
+        1.0: nothing was asked, nothing was missed.
         """
         met = within(latency_s, self.bound_s(phase))
         return float(np.mean(met)) if met.size else 1.0
 
 
 def load_slo(name: str = "biscale") -> Slo:
-    """Load a named SLO (``biscale``, ``mlperf-interactive``, ``mlperf-server``, ``distserve``) or a
-    YAML file.
-    """
+    """Load an SLO by name (``configs/slos``) or YAML file."""
     return load_named("slos", name, Slo)

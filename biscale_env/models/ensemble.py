@@ -1,4 +1,4 @@
-"""The ensemble: samples drawn at random, kept if they agree with all the evidence.
+"""The ensemble: random parameter samples, kept if they agree with all the evidence.
 
 Each refits the energy coefficients.
 """
@@ -18,7 +18,7 @@ from biscale_env.models.fit.serving_evidence import MS, capped_clock_ghz, median
 from biscale_env.models.physics import Coefficients
 
 Floats = NDArray[np.float64]
-MAX_PROPOSALS_PER_DRAW = 60
+MAX_PROPOSALS_PER_MEMBER = 60
 PREFILL_TOKENS = 2048.0  # work at which the prefill checks are made
 DECODE_BATCHES = (8.0, 32.0)  # and the decode checks
 
@@ -183,9 +183,10 @@ def sample(
     kept: list[Member] = []
     counts: dict[str, int] = {"proposals": 0}
     while len(kept) < ev.n_members:
-        if counts["proposals"] >= MAX_PROPOSALS_PER_DRAW * ev.n_members:
+        if counts["proposals"] >= MAX_PROPOSALS_PER_MEMBER * ev.n_members:
             raise BiscaleError(
-                f"evidence '{ev.name}': only {len(kept)} of {counts['proposals']} samples agree; rejected by {counts}"
+                f"evidence '{ev.name}': only {len(kept)} of {counts['proposals']} samples agree; "
+                f"rejected by {counts}"
             )
         counts["proposals"] += 1
         member = fit_member(kernels, ev.random_sample(rng), ev, float(clocks_mhz[0]) * MS)

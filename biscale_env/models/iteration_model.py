@@ -110,8 +110,8 @@ class IterationModel:
         return self.content.name
 
     @property
-    def box(self) -> dict[str, tuple[float, float]]:
-        """Per work axis the (lowest, highest) value that the fitted points cover."""
+    def domain(self) -> dict[str, tuple[float, float]]:
+        """Validity domain: per work axis the (lowest, highest) value of the fitted points."""
         return dict(self.content.box)
 
     @property
@@ -134,7 +134,8 @@ class IterationModel:
         k = -1 if member is None else int(member)
         if not -1 <= k < self.n_members:
             raise BiscaleError(
-                f"ensemble member {k} does not exist: choose 0 to {self.n_members - 1}, or -1 for the nominal model"
+                f"ensemble member {k} does not exist: choose 0 to {self.n_members - 1}, or -1 for "
+                "the nominal model"
             )
         return k
 
@@ -162,7 +163,7 @@ class IterationModel:
         return self.content.delay_s if index < 0 else float(self._delays_s[index])
 
     def contains(self, **work: ArrayLike) -> bool:
-        """Whether all given work lies inside the fitted box.
+        """Whether all given work lies inside the validity domain.
 
         Args:
             work: any of tokens, attn_work, cached, n_seq, freq_mhz.
@@ -187,9 +188,7 @@ class IterationModel:
         freq_mhz: ArrayLike,
         member: int | None = None,
     ) -> Floats:
-        """Highest clock <= request at which the mean power of the iteration stays within the cap,
-        MHz.
-        """
+        """Highest clock <= request at which the iteration's mean power keeps the cap, MHz."""
         arrays = [
             np.asarray(a, dtype=np.float64) for a in (tokens, attn_work, cached, n_seq, freq_mhz)
         ]

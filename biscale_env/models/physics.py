@@ -97,8 +97,9 @@ def memory_stretch(c: Any, freq_ghz: Number) -> Number:
 def latency_s(
     c: Any, tokens: Number, attn_work: Number, cached: Number, n_seq: Number, freq_ghz: Number
 ) -> Number:
-    """Duration in seconds of one iteration at a constant SM clock in GHz (no power cap; see
-    ``effective_freq_ghz``).
+    """Duration in seconds of one iteration at a constant SM clock in GHz.
+
+    No power cap; see ``effective_freq_ghz``.
     """
     ratio = c.freq_profile_ghz / freq_ghz
     stretch = memory_stretch(c, freq_ghz)
@@ -162,8 +163,9 @@ def effective_freq_ghz(
     freq_ghz: float,
     freq_min_ghz: float,
 ) -> float:
-    """Highest clock <= request at which the iteration's mean power stays within the cap (GHz;
-    floats only).
+    """Highest clock <= request at which the iteration's mean power keeps the cap (GHz).
+
+    Floats only.
 
     Power rises in the clock, so the crossing is bracketed by ``freq_min_ghz`` and the request and
     found by :mod:`biscale_env.core.roots` to 1e-10 GHz. At the lowest clock the hardware

@@ -28,7 +28,7 @@ class Prediction:
         energy_j: energy of the instance, all ``tp`` GPUs: ``tp * power_w * latency_s``, J.
         energy_per_token_j: energy per new prompt token or per output token, J.
         freq_best_mhz: clock at which this iteration takes the least energy, MHz.
-        inside_box: whether the fitted points cover this work.
+        inside_box: whether the work lies in the validity domain of the fit (a key of the JSON output).
         spread: 5th, 50th and 95th percentile over the ensemble; empty without one.
     """
 
@@ -108,12 +108,12 @@ def _at_least(what: str, value: int, least: int) -> None:
         raise BiscaleError(f"{what} is {value}, but must be at least {least}")
 
 
-def _check_room(model: IterationModel, kv_tokens: int) -> None:
-    room = model.llm.kv_capacity_tokens(model.gpu, model.tp, model.content.dtype)
-    if kv_tokens > room:
+def _check_kv_cache(model: IterationModel, kv_tokens: int) -> None:
+    capacity = model.llm.kv_capacity_tokens(model.gpu, model.tp, model.content.dtype)
+    if kv_tokens > capacity:
         config = f"{model.dtype} at TP {model.tp}"
         raise BiscaleError(
-            f"{kv_tokens} tokens do not fit into the KV cache of {config}, which holds {room}"
+            f"{kv_tokens} tokens do not fit into the KV cache of {config}, which holds {capacity}"
         )
 
 
@@ -135,7 +135,7 @@ def predict_prefill(
     _at_least("the number of requests", requests, 1)
     _at_least("the number of tokens", tokens, requests)
     _at_least("the prefix", prefix, 0)
-    _check_room(model, tokens + requests * prefix)
+    _check_kv_cache(model, tokens + requests * prefix)
     each = tokens / requests
     return predict(
         model, (float(tokens), tokens * (each / 2.0 + prefix), 0.0, float(requests)), freq_mhz
@@ -156,5 +156,5 @@ def predict_decode(model: IterationModel, batch: int, context: int, freq_mhz: fl
     """
     _at_least("the batch", batch, 1)
     _at_least("the context", context, 0)
-    _check_room(model, batch * context)
+    _check_kv_cache(model, batch * context)
     return predict(model, (float(batch), 0.0, float(batch) * context, float(batch)), freq_mhz)

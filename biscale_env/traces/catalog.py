@@ -1,6 +1,4 @@
-"""Traces by name: generated from shipped profiles, downloaded public files, or the user's own
-files.
-"""
+"""Traces by name: generated from shipped profiles, downloaded public files, or one's own files."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -18,8 +18,9 @@ Where = Callable[[int], str]
 
 @dataclass(frozen=True)
 class RowName:
-    """Names a row by its line where the line of the first row is known (not 0), else as a request
-    counted from 0.
+    """Names a row by its line where that of the first row is known (not 0), else by its number.
+
+    Requests are counted from 0.
     """
 
     name: str
@@ -71,7 +72,8 @@ def check_times(
     if is_sorted and (steps_s < 0).any():
         i = int(np.argmax(steps_s < 0))
         raise BiscaleError(
-            f"{where(i)}: {field} lies {-steps_s[i]:.9g} s before the row above; times must be sorted"
+            f"{where(i)}: {field} lies {-steps_s[i]:.9g} s before the row above; times must be "
+            "sorted"
         )
 
 
@@ -97,5 +99,6 @@ def check_lengths(tokens: ArrayLike, field: str, where: Where, minimum: int = 1)
             f"is {values[i]:g}" if np.isfinite(values[i]) else "is missing or not a finite number"
         )
         raise BiscaleError(
-            f"{where(i)}: {field} {found}; a length must be a whole number from {minimum} to {MAX_TOKENS}"
+            f"{where(i)}: {field} {found}; a length must be a whole number from {minimum} to "
+            f"{MAX_TOKENS}"
         )

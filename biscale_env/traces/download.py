@@ -180,11 +180,13 @@ def _check(url: str, part: Path, download: Download) -> None:
     size = part.stat().st_size
     if size < download.size_bytes:
         raise BiscaleError(
-            f"the download of {url} broke off after {size} of {download.size_bytes} bytes; run it again to continue"
+            f"the download of {url} broke off after {size} of {download.size_bytes} bytes; run it "
+            "again to continue"
         )
     digest = _digest(part)
     if digest != download.sha256:
         part.unlink()
         raise BiscaleError(
-            f"{url} is not the expected file: SHA-256 {digest} instead of {download.sha256}; deleted"
+            f"{url} is not the expected file: SHA-256 {digest} instead of {download.sha256}; "
+            "deleted"
         )

@@ -28,8 +28,9 @@ COMPRESSED = {".gz", ".bz2"}
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of the three columns, and the unit of the time column where that holds numbers (dates
-    carry their own).
+    """Names of the three columns, and the unit of the time column where that holds numbers.
+
+    Dates carry their own.
     """
 
     time: str
@@ -51,8 +52,9 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def file_format(path: Path, head: bytes) -> FileFormat:
-    """Format of a file by its suffix (``.gz`` and ``.bz2`` looked through), else by its first
-    bytes.
+    """Format of a file by its suffix, else by its first bytes.
+
+    ``.gz`` and ``.bz2`` are looked through.
     """
     suffixes = [s.lower() for s in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
@@ -72,8 +74,9 @@ def find_layout(
     output_column: str | None = None,
     time_unit: TimeUnit | None = None,
 ) -> Layout:
-    """Choose the columns: those that were named, the rest from the first known layout whose columns
-    the file has.
+    """Choose the columns.
+
+    Those that were named, the rest from the first known layout whose columns the file has.
 
     Args:
         path: file, for errors.
@@ -105,7 +108,8 @@ def find_layout(
         )
     if len(set(layout.columns)) < 3 or any(header.count(c) > 1 for c in layout.columns):
         raise BiscaleError(
-            f"{path}, line 1: time, prompt and output must be three different columns, each named once"
+            f"{path}, line 1: time, prompt and output must be three different columns, each named "
+            "once"
         )
     return layout
 
@@ -115,4 +119,7 @@ def _header_fault(header: Sequence[str], named: Sequence[str | None]) -> str:
         if name and name not in header:
             return f"there is no column '{name}'; the columns are {', '.join(header)}"
     expected = " or ".join(",".join(known.columns) for known in LAYOUTS.values())
-    return f"wrong header '{','.join(header)[:120]}'; expected {expected}, or name the time, prompt and output columns"
+    return (
+        f"wrong header '{','.join(header)[:120]}'; expected {expected}, or name the time, prompt "
+        "and output columns"
+    )

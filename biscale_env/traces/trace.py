@@ -50,7 +50,8 @@ class Trace:
             columns[field] = np.asarray(getattr(self, field))
         if any(c.ndim != 1 or c.shape != arrival_s.shape for c in columns.values()):
             raise BiscaleError(
-                f"{self.name}: arrival_s, prompt_tokens and output_tokens must be one-dimensional and equally long"
+                f"{self.name}: arrival_s, prompt_tokens and output_tokens must be one-dimensional "
+                "and equally long"
             )
         check_times(arrival_s, where)
         for field in ("prompt_tokens", "output_tokens"):
@@ -63,7 +64,8 @@ class Trace:
         duration_s = float(self.duration_s) or last_s
         if not last_s <= duration_s < np.inf:
             raise BiscaleError(
-                f"{self.name}: duration_s {duration_s:g} must not lie before the last arrival at {last_s:g} s"
+                f"{self.name}: duration_s {duration_s:g} must not lie before the last arrival at "
+                f"{last_s:g} s"
             )
         object.__setattr__(self, "duration_s", duration_s)
 
@@ -105,7 +107,8 @@ class Trace:
         """
         if not 0 <= start_s < end_s or start_s >= max(self.duration_s, np.finfo(float).tiny):
             raise BiscaleError(
-                f"window {start_s:g} to {end_s:g} s does not lie within {self.name}, which lasts {self.duration_s:g} s"
+                f"window {start_s:g} to {end_s:g} s does not lie within {self.name}, which lasts "
+                f"{self.duration_s:g} s"
             )
         whole = end_s >= self.duration_s
         first = int(np.searchsorted(self.arrival_s, start_s, side="left"))
@@ -120,10 +123,9 @@ class Trace:
         return replace(cut, first_line=self.first_line + first if self.first_line else 0)
 
     def split(self, fraction: float) -> tuple["Trace", "Trace"]:
-        """Cut in time: the first ``fraction`` of the duration (for tuning) and the rest (for
-        tables).
+        """Cut in time: the first ``fraction`` of the duration, and the rest.
 
-        Both parts start at time 0.
+        The first part is for tuning, the second for tables. Both start at time 0.
 
         Raises:
             BiscaleError: the fraction is not strictly between 0 and 1.
@@ -168,7 +170,8 @@ class Trace:
         copies = int(np.ceil(multiple))
         if copies * len(self) > MAX_REQUESTS:
             raise BiscaleError(
-                f"{self.name}: {rate_rps:g} requests/s is {multiple:.3g} times its own rate: over {MAX_REQUESTS} requests"
+                f"{self.name}: {rate_rps:g} requests/s is {multiple:.3g} times its own rate: over "
+                f"{MAX_REQUESTS} requests"
             )
         times, rows = [], []
         for copy, child in enumerate(np.random.SeedSequence(seed).spawn(copies)):
@@ -186,11 +189,10 @@ class Trace:
         return replace(scaled, source=f"{self.source}; {multiple:.4g} x its rate, seed {seed}")
 
     def check_fits(self, max_tokens: int, with_output: bool = True) -> "Trace":
-        """Return the trace if every request fits into the KV room (or the context) of
-        ``max_tokens`` tokens.
+        """Return the trace if every request fits into a KV cache (or context) of ``max_tokens``.
 
         Args:
-            max_tokens: room for one request, tokens.
+            max_tokens: KV cache that one request may fill, tokens.
             with_output: count the output too (it stays in the cache while it is made); without,
                 only the prompt.
 

@@ -26,7 +26,7 @@ class LengthStatistics:
 
 @dataclass(frozen=True)
 class TraceStatistics:
-    """Statistics of a trace; a figure that the trace is too short for is None.
+    """Statistics of a trace; a value that the trace is too short for is None.
 
     Attributes:
         name: name of the trace.

@@ -1,4 +1,4 @@
-"""One description of an instance: a GPU or LLM that is given is followed by all that is physical."""
+"""One description of an instance: all that is physical follows the GPU and LLM that are given."""
 
 import warnings
 from pathlib import Path

@@ -75,11 +75,11 @@ def test_decode_json():
 
 def test_text_names_units_and_box():
     inside = run("predict", "decode", "--batch", "64").stdout
-    assert "inside the fitted box" in inside
+    assert "inside the validity domain" in inside
     assert " ms" in inside
     assert "MHz" in inside
     outside = run("predict", "prefill", "--tokens", "40000").stdout
-    assert "OUTSIDE the fitted box" in outside
+    assert "OUTSIDE the validity domain" in outside
 
 
 def test_requests_and_prefix_change_the_attention_work():

@@ -19,7 +19,7 @@ from biscale_env.models.ensemble import (
 from biscale_env.models.fit.evidence import SAMPLED_COEFFICIENTS, load_evidence
 from biscale_env.models.fit.power import EnergyFit, fit_energy
 from biscale_env.models.fit.serving_evidence import ColocatedServer
-from biscale_env.models.fit.shipped import DRAWN, fit_kernels, tables
+from biscale_env.models.fit.shipped import SAMPLED_FIELDS, fit_kernels, tables
 
 EVIDENCE = load_evidence("h100-llama70b")
 GPU = load_gpu()
@@ -59,7 +59,7 @@ def test_delays():
 
 
 def test_member_k_is_the_same_sample_everywhere():
-    shared = [n for n in DRAWN if not n.startswith("host") and n != "e_flop_j"]
+    shared = [n for n in SAMPLED_FIELDS if not n.startswith("host") and n != "e_flop_j"]
     reference = load_model("prefill", 4)
     for phase, tp, dtype in (("decode", 4, "bf16"), ("decode", 8, "fp8"), ("prefill", 2, "fp8")):
         model = load_model(phase, tp, dtype)
@@ -153,7 +153,7 @@ def test_each_band_can_reject(kernels, change, reason):
 
 
 def test_contradictory_evidence_is_reported(kernels, monkeypatch):
-    monkeypatch.setattr("biscale_env.models.ensemble.MAX_PROPOSALS_PER_DRAW", 7)
+    monkeypatch.setattr("biscale_env.models.ensemble.MAX_PROPOSALS_PER_MEMBER", 7)
     accept = EVIDENCE.accept.model_copy(update={"saving_at_best": (0.8, 0.9)})
     impossible = EVIDENCE.model_copy(update={"accept": accept, "n_members": 1})
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Loading coefficient files: shipped families, a user's file, members, boxes, and mistakes."""
+"""Loading coefficient files: shipped families, a user's file, members, domains, and mistakes."""
 
 import shutil
 
@@ -23,7 +23,7 @@ def test_every_configuration_is_complete(phase, tp, dtype):
     assert (model.phase, model.tp, model.dtype, model.name) == (phase, tp, dtype, "h100-llama70b")
     assert model.coefficients.n_gpus == tp
     assert model.n_members >= 64
-    assert set(model.box) == set(WORK_AXES)
+    assert set(model.domain) == set(WORK_AXES)
     assert 0 < model.delay_s() <= 0.2
     for name, c in model.content.coefficients.items():
         assert c.source, name

@@ -121,8 +121,8 @@ def test_the_file_loads_and_says_what_was_measured(tmp_path):
     assert provenance["weights_s"] == provenance["v_slope_per_ghz"] == "measured"
     assert provenance["flops_per_token"] == "derived"
     assert "kept from h100-llama70b" in model.content.coefficients["freq_profile_ghz"].source
-    assert model.box["freq_mhz"] == (600.0, 1980.0)
-    assert model.box["cached"] == (0.0, 256 * 2048)
+    assert model.domain["freq_mhz"] == (600.0, 1980.0)
+    assert model.domain["cached"] == (0.0, 256 * 2048)
     assert model.content.fit["held_out_mape"] == pytest.approx(fit.latency_mape, rel=1e-3)
     assert load_model("decode", 4).delay_s(3) == pytest.approx(model.delay_s(3), rel=1e-4)
 

@@ -142,7 +142,11 @@ def test_no_file_stays_open(tmp_path, suffix):
 def test_reading_leaves_nothing_to_the_collector(tmp_path):
     trace = Trace("t", np.arange(5) * 1.0, np.full(5, 10), np.full(5, 2), "made")
     paths = [str(write_trace(trace, tmp_path / f"a{s}")) for s in (".csv", ".jsonl", ".parquet")]
-    program = "import sys; from biscale_env.traces import read_trace\nfor p in sys.argv[1:]: read_trace(p)"
+    program = (
+        "import sys\n"
+        "from biscale_env.traces import read_trace\n"
+        "for path in sys.argv[1:]: read_trace(path)\n"
+    )
     done = subprocess.run(
         [sys.executable, "-X", "dev", "-W", "error::ResourceWarning", "-c", program, *paths],
         capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True,

@@ -98,7 +98,7 @@ class GemmCap(Config):
 
 
 class HbmPoint(Config):
-    """Power of memory-bound work at one share of the HBM bandwidth."""
+    """Power of memory-bound work at one fraction of the HBM bandwidth."""
 
     hbm_use: float = Field(gt=0, le=1)
     power_w: float = Field(gt=0)
@@ -154,7 +154,7 @@ class Range(Config):
         return self
 
     def sample(self, rng: np.random.Generator) -> float:
-        """Draw one value."""
+        """Sample one value."""
         low, high, mode = (
             (np.log(v) if self.log else v) for v in (self.low, self.high, self.mode or self.low)
         )
@@ -200,7 +200,7 @@ class Evidence(Config):
 
     @property
     def nominal_sample(self) -> ParameterSample:
-        """The nominal value of everything that is drawn."""
+        """The nominal value of everything that is sampled."""
         return {name: self.sample[name].nominal for name in WORLD_NAMES}
 
     def random_sample(self, rng: np.random.Generator) -> ParameterSample:

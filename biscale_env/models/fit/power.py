@@ -1,5 +1,6 @@
-"""Energy coefficients: bounded least squares on measured power, linear because the formula is
-linear in them.
+"""Energy coefficients: bounded least squares on measured power.
+
+Linear, because the formula is linear in them.
 """
 
 from collections.abc import Callable, Mapping
@@ -104,7 +105,7 @@ class LinearSystem:
     sigmas: list[float]
 
     def add(self, row: Floats, target: float, sigma: float) -> None:
-        """One equation ``row . x = target`` with its standard deviation in the unit of the target."""
+        """One equation ``row . x = target`` with its standard deviation, in the target's unit."""
         self.rows.append(row)
         self.targets.append(target)
         self.sigmas.append(sigma)
@@ -194,7 +195,7 @@ def _add_idle_and_hbm(
 def _add_shape(
     s: LinearSystem, c: Coefficients, server: ColocatedServer, sample: ParameterSample, ev: Evidence
 ) -> None:
-    """Power of a small decode batch at a low clock as a share of that at the default clock."""
+    """Power of a small decode batch at a low clock as a fraction of that at the default clock."""
 
     def power(clock_ghz: float) -> Floats:
         cached = SHAPE_BATCH * server.context_tokens
@@ -224,7 +225,7 @@ def _solve(s: LinearSystem, ev: Evidence) -> dict[str, float]:
 def _fp8_flop(
     kernels: Kernels, sample: ParameterSample, ev: Evidence, values: dict[str, float]
 ) -> float:
-    """Energy per fp8 operation that puts sustained fp8 GEMMs at the cap, the other energies given."""
+    """Energy per fp8 operation that puts sustained fp8 GEMMs at the cap, the others given."""
     s = LinearSystem([], [], [])
     _add_gemm_cap(s, kernels, sample, ev, "fp8")
     if not s.rows:

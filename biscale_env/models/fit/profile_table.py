@@ -21,7 +21,10 @@ OPTIONAL_COLUMNS = (*COMPONENT_COLUMNS, "latency_s", "power_w", "freq_mhz", "sco
 ONE_GPU_LACKS = dict.fromkeys(
     ("comm0_s", "comm_s_per_token", "host0_s", "host_s_per_seq", "link_bytes_per_token"), 0.0
 )
-"""Coefficients of what a shard on a GPU of its own does not do: all-reduce between GPUs, the engine's host work."""
+"""Coefficients of what a shard on a GPU of its own does not do.
+
+All-reduce between GPUs, and the engine's host work.
+"""
 Floats = NDArray[np.float64]
 
 
@@ -48,7 +51,7 @@ class ProfileTable:
         tp: GPUs per instance.
         dtype: ``bf16`` or ``fp8``.
         rows: the rows of the file, sorted by work and clock.
-        shard: the rows are of one GPU's share of the work alone, as `biscale profile` measures it,
+        shard: the rows are of one GPU's part of the work alone, as `biscale profile` measures it,
             not of whole iterations.
     """
 
@@ -74,8 +77,9 @@ class ProfileTable:
         return self.rows[name].to_numpy(np.float64)
 
     def held_out(self) -> NDArray[np.bool_]:
-        """Rows kept from the fit: three of every ten in the sorted order, so that they are spread
-        over the whole grid.
+        """Rows kept from the fit: three of every ten in the sorted order.
+
+        So they are spread over the whole grid.
         """
         return (np.arange(len(self.rows)) * 7) % 10 < 3
 
@@ -129,13 +133,12 @@ def read_profile(path: Path) -> list[ProfileTable]:
     """Read a profile table and split it into its configurations.
 
     Columns: ``phase`` (prefill, decode), ``tp``, ``dtype`` (bf16, fp8), ``batch`` (requests),
-        ``new_tokens`` (prompt tokens per request;
-    0 in decode), ``prefix`` (tokens per request already cached; 0 in decode), ``context`` (KV
-    tokens per request in decode; 0 in prefill); then any of ``latency_s`` (iteration), ``power_w``
-    (mean per GPU), ``freq_mhz`` (mean SM clock while it ran), kernel times ``gemm_s``, ``attn_s``,
-    ``comm_s``, ``elem_s``, and ``scope``: ``iteration`` (the default), or ``shard`` where one GPU
-    ran its share of the work alone, without all-reduce and host. Lines that start with ``#`` are
-    comments.
+    ``new_tokens`` (prompt tokens per request; 0 in decode), ``prefix`` (tokens per request already
+    cached; 0 in decode), ``context`` (KV tokens per request in decode; 0 in prefill); then any of
+    ``latency_s`` (iteration), ``power_w`` (mean per GPU), ``freq_mhz`` (mean SM clock while it
+    ran), kernel times ``gemm_s``, ``attn_s``, ``comm_s``, ``elem_s``, and ``scope``: ``iteration``
+    (the default), or ``shard`` where one GPU ran its part of the work alone, without all-reduce and
+    host. Lines that start with ``#`` are comments.
 
     Returns:
         One table per (phase, tp, dtype), in that order.
@@ -164,7 +167,8 @@ def read_profile(path: Path) -> list[ProfileTable]:
         order = [c for c in (*WORK_COLUMNS, "freq_mhz") if c in rows]
         if rows["scope"].nunique() > 1:
             raise BiscaleError(
-                f"{path}: {phase} {dtype} tp{tp} mixes whole iterations and shards; give each a table of its own"
+                f"{path}: {phase} {dtype} tp{tp} mixes whole iterations and shards; give each a "
+                "table of its own"
             )
         shard = bool(rows["scope"].iloc[0] == "shard")
         kept = (

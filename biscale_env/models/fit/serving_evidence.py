@@ -104,8 +104,9 @@ def mean_s(c: Coefficients, mix: Mixture, freq_ghz: Floats | float) -> float:
 def _fit_host(
     c: Coefficients, points: list[ServingPoint], freq_ghz: float, context: float, host0_s: float
 ) -> Floats:
-    """Host time per iteration and per request from the median intervals, the former held near
-    ``host0_s``.
+    """Host time per iteration and per request from the median intervals.
+
+    The former is held near ``host0_s``.
     """
     batch = np.array([p.batch for p in points])
     target = np.array([p.itl_p50_s for p in points])
@@ -121,7 +122,7 @@ def _fit_host(
 
 
 def _prompt_tokens(c: Coefficients, point: ServingPoint, freq_ghz: float, context: float) -> float:
-    """Mean prompt length at which the mean interval exceeds the pure decode iteration as measured."""
+    """Mean prompt length at which the mean interval exceeds pure decode as much as measured."""
     ratio = point.interval_s / point.itl_p50_s
 
     def excess(prompt: float) -> float:
@@ -131,7 +132,8 @@ def _prompt_tokens(c: Coefficients, point: ServingPoint, freq_ghz: float, contex
 
     if excess(1.0) > 0.0 or excess(1e4) < 0.0:
         raise BiscaleError(
-            f"serving point with batch {point.batch:g}: mean and median interval do not fit any prompt length"
+            f"serving point with batch {point.batch:g}: mean and median interval do not fit any "
+            "prompt length"
         )
     return float(brentq(excess, 1.0, 1e4, xtol=1e-6))
 

@@ -1,5 +1,6 @@
-"""`biscale fit`: from the kernel table and the evidence to the committed coefficient files, the
-same bytes every time.
+"""`biscale fit`: from kernel table and evidence to the committed coefficient files.
+
+The same bytes every time.
 """
 
 from dataclasses import dataclass
@@ -46,9 +47,9 @@ Floats = NDArray[np.float64]
 # how far (in the logarithm) the joint fit may pull a coefficient from its own kernel family, see
 # fit_latency.refine
 SIGMA = 0.1
-DRAW_DIGITS = 5
+MEMBER_DIGITS = 5
 HOST_FIELDS = ("host0_s", "host_s_per_seq")
-DRAWN = (*SAMPLED_COEFFICIENTS, *HOST_FIELDS, *ENERGY_NAMES)
+SAMPLED_FIELDS = (*SAMPLED_COEFFICIENTS, *HOST_FIELDS, *ENERGY_NAMES)
 GEOMETRY_FIELDS = (
     "n_gpus",
     "flops_per_token",
@@ -73,8 +74,9 @@ class KernelFit:
 
 
 def tables(ev: Evidence) -> list[ProfileTable]:
-    """The kernel tables of the configurations that the evidence lists, prefill cut at its token
-    limit.
+    """The kernel tables of the configurations that the evidence lists.
+
+    Prefill is cut at its token limit.
     """
     limits = {(c.dtype, c.tp): c.max_prefill_tokens for c in ev.configurations}
     out = []
@@ -107,24 +109,25 @@ def fit_kernels(table: ProfileTable, ev: Evidence, gpu: Gpu) -> KernelFit:
     return KernelFit(table, c, train, float(errors.mean()), float(errors.max()))
 
 
-def box_of(
+def domain_of(
     table: ProfileTable, freq_min_mhz: float, freq_max_mhz: float
 ) -> dict[str, tuple[float, float]]:
     """Range of work that a table covers; attention work and cached tokens from zero."""
     w = table.work
     axes = {"tokens": w.tokens, "attn_work": w.attn_work, "cached": w.cached, "n_seq": w.n_seq}
-    box = {
+    domain = {
         name: (0.0 if name in ("attn_work", "cached") else float(v.min()), float(v.max()))
         for name, v in axes.items()
     }
-    return {**box, "freq_mhz": (freq_min_mhz, freq_max_mhz)}
+    return {**domain, "freq_mhz": (freq_min_mhz, freq_max_mhz)}
 
 
 def _kernel_source(ev: Evidence, dtype: str) -> tuple[str, str]:
     if dtype == "fp8":
         return (
             "derived",
-            f"fitted to {ev.profile_source}; most fp8 points are the package's estimates, not measurements",
+            f"fitted to {ev.profile_source}; most fp8 points are the package's estimates, not "
+            "measurements",
         )
     return "measured", f"fitted to {ev.profile_source}"
 
@@ -145,15 +148,20 @@ def _provenance(ev: Evidence, phase: str, dtype: str) -> dict[str, tuple[str, st
     out |= {n: (ev.sample[n].provenance, ev.sample[n].source) for n in SAMPLED_COEFFICIENTS}
     host = ev.sample[f"{phase}_host_s"]
     if phase == "decode":
-        per_seq = f"measured median token intervals minus kernels, at {ev.serving.dtype} TP {ev.serving.tp}: {ev.serving.source}"
+        s = ev.serving
+        per_seq = (
+            f"measured median token intervals minus kernels, at {s.dtype} TP {s.tp}: {s.source}"
+        )
         out |= dict.fromkeys(HOST_FIELDS, ("derived", per_seq))
     else:
         out |= {
             "host0_s": (host.provenance, host.source),
             "host_s_per_seq": ("assumed", "contained in host0_s"),
         }
-    fitted = f"energy fit to {ev.serving.source}, GEMMs at the power cap, idle power and frequency shape; {{}}"
-    out |= {n: ("derived", fitted.format(ev.energy[n].source)) for n in ENERGY_NAMES}
+    fitted = (
+        f"energy fit to {ev.serving.source}, GEMMs at the power cap, idle power and frequency shape"
+    )
+    out |= {n: ("derived", f"{fitted}; {ev.energy[n].source}") for n in ENERGY_NAMES}
     return out
 
 
@@ -196,7 +204,7 @@ def model_file(ev: Evidence, fit: KernelFit, nominal: Member, gpu: Gpu) -> Model
         gpu=ev.gpu,
         llm=ev.llm,
         coefficients=coefficients,
-        box=box_of(t, gpu.freq_min_mhz, gpu.freq_max_mhz),
+        box=domain_of(t, gpu.freq_min_mhz, gpu.freq_max_mhz),
         delay_s=nominal.sample["delay_s"],
         fit=_fit_record(ev, fit),
     )
@@ -213,11 +221,15 @@ def members_csv(
     for member in members:
         c = member.coefficients[key]
         rows.append(
-            {DELAY_COLUMN: member.sample["delay_s"]} | {name: getattr(c, name) for name in DRAWN}
+            {DELAY_COLUMN: member.sample["delay_s"]}
+            | {name: getattr(c, name) for name in SAMPLED_FIELDS}
         )
-    table = pd.DataFrame(rows).map(lambda v: rounded(v, DRAW_DIGITS))
+    table = pd.DataFrame(rows).map(lambda v: rounded(v, MEMBER_DIGITS))
     tally = ", ".join(f"{k} {v}" for k, v in sorted(counts.items()))
-    head = f"# Members that agree with all evidence of {ev.name} (seed {ev.seed}); rejections: {tally}\n"
+    head = (
+        f"# Members that agree with all evidence of {ev.name} (seed {ev.seed}); "
+        f"rejections: {tally}\n"
+    )
     return head + table.to_csv(index=False, lineterminator="\n")
 
 

@@ -32,7 +32,7 @@ from biscale_env.models.fit.evidence import ENERGY_NAMES
 from biscale_env.models.fit.latency import LATENCY_FIELDS, WORK_FIELD, Rows, mape, predict_s, refine
 from biscale_env.models.fit.power import SCALE, LinearSystem, energy_columns
 from biscale_env.models.fit.profile_table import ONE_GPU_LACKS, ProfileTable, read_profile, sha256
-from biscale_env.models.fit.shipped import DRAW_DIGITS, GEOMETRY_FIELDS, box_of
+from biscale_env.models.fit.shipped import GEOMETRY_FIELDS, MEMBER_DIGITS, domain_of
 from biscale_env.models.geometry import counted_work
 from biscale_env.models.iteration_model import DEFAULT_NAME, IterationModel, read_model
 from biscale_env.models.physics import Coefficients
@@ -77,7 +77,7 @@ class UserFit:
             "# Bootstrap members: the table resampled, everything refitted; delays as in the start "
             "model\n"
         )
-        text = self.members.map(lambda v: rounded(v, DRAW_DIGITS)).to_csv(
+        text = self.members.map(lambda v: rounded(v, MEMBER_DIGITS)).to_csv(
             index=False, lineterminator="\n"
         )
         own = {path.name: dump_model_file(self.content), members_path(path).name: head + text}
@@ -320,7 +320,7 @@ def _content(
             n: _coefficient(n, v, model, moved, path)
             for n, v in zip(Coefficients._fields, c, strict=True)
         },
-        box=box_of(table, float(clocks.min()), float(clocks.max())),
+        box=domain_of(table, float(clocks.min()), float(clocks.max())),
         delay_s=model.content.delay_s,
         fit=record,
     )
@@ -390,7 +390,8 @@ def fit_user(
         if joined is not None:
             if joined.shard != table.shard:
                 raise BiscaleError(
-                    f"{profile} and {power} must both hold whole iterations or both hold shards of {what}"
+                    f"{profile} and {power} must both hold whole iterations or both hold shards "
+                    f"of {what}"
                 )
             for column in ("power_w", "freq_mhz"):
                 _need(joined, column, power or profile)

@@ -44,7 +44,7 @@ class Check:
         evidence: what kind of evidence it is.
         configuration: phase, dtype, TP.
         quantity: what is compared, with its unit.
-        measured: the measured figure, or a band.
+        measured: the measured value, or a band.
         model: what the model says.
         error: relative error, None where a band is given.
         target: the target in words; empty where there is none and the line is only reported.
@@ -194,7 +194,7 @@ def _decode_curve(
 
 
 def whole_iteration_checks(ev: Evidence) -> Iterator[Check]:
-    """Measured prefill against the kernel sum, and the clock that the cap leaves a whole iteration."""
+    """Measured prefill against the kernel sum, and the clock that the cap leaves an iteration."""
     for tp in (4, 8):
         model = load_model("prefill", tp, "bf16", ev.name)
         kernels = _kernels_only(model.coefficients)

@@ -36,7 +36,8 @@ def envelope_of(
     """
     if rates.size < 2 or not np.isfinite(rates).all() or (rates < 0).any() or not rates.any():
         raise BiscaleError(
-            f"rate profile '{name}' needs at least two steps of {step_s:g} s with rates of 0 or more"
+            f"rate profile '{name}' needs at least two steps of {step_s:g} s with rates of 0 or "
+            "more"
         )
     factors = tuple(round(float(v), 4) for v in rates / rates.mean())
     return RateEnvelope(name=name, start=start, step_s=step_s, factors=factors, source=source)
@@ -45,8 +46,9 @@ def envelope_of(
 def read_rates(
     path: Path, time_column: str, rate_column: str, where: str | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Read times (s) and request rates (requests/s) from two columns of a CSV file, each of shape
-    (n,).
+    """Read times (s) and request rates (requests/s) from two columns of a CSV file.
+
+    Each has shape (n,).
 
     Args:
         path: file with a header line.
@@ -105,12 +107,14 @@ def fold_rates(
     steps = round(period_s / step_s)
     if steps < 2 or abs(steps * step_s - period_s) > 1e-6 * period_s:
         raise BiscaleError(
-            f"the period of {period_s:g} s must be a multiple of the step of {step_s:g} s, at least twice"
+            f"the period of {period_s:g} s must be a multiple of the step of {step_s:g} s, at "
+            "least twice"
         )
     index = np.floor(time_s / step_s).astype(np.int64) % steps
     counts = np.bincount(index, minlength=steps)
     if (counts == 0).any():
         raise BiscaleError(
-            f"rate profile '{name}': step {int(np.argmin(counts))} of {steps} has no rate in the table"
+            f"rate profile '{name}': step {int(np.argmin(counts))} of {steps} has no rate in the "
+            "table"
         )
     return envelope_of(np.bincount(index, rate_rps, steps) / counts, name, source, step_s, start)

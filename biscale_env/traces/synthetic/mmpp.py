@@ -1,5 +1,6 @@
-"""Closed forms of the two-state Markov-modulated Poisson process (Heffes and Lucantoni, IEEE JSAC
-1986).
+"""Closed forms of the two-state Markov-modulated Poisson process.
+
+Source: Heffes and Lucantoni, IEEE JSAC 1986.
 """
 
 import numpy as np

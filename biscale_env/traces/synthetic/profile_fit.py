@@ -1,5 +1,6 @@
-"""Profiles out of traces: quantiles and rank grid of the lengths, arrivals by moments, hourly
-rates.
+"""Profiles out of traces.
+
+Quantiles and rank grid of the lengths, arrivals by moments, hourly rates.
 
 `biscale traces describe FILE --as-profile lengths|workload|rates` prints them; the shipped
 ``azure-*`` profiles are its output.

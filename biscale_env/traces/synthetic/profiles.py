@@ -1,5 +1,4 @@
-"""Profiles: what a generated workload is made of, read from ``configs/traces`` or a user's YAML
-file.
+"""Profiles: what a generated workload is made of, from ``configs/traces`` or a YAML file.
 
 ``lengths-*.yaml`` describe prompt and output lengths, ``rates-*.yaml`` the shape of the request
 rate over days, every other file a whole workload: arrivals, lengths, default rate and duration.
@@ -74,9 +73,9 @@ class LengthProfile(Config):
         output_tokens: distribution of the output length.
         rank_correlation: Spearman correlation of the two; a Gaussian copula has it unless
             ``rank_grid`` is given.
-        rank_grid: k x k shares of the requests by rank of prompt (row) and output (column): a
+        rank_grid: k x k fractions of the requests by rank of prompt (row) and output (column): a
             copula that also shows dependence which is not monotone.
-        source: where the figures come from.
+        source: where the numbers come from.
     """
 
     name: str
@@ -117,7 +116,7 @@ class Modulation(Config):
 
     @property
     def high_share(self) -> float:
-        """Share of time in the high state."""
+        """Fraction of time in the high state."""
         return self.mean_high_s / (self.mean_high_s + self.mean_low_s)
 
     @property
@@ -143,7 +142,7 @@ class RateEnvelope(Config):
         step_s: time between factors, s; the factor holds in the middle of its step, linear in
             between.
         factors: rate relative to the mean of the period.
-        source: where the figures come from.
+        source: where the numbers come from.
     """
 
     name: str
@@ -165,8 +164,9 @@ class RateEnvelope(Config):
 
 
 class Arrivals(Config):
-    """Arrival process: gamma gaps in operational time, which runs as fast as modulation and
-    envelope say.
+    """Arrival process: gamma gaps in operational time.
+
+    Operational time runs as fast as modulation and envelope say.
 
     Attributes:
         gap_cv: coefficient of variation of the gaps at a constant rate; 1 is Poisson.
@@ -193,7 +193,7 @@ class WorkloadProfile(Config):
         lengths: name of a ``lengths-`` profile.
         measured: statistics of the trace that the profile was fitted to, for comparison; not used
             to generate.
-        source: where the figures come from.
+        source: where the numbers come from.
     """
 
     name: str
