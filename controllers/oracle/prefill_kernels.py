@@ -9,94 +9,190 @@ the cheapest one per cell. When the queue is empty the instance idles to the nex
 to get there meet in one label at that exact time, which resets every discretisation error.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from biscale_env.core.jit import compiled, inlined
-from biscale_env.models.physics import idle_power_w
+from biscale_env.models.physics import Coefficients, idle_power_w
 from biscale_env.sim.clock import under_cap
 from biscale_env.sim.prefill import form_batch
+from controllers.records import Records, record_dtype
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 EXACT = 0  # labels carry their true time: the cheapest path is a plan that the simulator repeats
 # a label may be anywhere in its cell, whichever is best: a lower bound without actuation delay
 CELLS = 1
-CELLS_ANY_DELAY = (
-    2  # and clocks may be mixed within a batch, and waiting costs the power of the lowest clock
-)
+# and clocks may be mixed within a batch, and waiting costs the power of the lowest clock
+CELLS_ANY_DELAY = 2
 
 OK, OUT_OF_SLOTS, OUT_OF_LABELS = 0, 1, 2
 EMPTY = 0.0  # cost of a cell without a label; every real label has used energy
 
-RUN_DTYPE = np.dtype(
-    [
-        ("mode", np.int64),
-        ("cell_s", np.float64),
-        ("price", np.float64),  # cost of a violation, in units of the reference energy
-        (
-            "margin",
-            np.float64,
-        ),  # a label dearer by this than an earlier one of the same position is dropped
-        (
-            "floor_w",
-            np.float64,
-        ),  # idle power of the instance at the lowest clock, in reference energies per second
-        ("status", np.int64),
-        ("free_slot", np.int64),
-        ("n_labels", np.int64),
-        ("expanded", np.int64),
-        ("most_expanded", np.int64),  # labels after which a bounding programme gives up
-        (
-            "late",
-            np.int64,
-        ),  # transitions dropped because they fall behind the window of their position
-        ("best_cost", np.float64),  # cheapest way to the end
-        ("best_parent", np.int64),
-        ("best_clock", np.int64),
-    ]
-)
-SLOT_DTYPE = np.dtype(
-    [
-        ("head", np.int64),
-        ("head_done", np.int64),
-        ("base", np.int64),
-        ("lo", np.int64),
-        ("hi", np.int64),
-        ("next", np.int64),
-    ]
-)
+
+class Programme:
+    """Settings and results of one dynamic programme, a record of :data:`RUN_DTYPE`.
+
+    Attributes:
+        mode: EXACT, CELLS or CELLS_ANY_DELAY.
+        cell_s: width of a time cell, s.
+        price: penalty of an SLO violation, in reference energies.
+        margin: a label dearer by this than an earlier one of the same position is dropped.
+        floor_w: idle power of the instance at the lowest clock, in reference energies per second.
+        status: OK or what ran out.
+        free_slot: first free slot.
+        n_labels: labels kept for the way back.
+        expanded: labels expanded.
+        most_expanded: labels after which a bounding programme gives up.
+        late: transitions dropped because they fall behind the window of their position.
+        best_cost: cheapest way to the end.
+        best_parent: its last label.
+        best_clock: its last clock.
+    """
+
+    mode: int
+    cell_s: float
+    price: float
+    margin: float
+    floor_w: float
+    status: int
+    free_slot: int
+    n_labels: int
+    expanded: int
+    most_expanded: int
+    late: int
+    best_cost: float
+    best_parent: int
+    best_clock: int
+
+
+class Slot:
+    """An open position: request and tokens of it done, its first cell, the cells in use."""
+
+    head: int
+    head_done: int
+    base: int
+    lo: int
+    hi: int
+    next: int
+
+
+class ClockOption:
+    """A choice of a batch: its duration (least and most), energy, idle power after it, clock."""
+
+    d: float
+    d_max: float
+    e: float
+    idle_w: float
+    clock: int
+
+
+RUN_DTYPE = record_dtype(Programme)
+SLOT_DTYPE = record_dtype(Slot)
+OPTION_DTYPE = record_dtype(ClockOption)
 CELL_DTYPE = np.dtype(
     [("cost", np.float64), ("time_s", np.float64), ("parent", np.int32), ("clock", np.int32)]
-)
-OPTION_DTYPE = np.dtype(
-    [
-        ("d", np.float64),
-        ("d_max", np.float64),
-        ("e", np.float64),
-        ("idle_w", np.float64),
-        ("clock", np.int64),
-    ]
 )
 IDLE_DTYPE = np.dtype([("cost", np.float64), ("parent", np.int32), ("clock", np.int32)])
 LABEL_DTYPE = np.dtype([("parent", np.int32), ("clock", np.int16)])
 
 
+class PlannedWorkload(NamedTuple):
+    """What is known of the workload and the instance.
+
+    Attributes:
+        c: coefficients.
+        p: engine parameters; their delay and decision interval are not used.
+        arrival_s: arrival times (n,).
+        prompt: prompt lengths (n,).
+        earliest_s: lower bound on the time at which all requests before r can be complete (n,).
+        s_per_token: least seconds per token.
+    """
+
+    c: Coefficients
+    p: Any  # a record of `biscale_env.sim.state.PARAMS_DTYPE`
+    arrival_s: Floats
+    prompt: NDArray[np.int32]
+    earliest_s: Floats
+    s_per_token: float
+
+
+class OpenLabels(NamedTuple):
+    """Labels that are not expanded yet.
+
+    Attributes:
+        slots: open positions; all free at first, chained by ``next``.
+        first: first open slot of each request (n,), all -1 at first.
+        cells: time cells of the slots, all empty at first.
+        idle: label at the arrival of each request that comes to an empty instance (n,); infinite
+            at first but for the first.
+    """
+
+    slots: Records
+    first: Ints
+    cells: Records
+    idle: Records
+
+
+class Scratch(NamedTuple):
+    """Clocks to choose among, rising, GHz, and room for the options of a batch.
+
+    Attributes:
+        grid_ghz: supported clocks.
+        hull: options on the convex hull.
+        options: options of the present batch.
+        batch: the last batch of the present position, 8 integers (see :func:`expand`).
+    """
+
+    grid_ghz: Floats
+    hull: Records
+    options: Records
+    batch: Ints
+
+
+class Work(NamedTuple):
+    """A batch: new tokens, attention token-pairs, requests."""
+
+    tokens: int
+    attn: float
+    n_seq: int
+
+
+class Departure(NamedTuple):
+    """A label about to start its batch, between ``low_s`` and ``high_s``, at a cost so far."""
+
+    low_s: float
+    high_s: float
+    cost: float
+    parent: int
+
+
+class Arrival(NamedTuple):
+    """Where a batch leads: slot of the position, requests before and after, queue empty then."""
+
+    slot: int
+    head: int
+    new_head: int
+    empty: bool
+
+
 @inlined
-def clock_options(
-    run: Any, c: Any, p: Any, grid_ghz: Any, options: Any, tokens: int, attn: float, n_seq: int
-) -> int:
+def clock_options(w: PlannedWorkload, grid_ghz: Floats, options: Records, work: Work) -> int:
     """Durations and energies of a batch at each clock, fastest first.
 
     All clocks above the power cap are one.
     """
     count = 0
     for k in range(grid_ghz.size):
-        freq, d, joules = under_cap(c, p, tokens, attn, 0.0, n_seq, grid_ghz[k])
+        freq, d, joules = under_cap(w.c, w.p, work.tokens, work.attn, 0.0, work.n_seq, grid_ghz[k])
         o = options[count]
         o.d = d
         o.d_max = d
-        o.e = joules * c.n_gpus / p.energy_ref_j
-        o.idle_w = idle_power_w(c, grid_ghz[k]) * c.n_gpus / p.energy_ref_j
+        o.e = joules * w.c.n_gpus / w.p.energy_ref_j
+        o.idle_w = idle_power_w(w.c, grid_ghz[k]) * w.c.n_gpus / w.p.energy_ref_j
         o.clock = k
         count += 1
         if freq < grid_ghz[k]:
@@ -110,7 +206,7 @@ def clock_options(
 
 
 @inlined
-def convexify(options: Any, count: int) -> int:
+def convexify(options: Records, count: int) -> int:
     """Keep the options on the lower convex hull of (duration, energy), in place; durations rise."""
     kept = 0
     for k in range(count):
@@ -128,21 +224,22 @@ def convexify(options: Any, count: int) -> int:
 
 
 @inlined
-def hull_energy(hull: Any, count: int, d: float) -> float:
+def hull_energy(hull: Records, count: int, d: float) -> float:
     """Least energy of a mix of clocks that takes ``d``; beyond the ends, that of the end."""
     if d <= hull[0].d:
         return hull[0].e
     for k in range(1, count):
         if d <= hull[k].d:
-            share = (d - hull[k - 1].d) / (hull[k].d - hull[k - 1].d)
-            return hull[k - 1].e + share * (hull[k].e - hull[k - 1].e)
+            fraction = (d - hull[k - 1].d) / (hull[k].d - hull[k - 1].d)
+            return hull[k - 1].e + fraction * (hull[k].e - hull[k - 1].e)
     return hull[count - 1].e
 
 
 @inlined
-def mixed_options(run: Any, hull: Any, n_hull: int, options: Any) -> int:
-    """Whole cells of duration, each with the least energy of any mix of clocks in ``(m - 1, m +
-    1)`` cells.
+def mixed_options(run: Programme, hull: Records, n_hull: int, options: Records) -> int:
+    """Whole cells of duration m, each with the least energy of any mix of clocks.
+
+    A mix counts where it takes between ``m - 1`` and ``m + 1`` cells.
     """
     best = 0
     for k in range(n_hull):
@@ -167,36 +264,19 @@ def mixed_options(run: Any, hull: Any, n_hull: int, options: Any) -> int:
 
 
 @inlined
-def list_options(
-    run: Any,
-    c: Any,
-    p: Any,
-    grid_ghz: Any,
-    hull: Any,
-    options: Any,
-    tokens: int,
-    attn: float,
-    n_seq: int,
-) -> int:
-    """Choices of a batch in this mode, into ``options``; returns how many."""
+def list_options(run: Programme, w: PlannedWorkload, scratch: Scratch, work: Work) -> int:
+    """Choices of a batch in this mode, into ``scratch.options``; returns how many."""
     if run.mode != CELLS_ANY_DELAY:
-        return clock_options(run, c, p, grid_ghz, options, tokens, attn, n_seq)
-    n_hull = convexify(hull, clock_options(run, c, p, grid_ghz, hull, tokens, attn, n_seq))
-    return mixed_options(run, hull, n_hull, options)
+        return clock_options(w, scratch.grid_ghz, scratch.options, work)
+    hull = scratch.hull
+    n_hull = convexify(hull, clock_options(w, scratch.grid_ghz, hull, work))
+    return mixed_options(run, hull, n_hull, scratch.options)
 
 
 @inlined
-def find_slot(
-    run: Any,
-    slots: Any,
-    first: Any,
-    earliest_s: Any,
-    arrival_s: Any,
-    head: int,
-    done: int,
-    rate: float,
-) -> int:
+def find_slot(run: Programme, w: PlannedWorkload, labels: OpenLabels, head: int, done: int) -> int:
     """The slot of a position, opened if it has none; -1 when no slot is left."""
+    slots, first = labels.slots, labels.first
     s = first[head]
     while s >= 0:
         if slots[s].head_done == done:
@@ -210,9 +290,8 @@ def find_slot(
     run.free_slot = slot.next
     slot.head = head
     slot.head_done = done
-    slot.base = (
-        int(np.floor((max(earliest_s[head], arrival_s[head]) + rate * done) / run.cell_s)) - 1
-    )
+    earliest = max(w.earliest_s[head], w.arrival_s[head]) + w.s_per_token * done
+    slot.base = int(np.floor(earliest / run.cell_s)) - 1
     slot.lo = 1 << 60
     slot.hi = -1
     slot.next = first[head]
@@ -222,33 +301,26 @@ def find_slot(
 
 @inlined
 def put(
-    run: Any,
-    slots: Any,
-    cells: Any,
-    s: int,
-    cell: int,
-    time_s: float,
-    cost: float,
-    parent: int,
-    clock: int,
+    run: Programme, labels: OpenLabels, s: int, cell: int, label: Departure, clock: int
 ) -> None:
-    """Offer a label to a cell of a position."""
+    """Offer a label (a departure at ``low_s``) to a cell of a position."""
+    slots, cells = labels.slots, labels.cells
     k = max(cell - slots[s].base, 0)
     if k >= cells.shape[1]:
         run.late += 1
         return
     x = cells[s, k]
-    if x.cost == EMPTY or cost < x.cost:
-        x.cost = cost
-        x.time_s = time_s
-        x.parent = parent
+    if x.cost == EMPTY or label.cost < x.cost:
+        x.cost = label.cost
+        x.time_s = label.low_s
+        x.parent = label.parent
         x.clock = clock
         slots[s].lo = min(slots[s].lo, k)
         slots[s].hi = max(slots[s].hi, k)
 
 
 @inlined
-def put_end(run: Any, cost: float, parent: int, clock: int) -> None:
+def put_end(run: Programme, cost: float, parent: int, clock: int) -> None:
     """Offer a label to the end of the episode."""
     if cost < run.best_cost:
         run.best_cost = cost
@@ -257,52 +329,74 @@ def put_end(run: Any, cost: float, parent: int, clock: int) -> None:
 
 
 @inlined
-def count_late(p: Any, arrival_s: Any, head: int, new_head: int, time_s: float) -> int:
-    """Requests ``head .. new_head - 1`` that miss the SLO when they complete at this time (arrivals
-    rise).
+def count_late(w: PlannedWorkload, head: int, new_head: int, time_s: float) -> int:
+    """Requests ``head .. new_head - 1`` that violate the SLO when they complete at this time.
+
+    Arrivals rise.
     """
     late = 0
-    while head + late < new_head and time_s - arrival_s[head + late] > p.slo_s:
+    while head + late < new_head and time_s - w.arrival_s[head + late] > w.p.slo_s:
         late += 1
     return late
 
 
 @inlined
-def go(
-    run: Any, p: Any, arrival_s: Any, slots: Any, cells: Any, idle: Any, o: Any, s: int, head: int, new_head: int, empty: bool,
-    low_s: float, high_s: float, cost: float, parent: int, best: float,
-) -> float:  # fmt: skip
-    """All that may follow one option of one label that starts its batch between ``low_s`` and
-    ``high_s``; returns the least excess.
+def go_idle(
+    run: Programme,
+    w: PlannedWorkload,
+    labels: OpenLabels,
+    o: ClockOption,
+    start: Departure,
+    to: Arrival,
+    next_s: float,
+) -> None:
+    """The batch empties the queue before the next arrival: idle until then, or end.
+
+    ``start`` holds the times at which the batch ends and the cost with it, ``next_s`` the next
+    arrival (infinite: none).
     """
-    low, high = low_s + o.d, high_s + o.d
-    late_s = (
-        arrival_s[new_head] if empty and new_head < arrival_s.size else np.inf
-    )  # idle when the batch ends before this
-    last = high_s + o.d_max
-    cost += o.e
-    if empty and low < late_s:
-        total = cost + run.price * count_late(p, arrival_s, head, new_head, low)
-        if late_s <= p.end_s or (p.drain == 1 and new_head < arrival_s.size):
-            total += o.idle_w * (late_s - min(last, late_s))
-            x = idle[new_head]
-            if total < x.cost:
-                x.cost = total
-                x.parent = parent
-                x.clock = o.clock
-        else:
-            put_end(run, total + o.idle_w * max(p.end_s - last, 0.0), parent, o.clock)
-    if not empty:
+    total = start.cost + run.price * count_late(w, to.head, to.new_head, start.low_s)
+    last = start.high_s
+    if next_s <= w.p.end_s or (w.p.drain == 1 and to.new_head < w.arrival_s.size):
+        total += o.idle_w * (next_s - min(last, next_s))
+        x = labels.idle[to.new_head]
+        if total < x.cost:
+            x.cost = total
+            x.parent = start.parent
+            x.clock = o.clock
+    else:
+        put_end(run, total + o.idle_w * max(w.p.end_s - last, 0.0), start.parent, o.clock)
+
+
+@inlined
+def go(
+    run: Programme,
+    w: PlannedWorkload,
+    labels: OpenLabels,
+    o: ClockOption,
+    start: Departure,
+    to: Arrival,
+    best: float,
+) -> float:
+    """All that may follow one option of one label; returns the least excess."""
+    low, high = start.low_s + o.d, start.high_s + o.d
+    # idle when the batch ends before this
+    late_s = w.arrival_s[to.new_head] if to.empty and to.new_head < w.arrival_s.size else np.inf
+    cost = start.cost + o.e
+    if to.empty and low < late_s:
+        end = Departure(low, start.high_s + o.d_max, cost, start.parent)
+        go_idle(run, w, labels, o, end, to, late_s)
+    if not to.empty:
         late_s = low
     if run.mode == EXACT and low < late_s:
         return best
-    if new_head == arrival_s.size or high < late_s:
+    if to.new_head == w.arrival_s.size or high < late_s:
         return best
     low = max(low, late_s)
-    cost += run.price * count_late(p, arrival_s, head, new_head, low)
-    if p.drain == 0 and high >= p.end_s:
-        put_end(run, cost, parent, o.clock)
-        if low >= p.end_s:
+    cost += run.price * count_late(w, to.head, to.new_head, low)
+    if w.p.drain == 0 and high >= w.p.end_s:
+        put_end(run, cost, start.parent, o.clock)
+        if low >= w.p.end_s:
             return best
     excess = cost - run.floor_w * low
     if excess > best + run.margin:
@@ -310,48 +404,49 @@ def go(
     first = int(np.floor(low / run.cell_s))
     final = first if run.mode == EXACT else int(np.floor(high / run.cell_s - 1e-9))
     for cell in range(first, max(final, first) + 1):
-        put(run, slots, cells, s, cell, low, cost, parent, o.clock)
+        put(run, labels, to.slot, cell, Departure(low, high, cost, start.parent), o.clock)
     return min(best, excess)
 
 
 @inlined
 def expand(
-    run: Any, c: Any, p: Any, arrival_s: Any, prompt: Any, earliest_s: Any, grid_ghz: Any, slots: Any, first: Any, cells: Any,
-    idle: Any, hull: Any, options: Any, batch: Any, rate: float, head: int, done: int, tail: int, low_s: float, high_s: float,
-    cost: float, parent: int,
-) -> None:  # fmt: skip
-    """Start the batch that ``tail`` allows and follow every option.
+    run: Programme,
+    w: PlannedWorkload,
+    labels: OpenLabels,
+    scratch: Scratch,
+    at: tuple[int, int, int],
+    start: Departure,
+) -> None:
+    """Start the batch that the queue allows and follow every option.
 
-    ``batch`` remembers the last batch of this position.
+    ``at`` is (first request, tokens of it done, requests that have arrived). ``scratch.batch``
+    remembers the last batch of this position: known, its tail, head and tokens behind it, number of
+    options, slot, unused, full.
     """
+    head, done, tail = at
+    batch = scratch.batch
     if batch[0] == 0 or (batch[1] != tail and batch[7] == 0):
         tokens, attn, n_seq, new_head, new_done = form_batch(
-            prompt, head, done, tail, p.token_budget, p.max_seqs
+            w.prompt, head, done, tail, w.p.token_budget, w.p.max_seqs
         )
         batch[0] = 1
         batch[2] = new_head
         batch[3] = new_done
-        batch[4] = list_options(run, c, p, grid_ghz, hull, options, tokens, attn, n_seq)
-        batch[5] = (
-            find_slot(run, slots, first, earliest_s, arrival_s, new_head, new_done, rate)
-            if new_head < prompt.size
-            else 0
-        )
-        batch[7] = 1 if tokens == p.token_budget or n_seq == p.max_seqs else 0
+        batch[4] = list_options(run, w, scratch, Work(tokens, attn, n_seq))
+        more = new_head < w.prompt.size
+        batch[5] = find_slot(run, w, labels, new_head, new_done) if more else 0
+        batch[7] = 1 if tokens == w.p.token_budget or n_seq == w.p.max_seqs else 0
         if batch[5] < 0:
             return
     batch[1] = tail
-    new_head = batch[2]
-    empty = new_head >= tail and batch[3] == 0
+    to = Arrival(batch[5], head, batch[2], batch[2] >= tail and batch[3] == 0)
     best = np.inf
     for k in range(batch[4]):
-        best = go(
-            run, p, arrival_s, slots, cells, idle, options[k], batch[5], head, new_head, empty, low_s, high_s, cost, parent, best,
-        )  # fmt: skip
+        best = go(run, w, labels, scratch.options[k], start, to, best)
 
 
 @inlined
-def add_label(run: Any, labels: Any, parent: int, clock: int) -> int:
+def add_label(run: Programme, kept: Records, parent: int, clock: int) -> int:
     """Remember a label that is about to be expanded, for the way back; only exact plans need it."""
     run.expanded += 1
     if run.mode != EXACT:
@@ -359,26 +454,31 @@ def add_label(run: Any, labels: Any, parent: int, clock: int) -> int:
             run.status = OUT_OF_LABELS
         return 0
     n = run.n_labels
-    if n == labels.size:
+    if n == kept.size:
         run.status = OUT_OF_LABELS
         return 0
-    labels[n].parent = parent
-    labels[n].clock = clock
+    kept[n].parent = parent
+    kept[n].clock = clock
     run.n_labels = n + 1
     return n
 
 
 @inlined
 def expand_slot(
-    run: Any, c: Any, p: Any, arrival_s: Any, prompt: Any, earliest_s: Any, grid_ghz: Any, slots: Any, first: Any, cells: Any,
-    idle: Any, hull: Any, options: Any, batch: Any, labels: Any, rate: float, s: int, best: float,
-) -> None:  # fmt: skip
+    run: Programme,
+    w: PlannedWorkload,
+    labels: OpenLabels,
+    scratch: Scratch,
+    kept: Records,
+    s: int,
+    best: float,
+) -> None:
     """Expand the labels of a position in the order of time and clear its cells."""
-    slot = slots[s]
+    slot, arrival_s = labels.slots[s], w.arrival_s
     head, done = slot.head, slot.head_done
     tail = head + 1 if done > 0 else head
     for k in range(slot.lo, slot.hi + 1):
-        x = cells[s, k]
+        x = labels.cells[s, k]
         cost = x.cost
         x.cost = EMPTY
         if cost == EMPTY or run.status != OK:
@@ -391,88 +491,78 @@ def expand_slot(
         if cost - run.floor_w * low_s > best + run.margin:
             continue
         best = min(best, cost - run.floor_w * low_s)
-        label = add_label(run, labels, x.parent, x.clock)
+        label = add_label(run, kept, x.parent, x.clock)
         while tail < arrival_s.size and arrival_s[tail] <= low_s:
             tail += 1
         while True:
             begin = max(low_s, arrival_s[tail - 1])
-            expand(
-                run, c, p, arrival_s, prompt, earliest_s, grid_ghz, slots, first, cells, idle, hull, options, batch, rate, head,
-                done, tail, begin, high_s, cost, label,
-            )  # fmt: skip
-            if (
-                run.status != OK
-                or tail == arrival_s.size
-                or not arrival_s[tail] < high_s
-                or batch[7] == 1
-            ):
+            start = Departure(begin, high_s, cost, label)
+            expand(run, w, labels, scratch, (head, done, tail), start)
+            full = tail == arrival_s.size or scratch.batch[7] == 1
+            if run.status != OK or full or not arrival_s[tail] < high_s:
                 break
             tail += 1
 
 
+@inlined
+def next_slot(labels: OpenLabels, head: int) -> int:
+    """Open slot of a request with the fewest tokens done."""
+    s = labels.first[head]
+    k = labels.slots[s].next
+    while k >= 0:
+        if labels.slots[k].head_done < labels.slots[s].head_done:
+            s = k
+        k = labels.slots[k].next
+    return s
+
+
+@inlined
+def close_slot(run: Programme, labels: OpenLabels, head: int, s: int) -> None:
+    """Take a slot out of its request's chain and free it."""
+    slots, first = labels.slots, labels.first
+    if first[head] == s:
+        first[head] = slots[s].next
+    else:
+        k = first[head]
+        while slots[k].next != s:
+            k = slots[k].next
+        slots[k].next = slots[s].next
+    slots[s].next = run.free_slot
+    run.free_slot = s
+
+
 @compiled
 def prefill_oracle(
-    run: Any, c: Any, p: Any, arrival_s: Any, prompt: Any, earliest_s: Any, grid_ghz: Any, slots: Any, first: Any, cells: Any,
-    idle: Any, hull: Any, options: Any, batch: Any, labels: Any, rate: float,
-) -> None:  # fmt: skip
+    run: Programme, w: PlannedWorkload, labels: OpenLabels, scratch: Scratch, kept: Records
+) -> None:
     """Find the cheapest way from the first arrival to the end of the episode.
 
     Args:
-        run: settings and results (``RUN_DTYPE``).
-        c: coefficients.
-        p: engine parameters; their delay and decision interval are not used.
-        arrival_s: arrival times (n,).
-        prompt: prompt lengths (n,).
-        earliest_s: lower bound on the time at which all requests before r can be complete (n,).
-        grid_ghz: supported clocks, rising.
-        slots: open positions; all free, chained by ``next``.
-        first: first open slot of each request (n,), all -1.
-        cells: time cells of the slots, all empty.
-        idle: label at the arrival of each request that comes to an empty instance (n,); infinite
-            but for the first.
-        hull: scratch.
-        options: scratch.
-        batch: scratch, 8 integers.
-        labels: labels for the way back.
-        rate: least seconds per token.
+        run: settings and results.
+        w: the workload.
+        labels: all empty but for the first request's.
+        scratch: clocks, and room.
+        kept: labels for the way back, `LABEL_DTYPE`.
     """
-    for head in range(arrival_s.size):
-        batch[0] = 0
+    for head in range(w.arrival_s.size):
+        scratch.batch[0] = 0
         best = np.inf
-        x = idle[head]
+        x = labels.idle[head]
         if np.isfinite(x.cost):
-            now = arrival_s[head]
-            label = add_label(run, labels, x.parent, x.clock)
+            now = w.arrival_s[head]
+            label = add_label(run, kept, x.parent, x.clock)
             tail = head + 1
-            while tail < arrival_s.size and arrival_s[tail] <= now:
+            while tail < w.arrival_s.size and w.arrival_s[tail] <= now:
                 tail += 1
             best = x.cost - run.floor_w * now
-            expand(
-                run, c, p, arrival_s, prompt, earliest_s, grid_ghz, slots, first, cells, idle, hull, options, batch, rate, head,
-                0, tail, now, now, x.cost, label,
-            )  # fmt: skip
-        while first[head] >= 0 and run.status == OK:
-            s = first[head]
-            k = slots[s].next
-            while k >= 0:
-                if slots[k].head_done < slots[s].head_done:
-                    s = k
-                k = slots[k].next
-            if slots[s].head_done > 0:
-                batch[0] = 0
+            start = Departure(now, now, x.cost, label)
+            expand(run, w, labels, scratch, (head, 0, tail), start)
+        while labels.first[head] >= 0 and run.status == OK:
+            s = next_slot(labels, head)
+            if labels.slots[s].head_done > 0:
+                scratch.batch[0] = 0
                 best = np.inf
-            expand_slot(
-                run, c, p, arrival_s, prompt, earliest_s, grid_ghz, slots, first, cells, idle, hull, options, batch, labels, rate,
-                s, best,
-            )  # fmt: skip
-            if first[head] == s:
-                first[head] = slots[s].next
-            else:
-                k = first[head]
-                while slots[k].next != s:
-                    k = slots[k].next
-                slots[k].next = slots[s].next
-            slots[s].next = run.free_slot
-            run.free_slot = s
+            expand_slot(run, w, labels, scratch, kept, s, best)
+            close_slot(run, labels, head, s)
         if run.status != OK:
             return

@@ -59,7 +59,7 @@ class PrefillProblem:
         self.member = member_of(plant, member)
         self.pool = RequestTable.of(self.plant, [trace])
         coefficients = plant.model.member(self.member)
-        self.coefs = np.array(tuple(coefficients), dtype=COEFFICIENT_DTYPE)[()]
+        self.coefs: Any = np.array(tuple(coefficients), dtype=COEFFICIENT_DTYPE)[()]
         self.params = self.plant.params(self.member, trace.duration_s)[()]
         self.grid_ghz = plant.clocks.grid_mhz / 1e3
         stride = (
@@ -143,15 +143,25 @@ class PrefillProblem:
         )
         options = np.zeros(max(len(grid), int(self.slowest_s / cell_s) + 8), kernels.OPTION_DTYPE)
         labels = np.empty(MAX_LABELS if exact else 0, kernels.LABEL_DTYPE)
+        workload = kernels.PlannedWorkload(
+            c=self.coefs,
+            p=self.params,
+            arrival_s=self.pool.arrival_s,
+            prompt=self.pool.prompt,
+            earliest_s=self.earliest_s,
+            s_per_token=self.s_per_token,
+        )
+        hull, batch = np.zeros(len(grid), kernels.OPTION_DTYPE), np.zeros(8, dtype=np.int64)
         kernels.prefill_oracle(
-            run[()], self.coefs, self.params, self.pool.arrival_s, self.pool.prompt, self.earliest_s, grid, slots,
-            np.full(n, -1), self._cells, idle, np.zeros(len(grid), kernels.OPTION_DTYPE), options, np.zeros(8, dtype=np.int64), labels,
-            self.s_per_token,
-        )  # fmt: skip
+            run[()],
+            workload,
+            kernels.OpenLabels(slots, np.full(n, -1), self._cells, idle),
+            kernels.Scratch(grid, hull, options, batch),
+            labels,
+        )
         if run["status"] != kernels.OK:
-            self._cells = (
-                None  # a finished programme leaves every cell empty, an abandoned one does not
-            )
+            # a finished programme leaves every cell empty, an abandoned one does not
+            self._cells = None
             return run, grid[:0]
         return run, trace_back(run, labels, grid) if exact else grid[:0]
 
