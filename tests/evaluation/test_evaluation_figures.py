@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.evaluation.report import figdata, figures, figures_time, palette
+from biscale_env.evaluation.report import (
+    figdata,
+    figure_style,
+    figures,
+    figures_energy,
+    figures_time,
+    palette,
+)
 from biscale_env.evaluation.runs.run_view import load_run
 from biscale_env.evaluation.runs.rundir import RunDirectory
 from biscale_env.evaluation.stats.metrics import energy_between
@@ -131,7 +138,7 @@ def test_markers_on_one_another_share_a_label():
     summary = summary.assign(
         attainment_ci_low=summary.attainment, attainment_ci_high=summary.attainment
     )
-    placed = figures._label_places(summary, "energy_ratio", [0.0, 3.0], [0.0, 1.0])
+    placed = figures_energy._label_places(summary, "energy_ratio", [0.0, 3.0], [0.0, 1.0])
     assert {label: text for label, (_, text) in placed.items()} == {
         "a": "a, b, c",
         "b": "",
@@ -141,8 +148,8 @@ def test_markers_on_one_another_share_a_label():
 
 
 def test_energy_figure_shows_the_summary(run):
-    fig = run.figure("energy", 0)
-    summary = figures.at_point(run.summary(), run.points()[0]).set_index("label")
+    fig = figures.figure(run, "energy", 0)
+    summary = figure_style.at_point(run.summary(), run.points()[0]).set_index("label")
     drawn = {}
     for trace in fig.data:
         for label, x, y in zip(trace.hovertext, trace.x, trace.y, strict=True):
@@ -165,9 +172,9 @@ def test_energy_figure_shows_the_summary(run):
 @pytest.mark.parametrize(("metric", "number"), [("ttft", 0), ("tpot", 1)])
 def test_cdf_pools_the_workloads_and_marks_the_bound(run, metric, number):
     point = run.points()[number]
-    fig = run.figure(metric, point)
+    fig = figures.figure(run, metric, point)
     assert fig.data[0].name == "max"
-    rows = figures.at_point(run.results, point)
+    rows = figure_style.at_point(run.results, point)
     for trace in fig.data:
         mine = rows[(rows["policy"] == trace.name) & (rows["variant"] == "")]
         pooled = np.concatenate([run.latencies(r, metric)[0] for r in mine["run_id"]])
@@ -181,13 +188,13 @@ def test_cdf_pools_the_workloads_and_marks_the_bound(run, metric, number):
 
 def test_cdf_of_the_other_metric_is_refused(run):
     with pytest.raises(BiscaleError, match="no TPOT"):
-        run.figure("tpot", 0)
+        figures.figure(run, "tpot", 0)
     with pytest.raises(BiscaleError, match="unknown figure 'pie'"):
-        run.figure("pie", 0)
+        figures.figure(run, "pie", 0)
 
 
 def test_clock_strips_show_every_policy_in_reading_order(run):
-    fig = run.figure("clocks", 0)
+    fig = figures.figure(run, "clocks", 0)
     strips, arrivals = fig.data
     assert strips.y[0] == "max"
     assert strips.y[-1] == "oracle"
@@ -205,7 +212,7 @@ def test_clock_strips_show_every_policy_in_reading_order(run):
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_timeline_members_the_clock_and_the_energy_of_the_window(run, number):
-    fig = run.figure("timeline", number)
+    fig = figures.figure(run, "timeline", number)
     start, end = fig.layout.xaxis.range
     assert end - start == pytest.approx(60)
     phase = run.points()[number]["phase"]
@@ -229,13 +236,13 @@ def test_timeline_needs_a_kept_timeline(tmp_path):
     with RunDirectory(tmp_path, {}) as directory:
         directory.add(tiny(), keep_timeline=False)
     with pytest.raises(BiscaleError, match="no timeline was kept"):
-        load_run(tmp_path).figure("timeline")
+        figures.figure(load_run(tmp_path), "timeline")
 
 
 def test_energy_figure_without_max_clock_is_in_joules(tmp_path):
     with RunDirectory(tmp_path, {}) as directory:
         directory.add(tiny(policy="mpc", requests=requests_of([0.0], [0.1], [0.1], [10])))
-    fig = load_run(tmp_path).figure("energy")
+    fig = figures.figure(load_run(tmp_path), "energy")
     assert "J per output token" in fig.layout.yaxis.title.text
     assert fig.data[0].y[0] == pytest.approx(60.0)
 
@@ -321,3 +328,11 @@ def test_tuning_curve_is_the_frontier_relative_to_max_clock(tmp_path):
     assert "99.20 %" in drawn.layout.annotations[0].text
     with pytest.raises(BiscaleError, match="no controller was tuned"):
         figures.figure(run, "tuning", dict(run.points()[0]) | {"load": 0.5})
+
+
+def test_the_busiest_window_itself_with_a_core_as_wide():
+    times = np.concatenate([np.arange(0.0, 100.0, 5.0), np.linspace(40.1, 41.0, 10)])
+    weight = np.where(times % 5 == 0, 100, 1000)
+    start, end = figdata.busiest_window(times, weight, 100.0, width_s=2.0, core_s=2.0)
+    assert 39.0 <= start <= 40.1
+    assert end - start == 2.0

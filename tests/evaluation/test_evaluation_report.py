@@ -10,7 +10,7 @@ import pytest
 from evaluation_synthetic import plausible, requests_of, tiny
 from rich.console import Console
 
-from biscale_env.evaluation.report import figures, tables
+from biscale_env.evaluation.report import figure_style, tables
 from biscale_env.evaluation.report import page as report_page
 from biscale_env.evaluation.runs import results
 from biscale_env.evaluation.runs.run_view import load_run
@@ -99,7 +99,7 @@ def test_figures_in_the_page_hold_the_numbers_of_the_summary(run, page):
     number = places.index("syntheticprefill")
     found = re.search(rf'id="point-{number}-energy">(.*?)</script>', page, re.DOTALL).group(1)
     traces = {t["name"]: t for t in json.loads(found)["data"]}
-    summary = figures.at_point(run.summary(), run.points()[number]).set_index("label")
+    summary = figure_style.at_point(run.summary(), run.points()[number]).set_index("label")
     for label in SHOWN["prefill"]:
         y = traces[label]["y"]
         value = (

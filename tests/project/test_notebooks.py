@@ -8,11 +8,10 @@ import pytest
 from nbclient import NotebookClient
 
 from biscale_env.envs.plant import Plant, PlantSettings
-from biscale_env.evaluation.experiment.interactive import busiest_window, second_by_second
+from biscale_env.evaluation.experiment.interactive import second_by_second
 from biscale_env.evaluation.experiment.rollout import rollout
-from biscale_env.traces import Trace, generate
-from controllers.base import context_of
-from controllers.registry import make_policy
+from biscale_env.policies import resolve_policy
+from biscale_env.traces import generate
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -42,20 +41,10 @@ def test_runs(path, monkeypatch, tmp_path):
     assert "late" in printed
 
 
-def test_busiest_window_finds_the_burst():
-    times = np.concatenate([np.arange(0.0, 100.0, 5.0), np.linspace(40.1, 41.0, 10)])
-    order = np.argsort(times)
-    prompt = np.where(times[order] % 5 == 0, 100, 1000)
-    trace = Trace("t", times[order], prompt, np.full(len(times), 5), "test", duration_s=100.0)
-    start, end = busiest_window(trace, 2.0)
-    assert 39.0 <= start <= 40.1
-    assert end - start == 2.0
-
-
 def test_second_by_second_integrates_to_the_energy():
     plant = Plant(PlantSettings.of("prefill", actuation_delay_s=0.0, drain=True))
     trace = generate("azure-conv-like", rate_rps=1.5, duration_s=40.0, seed=1)
-    run = rollout(make_policy("max", context_of(plant)), plant, [trace], time_probe=False)[0]
+    run = rollout(resolve_policy("max", plant), plant, [trace], time_probe=False)[0]
     frame = second_by_second(run, step_s=0.001)
     busy_j = float(np.nansum(frame["power_w"]) * 0.001 * plant.settings.tp)
     assert busy_j == pytest.approx(run.totals["energy_j"] - run.totals["energy_idle_j"], rel=0.01)

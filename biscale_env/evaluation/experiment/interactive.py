@@ -3,7 +3,7 @@
 The same loop, frame and report as ``biscale compare``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +19,50 @@ from biscale_env.evaluation.experiment.scenarios import Scenario, resolve
 from biscale_env.evaluation.runs.record import Column
 from biscale_env.evaluation.runs.run_view import Run, load_run
 from biscale_env.evaluation.runs.rundir import RunDirectory
-from biscale_env.traces import Trace
+from biscale_env.policies import resolve_policy
 
 MakePolicy = Callable[[Plant], Policy]
 
 
 def compare_policies(
-    policies: Mapping[str, MakePolicy], phase: str, scenario: Scenario, out: Path | str
+    policies: Sequence[str] | Mapping[str, str | MakePolicy],
+    phase: str,
+    scenario: Scenario,
+    out: Path | str,
 ) -> Run:
     """Run policies on the same workloads and keep everything in a run directory.
 
     Args:
-        policies: name to a function that makes the policy for a plant; one of them should be called
-            ``max``.
+        policies: names in the syntax of :mod:`biscale_env.policies`; or labels, each with a name or
+            a function that makes the policy for a plant. One should be called ``max``.
         phase: ``prefill`` or ``decode``.
         scenario: operating point.
         out: run directory; must not hold a run yet.
 
     Returns:
-        The opened run: ``.summary()``, ``.results``, ``.figure(name)``.
+        The opened run: ``.summary()``, ``.results``; its figures are those of
+        :func:`biscale_env.evaluation.report.figures.figure`.
+
+    Raises:
+        BiscaleError: an unknown name, a run directory in use, or a scenario that cannot be served.
     """
+    named = policies if isinstance(policies, Mapping) else {name: name for name in policies}
     case = resolve(scenario, phase)
-    traces = [case.workload(seed) for seed in range(scenario.seeds)]
-    config = {"scenario": scenario.model_dump(), "phase": phase, "policies": sorted(policies)}
+    seeds = tuple(range(scenario.seeds))
+    traces = [case.workload(seed) for seed in seeds]
+    made = {label: _made(policy, case.plant) for label, policy in named.items()}
+    config = {"scenario": scenario.model_dump(), "phase": phase, "policies": sorted(named)}
     with RunDirectory(out, config, inputs=case_inputs(case)) as run:
-        for name, make in policies.items():
-            job = ComparisonJob(scenario, phase, name, name, -1, tuple(range(scenario.seeds)))
-            policy = make(case.plant)
+        for label, policy in made.items():
+            job = ComparisonJob(scenario, phase, label, label, -1, seeds)
             done = rollout(policy, getattr(policy, "plant", None) or case.plant, traces)
-            for seed, one, trace in zip(job.seeds, done, traces, strict=True):
+            for seed, one, trace in zip(seeds, done, traces, strict=True):
                 run.add(record_of(job, case, seed, one, trace, {}))
     return load_run(out)
 
 
-def busiest_window(trace: Trace, length_s: float) -> tuple[float, float]:
-    """Start and end of the window of ``length_s`` seconds in which most prompt tokens arrive, s."""
-    before = np.concatenate([[0], np.cumsum(trace.prompt_tokens, dtype=np.int64)])
-    last = np.searchsorted(trace.arrival_s, trace.arrival_s + length_s, side="left")
-    first = int(np.argmax(before[last] - before[np.arange(len(trace))]))
-    start = float(min(trace.arrival_s[first], max(trace.duration_s - length_s, 0.0)))
-    return start, start + length_s
+def _made(policy: str | MakePolicy, plant: Plant) -> Policy:
+    return resolve_policy(policy, plant) if isinstance(policy, str) else policy(plant)
 
 
 def second_by_second(run: Rollout, step_s: float = 0.1) -> pd.DataFrame:

@@ -51,17 +51,23 @@ def tail_cdf(values: ArrayLike, points: int = 240) -> tuple[Floats, Floats]:
 
 
 def busiest_window(
-    time_s: ArrayLike, weight: ArrayLike, end_s: float, width_s: float = WINDOW_S
+    time_s: ArrayLike,
+    weight: ArrayLike,
+    end_s: float,
+    width_s: float = WINDOW_S,
+    core_s: float = _SMOOTH_S,
 ) -> tuple[float, float]:
-    """The window around the 10 s with the greatest weight, within the run.
+    """The window around the ``core_s`` seconds with the greatest weight, within the run.
 
-    Some calm before, the burst, its after-effects.
+    Some calm before, the burst, its after-effects; with ``core_s`` as wide as the window, the
+    window with the greatest weight itself. On a grid of 0.5 s.
 
     Args:
         time_s: when the weight falls, s.
         weight: tokens that arrive, or requests that run.
         end_s: end of the run, s.
         width_s: width of the window, s.
+        core_s: seconds whose weight counts, s.
     """
     time, load = np.asarray(time_s, dtype=np.float64), np.asarray(weight, dtype=np.float64)
     if end_s <= width_s or not time.size:
@@ -69,7 +75,7 @@ def busiest_window(
     cells = np.bincount(
         (time / _GRID_S).astype(np.int64), weights=load, minlength=int(end_s / _GRID_S) + 1
     )
-    span = int(_SMOOTH_S / _GRID_S)
+    span = int(core_s / _GRID_S)
     total = np.concatenate(([0.0], np.cumsum(cells)))
     first = int(np.argmax(total[span:] - total[:-span]))
     middle = (first + span / 2) * _GRID_S

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from biscale_env.config.slo import within
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.report import figdata
-from biscale_env.evaluation.report.figures import LIMIT_LINE, axis, base_layout, limit_note
+from biscale_env.evaluation.report.figure_style import LIMIT_LINE, axis, base_layout, limit_note
 from biscale_env.evaluation.report.palette import MUTED, Style, styles
 from biscale_env.evaluation.report.tables import is_bound
 from biscale_env.evaluation.runs.record import REFERENCE_POLICY

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.report import figdata
-from biscale_env.evaluation.report.figures import (
+from biscale_env.evaluation.report.figure_style import (
     LIMIT_LINE,
     axis,
     base_layout,

@@ -18,7 +18,8 @@ from plotly.offline import get_plotlyjs
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import write_whole
 from biscale_env.evaluation.report import tables
-from biscale_env.evaluation.report.figures import NAMES, at_point, figure, without_variants
+from biscale_env.evaluation.report.figure_style import at_point, without_variants
+from biscale_env.evaluation.report.figures import NAMES, figure
 from biscale_env.evaluation.report.palette import dark_twins, styles
 from biscale_env.evaluation.runs import run_files
 from biscale_env.evaluation.runs.run_view import Run

@@ -3,7 +3,7 @@
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,9 +16,6 @@ from biscale_env.evaluation.runs import results, run_files
 from biscale_env.evaluation.runs.record import INFEASIBLE_COLUMNS, SCENARIO_COLUMNS
 from biscale_env.evaluation.stats.intervals import add_intervals
 from biscale_env.evaluation.stats.metrics import judge, judged_latency_s
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 
 class Run:
@@ -170,18 +167,6 @@ class Run:
             "records"
         )
         return [{str(k): v for k, v in row.items()} for row in rows]
-
-    def figure(self, name: str, point: dict[str, Any] | int = 0) -> "go.Figure":
-        """A figure of the report as a Plotly figure.
-
-        Args:
-            name: ``energy``, ``ttft``, ``tpot``, ``clocks`` or ``timeline``.
-            point: an operating point of :meth:`points`, or its number.
-        """
-        from biscale_env.evaluation.report.figures import figure
-
-        chosen = self.points()[point] if isinstance(point, int) else point
-        return figure(self, name, chosen)
 
 
 def slo_of(row: dict[str, Any]) -> Slo:
