@@ -495,3 +495,32 @@ def test_a_run_directory_on_a_full_disk(tmp_path):
             assert len(os.listdir(tiny_disk / "run" / run_files.PARTS / name)) == 4
     finally:
         subprocess.run(["umount", str(tiny_disk)], check=True)
+
+
+def test_failed_requests_are_judged_alike_after_reading(tmp_path):
+    """A request that failed in the last instant counts, though its deadline has not passed."""
+    failed = np.array([False, False, True])
+    requests = dict(tiny().requests)
+    requests["first_token_s"] = np.array([0.5, 1.6, np.nan])
+    requests["arrival_s"] = np.array([0.0, 1.0, 2.9])
+    with RunDirectory(tmp_path, {}) as run:
+        row = run.add(tiny(requests=requests | {"failed": failed}))
+        run.add(tiny(requests=requests, workload_seed=1))
+    opened = load_run(tmp_path)
+    assert row["n_counted"] == 3
+    assert opened.latencies(row["run_id"], "ttft")[0].size == 3
+    other = opened.results["run_id"][opened.results["workload_seed"] == 1].iloc[0]
+    assert opened.latencies(other, "ttft")[0].size == 2
+    assert opened.requests_of(row["run_id"])["failed"].tolist() == [0.0, 0.0, 1.0]
+
+
+def test_requests_of_an_older_version_are_merged_with_new_ones(tmp_path):
+    with RunDirectory(tmp_path, {}) as run:
+        run.add(tiny(workload_seed=0))
+    path = tmp_path / run_files.REQUESTS
+    old = pq.read_table(path).drop_columns("failed")
+    pq.write_table(old, path)
+    with RunDirectory(tmp_path, {}, resume=True) as run:
+        run.add(tiny(workload_seed=1))
+    assert load_run(tmp_path).requests["failed"].tolist() == [0.0] * 6
+    assert len(load_run(tmp_path).latencies(tiny(workload_seed=0).run_id, "ttft")[0]) == 3

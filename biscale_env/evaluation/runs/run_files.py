@@ -231,6 +231,7 @@ def merge_tables(path: Path, parts: Sequence[Path]) -> None:
 
 
 def _tables(path: Path, parts: Sequence[Path], fresh: set[str]) -> Iterator[pa.Table]:
+    schema = pq.read_schema(parts[0])
     if path.is_file():
         with reading(path):
             old = pq.ParquetFile(path)
@@ -239,9 +240,18 @@ def _tables(path: Path, parts: Sequence[Path], fresh: set[str]) -> Iterator[pa.T
                 if run not in fresh:
                     with reading(path):
                         table = old.read_row_group(index)
-                    yield table
+                    yield _completed(table, schema)
     for part in parts:
         with reading(part), pq.ParquetFile(part) as file:
             table = file.read()
         if table.num_rows:
-            yield table
+            yield _completed(table, schema)
+
+
+def _completed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A table of an older version with the columns it lacks, all zero."""
+    for field in schema:
+        if field.name not in table.column_names:
+            zeros = pa.array(np.zeros(table.num_rows), field.type)
+            table = table.append_column(field, zeros)
+    return table

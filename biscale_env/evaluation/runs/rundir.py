@@ -35,7 +35,7 @@ from biscale_env.evaluation.runs.record import (
     run_id,
 )
 from biscale_env.evaluation.runs.run_view import Run, load_run
-from biscale_env.evaluation.stats.metrics import results_row
+from biscale_env.evaluation.stats.metrics import FAILED, failures, results_row
 
 _ABSENT: Final = "absent"
 _WRITTEN: Final = (
@@ -262,7 +262,8 @@ class RunDirectory:
             run_files.BLOCKS: (block_totals(record), BLOCK_COLUMNS)
         }
         if keep_requests:
-            tables[run_files.REQUESTS] = (record.requests, REQUEST_COLUMNS)
+            requests = {**record.requests, FAILED: failures(record.requests)}
+            tables[run_files.REQUESTS] = (requests, (*REQUEST_COLUMNS, FAILED))
         if keep_timeline:
             tables[run_files.TIMELINES] = (record.timeline, TIMELINE_COLUMNS)
         for name, (columns, names) in tables.items():

@@ -26,6 +26,7 @@ from biscale_env.evaluation.runs.record import Column, RunRecord
 
 Floats = NDArray[np.float64]
 QUANTILES: Final = (0.50, 0.90, 0.99)
+FAILED: Final = "failed"
 
 
 def ttft_s(requests: Mapping[str, Column]) -> Floats:
@@ -112,7 +113,7 @@ def judge(
 def failures(requests: Mapping[str, Column]) -> NDArray[np.bool_]:
     """Requests that were refused or broke off: the optional column ``failed`` of measured runs."""
     none = np.zeros(np.shape(requests["arrival_s"]), dtype=np.bool_)
-    return np.asarray(requests.get("failed", none), dtype=np.bool_)
+    return np.asarray(requests.get(FAILED, none), dtype=np.bool_)
 
 
 def attainments(verdict: Mapping[str, NDArray[np.bool_]], slo: Slo, phase: str) -> dict[str, float]:
