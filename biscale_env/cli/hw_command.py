@@ -125,12 +125,7 @@ def clock_latency_command(
         pairs = change_latency.pairs_of(usable, clocks)
         found = change_latency.measure(device, backend, uuid, pairs, repeats, tell=_tell_switch)
     summary = change_latency.summarise(found)
-    typer.echo(
-        f"{len(found)} changes: driver call median {summary['call_median_s'] * 1e3:.2f} ms, "
-        f"P99 {summary['call_p99_s'] * 1e3:.2f} ms; clock seen after "
-        f"median {summary['seen_median_s'] * 1e3:.1f} ms, "
-        f"P99 {summary['seen_p99_s'] * 1e3:.1f} ms ({summary['seen_share']:.0%} seen)"
-    )
+    _tell_latency(len(found), summary)
     with as_caller():
         if out:
             change_latency.as_frame(found).to_csv(out, index=False)
@@ -141,6 +136,15 @@ def clock_latency_command(
             f"use it: --delay {summary['seen_median_s']:.3f}, "
             "or write it into your fitted models with --into FOLDER"
         )
+
+
+def _tell_latency(count: int, summary: "dict[str, float]") -> None:
+    typer.echo(
+        f"{count} changes: driver call median {summary['call_median_s'] * 1e3:.2f} ms, "
+        f"P99 {summary['call_p99_s'] * 1e3:.2f} ms; clock seen after "
+        f"median {summary['seen_median_s'] * 1e3:.1f} ms, "
+        f"P99 {summary['seen_p99_s'] * 1e3:.1f} ms ({summary['seen_share']:.0%} seen)"
+    )
 
 
 def _tell_switch(switch: object) -> None:
@@ -380,8 +384,6 @@ def bridge_command(
     every: Annotated[float, typer.Option(help="Seconds between polls of an http source.")] = 0.1,
 ) -> None:
     """Forward the records of an engine without our hook to the controller, until a signal."""
-    import signal
-
     from biscale_env.core.errors import BiscaleError
     from biscale_env.hardware.emulation.emulate import PHASES, all_records_endpoint
     from biscale_env.hardware.engines.hook.sender import Sender
@@ -392,25 +394,19 @@ def bridge_command(
         polled,
     )
     from biscale_env.hardware.loop import wire
+    from biscale_env.hardware.loop.processes import until_signal
 
     if phase not in PHASES:
         raise BiscaleError(f"unknown phase '{phase}': choose prefill or decode")
     wire.socket_folder(sockets)
-    ended = False
-
-    def end(number: int, frame: object) -> None:
-        nonlocal ended
-        ended = True
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, end)
+    ended = until_signal()
     sender = Sender(
         wire.record_endpoint(sockets, phase), all_records_endpoint(sockets, phase), heartbeat_s=None
     )
     records = (
-        polled(PrometheusPoller(source), every, lambda: ended)
+        polled(PrometheusPoller(source), every, ended.is_set)
         if source.startswith("http")
-        else metrics_stream(source, lambda: ended)
+        else metrics_stream(source, ended.is_set)
     )
     typer.echo(f"{phase} bridge ready")
     count = forward(records, sender)

@@ -200,6 +200,15 @@ def test_a_controller_whose_engine_is_silent_cannot_prolong_the_lease(bench):
     assert b.clocks()[0] == 1980.0
 
 
+def test_a_command_that_heard_of_its_engine_long_ago_does_not_shorten_the_lease(bench):
+    b = bench(lease_s=1.0)
+    group, now = b.actuator.groups["prefill"], time.monotonic()
+    b.actuator.obey(group, Command(1, 900.0, now, 0.0), now)
+    b.actuator.obey(group, Command(2, 1200.0, now, 0.9), now)
+    assert group.alive_until_s == now + 1.0
+    assert group.applied_mhz == 1200.0
+
+
 @pytest.mark.parametrize("age", [math.nan, -1.0, math.inf])
 def test_a_senseless_age_counts_as_dead(bench, age):
     b = bench()

@@ -188,6 +188,20 @@ def test_an_actuator_that_cannot_start_leaves_nothing(library, tmp_path, hw_stat
     assert library.locks == [None] * 4
 
 
+def test_an_actuator_that_cannot_start_keeps_what_an_earlier_run_recorded(
+    library, tmp_path, hw_state
+):
+    owner.write_state("GPU-0000-2", "nvml")
+    library.lost = {2}
+    with NvmlBackend() as backend:
+        config = ActuatorConfig({"b": ("2", "3")}, tmp_path / "s", "nvml")
+        actuator = Actuator(config, backend)
+        with pytest.raises(GpuLost):
+            actuator.start()
+        assert actuator.stop() == []
+    assert owner.recorded() == ["GPU-0000-2"]  # nobody has reset it yet
+
+
 def test_calls_of_one_gpu_keep_their_order_and_of_several_run_together():
     calls, seen, gate = DriverCalls(), [], threading.Event()
     slow = calls.each({"a": gate.wait, "b": lambda: seen.append("b")}, 0.05)

@@ -20,9 +20,9 @@ import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from biscale_env.core.clockqueue import ClockQueue, request, snapped, take_effect
 from biscale_env.core.errors import BiscaleError
@@ -106,6 +106,15 @@ def create_state(
     """
     header = np.zeros(1, HEADER_DTYPE)
     header[0] = (MAGIC, n_gpus, int(privileged), set_latency_us, delay_s, 0.0)
+    gpus = _fresh_gpus(n_gpus, limits_mhz)
+    with as_caller():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, header.tobytes() + gpus.tobytes())
+    return path
+
+
+def _fresh_gpus(n_gpus: int, limits_mhz: tuple[float, float, float]) -> NDArray[np.void]:
+    """Records of unlocked, cool GPUs at their highest clock, ``(n_gpus,)``."""
     gpus = np.zeros(n_gpus, GPU_DTYPE)
     now = time.monotonic()
     machine = secrets.token_hex(4)  # two pretended machines never share a GPU, nor its owner
@@ -113,22 +122,12 @@ def create_state(
     for k in range(n_gpus):
         gpus[k]["uuid"] = f"GPU-{machine}-0000-0000-0000-{k:012d}".encode()
         gpus[k]["name"] = b"Emulated GPU (no hardware)"
-    for name in (
-        "freq_mhz",
-        "inflight_mhz",
-        "wanted_mhz",
-        "previous_mhz",
-        "default_mhz",
-        "max_mhz",
-    ):
-        gpus[name] = high
+    for name in ("freq", "inflight", "wanted", "previous", "default", "max"):
+        gpus[f"{name}_mhz"] = high
     gpus["min_mhz"], gpus["step_mhz"], gpus["memory_mhz"] = low, step, 2619.0
     gpus["apply_at_s"], gpus["landed_at_s"], gpus["power_at_s"] = np.inf, now, now
     gpus["temperature_c"], gpus["toy_idle_w"], gpus["toy_slope_w"] = 45.0, 100.0, 50.0
-    with as_caller():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, header.tobytes() + gpus.tobytes())
-    return path
+    return gpus
 
 
 def _queue_of(gpu: np.void) -> ClockQueue:
@@ -204,7 +203,7 @@ class FakeState:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[Any]:
+    def locked(self) -> Iterator[NDArray[np.void]]:
         """Hold the file's lock, bring all GPUs up to now, and give their records."""
         with self.lock():
             now = time.monotonic()
@@ -213,7 +212,7 @@ class FakeState:
             yield self.gpus
 
     @contextlib.contextmanager
-    def one(self, index: int) -> Iterator[Any]:
+    def one(self, index: int) -> Iterator[np.void]:
         """Hold the file's lock, bring one GPU up to now, and give its record."""
         with self.lock():
             gpu = self.gpus[index]

@@ -53,7 +53,8 @@ class ClockView:
 
     def settle(self, now_s: float) -> None:
         """Let clocks take effect whose delay is over."""
-        self.queue = advance_to(self.queue, now_s, self.delay_s)
+        if self.queue.apply_at_s <= now_s:
+            self.queue = advance_to(self.queue, now_s, self.delay_s)
 
     def hear(self, change: ClockChange) -> None:
         """Take over what the actuator tells about a change, or about one it refused."""

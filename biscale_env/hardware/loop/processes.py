@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -83,6 +84,14 @@ def elevated_priority() -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, 0, before)
+
+
+def until_signal() -> threading.Event:
+    """An event that is set by SIGINT, SIGTERM or SIGHUP; call it from the main thread."""
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: ended.set())
+    return ended
 
 
 class _Starter:
