@@ -34,7 +34,7 @@ pytestmark = pytest.mark.cluster
 
 
 def test_window(meter: Meter) -> None:
-    """One window on all GPUs with static clocks, DistServe's placement of the headline experiment."""
+    """One window on all GPUs at static clocks, DistServe's placement of the experiment."""
     groups = (
         InstanceGroup(phase="prefill", tp=2, freq_mhz=1980.0, count=3, weight=1.0),
         InstanceGroup(phase="decode", tp=2, freq_mhz=1980.0, count=5, weight=1.0),
@@ -54,7 +54,10 @@ def test_window(meter: Meter) -> None:
 
 @pytest.fixture(scope="module")
 def tables() -> list[tuple[CapacityTable, float]]:
-    """A whole capacity table, nothing cached but compiled kernels, made twice; wall time of each."""
+    """A whole capacity table, nothing cached but compiled kernels, made twice.
+
+    Wall time of each.
+    """
     window = generate("gamma-sharegpt-like", rate_rps=TABLE_RPS, duration_s=WINDOW_S, seed=1)
     request = TableRequest(ClusterSettings.of(**CLUSTER))
     made = []
@@ -98,7 +101,7 @@ def day_of(hours: float) -> Day:
 
 
 def test_day(meter: Meter) -> None:
-    """Wall time of a streamed day with both tiers, and its peak memory over that of a shorter one."""
+    """Wall time of a streamed day with both tiers; its peak memory over a shorter one's."""
     first, whole = meter.once(lambda: [day_of(hours) for hours in HOURS])
     requests = whole.totals()["requests"] / 1e6
     name = f"{HOURS[1]:g} h on {GPUS} GPUs, {requests:.2f} M requests, both tiers"

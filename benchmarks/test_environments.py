@@ -1,4 +1,4 @@
-"""Steps and resets per second of the environments, beside Gymnasium's CartPole in the same process."""
+"""Steps and resets per second of the environments, beside CartPole in the same process."""
 
 import time
 
@@ -99,11 +99,18 @@ def test_resets(meter: Meter, phase: str) -> None:
     resets, stepping, total = meter.once(lambda: timed_episodes(env, RESET_STEPS[phase]))
     meter.keep(
         Metric(
-            f"reset, {phase}, default episodes, median", float(np.median(resets)) * 1e3, "ms", 0.5,
-            "lower", float(resets.max()) * 1e3, "worst",
+            f"reset, {phase}, default episodes, median",
+            float(np.median(resets)) * 1e3,
+            "ms",
+            0.5,
+            "lower",
+            float(resets.max()) * 1e3,
+            "worst",
         ),
-        Metric(f"step rate with resets over without, {phase}", stepping / total, "x", 0.85, "higher"),
-    )  # fmt: skip
+        Metric(
+            f"step rate with resets over without, {phase}", stepping / total, "x", 0.85, "higher"
+        ),
+    )
 
 
 @pytest.mark.parametrize("phase", PHASES)

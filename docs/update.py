@@ -71,7 +71,8 @@ def bench(target: str = "bench", page: str = "README.md", block: str = "bench") 
     for f in figures:
         bound = "≤" if f["better"] == "lower" else "≥"
         lines.append(
-            f"| {f['name']} | {f['value']:,.3g} {f['unit']} | {bound} {f['target']:,.3g} | {f['ratio']:.2f} |"
+            f"| {f['name']} | {f['value']:,.3g} {f['unit']} | {bound} {f['target']:,.3g} |"
+            f" {f['ratio']:.2f} |"
         )
     replace_block(ROOT / page, block, "\n".join(lines))
 
@@ -83,7 +84,10 @@ def bench_cluster() -> None:
 
 def observation() -> None:
     """The tables of both observation vectors."""
-    text = "# Observation\n\nMade by `python docs/update.py observation`. `encoded = clip(physical / scale, low, high)`, float32.\n"
+    text = (
+        "# Observation\n\nMade by `python docs/update.py observation`. `encoded = clip(physical /"
+        " scale, low, high)`, float32.\n"
+    )
     for spec in (PREFILL_SPEC, DECODE_SPEC):
         text += f"\n## `{spec.id}` ({spec.dim} values)\n\n{spec.markdown()}\n"
     (ROOT / "docs" / "observation.md").write_text(text)
@@ -191,18 +195,23 @@ def oracle_facts(results: pd.DataFrame, column: str) -> str:
     if rows.empty:
         return ""
     lines = [
-        "| phase | point | workloads | plan above its bound, % (worst) | time of one workload, s (worst) |",
+        (
+            "| phase | point | workloads | plan above its bound, % (worst) | time of one workload,"
+            " s (worst) |"
+        ),
         "|---|---|---:|---:|---:|",
     ]
     for (phase, point), group in rows.groupby(["phase", column], sort=False):
         gap, seconds = 100 * group["oracle_gap"], group["oracle_seconds"]
         lines.append(
-            f"| {phase} | {point} | {len(group)} | {gap.mean():.2f} ({gap.max():.2f}) | {seconds.mean():.1f} ({seconds.max():.1f}) |"
+            f"| {phase} | {point} | {len(group)} | {gap.mean():.2f} ({gap.max():.2f}) |"
+            f" {seconds.mean():.1f} ({seconds.max():.1f}) |"
         )
     return (
-        "\n## How good the optimum is\n\nPrefill: the plan is that of an exact programme on cells of time, so what lies between it and "
-        "the bound is the cells and the multiplier (the duality gap). Decode: between the best plan of a search and the bound of a "
-        "relaxation.\n\n" + "\n".join(lines) + "\n"
+        "\n## How good the optimum is\n\nPrefill: the plan is that of an exact programme on cells"
+        " of time, so what lies between it and the bound is the cells and the multiplier (the"
+        " duality gap). Decode: between the best plan of a search and the bound of a"
+        " relaxation.\n\n" + "\n".join(lines) + "\n"
     )
 
 
@@ -231,7 +240,8 @@ def experiment(name: str, folder: str) -> None:
     for frame in (summary, results):
         frame["point"] = frame[varied].astype(str).agg(", ".join, axis=1)
     (ROOT / "docs" / f"experiment-{name}.md").write_text(
-        f"# Experiment `{name}`\n\nMade by `biscale compare --experiment {name}`; 95 % intervals are in `experiment-{name}.csv`.\n\n"
+        f"# Experiment `{name}`\n\nMade by `biscale compare --experiment {name}`; 95 % intervals"
+        f" are in `experiment-{name}.csv`.\n\n"
         + summary_markdown(summary)
         + "".join(
             f"\n**{scenario_label(point)}**: infeasible, since {point['reason']}.\n"
@@ -272,8 +282,8 @@ def agents(folders: str) -> None:
     )
     shipped, parts = shipped_seeds(), []
     (ROOT / "docs" / "agents-table.md").write_text(
-        "# Learned agents on workloads not used in training\n\nMade by the commands in [agents.md](agents.md).\n\n"
-        + markdown(results, shipped)
+        "# Learned agents on workloads not used in training\n\nMade by the commands in"
+        " [agents.md](agents.md).\n\n" + markdown(results, shipped)
     )
     keep = [HEAD.index(name) for name in IN_README]
     for phase in dict.fromkeys(results["phase"]):
@@ -299,7 +309,10 @@ def algorithms(folder: str) -> None:
     First and best held-out score, energy and lowest attainment at the best.
     """
     lines = [
-        "| phase | algorithm | env steps | score untrained | best score | energy ratio | lowest attainment |",
+        (
+            "| phase | algorithm | env steps | score untrained | best score | energy ratio | lowest"
+            " attainment |"
+        ),
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for path in sorted(

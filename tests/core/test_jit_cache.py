@@ -125,14 +125,18 @@ def test_import_is_light() -> None:
 
     The time itself is printed by the bench.
     """
-    code = "import sys, biscale_env; print([m for m in ('torch', 'casadi', 'pandas', 'plotly', 'stable_baselines3') if m in sys.modules])"
+    code = (
+        "import sys, biscale_env; print([m for m in ('torch', 'casadi', 'pandas', 'plotly',"
+        " 'stable_baselines3') if m in sys.modules])"
+    )
     assert run(code).strip() == "[]"
 
 
 def test_making_an_environment_needs_no_torch() -> None:
     code = (
-        "import sys, gymnasium, biscale_env; e = gymnasium.make('BiScale/Prefill-v0', rate_rps=3.0, episode_s=3.0);"
-        "e.reset(seed=0); e.step(e.action_space.sample()); print('torch' in sys.modules)"
+        "import sys, gymnasium, biscale_env; e = gymnasium.make('BiScale/Prefill-v0', rate_rps=3.0,"
+        " episode_s=3.0);e.reset(seed=0); e.step(e.action_space.sample()); print('torch' in"
+        " sys.modules)"
     )
     assert run(code).strip() == "False"
 
@@ -144,10 +148,11 @@ def test_a_changed_formula_is_never_answered_from_the_cache(copy: Path, tmp_path
     A formula changed in physics.py changes the capped clock of model.py's kernel.
     """
     code = (
-        f"import sys; sys.path.insert(0, {str(copy.parent)!r});"
-        "from biscale_env.models import physics; from biscale_env.models.iteration_model import effective_freq_ghz as kernel, as_record;"
-        "import biscale_env, numpy as np; from sim_support import COEFFICIENTS as c; o = np.zeros(1); a = np.ones(1);"
-        "kernel(as_record(c._replace(p_cap_w=400.0)), 2048 * a, 2e6 * a, 0 * a, a, 1.98 * a, 0.51, o); print(biscale_env.__file__, o[0])"
+        f"import sys; sys.path.insert(0, {str(copy.parent)!r});from biscale_env.models import"
+        " physics; from biscale_env.models.iteration_model import effective_freq_ghz as kernel,"
+        " as_record;import biscale_env, numpy as np; from sim_support import COEFFICIENTS as c; o"
+        " = np.zeros(1); a = np.ones(1);kernel(as_record(c._replace(p_cap_w=400.0)), 2048 * a, 2e6"
+        " * a, 0 * a, a, 1.98 * a, 0.51, o); print(biscale_env.__file__, o[0])"
     )
     setting = {
         "BISCALE_CACHE": str(tmp_path / "cache"),

@@ -69,8 +69,9 @@ def test_without_a_home_a_private_temporary_folder_stands_in_with_one_warning(
     assert folder.parent == tmp_path / "temporary"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     (message,) = caplog.messages
-    assert message == (
-        f"biscale: cache in {folder}, since the user has no home; BISCALE_CACHE chooses another "
+    assert (
+        message
+        == f"biscale: cache in {folder}, since the user has no home; BISCALE_CACHE chooses another "
         "folder"
     )
     assert os.environ[user_cache.VARIABLE] == str(folder)  # children take it without a warning

@@ -98,10 +98,26 @@ class Engine:
         }
         transfer = {"kv_connector": "NixlConnector", "kv_role": role, "kv_buffer_device": "cpu"}
         command = [
-            VENV / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--served-model-name", "tiny",
-            "--host", "127.0.0.1", "--port", self.port, "--enforce-eager", "--max-model-len", "4096", "--enable-logging-iteration-details",
-            "--scheduler-cls", "biscale_hook.vllm_hook.BiscaleScheduler", "--kv-transfer-config", json.dumps(transfer),
-        ]  # fmt: skip
+            VENV / "bin" / "python",
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            MODEL,
+            "--served-model-name",
+            "tiny",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            self.port,
+            "--enforce-eager",
+            "--max-model-len",
+            "4096",
+            "--enable-logging-iteration-details",
+            "--scheduler-cls",
+            "biscale_hook.vllm_hook.BiscaleScheduler",
+            "--kv-transfer-config",
+            json.dumps(transfer),
+        ]
         self.process = subprocess.Popen(
             [sys.executable, "-c", GUARDIAN, *map(str, command)],
             cwd=folder,
@@ -197,7 +213,7 @@ replays: list[subprocess.Popen] = []
 
 
 def write_trace(folder, n, rate):
-    """Requests of the Azure conversation profile, clipped to what the tiny engine serves quickly."""
+    """Requests of the Azure conversation profile, clipped to what the engine serves quickly."""
     from biscale_env.traces import generate
 
     trace = generate("azure-conv-like", rate_rps=rate, duration_s=4 * n / rate, seed=0)
@@ -219,11 +235,30 @@ def write_trace(folder, n, rate):
 def start_replay(site, name, n):
     folder, engines, env, _ = site
     command = [
-        sys.executable, "-m", "biscale_env.cli", "replay", "--trace", write_trace(folder, n, 2.0), "--prefill", engines["prefill"].url,
-        "--decode", engines["decode"].url, "--backend", "nvml", "--sockets", folder / "s", "--out", folder / name, "--policy", "biscale",
+        sys.executable,
+        "-m",
+        "biscale_env.cli",
+        "replay",
+        "--trace",
+        write_trace(folder, n, 2.0),
+        "--prefill",
+        engines["prefill"].url,
+        "--decode",
+        engines["decode"].url,
+        "--backend",
+        "nvml",
+        "--sockets",
+        folder / "s",
+        "--out",
+        folder / name,
+        "--policy",
+        "biscale",
         # a model on a busy CPU may take its time over a prompt
-        "--vocabulary", "1000", "--stall", "180",
-    ]  # fmt: skip
+        "--vocabulary",
+        "1000",
+        "--stall",
+        "180",
+    ]
     process = subprocess.Popen(
         [str(c) for c in command],
         env={**os.environ, **env},
@@ -270,7 +305,8 @@ def test_forty_requests_under_control(site):
         assert len(seen) > 0.5 * len(commands)
         hook = np.array([r.hook_s for r in raw.iterations[phase] if r.hook_s])
         print(
-            f"{phase}: {len(counters)} iterations, hook p50 {np.median(hook) * 1e6:.0f} us, p99 {np.quantile(hook, 0.99) * 1e6:.0f} us"
+            f"{phase}: {len(counters)} iterations, hook p50 {np.median(hook) * 1e6:.0f} us, p99"
+            f" {np.quantile(hook, 0.99) * 1e6:.0f} us"
         )
     assert sum(r.decode_requests for r in raw.iterations["prefill"]) == 0, (
         "a prefill engine decodes nothing"
@@ -357,12 +393,40 @@ def test_our_figures_are_those_of_vllm_bench_serve(tmp_path):
         url = emulation.urls[1]
         records = asyncio.run(Replayer(read_trace(path), LoadSettings(url)).run())
         command = [
-            VENV / "bin" / "python", "-c", BENCH, "--backend", "openai", "--base-url", url, "--endpoint", "/v1/completions", "--model",
-            "emulated-llama-3.3-70b", "--tokenizer", MODEL, "--dataset-name", "timed_trace", "--dataset-path", path,
-            "--timed-trace-chunk-hash-size", "512", "--timed-trace-sec-multiplier", "0.001", "--num-prompts", "60", "--ignore-eos",
-            "--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,99", "--save-result", "--result-dir", tmp_path,
-            "--result-filename", "bench.json",
-        ]  # fmt: skip
+            VENV / "bin" / "python",
+            "-c",
+            BENCH,
+            "--backend",
+            "openai",
+            "--base-url",
+            url,
+            "--endpoint",
+            "/v1/completions",
+            "--model",
+            "emulated-llama-3.3-70b",
+            "--tokenizer",
+            MODEL,
+            "--dataset-name",
+            "timed_trace",
+            "--dataset-path",
+            path,
+            "--timed-trace-chunk-hash-size",
+            "512",
+            "--timed-trace-sec-multiplier",
+            "0.001",
+            "--num-prompts",
+            "60",
+            "--ignore-eos",
+            "--percentile-metrics",
+            "ttft,tpot",
+            "--metric-percentiles",
+            "50,99",
+            "--save-result",
+            "--result-dir",
+            tmp_path,
+            "--result-filename",
+            "bench.json",
+        ]
         done = subprocess.run(
             [str(c) for c in command], cwd=tmp_path, capture_output=True, text=True, timeout=600
         )

@@ -30,13 +30,17 @@ STEPS = 60
 CASES: dict[str, dict[str, Any]] = {
     "prefill": {"phase": "prefill", "rate": 5.0, "settings": {"slo_s": 0.6, "end_s": 20.0}},
     "prefill-interval": {
-        "phase": "prefill", "rate": 8.0, "settings": {"min_interval_s": 0.3, "delay_s": 0.2, "token_budget": 512, "end_s": 20.0},
+        "phase": "prefill",
+        "rate": 8.0,
+        "settings": {"min_interval_s": 0.3, "delay_s": 0.2, "token_budget": 512, "end_s": 20.0},
     },
     "decode": {"phase": "decode", "rate": 20.0, "settings": {"slo_s": 0.1, "end_s": 20.0}},
     "decode-tight": {
-        "phase": "decode", "rate": 20.0, "settings": {"slo_s": 0.05, "kv_capacity": 6000, "max_seqs": 8, "end_s": 20.0},
+        "phase": "decode",
+        "rate": 20.0,
+        "settings": {"slo_s": 0.05, "kv_capacity": 6000, "max_seqs": 8, "end_s": 20.0},
     },
-}  # fmt: skip
+}
 
 
 def digest(data: Any) -> str:

@@ -1,6 +1,7 @@
 """Mutation testing with cosmic-ray: which changes of the code does no test notice?
 
-Usage: ``python tests/mutation/mutate.py NAME [--sample 60] [--seed 0] [--baseline]`` with NAME a row of
+Usage: ``python tests/mutation/mutate.py NAME [--sample 60] [--seed 0] [--baseline]`` with NAME a
+    row of
 ``TARGETS``; ``make mutation`` runs every row. A seeded sample of all mutants is tried in a clone of
 the committed sources, so the checkout stays as it is. Survivors are printed as diffs; a survivor is
 an equivalent mutant or a missing test. Kernels run as plain Python (``NUMBA_DISABLE_JIT=1``): a

@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def minimums() -> dict[str, str]:
-    """Direct dependencies of the base and of the extras of the oldest row, with the least version allowed."""
+    """Direct dependencies of the base and of the extras of the oldest row, with the least version
+    allowed.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = re.search(r"^ROW_EXTRAS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert extras
@@ -39,7 +41,7 @@ def pins(file: str) -> dict[str, str]:
 
 
 def test_the_oldest_row_has_exactly_the_minimums_of_pyproject():
-    """`uv pip compile --resolution lowest-direct` makes the file anew after a minimum was changed."""
+    """After a changed minimum, `uv pip compile --resolution lowest-direct` makes the file anew."""
     oldest = pins("constraints-oldest.txt")
     least = minimums()
     assert len(least) > 20
