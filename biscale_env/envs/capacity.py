@@ -93,8 +93,9 @@ def run_static(plant: Plant, trace: Trace, freq_mhz: float, member: int = -1) ->
 
 
 def slowest_alone_s(plant: Plant, trace: Trace) -> float:
-    """Greatest latency (TTFT or TPOT) of any request that has the instance to itself at max clock,
-    s.
+    """Greatest latency (TTFT or TPOT) of a request that has the instance to itself, s.
+
+    At the highest clock.
 
     Args:
         plant: phase, hardware and engine settings.
