@@ -1,16 +1,17 @@
-"""Learned agents: training on Stable-Baselines3, and shipped policies that need neither it nor
-torch.
-"""
+"""Learned agents: training on Stable-Baselines3; shipped policies need neither it nor torch."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from biscale_env.contract import Policy
+
+if TYPE_CHECKING:
+    from agents.policy.feature_policy import ControlledPlant
 
 
 def load_agent(
     path: Path,
-    plant: Any,
+    plant: "ControlledPlant",
     member: int = -1,
     price: float | None = None,
     margin: float | None = None,
@@ -23,9 +24,9 @@ def load_agent(
         path: checkpoint.
         plant: gives phase, observation, clocks and model (`biscale_env.envs.plant.Plant` or a
             controller's context).
-        member: coefficients that the features believe in; -1 nominal.
-        price: price of a lost request, for networks that are told one; None takes their own.
-        margin: share of the TTFT bound that is kept free (prefill only); None takes the
+        member: coefficients that the features use; -1 nominal.
+        price: SLO-violation penalty, for networks that are told one; None takes their own.
+        margin: fraction of the TTFT bound that is kept free (prefill only); None takes the
             checkpoint's own.
 
     Raises:

@@ -1,5 +1,6 @@
-"""Reference controllers: every one is a policy on the observation alone (the oracles excepted,
-which know the future).
+"""Reference controllers: policies on the observation alone.
+
+The oracles are the exception: they know the future.
 """
 
 from controllers.base import Controller, LatencyModel, PolicyContext, context_of

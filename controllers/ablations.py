@@ -1,6 +1,6 @@
-"""Named variants of the controllers for tables: what each extra is worth, one switch at a time.
+"""Named variants of the controllers for tables.
 
-What a wrong model costs.
+What each extra is worth, one switch at a time, and what a wrong nominal model costs.
 
 Each variant is a policy name that :func:`controllers.make_policy` understands; the free margin is
 left to tuning unless it is given.
@@ -19,7 +19,9 @@ PREFILL: dict[str, str] = {
     "MPC + idle clock": "mpc:idle_clock=1",
     "MPC + idle credit, idle clock": "mpc:idle_credit=1,idle_clock=0.5",
     "MPC + delay, forecast": "mpc:delay_aware=true,forecast=4",
-    "MPC + delay, forecast, idle credit, idle clock": "mpc:delay_aware=true,forecast=4,idle_credit=1,idle_clock=0.5",
+    "MPC + delay, forecast, idle credit, idle clock": (
+        "mpc:delay_aware=true,forecast=4,idle_credit=1,idle_clock=0.5"
+    ),
     "the same, forecast and idle clock tuned": "mpc-plus",
     "MPC + everything": "mpc:delay_aware=true,forecast=4,idle_credit=1,idle_clock=0.5,give_up=true",
 }
@@ -36,13 +38,9 @@ DECODE: dict[str, str] = {
     "slack + fine, load floor, accumulated": "slack-plus",
     "slack + everything": "slack:fine=true,load_floor=true,accumulated=true,delay_aware=true",
 }
-WRONG_DRAWS = (
-    1,
-    2,
-    3,
-    4,
-)  # of the model ensemble: consistent with the evidence, and none is the plant's nominal model
-BELIEVERS = {
+# members of the model ensemble: consistent with the evidence, none is the plant's nominal model
+OTHER_MEMBERS = (1, 2, 3, 4)
+MODEL_BASED = {
     "prefill": ("mpc", "mpc-plus", "mpc-greedy", "throttllem"),
     "decode": ("slack", "slack-plus", "throttllem"),
 }
@@ -66,17 +64,22 @@ def variants(phase: str) -> dict[str, str]:
     return dict(PREFILL if phase == "prefill" else DECODE)
 
 
-def beliefs(phase: str) -> dict[str, str]:
-    """Controllers that believe in the plant's model, in fitted trees, and in other members of the
-    ensemble: name -> policy name.
+def nominal_models(phase: str) -> dict[str, str]:
+    """Controllers with other nominal models than the plant's: name -> policy name.
+
+    The plant's own, fitted trees, and other members of the ensemble. The group is ``beliefs`` where
+    policies are named.
 
     Raises:
         BiscaleError: an unknown phase.
     """
-    if phase not in BELIEVERS:
+    if phase not in MODEL_BASED:
         raise BiscaleError(f"unknown phase '{phase}': choose prefill or decode")
     found = dict((TREES[phase],))
-    for name in BELIEVERS[phase]:
+    for name in MODEL_BASED[phase]:
         found[name] = name
-        found |= {f"{name}, member {member}": f"{name}:member={member}" for member in WRONG_DRAWS}
+        found |= {f"{name}, member {member}": f"{name}:member={member}" for member in OTHER_MEMBERS}
     return found
+
+
+beliefs = nominal_models  # the name of before

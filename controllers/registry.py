@@ -53,7 +53,7 @@ MPC_PLUS: dict[str, Any] = {
     "idle_clock": 0.5,
 }
 # Near capacity more room for arrivals costs less than a wider margin, under which even large
-# prompts that just came look lost, and a low clock to wait at costs attainment, since it takes the
+# prompts that just came look late, and a low clock to wait at costs attainment, since it takes the
 # delay to leave it.
 MPC_PLUS_JOINT: dict[str, tuple[Any, ...]] = {
     "forecast": (4.0, 8.0, 16.0),
@@ -166,9 +166,8 @@ def _entry(name: str, phase: str) -> tuple[PolicyEntry, dict[str, Any]]:
     base, named = parse_name(name)
     entry = ENTRIES[base]
     if phase not in entry.paths:
-        raise BiscaleError(
-            f"policy '{base}' is not for {phase}; for {phase} there are: {', '.join(policy_names(phase))}"
-        )
+        names = ", ".join(policy_names(phase))
+        raise BiscaleError(f"policy '{base}' is not for {phase}; for {phase} there are: {names}")
     return entry, named
 
 
@@ -244,9 +243,9 @@ def make_policy(name: str, context: PolicyContext, model: Any = None, **params: 
     Args:
         name: a name of :func:`policy_names`, optionally with parameters: ``static:1200``,
             ``slack:margin=0.1,energy_floor=true``. The parameter ``member`` (which coefficients it
-            believes in) is taken by every policy.
+            takes for true) is taken by every policy.
         context: what the policy may know.
-        model: what it believes about latency and energy instead of ``context.model``: an object, or
+        model: its nominal model of latency and energy instead of ``context.model``: an object, or
             ``boosted`` for the paper's predictors fitted on noisy measurements (also as
             ``slack:model=boosted``).
         **params: parameters of the policy; they win over those in the name.
@@ -259,9 +258,9 @@ def make_policy(name: str, context: PolicyContext, model: Any = None, **params: 
     merged = {**entry.preset, **named, **params}
     if "member" in merged:
         context = with_member(context, name, merged.pop("member"))
-    believed = merged.pop("model", None) if model is None else model
-    if believed is not None:
-        context = replace(context, model=named_model(believed, context))
+    nominal = merged.pop("model", None) if model is None else model
+    if nominal is not None:
+        context = replace(context, model=named_model(nominal, context))
     policy = entry.load(context.phase)
     known = [] if name.startswith("max") else list(inspect.signature(policy).parameters)[1:]
     checked = check_parameters(policy, name, merged, known)
@@ -274,8 +273,9 @@ def make_policy(name: str, context: PolicyContext, model: Any = None, **params: 
 
 
 def policy_tunables(name: str, phase: str) -> dict[str, tuple[Any, ...]]:
-    """Free parameters of a policy and the values that tuning may try (the default first), without
-    those that its name already fixes.
+    """Free parameters of a policy and the values that tuning may try, the default first.
+
+    Those that its name already fixes are left out.
     """
     entry, named = _entry(name, phase)
     if name == "max":

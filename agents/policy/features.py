@@ -3,8 +3,8 @@
 A feature is a fixed function of the observation and of the fitted latency model (the same knowledge
 that MPC and slack use), never of the simulator's state. The network sees, per clock level, how the
 projected work would stand against its deadlines if that level were asked for now: the delay of a
-clock change is counted, requests that are late already have no deadline any more. Nothing is learned
-here.
+clock change is counted, requests that are late already have no deadline any more. Nothing is
+learned here.
 
 The features look at :data:`agents.policy.feature_parts.N_LEVELS` clock levels on every GPU; where
 it has another number of control levels, they are spread over those.

@@ -21,6 +21,7 @@ from agents.policy.feature_parts import (
 from biscale_env.contract.observation import DECODE_SPEC
 from biscale_env.core.jit import compiled, inlined
 from biscale_env.models.physics import Coefficients, effective_freq_ghz, latency_s
+from controllers.columns import DECODE
 
 RULE_MARGIN = 0.05  # assumed: fraction of the SLO that the rule keeps free
 # assumed: intervals over which the rule spends saved slack, as in controllers.decode.slack
@@ -34,29 +35,6 @@ DECODE_NAMES = (
     "last_time", "slo", "cheapest", "time_at_lowest",
 )  # fmt: skip
 """Names of the features, in order; changing one makes checkpoints of before unreadable."""
-
-
-class DecodeSeen(NamedTuple):
-    """Columns of the observation."""
-
-    batch: int
-    cached_tokens: int
-    kv_use: int
-    recompute_tokens: int
-    waiting_requests: int
-    waiting_tokens: int
-    oldest_wait: int
-    incoming_requests: int
-    tpot_slack_min: int
-    tpot_slack_mean: int
-    arrival_rate_1s: int
-    token_rate_10s: int
-    freq_current: int
-    freq_pending: int
-    time_to_apply: int
-    actuation_delay: int
-    last_time: int
-    slo: int
 
 
 class DecodeMade(NamedTuple):
@@ -89,7 +67,6 @@ class DecodeMade(NamedTuple):
     time_at_lowest: int
 
 
-SEEN = DecodeSeen(*(DECODE_SPEC.index(name) for name in DecodeSeen._fields))
 MADE = DecodeMade(*(DECODE_NAMES.index(name) for name in DecodeMade._fields))
 SCALE = DECODE_SPEC.scale
 
@@ -103,9 +80,9 @@ def seen(x: Floats32, at: int) -> float:
 @inlined
 def time_at(x: Floats32, c: Coefficients, f: float, fmin: float) -> float:
     """Duration of the next iteration at clock ``f`` (GHz), s."""
-    batch, redo = seen(x, SEEN.batch), seen(x, SEEN.recompute_tokens)
+    batch, redo = seen(x, DECODE.batch), seen(x, DECODE.recompute_tokens)
     tokens = max(batch + redo, 1.0)
-    attn, cached = 0.5 * redo * redo, seen(x, SEEN.cached_tokens)
+    attn, cached = 0.5 * redo * redo, seen(x, DECODE.cached_tokens)
     return latency_s(
         c, tokens, attn, cached, batch, effective_freq_ghz(c, tokens, attn, cached, batch, f, fmin)
     )
@@ -114,31 +91,31 @@ def time_at(x: Floats32, c: Coefficients, f: float, fmin: float) -> float:
 @inlined
 def write_requests(x: Floats32, slo: float, out: Floats32) -> None:
     """Running and waiting requests of one observation, and their slack."""
-    out[MADE.batch] = seen(x, SEEN.batch) / 256.0
-    out[MADE.batch_log] = squash(seen(x, SEEN.batch), 16.0)
-    out[MADE.cached] = seen(x, SEEN.cached_tokens) / 2e5
-    out[MADE.kv_use] = x[SEEN.kv_use]
-    out[MADE.waiting] = squash(seen(x, SEEN.waiting_requests), 8.0)
-    out[MADE.waiting_tokens] = squash(seen(x, SEEN.waiting_tokens), 16384.0)
-    out[MADE.oldest_wait] = squash(seen(x, SEEN.oldest_wait) / slo, 10.0)
-    out[MADE.incoming] = squash(seen(x, SEEN.incoming_requests), 8.0)
-    out[MADE.recompute] = squash(seen(x, SEEN.recompute_tokens), 2048.0)
-    out[MADE.slack_min] = 0.5 * symmetric_log(seen(x, SEEN.tpot_slack_min))
-    out[MADE.slack_mean] = 0.5 * symmetric_log(seen(x, SEEN.tpot_slack_mean))
+    out[MADE.batch] = seen(x, DECODE.batch) / 256.0
+    out[MADE.batch_log] = squash(seen(x, DECODE.batch), 16.0)
+    out[MADE.cached] = seen(x, DECODE.cached_tokens) / 2e5
+    out[MADE.kv_use] = x[DECODE.kv_use]
+    out[MADE.waiting] = squash(seen(x, DECODE.waiting_requests), 8.0)
+    out[MADE.waiting_tokens] = squash(seen(x, DECODE.waiting_tokens), 16384.0)
+    out[MADE.oldest_wait] = squash(seen(x, DECODE.oldest_wait) / slo, 10.0)
+    out[MADE.incoming] = squash(seen(x, DECODE.incoming_requests), 8.0)
+    out[MADE.recompute] = squash(seen(x, DECODE.recompute_tokens), 2048.0)
+    out[MADE.slack_min] = 0.5 * symmetric_log(seen(x, DECODE.tpot_slack_min))
+    out[MADE.slack_mean] = 0.5 * symmetric_log(seen(x, DECODE.tpot_slack_mean))
 
 
 @inlined
 def write_load_and_clocks(x: Floats32, slo: float, fmin: float, out: Floats32) -> None:
     """Arrival rates and clocks of one observation."""
     for k in range(3):
-        out[MADE.rate_1s + k] = squash(seen(x, SEEN.arrival_rate_1s + k), 10.0)
-    out[MADE.token_rate] = squash(seen(x, SEEN.token_rate_10s), 2e4)
+        out[MADE.rate_1s + k] = squash(seen(x, DECODE.arrival_rate_1s + k), 10.0)
+    out[MADE.token_rate] = squash(seen(x, DECODE.token_rate_10s), 2e4)
     out[MADE.rate_trend] = out[MADE.rate_1s] - out[MADE.rate_60s]
-    out[MADE.freq_current] = seen(x, SEEN.freq_current) * 1e-3 - fmin
-    out[MADE.freq_pending] = seen(x, SEEN.freq_pending) * 1e-3 - fmin
-    out[MADE.time_to_apply] = min(seen(x, SEEN.time_to_apply) / slo, 4.0)
-    out[MADE.delay] = min(seen(x, SEEN.actuation_delay) / slo, 4.0)
-    out[MADE.last_time] = min(seen(x, SEEN.last_time) / slo, 4.0)
+    out[MADE.freq_current] = seen(x, DECODE.freq_current) * 1e-3 - fmin
+    out[MADE.freq_pending] = seen(x, DECODE.freq_pending) * 1e-3 - fmin
+    out[MADE.time_to_apply] = min(seen(x, DECODE.time_to_apply) / slo, 4.0)
+    out[MADE.delay] = min(seen(x, DECODE.actuation_delay) / slo, 4.0)
+    out[MADE.last_time] = min(seen(x, DECODE.last_time) / slo, 4.0)
     out[MADE.slo] = min(10.0 * slo, 4.0)
 
 
@@ -168,8 +145,8 @@ def decode_features(
     for i in range(x.shape[0]):
         j = i if coefs.size > 1 else 0
         row, made, c, best = x[i], out[i], coefs[j], cheapest_ghz[j]
-        slo = seen(row, SEEN.slo)
-        tightest = min(seen(row, SEEN.tpot_slack_min) / LOOKAHEAD, 0.0)
+        slo = seen(row, DECODE.slo)
+        tightest = min(seen(row, DECODE.tpot_slack_min) / LOOKAHEAD, 0.0)
         limit = slo * (1.0 - RULE_MARGIN) * (1.0 + tightest)
         need, last = fmax, 0.0
         for k in range(N_LEVELS):

@@ -23,6 +23,7 @@ from agents.policy.feature_parts import (
 from biscale_env.contract.observation import HORIZON, PREFILL_SPEC
 from biscale_env.core.jit import compiled, inlined
 from biscale_env.models.physics import Coefficients, effective_freq_ghz, latency_s
+from controllers.columns import PREFILL
 
 NO_DEADLINE = 9.99  # encoded slacks from here on mean that no request completes in the batch
 SLACK_CLIP = 1.5
@@ -40,30 +41,6 @@ PREFILL_NAMES = (
     "slo", "backpressure", "cheapest",
 )  # fmt: skip
 """Names of the features, in order; changing one makes checkpoints of before unreadable."""
-
-
-class PrefillSeen(NamedTuple):
-    """Columns of the observation; of projected quantities, that of the first batch."""
-
-    batch_tokens: int
-    batch_attn: int
-    batch_requests: int
-    batch_completing: int
-    batch_slack: int
-    batch_slack_alive: int
-    queue_requests: int
-    queue_tokens: int
-    oldest_wait: int
-    arrival_rate_1s: int
-    arrival_rate_10s: int
-    arrival_rate_60s: int
-    token_rate_10s: int
-    freq_current: int
-    freq_pending: int
-    time_to_apply: int
-    actuation_delay: int
-    slo: int
-    kv_backpressure: int
 
 
 class PrefillMade(NamedTuple):
@@ -98,7 +75,6 @@ class PrefillMade(NamedTuple):
     cheapest: int
 
 
-SEEN = PrefillSeen(*(PREFILL_SPEC.index(name) for name in PrefillSeen._fields))
 MADE = PrefillMade(*(PREFILL_NAMES.index(name) for name in PrefillMade._fields))
 SCALE = PREFILL_SPEC.scale
 
@@ -137,14 +113,14 @@ def walk_queue(
     x: Floats32, c: Coefficients, f: float, change: PendingClock, clocks: FeatureClocks
 ) -> QueueWalk:
     """Walk the projected batches of one observation at clock ``f`` (GHz)."""
-    slo = seen(x, SEEN.slo)
+    slo = seen(x, PREFILL.slo)
     fmin, fmax = clocks.freq_min_ghz, clocks.freq_max_ghz
     t, slack, late, first = 0.0, SLACK_CLIP * slo, 0.0, 0.0
     for k in range(HORIZON):
-        tokens = seen(x, SEEN.batch_tokens + k)
+        tokens = seen(x, PREFILL.batch_tokens + k)
         if tokens <= 0.0:
             break
-        attn, seqs = seen(x, SEEN.batch_attn + k), seen(x, SEEN.batch_requests + k)
+        attn, seqs = seen(x, PREFILL.batch_attn + k), seen(x, PREFILL.batch_requests + k)
         cap = effective_freq_ghz(c, tokens, attn, 0.0, seqs, fmax, fmin)
         duration = latency_s(c, tokens, attn, 0.0, seqs, min(f, cap))
         if change.lead_s > t:
@@ -154,11 +130,11 @@ def walk_queue(
         t += duration
         if k == 0:
             first = t
-        alive, tightest = x[SEEN.batch_slack_alive + k], x[SEEN.batch_slack + k]
+        alive, tightest = x[PREFILL.batch_slack_alive + k], x[PREFILL.batch_slack + k]
         if alive < NO_DEADLINE:
             slack = min(slack, alive * slo - t)
         if tightest < NO_DEADLINE and t > tightest * slo:
-            done = seen(x, SEEN.batch_completing + k)
+            done = seen(x, PREFILL.batch_completing + k)
             late += 1.0 + max(done - 1.0, 0.0) * min((t - tightest * slo) / LOST_SPREAD_S, 1.0)
     return QueueWalk(slack, t, late, first)
 
@@ -166,26 +142,26 @@ def walk_queue(
 @inlined
 def write_queue(x: Floats32, out: Floats32) -> None:
     """Queue, next batches, clocks and their timing of one observation."""
-    slo = seen(x, SEEN.slo)
-    out[MADE.queue_requests] = squash(seen(x, SEEN.queue_requests), 4.0)
-    out[MADE.queue_tokens] = squash(seen(x, SEEN.queue_tokens), 2048.0)
-    out[MADE.batch_tokens] = seen(x, SEEN.batch_tokens) / 2048.0
-    out[MADE.batch_requests] = squash(seen(x, SEEN.batch_requests), 4.0)
-    out[MADE.next_tokens] = seen(x, SEEN.batch_tokens + 1) / 2048.0
-    out[MADE.oldest_wait] = min(x[SEEN.oldest_wait], 3.0)
-    out[MADE.time_to_apply] = min(seen(x, SEEN.time_to_apply) / slo, 1.0)
-    out[MADE.delay] = min(seen(x, SEEN.actuation_delay) / slo, 1.0)
+    slo = seen(x, PREFILL.slo)
+    out[MADE.queue_requests] = squash(seen(x, PREFILL.queue_requests), 4.0)
+    out[MADE.queue_tokens] = squash(seen(x, PREFILL.queue_tokens), 2048.0)
+    out[MADE.batch_tokens] = seen(x, PREFILL.batch_tokens) / 2048.0
+    out[MADE.batch_requests] = squash(seen(x, PREFILL.batch_requests), 4.0)
+    out[MADE.next_tokens] = seen(x, PREFILL.batch_tokens + 1) / 2048.0
+    out[MADE.oldest_wait] = min(x[PREFILL.oldest_wait], 3.0)
+    out[MADE.time_to_apply] = min(seen(x, PREFILL.time_to_apply) / slo, 1.0)
+    out[MADE.delay] = min(seen(x, PREFILL.actuation_delay) / slo, 1.0)
     out[MADE.slo] = min(slo, 4.0)
-    out[MADE.backpressure] = x[SEEN.kv_backpressure]
+    out[MADE.backpressure] = x[PREFILL.kv_backpressure]
 
 
 @inlined
 def write_arrivals(x: Floats32, c: Coefficients, fmin: float, fmax: float, out: Floats32) -> None:
     """Arrival rates, the load they make at the highest clock, and the clocks of one observation."""
     for k in range(3):
-        out[MADE.rate_1s + k] = squash(seen(x, SEEN.arrival_rate_1s + k), 2.0)
-    token_rate = seen(x, SEEN.token_rate_10s)
-    rate_10, rate_60 = seen(x, SEEN.arrival_rate_10s), seen(x, SEEN.arrival_rate_60s)
+        out[MADE.rate_1s + k] = squash(seen(x, PREFILL.arrival_rate_1s + k), 2.0)
+    token_rate = seen(x, PREFILL.token_rate_10s)
+    rate_10, rate_60 = seen(x, PREFILL.arrival_rate_10s), seen(x, PREFILL.arrival_rate_60s)
     mean = token_rate / rate_10 if rate_10 > 1e-3 else MEAN_PROMPT
     attn = 0.5 * REFERENCE_TOKENS**2
     cap = effective_freq_ghz(c, REFERENCE_TOKENS, attn, 0.0, 1.0, fmax, fmin)
@@ -194,8 +170,8 @@ def write_arrivals(x: Floats32, c: Coefficients, fmin: float, fmax: float, out: 
     out[MADE.mean_prompt] = squash(mean, 1024.0)
     out[MADE.utilisation] = min(token_rate * per_token, 2.0)
     out[MADE.utilisation_60s] = min(rate_60 * MEAN_PROMPT * per_token, 2.0)
-    out[MADE.freq_current] = seen(x, SEEN.freq_current) * 1e-3 - fmin
-    out[MADE.freq_pending] = seen(x, SEEN.freq_pending) * 1e-3 - fmin
+    out[MADE.freq_current] = seen(x, PREFILL.freq_current) * 1e-3 - fmin
+    out[MADE.freq_pending] = seen(x, PREFILL.freq_pending) * 1e-3 - fmin
 
 
 @compiled
@@ -224,10 +200,10 @@ def prefill_features(
     for i in range(x.shape[0]):
         j = i if coefs.size > 1 else 0
         row, made, c, best = x[i], out[i], coefs[j], cheapest_ghz[j]
-        slo = seen(row, SEEN.slo)
+        slo = seen(row, PREFILL.slo)
         change = PendingClock(
-            max(seen(row, SEEN.freq_pending) * 1e-3, fmin),
-            seen(row, SEEN.actuation_delay) + seen(row, SEEN.time_to_apply),
+            max(seen(row, PREFILL.freq_pending) * 1e-3, fmin),
+            seen(row, PREFILL.actuation_delay) + seen(row, PREFILL.time_to_apply),
         )
         need, last = fmax, 0.0
         at = QueueWalk(0.0, 0.0, 0.0, 0.0)

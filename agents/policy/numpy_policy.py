@@ -71,11 +71,9 @@ class Network:
 
     def save(self, path: Path) -> None:
         """Write the file in one piece."""
-        head = {
-            "format": FORMAT, "phase": self.phase, "spec_id": self.spec_id, "feature_id": self.feature_id, "action": self.action,
-            "span": self.span, "activation": self.activation, "card": dict(self.card), "price": self.price,
-            "trained_on": dict(self.trained_on),
-        }  # fmt: skip
+        names = ("phase", "spec_id", "feature_id", "action", "span", "activation", "price")
+        head = {"format": FORMAT, **{name: getattr(self, name) for name in names}}
+        head |= {"card": dict(self.card), "trained_on": dict(self.trained_on)}
         arrays = {f"w{i}": w for i, w in enumerate(self.weights)} | {
             f"b{i}": b for i, b in enumerate(self.biases)
         }
@@ -113,7 +111,8 @@ def load_network(path: Path) -> Network:
     spec.check(head["spec_id"], f"checkpoint {path}")
     if head["feature_id"] != feature_id(spec.name):
         raise BiscaleError(
-            f"checkpoint {path} was made for '{head['feature_id']}', but this version has '{feature_id(spec.name)}'"
+            f"checkpoint {path} was made for '{head['feature_id']}', but this version has "
+            f"'{feature_id(spec.name)}'"
         )
     if not all(np.isfinite(a).all() for a in (*weights, *biases)):
         raise BiscaleError(f"checkpoint {path} holds weights that are not finite: train again")

@@ -1,6 +1,4 @@
-"""The algorithms of Stable-Baselines3 by name, and a check of their hyper-parameters before
-anything is made.
-"""
+"""The algorithms of Stable-Baselines3 by name, and a check of their hyper-parameters."""
 
 import difflib
 import inspect
@@ -60,5 +58,6 @@ def check_hyper(name: str, hyper: Mapping[str, Any], where: str) -> None:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
             raise BiscaleError(
-                f"{where}: {name} has no hyper-parameter '{key}'; the nearest known one is '{near[0]}'"
+                f"{where}: {name} has no hyper-parameter '{key}'; the nearest known one is "
+                f"'{near[0]}'"
             )

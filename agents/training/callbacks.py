@@ -1,4 +1,4 @@
-"""Callbacks of SB3: the Lagrangian, held-out evaluation, and a stop at values that are not finite."""
+"""Callbacks of SB3: the Lagrangian, held-out evaluation, checkpoints, a stop at NaN."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,5 +1,6 @@
-"""Learning from a teacher: behaviour cloning and DAgger of a reference policy, as a warm start for
-SB3's on-policy algorithms.
+"""Learning from a teacher, as a warm start for SB3's on-policy algorithms.
+
+Behaviour cloning and DAgger (Ross, Gordon and Bagnell, AISTATS 2011) of a reference policy.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,7 @@ def collect(
     Args:
         env: the training environment; it is reset.
         teacher: labels every state.
-        steps: states to collect, over all copies.
+        steps: states to collect, over all sub-environments.
         student: who acts (DAgger), network outputs of features; None lets the teacher act.
 
     Returns:
@@ -55,8 +56,9 @@ def output_for(env: AgentVecEnv, action: NDArray[np.float32]) -> NDArray[np.floa
 def oracle_data(
     env: AgentVecEnv, per_group: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """States and network outputs of the plans with hindsight of some training workloads, in the
-    plant they are made for (no delay).
+    """States and network outputs of the plans with hindsight of some training workloads.
+
+    In the plant that they are made for, without delay.
 
     Args:
         env: the training environment.
@@ -111,7 +113,8 @@ def warm_start(
         or env.config.algo != "ppo"
     ):
         raise BiscaleError(
-            f"warm_start works with ppo and continuous actions, not with {env.config.algo}: remove it from the config"
+            f"warm_start works with ppo and continuous actions, not with {env.config.algo}: remove "
+            "it from the config"
         )
 
     def act(features: NDArray[np.float32]) -> NDArray[Any]:
@@ -131,7 +134,8 @@ def warm_start(
         features, outputs = np.concatenate([features, more[0]]), np.concatenate([outputs, more[1]])
         losses.append(_fit(policy, optimiser, features, outputs, plan.epochs, env.sampler.rng))
         report(
-            f"warm start, round {k + 1} of {plan.rounds}: rms error {losses[-1] ** 0.5:.4f} of the control range's half"
+            f"warm start, round {k + 1} of {plan.rounds}: rms error {losses[-1] ** 0.5:.4f} of "
+            "the control range's half"
         )
     return losses
 

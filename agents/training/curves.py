@@ -48,11 +48,10 @@ def learning_curves(folder: Path) -> pd.DataFrame:
 
 
 def spread(curves: pd.DataFrame, column: str = "score") -> pd.DataFrame:
-    """Per evaluation the median over seeds, the quartiles, the extremes and the number of seeds,
-    indexed by env step.
+    """Per evaluation the quartiles over seeds, the extremes and the number of seeds.
 
-    Seeds are matched by the number of their evaluation, since a resumed run may evaluate a little
-    later.
+    Indexed by env step. Seeds are matched by the number of their evaluation, since a run may
+    evaluate a little later.
     """
     numbered = curves.assign(number=curves.groupby("seed").cumcount())
     groups = numbered.groupby("number")

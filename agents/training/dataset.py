@@ -46,7 +46,10 @@ def export_dataset(
         observation_space=env.observation_space,
         action_space=env.action_space,
         algorithm_name=policy,
-        description=f"{policy} in the {phase} environment of biscale-env, {episodes} episodes, options {options}",
+        description=(
+            f"{policy} in the {phase} environment of biscale-env, {episodes} episodes, "
+            f"options {options}"
+        ),
         data_format="arrow",
     )
     return int(made.total_steps)
@@ -66,6 +69,11 @@ def _episode(env: PhaseEnv, teacher: Policy, number: int) -> Any:
         rewards.append(reward)
     n = len(rewards)
     return EpisodeBuffer(
-        id=number, seed=number, observations=np.array(observations), actions=np.array(actions), rewards=np.array(rewards).tolist(),
-        terminations=[False] * n, truncations=[False] * (n - 1) + [True],
-    )  # fmt: skip
+        id=number,
+        seed=number,
+        observations=np.array(observations),
+        actions=np.array(actions),
+        rewards=np.array(rewards).tolist(),
+        terminations=[False] * n,
+        truncations=[False] * (n - 1) + [True],
+    )

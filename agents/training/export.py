@@ -54,7 +54,8 @@ def to_network(
     if config.algo in ("sac", "tqc"):
         if activation != "tanh":
             raise BiscaleError(
-                "export of sac and tqc needs activation tanh: their output is squashed by tanh as well"
+                "export of sac and tqc needs activation tanh: their output is squashed by tanh as "
+                "well"
             )
         weights.append(np.eye(1, dtype=np.float32))
         biases.append(np.zeros(1, dtype=np.float32))

@@ -19,7 +19,7 @@ from agents.training.train_config import AgentConfig
 from biscale_env.envs.batch import Batch, RequestTable
 
 Act = Callable[[NDArray[np.float32], bool], NDArray[np.float32]]
-"""Actions in [-1, 1], (n,), of encoded observations (n, dim); the flag says that all episodes begin."""
+"""Actions in [-1, 1], (n,), of encoded observations (n, dim); the flag: all episodes begin."""
 
 DELAY_S = 0.05  # of the frozen scenarios
 # what an attainment missed by 1.0 costs in units of the energy ratio, when policies are ranked
@@ -33,14 +33,14 @@ class HeldoutMetrics:
 
     Attributes:
         energy_ratio: energy relative to max clock on the same workloads.
-        attainment: share of requests within the SLO.
+        attainment: fraction of requests within the SLO.
     """
 
     energy_ratio: NDArray[np.float64]
     attainment: NDArray[np.float64]
 
     def score(self, targets: NDArray[np.float64]) -> float:
-        """What is minimised: mean energy ratio plus a price on missed attainment."""
+        """What is minimised: mean energy ratio plus a penalty on missed attainment."""
         return float(
             np.mean(
                 self.energy_ratio + SHORTFALL_PRICE * np.maximum(targets - self.attainment, 0.0)
@@ -75,9 +75,9 @@ class HeldOut:
         self._slo = np.array([g.slo_s for g in groups])[self._owner]
         self._capacity = np.array([g.plant.kv_capacity_tokens for g in groups])[self._owner]
         features = FeatureMap(config.phase, self.plant.spec, self.plant.clocks)
-        beliefs = [features.nominal_model(g.plant.model, [-1]) for g in groups]
-        self.coefs = np.concatenate([b[0] for b in beliefs])[self._owner]
-        self.cheapest_ghz = np.concatenate([b[1] for b in beliefs])[self._owner]
+        models = [features.nominal_model(g.plant.model, [-1]) for g in groups]
+        self.coefs = np.concatenate([b[0] for b in models])[self._owner]
+        self.cheapest_ghz = np.concatenate([b[1] for b in models])[self._owner]
         self._shape = (len(groups), workloads)
         self._reference, best = self._run(lambda obs, start: np.ones(len(obs), dtype=np.float32))
         c = config.constraint

@@ -1,6 +1,6 @@
 """What a run writes beside its checkpoints.
 
-Held-out evaluations and the multipliers' path, as CSV that a resumed run takes up.
+Held-out evaluations and the multipliers' path, as CSV.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from agents.training.heldout import HeldoutMetrics
 from biscale_env.core.files import write_whole
 
 Evaluation = tuple[int, HeldoutMetrics, float]
-"""Env step, figures, score."""
+"""Env step, metrics, score."""
 
 
 def write_evaluations(history: Sequence[Evaluation], names: Sequence[str], path: Path) -> None:

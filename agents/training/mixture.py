@@ -33,7 +33,7 @@ class WorkloadGroup:
             the group's own.
         source: its workloads.
         slo_s: bound of the phase, s.
-        attainment: share of requests that the SLO asks for.
+        attainment: fraction of requests that the SLO asks for.
     """
 
     name: str
@@ -114,8 +114,9 @@ def make_groups(config: AgentConfig) -> tuple[list[WorkloadGroup], list[int]]:
 
 
 def run_at_max(group: WorkloadGroup, workload: Trace) -> tuple[NDArray[np.bool_], float]:
-    """Which requests of a workload max clock loses in the nominal plant, one per request that the
-    phase sees; its energy, J.
+    """Which requests of a workload violate the SLO at max clock; its energy, J.
+
+    In the nominal plant; one flag per request that the phase sees.
     """
     run = run_static(group.plant, workload, group.plant.clocks.freq_max_mhz)
     return ~within(run.latency_s, group.slo_s), run.energy_j
@@ -131,7 +132,7 @@ def targets(
     Args:
         config: the run.
         groups: families at loads.
-        lost: per group, which requests of its training workloads max clock loses.
+        lost: per group, which requests of its training workloads violate the SLO at max clock.
     """
     c = config.constraint
     best = [1.0 - float(np.mean(mine)) for mine in lost]

@@ -23,7 +23,7 @@ class Part(Config):
         profile: generator profile, used without a trace.
         trace: name or path of a trace; only its first half is used, tables are made on the second.
         optional: pass over a trace that is not there instead of refusing.
-        loads: shares of the capacity of one instance at max clock.
+        loads: fractions of the capacity of one instance at max clock.
         rates_rps: request rates instead of loads, for families that max clock cannot serve within
             the SLO at any load.
         slo: SLO of these episodes.
@@ -55,7 +55,7 @@ class Randomise(Config):
     Attributes:
         delay_s: range of the actuation delay; None takes that of the ensemble member.
         slo_scale: range of a factor on the SLO.
-        nominal_share: share of episodes in the nominal plant; the others take a random member of
+        nominal_share: fraction of episodes in the nominal plant; the others take a random member of
             the ensemble.
     """
 
@@ -65,8 +65,7 @@ class Randomise(Config):
 
 
 class Constraint(Config):
-    """The Lagrangian: one multiplier per group, moved by plain SGD on measured attainment minus
-    target.
+    """The Lagrangian: one multiplier per group, moved by plain SGD on (target - attainment).
 
     Attributes:
         reserve: attainment aimed at above the SLO's own (a quantile met exactly is missed half of
@@ -92,7 +91,7 @@ class WarmStart(Config):
 
     Attributes:
         teacher: reference policy, e.g. ``mpc:margin=0.2,give_up=true,forecast=1,delay_aware=true``.
-        steps: env steps (all copies together) per round.
+        steps: env steps (all sub-environments together) per round.
         rounds: 1 is behaviour cloning; more is DAgger: later rounds run the student and ask the
             teacher.
         epochs: passes over the data after every round.
@@ -116,7 +115,7 @@ class EvaluationConfig(Config):
     Attributes:
         every_steps: env steps between evaluations.
         workloads: held-out workloads per group.
-        prices: prices that are tried, spread over the config's range; every group counts at its
+        prices: penalties that are tried, spread over the config's range; every group counts at its
             best.
         patience: stop after this many evaluations without a better policy; 0 never stops early.
         goal: stop as soon as every group meets its attainment target and the mean energy ratio is
@@ -131,8 +130,9 @@ class EvaluationConfig(Config):
 
 
 class AgentConfig(WithInstance):
-    """A training run; the instance's keys (``gpu``, ``model``, ``tp``, ``dtype``, ...) may be given too.
+    """A training run.
 
+    The instance's keys (``gpu``, ``model``, ``tp``, ``dtype``, ...) may be given beside its own.
     The SLO is that of each family of the mixture.
 
     Attributes:
@@ -141,9 +141,9 @@ class AgentConfig(WithInstance):
         action: ``rule``: the network's output is added to the rule's clock (see
             ``agents.policy.features``); ``clock``: it is the clock; ``levels``: it is one of the
             GPU's clock levels (what DQN needs).
-        span: share of the control range that the full output of the network spans with ``rule``.
-        n_envs: copies in the native vector environment.
-        total_timesteps: env steps, all copies together.
+        span: fraction of the control range that the full output of the network spans with ``rule``.
+        n_envs: sub-environments of the native vector environment.
+        total_timesteps: env steps, all sub-environments together.
         net_arch: hidden layers.
         activation: ``tanh`` or ``relu``.
         log_std_init: logarithm of the first standard deviation of exploration (ppo, recurrent_ppo).
@@ -153,13 +153,13 @@ class AgentConfig(WithInstance):
         constraint: see :class:`Constraint`.
         warm_start: see :class:`WarmStart`.
         evaluation: see :class:`EvaluationConfig`.
-        price: range of the price of a lost request (unit: the mean energy of a request at max clock
-            in its group), drawn log-uniformly per episode and told to the network, instead of
-            multipliers: one network then holds the whole trade-off, and the price is its free
+        price: range of the SLO-violation penalty (unit: the mean energy of a request at max clock
+            in its group), sampled log-uniformly per episode and told to the network, instead of
+            multipliers: one network then holds the whole trade-off, and the penalty is its free
             parameter, like the margin of MPC.
-        margins: settings of the margin (share of the TTFT bound kept free, as in MPC) among which
-            evaluation and tuning choose; the network is not told, it is shown the tighter bound
-            (prefill only; train with a wide ``slo_scale``). Empty: the price is chosen.
+        margins: settings of the margin (fraction of the TTFT bound kept free, as in MPC) among
+            which evaluation and tuning choose; the network is not told, it is shown the tighter
+            bound (prefill only; train with a wide ``slo_scale``). Empty: the penalty is chosen.
         decision_interval_s: in training, a decision stands at least this long; 0 decides at every
             iteration.
         reward_scale: factor on the reward.
@@ -206,7 +206,7 @@ class AgentConfig(WithInstance):
 
     @property
     def default_price(self) -> float:
-        """Price that the network is told unless another is asked for.
+        """SLO-violation penalty that the network is told unless another is asked for.
 
         The middle of the range, 0 where it takes none.
         """
@@ -233,13 +233,15 @@ def load_config(name: str | Path | None, phase: str, algo: str | None = None) ->
         raise BiscaleError(f"config {name} is for {config.phase}, but {phase} was asked for")
     if algo is not None and algo != config.algo:
         raise BiscaleError(
-            f"config {name} is for {config.algo}, but --algo {algo} was given: leave one of them out"
+            f"config {name} is for {config.algo}, but --algo {algo} was given: leave one of them "
+            "out"
         )
     check_hyper(config.algo, config.hyper, str(name))
     for margin in config.margins:
         check_margin(margin, phase)
     if (config.algo == "dqn") != (config.action == "levels"):
         raise BiscaleError(
-            f"config {name}: action 'levels' and algorithm dqn belong together, got {config.action} and {config.algo}"
+            f"config {name}: action 'levels' and algorithm dqn belong together, got "
+            f"{config.action} and {config.algo}"
         )
     return config

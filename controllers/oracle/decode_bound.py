@@ -9,14 +9,17 @@ relaxes the run to a fluid.
 whatever the policy and the delay, the energy above P0 (the idle power at the lowest clock) is at
 least mu (busy time) + nu (tokens made) + kappa (cached tokens read), over any period.
 
-*The run.* Time is divided into windows (an iteration across a border is shared out in proportion).
+*The run.* Time is divided into windows (an iteration across a border is divided in proportion).
 Per window: busy time b, tokens x, cached tokens read w, energy above P0. What no policy can change:
 
-* every request makes ``output - 1`` tokens here, at most one per shortest iteration: cumulative x and w stay below an arrival curve;
-* a request that meets the SLO has all its tokens at ``arrival + tpot (output - 1)``: cumulative x and w stay above a deadline curve, less
-  the largest ``m`` amounts due by then when ``m`` requests may miss it;
-* the instance iterates whenever a request is there, and a request is there for at least ``output - 1`` shortest iterations: b is at
-  least the covered part of the window, and at most the window.
+* every request makes ``output - 1`` tokens here, at most one per shortest iteration: cumulative x
+  and w stay below an arrival curve;
+* a request that meets the SLO has all its tokens at ``arrival + tpot (output - 1)``: cumulative x
+  and w stay above a deadline curve, less the largest ``m`` amounts due by then when ``m`` requests
+  may violate it;
+* the instance iterates whenever a request is there, and a request is there for at least
+  ``output - 1`` shortest iterations: b is at least the covered part of the window, and at most the
+  window.
 
 The least sum of the windows' energies under these constraints and all cuts is a linear programme;
 adding ``P0`` times the length of the episode gives the bound. What it loses: batches of any size up
@@ -42,21 +45,13 @@ from controllers.oracle.plan_replay import member_of
 
 Floats = NDArray[np.float64]
 WINDOW_S = 10.0
-SHARES = (
-    0.0,
-    0.001,
-    0.003,
-    0.01,
-    0.03,
-    0.1,
-    0.3,
-    1.0,
-)  # shares of missed requests between which the objective is bounded
+# fractions of SLO-violating requests between which the objective is bounded
+FRACTIONS = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 SOLVER_TOLERANCE = 1e-6  # relative; taken off the optimum that the solver reports
 
 
 def arrival_curve(pool: RequestTable, borders_s: Floats, shortest_s: float) -> Floats:
-    """Most ``(tokens, cached tokens read)`` that can have been made by each border, (2, windows)."""
+    """Most ``(tokens, cached tokens read)`` possible by each border, (2, windows)."""
     tokens = pool.output.astype(np.float64) - 1.0
     most = np.zeros((2, len(borders_s)))
     for k, border in enumerate(borders_s):
@@ -67,8 +62,9 @@ def arrival_curve(pool: RequestTable, borders_s: Floats, shortest_s: float) -> F
 
 
 def deadline_curve(pool: RequestTable, borders_s: Floats, tpot_s: float, misses: int) -> Floats:
-    """Least ``(tokens, cached tokens read)`` that must have been made by each border if at most
-    ``misses`` miss the SLO, (2, windows).
+    """Least ``(tokens, cached tokens read)`` necessary by each border, (2, windows).
+
+    At most ``misses`` requests may violate the SLO.
     """
     tokens = pool.output.astype(np.float64) - 1.0
     reads = tokens * pool.prompt + 0.5 * tokens * (tokens + 1.0)
@@ -90,8 +86,9 @@ def deadline_curve(pool: RequestTable, borders_s: Floats, tpot_s: float, misses:
 
 
 def coverage(begin_s: Floats, length_s: Floats, borders_s: Floats) -> Floats:
-    """Time within each window that is covered by the intervals ``[begin, begin + length]`` (begins
-    rise), s.
+    """Time within each window that the intervals ``[begin, begin + length]`` cover, s.
+
+    Begins rise.
     """
     end = np.maximum.accumulate(begin_s + length_s)
     gap = np.maximum(begin_s[1:] - end[:-1], 0.0)
@@ -123,8 +120,12 @@ def least_energy(
     scale = np.maximum(most.max(axis=1), 1.0)
     window = np.diff(borders_s, prepend=0.0)
     upper = np.where(np.arange(k) == k - 1, np.inf, window) if last_open else window
-    bounds = [*zip(least[0] / scale[0], most[0] / scale[0], strict=True), *zip(least[1] / scale[1], most[1] / scale[1], strict=True),
-              *zip(np.minimum(busy_s, upper), upper, strict=True), *[(0.0, None)] * k]  # fmt: skip
+    bounds = [
+        *zip(least[0] / scale[0], most[0] / scale[0], strict=True),
+        *zip(least[1] / scale[1], most[1] / scale[1], strict=True),
+        *zip(np.minimum(busy_s, upper), upper, strict=True),
+        *[(0.0, None)] * k,
+    ]
     rows, columns, values = [], [], []
     for j in range(2):  # both cumulative amounts rise
         at = np.arange(1, k)
@@ -202,25 +203,24 @@ class DecodeFluid:
         least = deadline_curve(self.pool, self.borders_s, self.plant.slo.tpot_s, misses)
         if self.drain:
             least[:, -1] = self.most[:, -1]
-        least = np.minimum(
-            least, self.most
-        )  # a deadline that the arrival curve cannot meet: those requests are lost to anybody
+        # a deadline that the arrival curve cannot meet is violated under any policy
+        least = np.minimum(least, self.most)
         above = least_energy(
             self.cuts, self.borders_s, self.most, least, self.busy_s, self.floor_w, self.drain
         )
         return self.before_j + self.floor_j + above * (1.0 - SOLVER_TOLERANCE)
 
     def cost(self, price: float) -> float:
-        """Least cost in reference energies at a price per violation, idling before the first
-        request left out, as in the rewards.
+        """Least cost in reference energies at a penalty (price) per SLO violation.
 
-        Between two numbers of misses at least the energy of the larger and the price of the smaller
-        is due. Without draining, requests that are cut off at the end never become violations, so
-        nothing is known about their number.
+        Idling before the first request is left out, as in the rewards. Between two numbers of
+        misses at least the energy of the larger and the penalty of the smaller is due. Without
+        draining, requests that are cut off at the end never become violations, so nothing is known
+        about their number.
         """
         n, ref = len(self.pool.prompt), self.plant.energy_ref_j
         misses = sorted(
-            {int(np.ceil(share * n)) for share in (SHARES if self.drain else (0.0, 1.0))}
+            {int(np.ceil(part * n)) for part in (FRACTIONS if self.drain else (0.0, 1.0))}
         )
         energies = [(self.energy_j(m) - self.before_j) / ref for m in misses[1:]]
         due = [
@@ -261,7 +261,7 @@ def solve_decode_bound(
     Args:
         plant: a decode plant.
         trace: the workload.
-        attainment: share of requests that must meet the SLO; None constrains nothing.
+        attainment: fraction of requests that must meet the SLO; None constrains nothing.
         member: ensemble member, None that of the plant.
         window_s: length of the windows of the fluid, s.
     """

@@ -46,9 +46,7 @@ class Iterations:
     """
 
     def __init__(self, plant: Plant, pool: RequestTable, member: int) -> None:
-        """Evaluate the physics of one plant at all batch sizes, both ends of the cache and all
-        clocks.
-        """
+        """Evaluate the physics at all batch sizes, both ends of the cache and all clocks."""
         self.c = plant.model.member(member)
         self.clocks_ghz = clocks = plant.clocks.grid_mhz / 1e3
         self.n_gpus = float(self.c.n_gpus)
@@ -95,8 +93,8 @@ class Iterations:
         """
         clocks = np.linspace(self.clocks_ghz[0], self.clocks_ghz[-1], N_CLOCKS)
         found = []
-        for share in CONTEXTS:
-            context = share * mean_context
+        for factor in CONTEXTS:
+            context = factor * mean_context
             largest = max(min(float(self.n.max()), self.capacity / context), 1.0)
             for n in np.unique(np.rint(np.geomspace(1.0, largest, N_SIZES))):
                 duration = latency_s(self.c, n, 0.0, n * context, n, clocks)
@@ -122,8 +120,12 @@ class Iterations:
         rows = np.column_stack([self.time, self.n, self.cached])[sample]
         scale = rows.max(axis=0)
         found = linprog(
-            -direction / scale, rows / scale, self.energy[sample], bounds=[(None, None), (None, None), (0.0, None)], method="highs"
-        )  # fmt: skip
+            -direction / scale,
+            rows / scale,
+            self.energy[sample],
+            bounds=[(None, None), (None, None), (0.0, None)],
+            method="highs",
+        )
         return self.certify(found.x / scale) if found.success else None
 
     def certify(self, cut: Floats) -> Floats:
@@ -145,6 +147,7 @@ def find_cuts(rows: Iterations, mean_context: float) -> Floats:
     cuts = np.array([cut for cut in found if cut is not None])
     if not len(cuts):
         raise BiscaleError(
-            "the decode bound found no cut: the iteration model is not one of energies that rise with work"
+            "the decode bound found no cut: the iteration model is not one of energies that rise "
+            "with work"
         )
     return np.unique(cuts.round(12), axis=0)

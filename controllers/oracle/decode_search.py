@@ -6,14 +6,14 @@ A search, not an optimum: it only shows that a cost can be reached.
 :mod:`controllers.oracle.decode_bound` says what cannot be beaten.
 
 Start: the best single clock. Then windows are halved again and again, and at each width the clocks
-    of every k-th window are moved at once
-by the same number of steps, each window being judged by what happens up to the next one that moves
-(energy of the steps, and requests that arrive there and miss the SLO). The windows that gained keep
-their moves, if the whole run agrees. The result depends on the number of runs allowed, never on
-wall time.
+of every k-th window are moved at once by the same number of steps, each window being judged by what
+happens up to the next one that moves (energy of the steps, and requests that arrive there and
+violate the SLO). The windows that gained keep their moves, if the whole run agrees. The result
+depends on the number of runs allowed, never on wall time.
 
-With an attainment asked for, a missed request has a price that is raised while too many miss and
-lowered while few enough do; the plan that meets the attainment at least energy is kept.
+With an attainment asked for, an SLO violation has a penalty (price) that is raised while there are
+too many and lowered while there are few enough; the plan that meets the attainment at least energy
+is kept.
 """
 
 import time
@@ -50,7 +50,7 @@ class WindowRun:
         energy_j: energy of the whole run, J.
         violations: requests that missed the SLO.
         window_j: energy by window, J.
-        window_missed: missed requests by window of arrival.
+        window_missed: SLO-violating requests by window of arrival.
     """
 
     energy_j: float
@@ -135,7 +135,7 @@ class DecodePlan:
         violations: requests that completed too late.
         violations_allowed: violations that the attainment asked for allows; all requests without
             one.
-        attainment: share of all requests served within the SLO.
+        attainment: fraction of all requests within the SLO.
         cost: energy in reference energies plus ``price`` per violation.
         price: the plant's ``violation_weight``, or the last price of a search for an attainment.
         feasible: whether the attainment asked for is met (True without one).
@@ -234,7 +234,7 @@ class _Descent:
         return 1.0 - self.cost(self.now) / before
 
     def reprice(self) -> None:
-        """Raise the price while too many requests miss, lower it while few enough do."""
+        """Raise the penalty while too many requests violate the SLO, else lower it."""
         if self.allowed is not None:
             self.price *= PRICE_UP if self.now.violations > self.allowed else PRICE_DOWN
 
@@ -270,7 +270,7 @@ def search_decode_plan(
     Args:
         plant: a decode plant; its delay and decision interval are ignored, ``drain`` is not.
         trace: the workload.
-        attainment: share of requests that must meet the SLO at least energy; None minimises the
+        attainment: fraction of requests that must meet the SLO at least energy; None minimises the
             environment's objective.
         member: ensemble member, None that of the plant.
         max_runs: runs of the simulator that may be spent (an hour at 25 requests/s takes 25 ms
@@ -286,7 +286,18 @@ def search_decode_plan(
     clocks = runner.clocks(plan, window_s)
     latency = (runner.batch.finish_s - runner.batch.pool.arrival_s) / (runner.batch.pool.output - 1)
     return DecodePlan(
-        plan, window_s, clocks, run.energy_j, run.violations, n if allowed is None else allowed,
-        plant.slo.attained(latency, "decode"), descent.cost(run), descent.price, allowed is None or run.violations <= allowed,
-        descent.static_mhz, descent.static.energy_j, runner.runs, time.perf_counter() - begin,
-    )  # fmt: skip
+        window_mhz=plan,
+        window_s=window_s,
+        clocks_mhz=clocks,
+        energy_j=run.energy_j,
+        violations=run.violations,
+        violations_allowed=n if allowed is None else allowed,
+        attainment=plant.slo.attained(latency, "decode"),
+        cost=descent.cost(run),
+        price=descent.price,
+        feasible=allowed is None or run.violations <= allowed,
+        static_mhz=descent.static_mhz,
+        static_j=descent.static.energy_j,
+        runs=runner.runs,
+        seconds=time.perf_counter() - begin,
+    )

@@ -90,7 +90,7 @@ class PlanReplay:
             environment does not charge.
         energy_j: energy of the whole run, that included, J.
         violations: requests that completed too late.
-        attainment: share of all requests that were served within the SLO.
+        attainment: fraction of all requests that were within the SLO.
         decisions: steps it took.
     """
 
@@ -104,8 +104,9 @@ class PlanReplay:
 def replay(
     plant: Plant, trace: Trace, plan_mhz: NDArray[np.float64], member: int | None = None
 ) -> PlanReplay:
-    """Run a plan (or a part of it, then its last clock) to the end of the episode, without
-    actuation delay.
+    """Run a plan to the end of the episode, without actuation delay.
+
+    After the last decision of the plan its last clock stays.
     """
     free = oracle_plant(plant)
     batch = Batch(free, 1, RequestTable.of(free, [trace]), record=True)

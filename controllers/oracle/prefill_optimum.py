@@ -6,23 +6,26 @@ Plant of the oracle. The workload is known, clocks change at once, a decision is
 everything else (first come first served batches under the token budget, no waiting on purpose,
 idling at the clock of the last batch, power cap, all supported clocks) is the simulator's own,
 through its own functions. The objective is the environment's: energy in reference energies plus
-``price`` per request that misses the SLO; ``price`` is the plant's ``violation_weight``, or is
-found so that the required share of requests is served.
+``price`` (the SLO-violation penalty, a dual variable) per request that violates the SLO; it is the
+plant's ``violation_weight``, or is found so that the required fraction of requests is within it.
 
 Method. Forward dynamic programming over batch starts ``(request, tokens of it done, time)``, see
 :mod:`controllers.oracle.prefill_kernels`. Time is divided into cells, and three runs bracket the
 optimum:
 
-* ``EXACT``: a label keeps its true time, and of the labels in one cell the cheapest goes on. Its path is a plan that the simulator
-  repeats to the last digit, so its cost is an *upper* bound on the optimum.
-* ``CELLS``: a label may be anywhere in its cell, each transition from it may use whichever place suits it, and a batch may contain any
-  of the requests that arrive within the cell. Every path of the true problem is then a path here
-  and costs no less there: a *lower* bound for every policy without actuation delay. Idle periods
-  end at a true arrival, so the error does not build up beyond one busy period; the distance to the
-  upper bound is the discretisation error and is reported as ``gap``.
-* ``CELLS_ANY_DELAY``: delay is not always a loss. A clock that lands within a batch makes a mix of two clocks that no single supported
-  clock makes, and one that lands in an idle period saves idle power, which a plant without delay
-  cannot do since the clock changes only at a batch start. Here a batch may take any duration at the
+* ``EXACT``: a label keeps its true time, and of the labels in one cell the cheapest goes on. Its
+  path is a plan that the simulator repeats to the last digit, so its cost is an *upper* bound on
+  the optimum.
+* ``CELLS``: a label may be anywhere in its cell, each transition from it may use whichever place
+  suits it, and a batch may contain any of the requests that arrive within the cell. Every path of
+  the true problem is then a path here and costs no less there: a *lower* bound for every policy
+  without actuation delay. Idle periods end at a true arrival, so the error does not build up beyond
+  one busy period; the distance to the upper bound is the discretisation error and is reported as
+  ``gap``.
+* ``CELLS_ANY_DELAY``: delay is not always a loss. A clock that takes effect within a batch makes a
+  mix of two clocks that no single supported clock makes, and one that takes effect in an idle
+  period saves idle power, which a plant without delay cannot do since the clock changes only at a
+  batch start. Here a batch may take any duration at the
   energy on the lower convex hull over the clocks (every mix, in any order, lies on or above it),
   and waiting costs the idle power of the lowest clock. No delay, constant or random, and no
   decision interval can do
@@ -115,9 +118,7 @@ class PrefillOracle:
     seconds: float
 
     def policy(self, plant: Plant) -> OraclePolicy:
-        """The plan as a policy, for :func:`controllers.oracle.plan_replay.oracle_plant` of this
-        plant.
-        """
+        """The plan as a policy for :func:`controllers.oracle.plan_replay.oracle_plant`."""
         return OraclePolicy(plant.clocks, self.plan_mhz)
 
 
@@ -163,7 +164,8 @@ class _Search:
             margin, self.pruned = self.margin, True
         if run["status"] != kernels.OK:
             raise BiscaleError(
-                f"the oracle ran out of room for {self.problem.trace.name}: use wider cells than {self.cell_s:g} s"
+                f"the oracle ran out of room for {self.problem.trace.name}: use wider cells than "
+                f"{self.cell_s:g} s"
             )
         self.dropped = max(self.dropped, int(run["late"]))
         return float("nan")
@@ -181,9 +183,7 @@ class _Search:
         return done.violations
 
     def bisect(self, low: float, high: float, allowed: int) -> tuple[float, float]:
-        """Shrink an interval of prices, too many violations at its low and few enough at its high
-        end.
-        """
+        """Shrink an interval of prices: too many violations at its low end, few enough above."""
         while high / low > 1.0 + PRICE_TOLERANCE:
             middle = float(np.sqrt(low * high))
             violations = self.keep(middle, allowed)
@@ -202,12 +202,12 @@ class _Search:
         """
         self.coarse = COARSE
         free = self.keep(0.0, allowed) <= allowed
-        lost = self.keep(PRICE_MAX, allowed) > allowed
+        beyond = self.keep(PRICE_MAX, allowed) > allowed
         self.coarse = 1
         if free and self.keep(0.0, allowed) <= allowed:
             return allowed, True
         feasible = True
-        if lost:
+        if beyond:
             fewest = self.keep(PRICE_MAX, allowed)
             feasible = fewest <= allowed
             if not feasible:
@@ -242,7 +242,7 @@ def solve_prefill_oracle(
         plant: a prefill plant; ``drain`` decides whether it runs on after the end, delay and
             decision interval are ignored.
         trace: the workload.
-        attainment: share of requests that must meet the SLO at least energy; None minimises the
+        attainment: fraction of requests that must meet the SLO at least energy; None minimises the
             environment's objective with the plant's ``violation_weight``.
         member: ensemble member, None that of the plant.
         cell_s: width of the time cells, s; must be less than the shortest batch. A plan that needs
@@ -270,6 +270,21 @@ def solve_prefill_oracle(
         (x - price * allowed) * ref + problem.energy_before_j for x in (lower, lower_any)
     )
     return PrefillOracle(
-        plan, done, price, upper, lower, lower_any, energy, energy_any, allowed, feasible, upper / lower - 1.0,
-        done.energy_j / energy - 1.0, search.cell_s, search.pruned, search.dropped, search.programmes, time.perf_counter() - begin,
-    )  # fmt: skip
+        plan_mhz=plan,
+        replay=done,
+        price=price,
+        upper_bound=upper,
+        lower_bound=lower,
+        lower_bound_any_delay=lower_any,
+        energy_bound_j=energy,
+        energy_bound_any_delay_j=energy_any,
+        violations_allowed=allowed,
+        feasible=feasible,
+        gap=upper / lower - 1.0,
+        duality_gap=done.energy_j / energy - 1.0,
+        cell_s=search.cell_s,
+        bound_pruned=search.pruned,
+        dropped=search.dropped,
+        programmes=search.programmes,
+        seconds=time.perf_counter() - begin,
+    )

@@ -1,6 +1,4 @@
-"""One workload in one plant, made ready for the prefill oracle's dynamic programme, and a single
-programme run.
-"""
+"""One workload in one plant, made ready for the prefill oracle's dynamic programme."""
 
 from typing import Any
 
@@ -75,10 +73,9 @@ class PrefillProblem:
         self.s_per_token = float(
             fastest.min()
         )  # no batch is faster: attention, requests and the cap only add
-        self.slowest_s = float(
-            latency_s(coefficients, tokens[-1], tokens[-1] * float(self.pool.prompt.max()), 0.0, self.params["max_seqs"],
-                      self.params["freq_min_ghz"])
-        )  # fmt: skip
+        longest = tokens[-1] * float(self.pool.prompt.max())
+        low_ghz, most = self.params["freq_min_ghz"], self.params["max_seqs"]
+        self.slowest_s = float(latency_s(coefficients, tokens[-1], longest, 0.0, most, low_ghz))
         floor_w = idle_power_w(coefficients, self.params["freq_min_ghz"]) * coefficients.n_gpus
         self.floor_w = float(floor_w) / plant.energy_ref_j
         start_w = idle_power_w(coefficients, self.params["freq_max_ghz"]) * coefficients.n_gpus

@@ -208,8 +208,9 @@ class DoMpcSolver:
         return DoMpcSolver, (self.problem,)
 
     def _set_parameters(self, stages: Records) -> None:
-        """Layout of do-mpc: x0, then the parameters stage by stage (one stage more than the
-        horizon), then the last input.
+        """Layout of do-mpc: x0, the parameters stage by stage, then the last input.
+
+        There is one stage more than the horizon.
         """
         table = self._parameters[1:-1].reshape(HORIZON + 1, len(STAGE_PARAMETERS))
         for j, name in enumerate(STAGE_PARAMETERS):

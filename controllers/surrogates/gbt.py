@@ -1,6 +1,6 @@
 """The predictors of BiScale, fitted on noisy measurements of a plant.
 
-What a controller believes when nobody gives it the formula.
+A nominal model for a controller that is not given the formula.
 
 As in the paper (arXiv 2602.18755): histogram gradient-boosted trees for latency; for prefill power
 a table with linear interpolation, for decode power a regression monotone in the clock; features:
@@ -60,8 +60,8 @@ def sample_work(context: PolicyContext, n: int, rng: np.random.Generator) -> Wor
         return batch, np.zeros(n), cached, batch, freq
     tokens = np.rint(np.exp(rng.uniform(np.log(8.0), np.log(context.token_budget), n)))
     n_seq = np.minimum(np.rint(np.exp(rng.uniform(0.0, np.log(16.0), n))), tokens)
-    shares = rng.dirichlet(np.ones(16), n) * (np.arange(16) < n_seq[:, None])
-    lengths = tokens[:, None] * shares / shares.sum(axis=1, keepdims=True)
+    parts = rng.dirichlet(np.ones(16), n) * (np.arange(16) < n_seq[:, None])
+    lengths = tokens[:, None] * parts / parts.sum(axis=1, keepdims=True)
     return tokens, 0.5 * (lengths**2).sum(axis=1), np.zeros(n), n_seq, freq
 
 
@@ -92,25 +92,40 @@ class BoostedModel:
         return features(*(p.ravel() for p in parts)), parts[0].shape
 
     def latency_s(
-        self, tokens: ArrayLike, attn_work: ArrayLike, cached: ArrayLike, n_seq: ArrayLike, freq_mhz: ArrayLike,
+        self,
+        tokens: ArrayLike,
+        attn_work: ArrayLike,
+        cached: ArrayLike,
+        n_seq: ArrayLike,
+        freq_mhz: ArrayLike,
         member: int | None = None,
-    ) -> Floats:  # fmt: skip
+    ) -> Floats:
         """Predicted duration of the iteration, s; broadcast shape."""
         x, shape = self._features(tokens, attn_work, cached, n_seq, freq_mhz)
         return np.exp(self.latency.predict(x)).reshape(shape)
 
     def power_w(
-        self, tokens: ArrayLike, attn_work: ArrayLike, cached: ArrayLike, n_seq: ArrayLike, freq_mhz: ArrayLike,
+        self,
+        tokens: ArrayLike,
+        attn_work: ArrayLike,
+        cached: ArrayLike,
+        n_seq: ArrayLike,
+        freq_mhz: ArrayLike,
         member: int | None = None,
-    ) -> Floats:  # fmt: skip
+    ) -> Floats:
         """Predicted mean power of one GPU, W; broadcast shape."""
         x, shape = self._features(tokens, attn_work, cached, n_seq, freq_mhz)
         return np.asarray(self.power(x)).reshape(shape)
 
     def energy_j(
-        self, tokens: ArrayLike, attn_work: ArrayLike, cached: ArrayLike, n_seq: ArrayLike, freq_mhz: ArrayLike,
+        self,
+        tokens: ArrayLike,
+        attn_work: ArrayLike,
+        cached: ArrayLike,
+        n_seq: ArrayLike,
+        freq_mhz: ArrayLike,
         member: int | None = None,
-    ) -> Floats:  # fmt: skip
+    ) -> Floats:
         """Predicted energy of the instance, J; broadcast shape."""
         x, shape = self._features(tokens, attn_work, cached, n_seq, freq_mhz)
         return (self.n_gpus * self.power(x) * np.exp(self.latency.predict(x))).reshape(shape)
@@ -137,7 +152,7 @@ class PowerTable:
     """
 
     def __init__(self, x: Floats, power_w: Floats, context: PolicyContext) -> None:
-        """Fill the cells with mean measurements, then make each column non-decreasing in the clock."""
+        """Fill the cells with mean measurements, non-decreasing in the clock."""
         self._tokens = np.geomspace(8.0, context.token_budget, 11)
         self._seqs = np.array([1.0, 4.0, 16.0])
         self._freq = np.linspace(context.clocks.freq_min_mhz, context.clocks.freq_max_mhz, 22)

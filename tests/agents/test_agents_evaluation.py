@@ -26,9 +26,10 @@ def frame(agent, own=0.8, lost=5, max_lost=5, oracle=0.7, seeds=(0, 1), scenario
     ]:
         rows += [
             {
-                "phase": "prefill", "scenario": scenario, "load": 0.75, "policy": policy, "training_seed": seed, "workload_seed": w,
-                "ensemble_member": -1, "energy_ratio": ratio + 0.01 * w * (policy != "max"), "n_counted": 1000, "n_violations": late,
-                "slo_attainment": 0.99,
+                "phase": "prefill", "scenario": scenario, "load": 0.75, "policy": policy,
+                "training_seed": seed, "workload_seed": w, "ensemble_member": -1,
+                "energy_ratio": ratio + 0.01 * w * (policy != "max"), "n_counted": 1000,
+                "n_violations": late, "slo_attainment": 0.99,
             }
             for w in range(2)
             if policy != "oracle" or w == 0

@@ -169,7 +169,8 @@ def test_torch_is_not_imported(tmp_path):
     network().save(tmp_path / "a.npz")
     code = (
         "import sys, pathlib, agents; from biscale_env.envs.plant import Plant, PlantSettings\n"
-        f"agents.load_agent(pathlib.Path({str(tmp_path / 'a.npz')!r}), Plant(PlantSettings.of('prefill')))\n"
+        "plant = Plant(PlantSettings.of('prefill'))\n"
+        f"agents.load_agent(pathlib.Path({str(tmp_path / 'a.npz')!r}), plant)\n"
         "print(json.dumps([m for m in ('torch', 'stable_baselines3') if m in sys.modules]))"
     )
     done = subprocess.run(

@@ -39,7 +39,8 @@ HYPER = {
 
 def tiny(algo="ppo", **changes):
     base = {
-        "phase": "prefill", "algo": algo, "n_envs": 8, "total_timesteps": 256, "net_arch": [16], "hyper": HYPER[algo],
+        "phase": "prefill", "algo": algo, "n_envs": 8, "total_timesteps": 256,
+        "net_arch": [16], "hyper": HYPER[algo],
         "action": "levels" if algo == "dqn" else "rule",
         "mixture": [{"rates_rps": [2.0], "workloads": 2, "episode_s": 30.0}],
         "evaluation": {"every_steps": 128, "workloads": 1},

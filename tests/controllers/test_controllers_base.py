@@ -180,7 +180,10 @@ def test_controllers_import_no_environment():
         {f"controllers.{path.split(':')[0]}" for e in ENTRIES.values() for path in e.paths.values()}
     )
     load = f"[importlib.import_module(m) for m in {modules!r}]"
-    code = f"import sys, importlib, biscale_env; before = set(sys.modules); {load}; print(*sorted(set(sys.modules) - before))"
+    code = (
+        f"import sys, importlib, biscale_env; before = set(sys.modules); {load}; "
+        "print(*sorted(set(sys.modules) - before))"
+    )
     out = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
     )

@@ -175,7 +175,8 @@ def test_fast_agrees_with_the_reference_on_thousands_of_states(name, rate_rps):
     for member, part in zip((-1, 5, 17, 33), np.array_split(rows, 4), strict=True):
         equal, worst_mhz, excess = compare(part, EXTRAS[name], member)
         print(
-            f"{name} {rate_rps} member {member}: equal {equal:.4f}, worst {worst_mhz:g} MHz, excess {excess:.1e}"
+            f"{name} {rate_rps} member {member}: equal {equal:.4f}, worst {worst_mhz:g} MHz, "
+            f"excess {excess:.1e}"
         )
         assert equal >= 0.97
         assert worst_mhz <= 15.0

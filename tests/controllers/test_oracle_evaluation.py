@@ -1,4 +1,4 @@
-"""On the frozen evaluation workloads nobody beats the optimum, on the environment's own objective."""
+"""On the frozen evaluation workloads nobody beats the optimum, on the env's own objective."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The prefill oracle: equal to brute force where that can be done, a bound for everybody elsewhere."""
+"""The prefill oracle: equal to brute force where that can be done, a bound elsewhere."""
 
 import time
 
@@ -155,7 +155,8 @@ def test_pruning_a_plan_never_undercuts_the_one_without(plant, trace, price):
 # (drain, token budget, requests per batch, SLO in s, price, gaps, prompts): found by a search at
 # random
 SLACK_OF_BEING_LATE = (
-    (True, 1024, 2, 0.25, 30.0, [0.07, 0.0, 0.5, 0.5, 0.07, 0.0, 0.07, 0.07], [1992, 2933, 2599, 384, 1897, 330, 2432, 1250], 0.0),
+    (True, 1024, 2, 0.25, 30.0, [0.07, 0.0, 0.5, 0.5, 0.07, 0.0, 0.07, 0.07],
+     [1992, 2933, 2599, 384, 1897, 330, 2432, 1250], 0.0),
     (False, 2048, 256, 0.1, 5.0, [0.003, 0.07, 0.0, 0.5, 0.0, 0.0, 0.5, 0.003, 0.0],
      [2825, 2836, 2986, 2346, 1933, 1111, 1929, 577, 206], 1.0),
 )  # fmt: skip
