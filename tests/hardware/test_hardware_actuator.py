@@ -20,7 +20,13 @@ from hardware_helpers import gpus_of
 from biscale_env.cli.hw_options import open_log
 from biscale_env.core.errors import BiscaleError
 from biscale_env.hardware.clocks import owner
-from biscale_env.hardware.clocks.backend import ClockDenied, ClockError, GpuLost, ObserveOnly
+from biscale_env.hardware.clocks.backend import (
+    ClockDenied,
+    ClockError,
+    ClockReading,
+    GpuLost,
+    ObserveOnly,
+)
 from biscale_env.hardware.clocks.caller import sudo_caller
 from biscale_env.hardware.clocks.fake_gpus import FakeBackend, FakeState, create_state
 from biscale_env.hardware.loop import wire
@@ -311,6 +317,15 @@ def test_a_clock_is_seen_only_when_every_gpu_of_the_group_shows_it(bench):
     (row,) = b.lines("command")
     assert row["seen_s"] is None
     assert row["seen_mhz"] == 750.0
+
+
+@pytest.mark.parametrize(
+    ("off_mhz", "shown"), [(0.0, True), (7.0, True), (8.0, False), (15, False)]
+)
+def test_a_clock_is_shown_to_half_a_step(bench, off_mhz, shown):
+    group = bench().actuator.groups["prefill"]
+    readings = [ClockReading(900.0, 0, 40.0, 100.0), ClockReading(900.0 - off_mhz, 0, 40.0, 100.0)]
+    assert group.shows(900.0, readings) is shown
 
 
 def test_cap_locks_from_the_lowest_clock_up(bench):

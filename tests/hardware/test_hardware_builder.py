@@ -39,7 +39,7 @@ class SmallPlant(Plant):
 
 
 def mirror(plant, trace, actions):
-    """Run the simulator; at every decision, its own observation and the one built from its record."""
+    """Run the simulator; at every decision give its own observation and the built one."""
     batch = Batch(plant, 1, RequestTable.of(plant, [trace]), record=True)
     members = np.array([-1])
     batch.reset(ROW, ROW, members)

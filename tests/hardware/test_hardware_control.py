@@ -149,6 +149,32 @@ def test_a_dead_engine_is_not_kept_alive(bench):
     assert last_age < 0.4
 
 
+def test_keep_alives_say_how_long_ago_the_engine_was_heard(bench):
+    b = bench(Constant(0.5), lease_s=1.0)
+    b.record()
+    assert b.next_command().engine_age_s < 0.15
+    b.sender.close()
+    ages = []
+    while command := b.next_command(0.6):
+        ages.append(command.engine_age_s)
+    assert ages == sorted(ages)
+    assert ages[-1] > 0.5
+
+
+def test_what_happens_to_other_groups_is_not_the_clock_of_this_one(bench):
+    b = bench(Constant(-1.0))
+    seen = ClockChange("prefill", "command", 1, 900.0, 900.0, 0.0, 0.0, 0.0, 0.0)
+    end = time.monotonic() + 2
+    while b.loop.view.freq_mhz != 900.0:
+        assert time.monotonic() < end
+        b.status.send(msgspec.msgpack.encode(seen))
+        b.loop.turn(0.02)
+    b.status.send(msgspec.msgpack.encode(ClockChange("decode", "lease", -1, 0.0, 0.0)))
+    for _ in range(10):
+        b.loop.turn(0.02)
+    assert b.loop.view.freq_mhz == 900.0
+
+
 def test_before_the_first_record_nothing_is_sent(bench):
     b = bench(Constant(0.5), lease_s=0.5)
     assert b.next_command(0.5) is None

@@ -35,10 +35,9 @@ class Machine:
         self.processes = []
 
     def actuator(self, *extra, env=None):
-        process = spawn(
-            "hw", "actuate", "--gpus", "prefill=0", "--gpus", "decode=1", "--sockets", str(self.folder / "s"),
-            "--lease", str(LEASE_S), "--log", str(self.folder / "log.jsonl"), *extra, env={**self.env, **(env or {})},
-        )  # fmt: skip
+        options = ["--gpus", "prefill=0", "--gpus", "decode=1", "--lease", str(LEASE_S)]
+        options += ["--sockets", str(self.folder / "s"), "--log", str(self.folder / "log.jsonl")]
+        process = spawn("hw", "actuate", *options, *extra, env={**self.env, **(env or {})})
         self.processes.append(process)
         return process
 
@@ -50,9 +49,13 @@ class Machine:
     def script(self, code):
         """A Python process of its own, e.g. a controller or an engine hook."""
         process = subprocess.Popen(
-            [sys.executable, "-u", "-c", textwrap.dedent(code)], cwd=REPOSITORY, env={**os.environ, **self.env},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [sys.executable, "-u", "-c", textwrap.dedent(code)],
+            cwd=REPOSITORY,
+            env={**os.environ, **self.env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         self.processes.append(process)
         return process
 
@@ -62,11 +65,13 @@ class Machine:
             import time, msgspec, zmq
             from pathlib import Path
             from biscale_env.hardware.loop import wire
-            sender = wire.newest_sender(zmq.Context(), wire.command_endpoint(Path({str(self.folder / "s")!r}), {group!r}))
+            endpoint = wire.command_endpoint(Path({str(self.folder / "s")!r}), {group!r})
+            sender = wire.newest_sender(zmq.Context(), endpoint)
             start, n = time.monotonic(), 0
             while True:
                 n += 1
-                sender.send(msgspec.msgpack.encode(wire.Command(n, {freq_mhz}, time.monotonic(), {age})), zmq.NOBLOCK)
+                command = wire.Command(n, {freq_mhz}, time.monotonic(), {age})
+                sender.send(msgspec.msgpack.encode(command), zmq.NOBLOCK)
                 time.sleep(0.05)
         """)
 

@@ -106,9 +106,13 @@ def test_the_readme_example_runs_as_printed(tmp_path):
     empty = tmp_path / "e"
     empty.mkdir()
     env = {
-        **os.environ, "PATH": f"{shim.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "BISCALE_HW_STATE": str(tmp_path / "owned"), "COLUMNS": "100",
-    }  # fmt: skip
+        **os.environ,
+        "PATH": f"{shim.parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "BISCALE_HW_STATE": str(tmp_path / "owned"),
+        "COLUMNS": "100",
+    }
     script = f"set -em\n{block}\nwait || true\n"
     done = subprocess.run(
         ["bash", "-c", script], cwd=empty, env=env, capture_output=True, text=True, timeout=300

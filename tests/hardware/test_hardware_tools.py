@@ -65,8 +65,7 @@ def machine(tmp_path, hw_state):
     return create_state(tmp_path / "gpus", 2, delay_s=0.03)
 
 
-# --- doctor
-# ---------------------------------------------------------------------------------------------------------------
+# --- doctor ---------------------------------------------------------------------------------------
 
 
 def test_doctor_does_not_take_an_emulated_engine_for_vllm():
@@ -128,8 +127,7 @@ def test_capability_is_read_from_the_kernel():
         assert not doctor.has_sys_admin()
 
 
-# --- clock latency
-# --------------------------------------------------------------------------------------------------------
+# --- clock latency --------------------------------------------------------------------------------
 
 
 def test_latency_finds_the_delay_and_resets(machine, hw_state):
@@ -272,8 +270,7 @@ def test_clock_latency_without_privilege_is_one_sentence_and_leaves_nothing(tmp_
     assert not list(hw_state.glob("*.json"))
 
 
-# --- restore
-# --------------------------------------------------------------------------------------------------------------
+# --- restore --------------------------------------------------------------------------------------
 
 
 def test_restore_all_resets_everything(machine):
@@ -313,8 +310,7 @@ def test_restore_all_without_the_privilege_tries_each(tmp_path, hw_state):
     assert isinstance(done.exception, BiscaleError)
 
 
-# --- recorder
-# -------------------------------------------------------------------------------------------------------------
+# --- recorder -------------------------------------------------------------------------------------
 
 
 def test_telemetry_samples_at_its_rate_and_the_curve_is_the_energy(machine):
@@ -418,8 +414,7 @@ def test_no_gpm_on_fake_gpus(machine):
     assert open_gpm(ObserveOnly(FakeBackend(machine)), []) is None
 
 
-# --- bridge, bench, options
-# -----------------------------------------------------------------------------------------------
+# --- bridge, bench, options -----------------------------------------------------------------------
 
 
 def test_bridge_hands_a_stream_to_the_controller(tmp_path):

@@ -230,6 +230,7 @@ class ClosedLoopReplay:
     def _start_children(self) -> None:
         """Actuator first, then the controllers, each from a settings file in the raw folder."""
         s = self.settings
+        s.instance.to_yaml(self.raw / "instance.yaml")
         if s.own_actuator:
             groups = [f"{phase}={','.join(self.uuids[phase])}" for phase in self.phases]
             options = {
@@ -239,9 +240,9 @@ class ClosedLoopReplay:
                 "lease": s.lease_s,
                 "log": str(self.raw / raw_log.CLOCKS),
                 "observe_only": s.observe_only,
+                "instance": str(self.raw / "instance.yaml"),
             }
             self._start("actuator", "actuate", options).wait_for("actuator ready")
-        s.instance.to_yaml(self.raw / "instance.yaml")
         controllers = [
             self._start(f"{phase} controller", "control", self._control_options(phase))
             for phase in self.phases
