@@ -54,8 +54,9 @@ class ObservationSpec:
         return {f.name: i for i, f in enumerate(self.features)}
 
     def index(self, name: str) -> int:
-        """Index of a feature; for a projected quantity, of its first batch (``batch_tokens`` is
-        ``batch_tokens_0``).
+        """Index of a feature; for a projected quantity, of its first batch.
+
+        ``batch_tokens`` is ``batch_tokens_0``.
         """
         return self._index[name] if name in self._index else self._index[f"{name}_0"]
 
@@ -97,17 +98,19 @@ class ObservationSpec:
         """
         if other_id != self.id:
             raise BiscaleError(
-                f"{where} was made for observation '{other_id}', but this environment gives '{self.id}'"
+                f"{where} was made for observation '{other_id}', "
+                f"but this environment gives '{self.id}'"
             )
 
     def markdown(self) -> str:
         """Table of the whole vector for documentation."""
-        rows = [
-            f"| {i} | `{f.name}` | {f.unit} | {f.scale:g} | {f.low:g} | {f.high:g} | {f.when} | {f.meaning} |"
-            for i, f in enumerate(self.features)
-        ]
-        head = "| index | name | unit | scale | low | high | when | meaning |\n|---|---|---|---|---|---|---|---|"
-        return "\n".join([head, *rows])
+        head = ("index", "name", "unit", "scale", "low", "high", "when", "meaning")
+        lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        for i, f in enumerate(self.features):
+            numbers = (f"{f.scale:g}", f"{f.low:g}", f"{f.high:g}")
+            row = (str(i), f"`{f.name}`", f.unit, *numbers, f.when, f.meaning)
+            lines.append(f"| {' | '.join(row)} |")
+        return "\n".join(lines)
 
 
 def _projected(
@@ -143,8 +146,8 @@ _RATES = [
 ]
 
 _CLOCK = [
-    Feature("freq_current", "MHz", 1980.0, 0.0, 2.0, NOW, "clock in force"),
-    Feature("freq_pending", "MHz", 1980.0, 0.0, 2.0, NOW, "newest clock asked for"),
+    Feature("freq_current", "MHz", 1980.0, 0.0, 2.0, NOW, "clock in effect"),
+    Feature("freq_pending", "MHz", 1980.0, 0.0, 2.0, NOW, "newest requested clock"),
     Feature(
         "time_to_apply",
         "s",
@@ -152,7 +155,7 @@ _CLOCK = [
         0.0,
         100.0,
         NOW,
-        "until the newest clock is in force; 0 when it is",
+        "until the newest clock is in effect; 0 when it is",
     ),
     Feature("actuation_delay", "s", 0.1, 0.0, 100.0, NOW, "expected delay of a clock request"),
     Feature("last_time", "s", 0.1, 0.0, 1000.0, LAST, "duration"),
@@ -251,7 +254,7 @@ DECODE_SPEC = ObservationSpec(
                 0.0,
                 1e4,
                 NOW,
-                "requests whose KV is on its way",
+                "requests whose KV is in flight",
             ),
             Feature(
                 "tpot_slack_min",

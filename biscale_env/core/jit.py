@@ -12,11 +12,12 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 from numba.core.caching import FunctionCache
 from numba.extending import register_jitable
 
@@ -117,14 +118,42 @@ class KernelCache(FunctionCache):
             user_cache.warn_once(f"compiled kernels are not kept in {self.cache_path}: {reason}")
 
 
+def as_records(value: Any) -> Any:
+    """Records with fields as attributes, as kernels write them; the same memory.
+
+    Arrays of records, single records, and groups of them; anything else stays what it is.
+    """
+    if isinstance(value, np.ndarray) and value.dtype.names:
+        return value.view(np.recarray)
+    if isinstance(value, np.void) and value.dtype.names:
+        return value.view(np.dtype((np.record, value.dtype)))
+    if isinstance(value, tuple):
+        parts = map(as_records, value)
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def interpreted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that runs as plain Python (NUMBA_DISABLE_JIT=1): to debug, to measure coverage."""
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        with np.errstate(all="ignore"):  # IEEE, as compiled
+            return function(*map(as_records, args))
+
+    return call
+
+
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile a kernel, cached on disk where that is possible.
 
     Division follows IEEE (no exceptions in the hot loop), arrays are not counted.
     """
     kernel: Any = numba.njit(**KERNEL)(function)
+    if kernel is function:
+        return interpreted(function)
     folder = cache_dir(Path(function.__code__.co_filename).resolve().parent)
-    if folder is None or kernel is function:  # the latter under NUMBA_DISABLE_JIT
+    if folder is None:
         return kernel
     config: Any = numba.config
     before = config.CACHE_DIR
@@ -145,3 +174,18 @@ def inlined(function: Callable[..., Any]) -> Any:
     counters cost ten times the work.
     """
     return register_jitable(**PART)(function)
+
+
+def native(kernel: Any, *examples: Any) -> Callable[..., Any]:
+    """The machine code of a kernel for arguments of these types, without the look-up per call.
+
+    Groups of arrays (NamedTuples) then cost nothing to pass, where Numba's own dispatch spends
+    microseconds on them. Nothing checks the types any more: every call must have arguments of
+    exactly the types of the examples (dtype, dimensions, contiguity).
+    """
+    if not hasattr(kernel, "get_overload"):  # plain Python under NUMBA_DISABLE_JIT
+        return kernel  # type: ignore[no-any-return]
+    signature = tuple(numba.typeof(example) for example in examples)
+    if signature not in kernel.overloads:
+        kernel.compile(signature)
+    return kernel.get_overload(signature)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""From what a caller hands to ``step`` to clock actions in [-1, 1]: one reading for every environment.
+"""From what a caller hands to ``step`` to clock actions in [-1, 1], for every environment.
 
 A box action is one number in [-1, 1] (shape (1,), a scalar or a 0-d array); what lies outside is
 clipped by the simulator. A discrete action is the index of a clock level.
@@ -96,8 +96,9 @@ class ActionReader:
         if self._levels is not None:
             wrong = (flat < 0) | (flat >= len(self._levels))
             if wrong.any():
+                last = len(self._levels) - 1
                 raise BiscaleError(
-                    f"clock level {flat[wrong][0]} does not exist: choose 0 to {len(self._levels) - 1}"
+                    f"clock level {flat[wrong][0]} does not exist: choose 0 to {last}"
                 )
             return self._levels[flat]
         read = np.ascontiguousarray(flat, dtype=np.float32)

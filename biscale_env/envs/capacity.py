@@ -26,6 +26,7 @@ from biscale_env.envs.workloads import (
     generated,
 )
 from biscale_env.sim.constant_clock import decode_static, prefill_static
+from biscale_env.sim.decode import running_of
 from biscale_env.traces import Trace
 
 # requests, pooled over the choices, below which a P99 is not taken for one (three may miss);
@@ -78,24 +79,21 @@ def run_static(plant: Plant, trace: Trace, freq_mhz: float, member: int = -1) ->
     params["drain"] = 1
     freq_ghz = float(plant.clocks.snap_mhz(freq_mhz)) / 1e3
     if plant.phase == "prefill":
-        prefill_static(st, c, params[()], pool.arrival_s, pool.prompt, batch.finish_s, freq_ghz)
-        latency = batch.finish_s - pool.arrival_s
+        prefill_static(st, c, params[()], pool.requests, batch.times, freq_ghz)
+        latency = batch.times.finish_s - pool.arrival_s
     else:
-        decode_static(
-            st, c, params[()], pool.arrival_s, pool.prompt, pool.output, batch.start_s, batch.finish_s, batch.slots[0],
-            batch.ring[0], batch.tree[0], batch.stack[0], freq_ghz,
-        )  # fmt: skip
-        latency = (batch.finish_s - pool.arrival_s) / (pool.output - 1)
-    return StaticRun(
-        latency, float(st["energy_j"]), float(st["time_s"]), float(st["busy_s"]), int(st["iterations"]),
-        int(pool.output.sum(dtype=np.int64)),
-    )  # fmt: skip
+        running = running_of(batch.running, 0)
+        decode_static(st, c, params[()], pool.requests, batch.times, running, freq_ghz)
+        latency = (batch.times.finish_s - pool.arrival_s) / (pool.output - 1)
+    output_tokens = int(pool.output.sum(dtype=np.int64))
+    energy_j, time_s, busy_s = (float(st[name]) for name in ("energy_j", "time_s", "busy_s"))
+    return StaticRun(latency, energy_j, time_s, busy_s, int(st["iterations"]), output_tokens)
 
 
 def slowest_alone_s(plant: Plant, trace: Trace) -> float:
-    """Greatest latency (TTFT or TPOT) of a request that has the instance to itself, s.
+    """Greatest latency of any request that has the instance to itself at max clock, s.
 
-    At the highest clock.
+    TTFT in prefill, TPOT in decode.
 
     Args:
         plant: phase, hardware and engine settings.
@@ -115,7 +113,7 @@ class Capacity:
 
     Attributes:
         rate_rps: requests per second; 0 when even the lowest load tried misses the SLO.
-        attainment: share of requests within the SLO at that load.
+        attainment: fraction of requests within the SLO at that load.
         tried: every (rate, attainment) pair of the search, in order.
     """
 

@@ -3,19 +3,61 @@
 Transition, reward, cost and observation in one pass over the records.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from biscale_env.core.jit import compiled, inlined
-from biscale_env.envs.observe import encode, observe_decode, observe_prefill
+from biscale_env.envs.observe import Encoding, encode, observe_decode, observe_prefill
 from biscale_env.sim.clock import begin_step
-from biscale_env.sim.decode import decode_reset, decode_step
+from biscale_env.sim.decode import decode_reset, decode_step, running_of
 from biscale_env.sim.prefill import prefill_reset, prefill_step
+from biscale_env.sim.state import (
+    Floats,
+    Ints,
+    Records,
+    Requests,
+    RequestTimes,
+    RunningRequests,
+    Span,
+)
+
+
+class Instances(NamedTuple):
+    """Records of n instances, (n,) each."""
+
+    states: Records  # PREFILL_DTYPE or DECODE_DTYPE
+    coefs: Records  # COEFFICIENT_DTYPE
+    params: Records  # PARAMS_DTYPE
+
+
+class OfferedRequests(NamedTuple):
+    """The requests of all workloads, and what becomes of them."""
+
+    requests: Requests
+    cumulative: Ints  # (requests + 1,): prompt tokens before each row
+    times: RequestTimes
+
+
+class Starts(NamedTuple):
+    """Episodes that begin, (k,) each."""
+
+    rows: Ints  # instances
+    begins: Ints  # their requests
+    ends: Ints
+
+
+class Results(NamedTuple):
+    """What a step yields; written."""
+
+    obs: NDArray[np.float32]  # (n, dim)
+    reward: Floats  # (n,)
+    terms: Floats  # (n, 2): energy, SLO
 
 
 @inlined
-def reward_terms(st: Any, p: Any) -> Any:
+def reward_terms(st: Any, p: Any) -> tuple[float, float]:
     """The two dimensionless parts of the reward of the last step: ``(energy term, SLO term)``.
 
     The reward is their sum.
@@ -24,28 +66,29 @@ def reward_terms(st: Any, p: Any) -> Any:
 
 
 @inlined
-def write_reward(st: Any, p: Any, reward: Any, terms: Any, i: int) -> None:
+def write_reward(st: Any, p: Any, results: Results, i: int) -> None:
     """Put the reward and its parts into row ``i``."""
     energy_term, slo_term = reward_terms(st, p)
-    terms[i, 0] = energy_term
-    terms[i, 1] = slo_term
-    reward[i] = energy_term + slo_term
+    results.terms[i, 0] = energy_term
+    results.terms[i, 1] = slo_term
+    results.reward[i] = energy_term + slo_term
 
 
 @inlined
-def rest(st: Any, reward: Any, terms: Any, i: int) -> None:
+def rest(st: Any, results: Results, i: int) -> None:
     """A row whose episode is over does and earns nothing."""
     begin_step(st)
-    terms[i, 0] = 0.0
-    terms[i, 1] = 0.0
-    reward[i] = 0.0
+    results.terms[i, 0] = 0.0
+    results.terms[i, 1] = 0.0
+    results.reward[i] = 0.0
 
 
 @inlined
 def asked_ghz(p: Any, action: float) -> float:
-    """Clock that an action in [-1, 1] asks for, before snapping, GHz.
+    """Clock that an action in [-1, 1] requests, before snapping, GHz.
 
-    Anything outside is clipped, NaN is the highest clock.
+    Anything outside is clipped. NaN is the highest clock: a rule of safety for whoever calls the
+    kernels; environments refuse it.
     """
     if not action <= 1.0:
         action = 1.0
@@ -54,86 +97,76 @@ def asked_ghz(p: Any, action: float) -> float:
 
 @compiled
 def prefill_reset_batch(
-    rows: Any, states: Any, coefs: Any, params: Any, arrival_s: Any, prompt: Any, cumulative: Any, begins: Any, ends: Any,
-    scale: Any, low: Any, high: Any, physical: Any, obs: Any,
-) -> None:  # fmt: skip
-    """Start episodes in the given rows of the batch and observe."""
-    for k in range(rows.size):
-        i = rows[k]
-        prefill_reset(
-            states[i],
-            coefs[i],
-            params[i],
-            arrival_s,
-            prompt,
-            begins[k],
-            ends[k],
-            params[i].freq_max_ghz,
-        )
-        observe_prefill(states[i], params[i], arrival_s, prompt, cumulative, physical)
-        encode(physical, scale, low, high, obs[i])
+    of: Instances, work: OfferedRequests, starts: Starts, how: Encoding, obs: NDArray[np.float32]
+) -> None:
+    """Start episodes in some rows of the batch and observe."""
+    for k in range(starts.rows.size):
+        i = starts.rows[k]
+        st, p = of.states[i], of.params[i]
+        span = Span(starts.begins[k], starts.ends[k])
+        prefill_reset(st, of.coefs[i], p, work.requests, span, p.freq_max_ghz)
+        observe_prefill(st, p, work.requests, work.cumulative, how.physical)
+        encode(how, obs[i])
 
 
 @compiled
 def prefill_step_batch(
-    states: Any, coefs: Any, params: Any, arrival_s: Any, prompt: Any, cumulative: Any, first_token_s: Any, actions: Any,
-    scale: Any, low: Any, high: Any, physical: Any, obs: Any, reward: Any, terms: Any,
-) -> None:  # fmt: skip
+    of: Instances,
+    work: OfferedRequests,
+    actions: NDArray[np.float32],
+    how: Encoding,
+    results: Results,
+) -> None:
     """One decision in every row that is not done; rows that are done rest."""
-    for i in range(states.size):
-        if states[i].done == 1:
-            rest(states[i], reward, terms, i)
+    for i in range(of.states.size):
+        st, p = of.states[i], of.params[i]
+        if st.done == 1:
+            rest(st, results, i)
             continue
-        freq = asked_ghz(params[i], actions[i])
-        prefill_step(states[i], coefs[i], params[i], arrival_s, prompt, first_token_s, freq)
-        write_reward(states[i], params[i], reward, terms, i)
-        observe_prefill(states[i], params[i], arrival_s, prompt, cumulative, physical)
-        encode(physical, scale, low, high, obs[i])
+        freq = asked_ghz(p, actions[i])
+        prefill_step(st, of.coefs[i], p, work.requests, work.times, freq)
+        write_reward(st, p, results, i)
+        observe_prefill(st, p, work.requests, work.cumulative, how.physical)
+        encode(how, results.obs[i])
 
 
 @compiled
 def decode_reset_batch(
-    rows: Any, states: Any, coefs: Any, params: Any, arrival_s: Any, prompt: Any, output: Any, cumulative: Any, start_s: Any,
-    slots: Any, ring: Any, tree: Any, stack: Any, begins: Any, ends: Any, scale: Any, low: Any, high: Any, physical: Any, obs: Any,
-) -> None:  # fmt: skip
-    """Start episodes in the given rows of the batch and observe."""
-    for k in range(rows.size):
-        i = rows[k]
-        decode_reset(
-            states[i], coefs[i], params[i], arrival_s, prompt, output, start_s, slots[i], ring[i], tree[i], stack[i],
-            begins[k], ends[k], params[i].freq_max_ghz,
-        )  # fmt: skip
-        observe_decode(
-            states[i], params[i], arrival_s, prompt, cumulative, tree[i], stack[i], physical
-        )
-        encode(physical, scale, low, high, obs[i])
+    of: Instances,
+    work: OfferedRequests,
+    running: RunningRequests,
+    starts: Starts,
+    how: Encoding,
+    obs: NDArray[np.float32],
+) -> None:
+    """Start episodes in some rows of the batch and observe."""
+    for k in range(starts.rows.size):
+        i = starts.rows[k]
+        st, p, run = of.states[i], of.params[i], running_of(running, i)
+        span = Span(starts.begins[k], starts.ends[k])
+        decode_reset(st, of.coefs[i], p, work.requests, work.times, run, span, p.freq_max_ghz)
+        observe_decode(st, p, work.requests, work.cumulative, run, how.physical)
+        encode(how, obs[i])
 
 
 @compiled
 def decode_step_batch(
-    states: Any, coefs: Any, params: Any, arrival_s: Any, prompt: Any, output: Any, cumulative: Any, start_s: Any, finish_s: Any,
-    slots: Any, ring: Any, tree: Any, stack: Any, actions: Any, scale: Any, low: Any, high: Any, physical: Any, obs: Any,
-    reward: Any, terms: Any,
-) -> None:  # fmt: skip
+    of: Instances,
+    work: OfferedRequests,
+    running: RunningRequests,
+    actions: NDArray[np.float32],
+    how: Encoding,
+    results: Results,
+) -> None:
     """One decision in every row that is not done; rows that are done rest."""
-    for i in range(states.size):
-        if states[i].done == 1:
-            rest(states[i], reward, terms, i)
+    for i in range(of.states.size):
+        st, p = of.states[i], of.params[i]
+        if st.done == 1:
+            rest(st, results, i)
             continue
-        freq = asked_ghz(params[i], actions[i])
-        decode_step(
-            states[i], coefs[i], params[i], arrival_s, prompt, output, start_s, finish_s, slots[i], ring[i], tree[i], stack[i],
-            freq,
-        )  # fmt: skip
-        write_reward(states[i], params[i], reward, terms, i)
-        observe_decode(
-            states[i], params[i], arrival_s, prompt, cumulative, tree[i], stack[i], physical
-        )
-        encode(physical, scale, low, high, obs[i])
-
-
-def ring_size(longest_output: int) -> int:
-    """Slots of the finish ring: the next power of two above the longest output, so that no two laps
-    meet.
-    """
-    return int(2 ** np.ceil(np.log2(longest_output + 2)))
+        run = running_of(running, i)
+        freq = asked_ghz(p, actions[i])
+        decode_step(st, of.coefs[i], p, work.requests, work.times, run, freq)
+        write_reward(st, p, results, i)
+        observe_decode(st, p, work.requests, work.cumulative, run, how.physical)
+        encode(how, results.obs[i])

@@ -1,120 +1,206 @@
-"""Compiled observers: read the state of an instance into its observation vector (see the tables in
-``contract.observation``).
+"""Compiled observers: read the state of an instance into its observation vector.
+
+Every index comes from the tables in :mod:`biscale_env.contract.observation`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from biscale_env.contract.observation import DECODE_SPEC, HORIZON, PREFILL_SPEC
+from biscale_env.contract.observation import (
+    DECODE_SPEC,
+    HORIZON,
+    PREFILL_SPEC,
+    ObservationSpec,
+)
 from biscale_env.core.jit import inlined
 from biscale_env.sim.arrivals import N_WINDOWS, decay_rates, rate_scale
 from biscale_env.sim.clock import time_to_apply_s
 from biscale_env.sim.prefill import form_batch
-from biscale_env.sim.state import RATE_WINDOWS_S, TOKEN_RATE_WINDOW_S
+from biscale_env.sim.state import (
+    RATE_WINDOWS_S,
+    TOKEN_RATE_WINDOW_S,
+    Floats,
+    Ints,
+    Requests,
+    RunningRequests,
+)
 
 NO_DEADLINE = 10.0  # encoded slack when no request completes in a projected batch
 
-P_QUEUE = PREFILL_SPEC.index("queue_requests")
-P_RATES = PREFILL_SPEC.index("arrival_rate_1s")
-P_CLOCK = PREFILL_SPEC.index("freq_current")
-P_SLO = PREFILL_SPEC.index("slo")
-D_RATES = DECODE_SPEC.index("arrival_rate_1s")
-D_CLOCK = DECODE_SPEC.index("freq_current")
-D_SLO = DECODE_SPEC.index("slo")
+
+class Encoding(NamedTuple):
+    """How physical values become an observation, ``(dim,)`` each; see :func:`encode`."""
+
+    scale: Floats
+    low: Floats
+    high: Floats
+    physical: Floats  # scratch, written by the observers
+
+    @classmethod
+    def of(cls, spec: ObservationSpec) -> "Encoding":
+        """The encoding of a specification, with scratch of its own."""
+        low, high = spec.low.astype(np.float64), spec.high.astype(np.float64)
+        return cls(spec.scale, low, high, np.zeros(spec.dim))
+
+
+class RateIndices(NamedTuple):
+    """Where the arrival rates are; one field per window of ``RATE_WINDOWS_S``, then tokens."""
+
+    arrival_rate_1s: int
+    arrival_rate_10s: int
+    arrival_rate_60s: int
+    token_rate_10s: int
+
+
+class ClockIndices(NamedTuple):
+    """Where the clock and the last iteration are."""
+
+    freq_current: int
+    freq_pending: int
+    time_to_apply: int
+    actuation_delay: int
+    last_time: int
+    last_power: int
+
+
+class PrefillIndices(NamedTuple):
+    """Where the values of prefill only are; of projected ones, batch 0."""
+
+    batch_tokens: int
+    batch_attn: int
+    batch_requests: int
+    batch_completing: int
+    batch_slack: int
+    batch_slack_alive: int
+    queue_requests: int
+    queue_tokens: int
+    oldest_wait: int
+    slo: int
+    kv_backpressure: int
+
+
+class DecodeIndices(NamedTuple):
+    """Where the values of decode only are."""
+
+    batch: int
+    cached_tokens: int
+    kv_use: int
+    recompute_tokens: int
+    waiting_requests: int
+    waiting_tokens: int
+    oldest_wait: int
+    incoming_requests: int
+    tpot_slack_min: int
+    tpot_slack_mean: int
+    slo: int
+
+
+P = PrefillIndices(*map(PREFILL_SPEC.index, PrefillIndices._fields))
+P_RATES = RateIndices(*map(PREFILL_SPEC.index, RateIndices._fields))
+P_CLOCK = ClockIndices(*map(PREFILL_SPEC.index, ClockIndices._fields))
+D = DecodeIndices(*map(DECODE_SPEC.index, DecodeIndices._fields))
+D_RATES = RateIndices(*map(DECODE_SPEC.index, RateIndices._fields))
+D_CLOCK = ClockIndices(*map(DECODE_SPEC.index, ClockIndices._fields))
 
 
 @inlined
-def observe_rates(st: Any, out: Any, at: int) -> None:
-    """Arrival rates, four values."""
+def observe_rates(st: Any, out: Floats, at: RateIndices) -> None:
+    """Arrival rates."""
     decay_rates(st, st.time_s)
-    counted_s = st.time_s - st.rate_start_s
     for k in range(N_WINDOWS):
-        out[at + k] = st.rate_sum[k] * rate_scale(counted_s, RATE_WINDOWS_S[k])
-    out[at + N_WINDOWS] = st.token_rate_sum * rate_scale(counted_s, TOKEN_RATE_WINDOW_S)
+        out[at[k]] = st.rate_sum[k] * rate_scale(st.time_s, RATE_WINDOWS_S[k])
+    out[at.token_rate_10s] = st.token_rate_sum * rate_scale(st.time_s, TOKEN_RATE_WINDOW_S)
 
 
 @inlined
-def observe_clock(st: Any, p: Any, out: Any, at: int) -> None:
-    """Clock and last iteration, six values."""
-    out[at] = st.freq_ghz * 1e3
-    out[at + 1] = st.wanted_ghz * 1e3
-    out[at + 2] = time_to_apply_s(st, p)
-    out[at + 3] = p.delay_s
-    out[at + 4] = st.last_time_s
-    out[at + 5] = st.last_power_w
+def observe_clock(st: Any, p: Any, out: Floats, at: ClockIndices) -> None:
+    """Clock and last iteration."""
+    out[at.freq_current] = st.freq_ghz * 1e3
+    out[at.freq_pending] = st.wanted_ghz * 1e3
+    out[at.time_to_apply] = time_to_apply_s(st, p)
+    out[at.actuation_delay] = p.delay_s
+    out[at.last_time] = st.last_time_s
+    out[at.last_power] = st.last_power_w
 
 
 @inlined
-def observe_prefill(
-    st: Any, p: Any, arrival_s: Any, prompt: Any, cumulative: Any, out: Any
-) -> None:
-    """Physical values of the prefill observation.
-
-    ``cumulative[r]`` counts the prompt tokens before request r.
-    """
+def observe_projected(st: Any, p: Any, requests: Requests, out: Floats) -> None:
+    """The next ``HORIZON`` prefill batches, if nothing more arrived."""
     head = st.head
     head_done = st.head_done
     for k in range(HORIZON):
         first = head
-        tokens, attn_work, n_seq, head, head_done = form_batch(
-            prompt, head, head_done, st.tail, p.token_budget, p.max_seqs
-        )
+        batch = form_batch(requests.prompt, head, head_done, st.tail, p.token_budget, p.max_seqs)
+        head, head_done = batch.head, batch.head_done
         slack = NO_DEADLINE
         alive = NO_DEADLINE
         for r in range(first, head):
-            s = (arrival_s[r] + p.slo_s - st.time_s) / p.slo_s
+            s = (requests.arrival_s[r] + p.slo_s - st.time_s) / p.slo_s
             slack = min(slack, s)
             if s > 0.0:
                 alive = min(alive, s)
-        out[k] = tokens
-        out[HORIZON + k] = attn_work
-        out[2 * HORIZON + k] = n_seq
-        out[3 * HORIZON + k] = head - first
-        out[4 * HORIZON + k] = slack
-        out[5 * HORIZON + k] = alive
-    out[P_QUEUE] = st.tail - st.head
-    out[P_QUEUE + 1] = cumulative[st.tail] - cumulative[st.head] - st.head_done
-    out[P_QUEUE + 2] = (st.time_s - arrival_s[st.head]) / p.slo_s if st.head < st.tail else 0.0
+        out[P.batch_tokens + k] = batch.tokens
+        out[P.batch_attn + k] = batch.attn_work
+        out[P.batch_requests + k] = batch.n_seq
+        out[P.batch_completing + k] = head - first
+        out[P.batch_slack + k] = slack
+        out[P.batch_slack_alive + k] = alive
+
+
+@inlined
+def observe_prefill(st: Any, p: Any, requests: Requests, cumulative: Ints, out: Floats) -> None:
+    """Physical values of the prefill observation.
+
+    ``cumulative[r]`` counts the prompt tokens before request r.
+    """
+    observe_projected(st, p, requests, out)
+    oldest = requests.arrival_s[st.head] if st.head < st.tail else st.time_s
+    out[P.queue_requests] = st.tail - st.head
+    out[P.queue_tokens] = cumulative[st.tail] - cumulative[st.head] - st.head_done
+    out[P.oldest_wait] = (st.time_s - oldest) / p.slo_s
     observe_rates(st, out, P_RATES)
     observe_clock(st, p, out, P_CLOCK)
-    out[P_SLO] = p.slo_s
-    out[P_SLO + 1] = st.backpressure
+    out[P.slo] = p.slo_s
+    out[P.kv_backpressure] = st.backpressure
 
 
 @inlined
 def observe_decode(
-    st: Any, p: Any, arrival_s: Any, prompt: Any, cumulative: Any, tree: Any, stack: Any, out: Any
+    st: Any, p: Any, requests: Requests, cumulative: Ints, run: RunningRequests, out: Floats
 ) -> None:
     """Physical values of the decode observation.
 
-    ``cumulative[r]`` counts the prompt tokens before request r.
+    ``cumulative[r]`` counts the prompt tokens before request r. Of what runs, the root of the tree
+    and the stack are read.
     """
     waiting_tokens = cumulative[st.tail] - cumulative[st.head] + (st.tail - st.head)
     oldest = st.time_s
     if st.head < st.tail:
-        oldest = arrival_s[st.head]
+        oldest = requests.arrival_s[st.head]
     for k in range(st.preempted):
-        waiting_tokens += prompt[stack[k, 0]] + stack[k, 1]
-        oldest = min(oldest, arrival_s[stack[k, 0]])
+        waiting_tokens += requests.prompt[run.stack[k, 0]] + run.stack[k, 1]
+        oldest = min(oldest, requests.arrival_s[run.stack[k, 0]])
     base = p.slo_s * (st.iterations - 1) - st.time_s
-    out[0] = st.batch
-    out[1] = st.cached
-    out[2] = st.cached / p.kv_capacity
-    out[3] = st.recompute_tokens
-    out[4] = st.tail - st.head + st.preempted
-    out[5] = waiting_tokens
-    out[6] = st.time_s - oldest
-    out[7] = st.incoming
-    out[8] = (tree[1] + base) / p.slo_s if st.batch > 0 else 0.0
-    out[9] = (st.key_sum / st.batch + base) / p.slo_s if st.batch > 0 else 0.0
+    out[D.batch] = st.batch
+    out[D.cached_tokens] = st.cached
+    out[D.kv_use] = st.cached / p.kv_capacity
+    out[D.recompute_tokens] = st.recompute_tokens
+    out[D.waiting_requests] = st.tail - st.head + st.preempted
+    out[D.waiting_tokens] = waiting_tokens
+    out[D.oldest_wait] = st.time_s - oldest
+    out[D.incoming_requests] = st.incoming
+    out[D.tpot_slack_min] = (run.tree[1] + base) / p.slo_s if st.batch > 0 else 0.0
+    out[D.tpot_slack_mean] = (st.key_sum / st.batch + base) / p.slo_s if st.batch > 0 else 0.0
     observe_rates(st, out, D_RATES)
     observe_clock(st, p, out, D_CLOCK)
-    out[D_SLO] = p.slo_s
+    out[D.slo] = p.slo_s
 
 
 @inlined
-def encode(physical: Any, scale: Any, low: Any, high: Any, out: Any) -> None:
-    """Scale and clip into the float32 observation."""
-    for i in range(physical.size):
-        out[i] = np.float32(min(max(physical[i] / scale[i], low[i]), high[i]))
+def encode(how: Encoding, out: NDArray[np.float32]) -> None:
+    """Scale the physical values and clip them into the float32 observation."""
+    for i in range(how.physical.size):
+        scaled = how.physical[i] / how.scale[i]
+        out[i] = np.float32(min(max(scaled, how.low[i]), how.high[i]))

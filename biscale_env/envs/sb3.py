@@ -11,7 +11,9 @@ from biscale_env.envs.vector import PhaseVectorEnv
 
 
 class SB3VecEnv(VecEnv):
-    """Adapter: four return values, automatic reset in the same step, ``terminal_observation`` and
+    """Adapter to SB3's vector interface.
+
+    Four return values, automatic reset in the same step, ``terminal_observation`` and
     ``TimeLimit.truncated``.
     """
 

@@ -3,7 +3,7 @@
 ``BiScale/Prefill-v0``, ``BiScale/Decode-v0`` and their discrete twins.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -15,6 +15,9 @@ from biscale_env.envs.batch import Batch
 from biscale_env.envs.options import EnvOptions, check_render_mode, make_options
 from biscale_env.envs.plain_spec import PlainSpec
 from biscale_env.envs.workload_tables import WorkloadTables
+
+if TYPE_CHECKING:
+    pass
 
 ROW = np.zeros(1, dtype=np.int64)
 
@@ -38,9 +41,9 @@ class PhaseEnv(PlainSpec, gym.Env[NDArray[np.float32], Any]):
     A step is one engine iteration (or as many as fit into ``min_decision_interval_s``).
 
     Observation: :mod:`biscale_env.contract.observation`. Action: ``[-1, 1]``, shape (1,), over the
-    clock range; in the discrete twin an index into the GPU's clock levels. Reward: ``- energy / reference energy - weight * requests
-    that missed the SLO``; the parts are in ``info`` as energy_j and cost. Episodes are only
-    truncated, never terminated.
+    clock range; in the discrete twin an index into the GPU's clock levels. Reward: ``- energy /
+    reference energy - weight * SLO-violating requests``; the parts are in ``info`` as energy_j and
+    cost. Episodes are only truncated, never terminated.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - Gymnasium's convention

@@ -1,4 +1,7 @@
-"""Workloads of episodes: workload k of a source is the same for every controller, on every machine."""
+"""Workloads of episodes.
+
+Workload k of a source is the same for every controller, on every machine.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,7 +54,8 @@ class WorkloadSource:
             if len(made) and (made.output_tokens >= 2).any():
                 return made
         raise BiscaleError(
-            f"no request within {self.episode_s:g} s at {self.rate_rps:g} req/s: use a longer episode or a higher rate"
+            f"no request within {self.episode_s:g} s at {self.rate_rps:g} req/s: "
+            "use a longer episode or a higher rate"
         )
 
 
@@ -91,5 +95,5 @@ def generated(profile: str) -> Maker:
 
 
 def capacity_sample(profile: str) -> Trace:
-    """The generated trace that a profile's capacity is measured on, wherever a load is a share."""
+    """The generated trace that a profile's capacity is measured on, wherever a load is a fraction."""
     return generated(profile)(CAPACITY_SAMPLE_RPS, CAPACITY_SAMPLE_S, 0)

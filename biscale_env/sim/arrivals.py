@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from biscale_env.core.jit import inlined
-from biscale_env.sim.state import RATE_WINDOWS_S, TOKEN_RATE_WINDOW_S
+from biscale_env.sim.state import RATE_WINDOWS_S, TOKEN_RATE_WINDOW_S, Floats, ShortInts
 
 N_WINDOWS = len(RATE_WINDOWS_S)
 EXP_VANISHES = 37.0  # 1 - exp(-37) is 1 in double precision
@@ -29,8 +29,8 @@ def decay_rates(st: Any, now_s: float) -> None:
 
 
 @inlined
-def admit_arrivals(st: Any, arrival_s: Any, tokens: Any) -> None:
-    """Move the tail past every request that has arrived by now and count it in the rate estimates."""
+def admit_arrivals(st: Any, arrival_s: Floats, tokens: ShortInts | Floats) -> None:
+    """Move the tail past every request that has arrived by now; the rate estimates count it."""
     while st.tail < st.end and arrival_s[st.tail] <= st.time_s:
         decay_rates(st, arrival_s[st.tail])
         for k in range(N_WINDOWS):

@@ -92,10 +92,10 @@ def run_work(
     energy = 0.0
     cycles = 0.0
     while st.time_s + remaining * duration > st.apply_at_s:
-        share = max(st.apply_at_s - st.time_s, 0.0) / duration
-        energy += share * joules
-        cycles += share * duration * freq
-        remaining -= share
+        part = max(st.apply_at_s - st.time_s, 0.0) / duration
+        energy += part * joules
+        cycles += part * duration * freq
+        remaining -= part
         st.time_s = max(st.apply_at_s, st.time_s)
         apply_clock(st, p)
         freq, duration, joules = under_cap(c, p, tokens, attn_work, cached, n_seq, st.freq_ghz)

@@ -4,8 +4,9 @@ Continuous batching with KV capacity, waiting, and preemption by recompute.
 
 An iteration costs O(1) amortised. Every running request gains one token per iteration, so the
 cached tokens grow by the batch; when a request will finish is known on admission (the simulator
-knows its length, no controller does), so it is hung into a ring by iteration number; and the
-tightest TPOT slack is the root of a tournament tree over keys that are fixed on admission.
+knows its length, no controller does), so it is linked into a timing wheel (a bucket queue) by
+iteration number; and the tightest TPOT slack is the root of a tournament tree over keys that are
+fixed on admission.
 
 The first token of a request comes from the prefill pool: ``arrival_s`` here is when the request
 (with its KV) reaches the decode pool, and TPOT counts from there, waiting included.
@@ -19,14 +20,16 @@ from biscale_env.core.jit import inlined
 from biscale_env.sim.arrivals import admit_arrivals
 from biscale_env.sim.clock import begin_step, end_step, request_clock, run_work, snap_ghz
 from biscale_env.sim.episode import idle_or_end, out_of_time, start_episode
+from biscale_env.sim.state import Floats, Requests, RequestTimes, RunningRequests, Span
 
 NO_SLOT = -1
 
 
 @inlined
-def set_key(tree: Any, slot: int, key: float) -> None:
-    """Put a key at a leaf of the tournament tree (``inf``: empty) and mend the path to the root
-    ``tree[1]``.
+def set_key(tree: Floats, slot: int, key: float) -> None:
+    """Put a key at a leaf of the tournament tree and propagate it to the root ``tree[1]``.
+
+    ``inf`` is an empty leaf.
     """
     node = slot + tree.size // 2
     tree[node] = key
@@ -40,78 +43,67 @@ def set_key(tree: Any, slot: int, key: float) -> None:
 
 
 @inlined
+def running_of(pool: RunningRequests, i: int) -> RunningRequests:
+    """The running requests of instance ``i`` of several."""
+    return RunningRequests(pool.slots[i], pool.wheel[i], pool.tree[i], pool.stack[i])
+
+
+@inlined
 def enter(
-    st: Any,
-    p: Any,
-    slots: Any,
-    ring: Any,
-    tree: Any,
-    start_s: float,
-    request: int,
-    had: int,
-    total: int,
+    st: Any, p: Any, run: RunningRequests, start_s: float, request: int, had: int, total: int
 ) -> None:
     """A request that has ``had`` of ``total`` tokens starts to run."""
     slot = st.free_slot
-    s = slots[slot]
-    st.free_slot = s.ring_next
+    s = run.slots[slot]
+    st.free_slot = s.wheel_next
     s.request = request
-    s.base = st.iterations - had
-    s.key_s = start_s - p.slo_s * s.base
+    s.origin = st.iterations - had
+    s.key_s = start_s - p.slo_s * s.origin
     s.older = st.admitted_last
     s.newer = NO_SLOT
     if st.admitted_last != NO_SLOT:
-        slots[st.admitted_last].newer = slot
+        run.slots[st.admitted_last].newer = slot
     st.admitted_last = slot
-    at = (s.base + total) % ring.size
-    s.ring_prev = NO_SLOT
-    s.ring_next = ring[at]
-    if ring[at] != NO_SLOT:
-        slots[ring[at]].ring_prev = slot
-    ring[at] = slot
-    set_key(tree, slot, s.key_s)
+    at = (s.origin + total) % run.wheel.size
+    s.wheel_prev = NO_SLOT
+    s.wheel_next = run.wheel[at]
+    if run.wheel[at] != NO_SLOT:
+        run.slots[run.wheel[at]].wheel_prev = slot
+    run.wheel[at] = slot
+    set_key(run.tree, slot, s.key_s)
     st.key_sum += s.key_s
     st.batch += 1
 
 
 @inlined
-def leave(st: Any, slots: Any, ring: Any, tree: Any, slot: int, total: int) -> None:
-    """A running request ends or is preempted: unhang it everywhere."""
+def leave(st: Any, run: RunningRequests, slot: int, total: int) -> None:
+    """A running request ends or is preempted: it is unlinked everywhere."""
+    slots, wheel = run.slots, run.wheel
     s = slots[slot]
-    if s.ring_prev != NO_SLOT:
-        slots[s.ring_prev].ring_next = s.ring_next
+    if s.wheel_prev != NO_SLOT:
+        slots[s.wheel_prev].wheel_next = s.wheel_next
     else:
-        ring[(s.base + total) % ring.size] = s.ring_next
-    if s.ring_next != NO_SLOT:
-        slots[s.ring_next].ring_prev = s.ring_prev
+        wheel[(s.origin + total) % wheel.size] = s.wheel_next
+    if s.wheel_next != NO_SLOT:
+        slots[s.wheel_next].wheel_prev = s.wheel_prev
     if s.older != NO_SLOT:
         slots[s.older].newer = s.newer
     if s.newer != NO_SLOT:
         slots[s.newer].older = s.older
     else:
         st.admitted_last = s.older
-    set_key(tree, slot, np.inf)
+    set_key(run.tree, slot, np.inf)
     st.key_sum = st.key_sum - s.key_s if st.batch > 1 else 0.0
     st.batch -= 1
-    s.ring_next = st.free_slot
+    s.wheel_next = st.free_slot
     st.free_slot = slot
 
 
 @inlined
 def admit_waiting(
-    st: Any,
-    p: Any,
-    arrival_s: Any,
-    prompt: Any,
-    output: Any,
-    start_s: Any,
-    slots: Any,
-    ring: Any,
-    tree: Any,
-    stack: Any,
+    st: Any, p: Any, requests: Requests, times: RequestTimes, run: RunningRequests
 ) -> None:
-    """Fill the batch from the preempted requests first, then from the queue, while slots and KV
-    room last.
+    """Fill the batch while slots and KV room last: preempted requests first, then the queue.
 
     A request alone in the instance is always admitted: its length was checked against the capacity
     when the workload was read.
@@ -120,14 +112,14 @@ def admit_waiting(
     while st.batch < p.max_seqs:
         recompute = st.preempted > 0
         if recompute:
-            request = stack[st.preempted - 1, 0]
-            had = stack[st.preempted - 1, 1]
+            request = run.stack[st.preempted - 1, 0]
+            had = run.stack[st.preempted - 1, 1]
         elif st.head < st.tail:
             request = st.head
             had = 1
         else:
             break
-        tokens = prompt[request] + had
+        tokens = requests.prompt[request] + had
         if st.batch > 0 and st.cached + tokens + st.batch + 1 > room:
             break
         if recompute:
@@ -136,95 +128,71 @@ def admit_waiting(
             st.recompute_attn += 0.5 * tokens * tokens
         else:
             st.head += 1
-            if start_s.size > 0:
-                start_s[request] = st.time_s
+            if times.start_s.size > 0:
+                times.start_s[request] = st.time_s
         st.cached += tokens
-        enter(st, p, slots, ring, tree, arrival_s[request], request, had, output[request])
+        enter(st, p, run, requests.arrival_s[request], request, had, requests.output[request])
 
 
 @inlined
-def make_room(
-    st: Any, p: Any, prompt: Any, output: Any, slots: Any, ring: Any, tree: Any, stack: Any
-) -> None:
+def make_room(st: Any, p: Any, requests: Requests, run: RunningRequests) -> None:
     """Preempt the newest requests until one more token for every running request fits."""
     while st.batch > 1 and st.cached + st.batch > p.kv_capacity:
         slot = st.admitted_last
-        request = slots[slot].request
-        had = st.iterations - slots[slot].base
-        stack[st.preempted, 0] = request
-        stack[st.preempted, 1] = had
+        request = run.slots[slot].request
+        had = st.iterations - run.slots[slot].origin
+        run.stack[st.preempted, 0] = request
+        run.stack[st.preempted, 1] = had
         st.preempted += 1
         st.preemptions += 1
-        st.cached -= prompt[request] + had
-        leave(st, slots, ring, tree, slot, output[request])
+        st.cached -= requests.prompt[request] + had
+        leave(st, run, slot, requests.output[request])
 
 
 @inlined
 def finish_requests(
-    st: Any,
-    p: Any,
-    arrival_s: Any,
-    prompt: Any,
-    output: Any,
-    finish_s: Any,
-    slots: Any,
-    ring: Any,
-    tree: Any,
+    st: Any, p: Any, requests: Requests, times: RequestTimes, run: RunningRequests
 ) -> None:
-    """Everything hung at this iteration of the ring has its last token now."""
-    slot = ring[st.iterations % ring.size]
+    """Everything linked at this iteration of the timing wheel has its last token now."""
+    slot = run.wheel[st.iterations % run.wheel.size]
     while slot != NO_SLOT:
-        request = slots[slot].request
-        following = slots[slot].ring_next
-        if finish_s.size > 0:
-            finish_s[request] = st.time_s
-        if st.time_s - arrival_s[request] > p.slo_s * (output[request] - 1):
+        request = run.slots[slot].request
+        following = run.slots[slot].wheel_next
+        output = requests.output[request]
+        if times.finish_s.size > 0:
+            times.finish_s[request] = st.time_s
+        if st.time_s - requests.arrival_s[request] > p.slo_s * (output - 1):
             st.step_violations += 1
             st.violations += 1
         st.step_finished += 1
         st.finished += 1
-        st.cached -= prompt[request] + output[request]
-        leave(st, slots, ring, tree, slot, output[request])
+        st.cached -= requests.prompt[request] + output
+        leave(st, run, slot, output)
         slot = following
 
 
 @inlined
 def wait_for_work(
-    st: Any,
-    c: Any,
-    p: Any,
-    arrival_s: Any,
-    prompt: Any,
-    output: Any,
-    start_s: Any,
-    slots: Any,
-    ring: Any,
-    tree: Any,
-    stack: Any,
+    st: Any, c: Any, p: Any, requests: Requests, times: RequestTimes, run: RunningRequests
 ) -> None:
-    """Admit what can run; with nothing to run, idle until the next arrival or the end of the
-    episode.
+    """Admit what can run.
+
+    With nothing to run, idle until the next arrival or the end of the episode.
     """
-    admit_arrivals(st, arrival_s, prompt)
-    admit_waiting(st, p, arrival_s, prompt, output, start_s, slots, ring, tree, stack)
+    admit_arrivals(st, requests.arrival_s, requests.prompt)
+    admit_waiting(st, p, requests, times, run)
     if st.batch > 0:
-        make_room(st, p, prompt, output, slots, ring, tree, stack)
+        make_room(st, p, requests, run)
         if out_of_time(st, p):
             st.done = 1
-    elif idle_or_end(st, c, p, arrival_s):
-        admit_arrivals(st, arrival_s, prompt)
-        admit_waiting(st, p, arrival_s, prompt, output, start_s, slots, ring, tree, stack)
+    elif idle_or_end(st, c, p, requests.arrival_s):
+        admit_arrivals(st, requests.arrival_s, requests.prompt)
+        admit_waiting(st, p, requests, times, run)
 
 
 @inlined
-def decode_reset(
-    st: Any, c: Any, p: Any, arrival_s: Any, prompt: Any, output: Any, start_s: Any, slots: Any, ring: Any, tree: Any, stack: Any,
-    begin: int, end: int, freq_ghz: float,
-) -> None:  # fmt: skip
-    """Start an episode on workload rows ``[begin, end)`` at a supported clock and wait for the
-    first request.
-    """
-    start_episode(st, begin, end, freq_ghz)
+def clear_running(st: Any, run: RunningRequests) -> None:
+    """No request runs or waits to be recomputed."""
     st.batch = 0
     st.cached = 0
     st.recompute_tokens = 0
@@ -235,18 +203,39 @@ def decode_reset(
     st.preemptions = 0
     st.key_sum = 0.0
     st.incoming = 0
-    for k in range(slots.size):
-        slots[k].ring_next = k + 1 if k + 1 < slots.size else NO_SLOT
-    ring[:] = NO_SLOT
-    tree[:] = np.inf
-    wait_for_work(st, c, p, arrival_s, prompt, output, start_s, slots, ring, tree, stack)
+    for k in range(run.slots.size):
+        run.slots[k].wheel_next = k + 1 if k + 1 < run.slots.size else NO_SLOT
+    run.wheel[:] = NO_SLOT
+    run.tree[:] = np.inf
+
+
+@inlined
+def decode_reset(
+    st: Any,
+    c: Any,
+    p: Any,
+    requests: Requests,
+    times: RequestTimes,
+    run: RunningRequests,
+    span: Span,
+    freq_ghz: float,
+) -> None:
+    """Start an episode on some rows at a supported clock and wait for the first request."""
+    start_episode(st, span, freq_ghz)
+    clear_running(st, run)
+    wait_for_work(st, c, p, requests, times, run)
 
 
 @inlined
 def decode_step(
-    st: Any, c: Any, p: Any, arrival_s: Any, prompt: Any, output: Any, start_s: Any, finish_s: Any, slots: Any, ring: Any, tree: Any,
-    stack: Any, freq_ghz: float,
-) -> None:  # fmt: skip
+    st: Any,
+    c: Any,
+    p: Any,
+    requests: Requests,
+    times: RequestTimes,
+    run: RunningRequests,
+    freq_ghz: float,
+) -> None:
     """One decision: request a clock, run at least one iteration, admit what has come."""
     begin_step(st)
     request_clock(st, p, snap_ghz(p, freq_ghz))
@@ -260,8 +249,8 @@ def decode_step(
         st.recompute_tokens = 0
         st.recompute_attn = 0.0
         st.cached += st.batch
-        finish_requests(st, p, arrival_s, prompt, output, finish_s, slots, ring, tree)
-        wait_for_work(st, c, p, arrival_s, prompt, output, start_s, slots, ring, tree, stack)
+        finish_requests(st, p, requests, times, run)
+        wait_for_work(st, c, p, requests, times, run)
         if st.done == 1 or st.time_s >= until:
             break
     end_step(st)

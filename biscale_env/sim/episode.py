@@ -9,18 +9,17 @@ import numpy as np
 
 from biscale_env.core.jit import inlined
 from biscale_env.sim.clock import begin_step, run_idle, start_clock
+from biscale_env.sim.state import Floats, Span
 
 
 @inlined
-def start_episode(st: Any, begin: int, end: int, freq_ghz: float) -> None:
-    """Clear the record of one instance and point it at workload rows ``[begin, end)``, settled at a
-    supported clock.
-    """
+def start_episode(st: Any, span: Span, freq_ghz: float) -> None:
+    """Clear the record of one instance and point it at some rows, settled at a supported clock."""
     st.time_s = 0.0
-    st.begin = begin
-    st.end = end
-    st.head = begin
-    st.tail = begin
+    st.begin = span.begin
+    st.end = span.end
+    st.head = span.begin
+    st.tail = span.begin
     st.done = 0
     st.rate_sum[:] = 0.0
     st.token_rate_sum = 0.0
@@ -46,9 +45,11 @@ def out_of_time(st: Any, p: Any) -> bool:
 
 
 @inlined
-def idle_or_end(st: Any, c: Any, p: Any, arrival_s: Any) -> bool:
-    """With nothing to run: idle until the next arrival (True) or to the end of the episode (False,
-    and ``done`` is set).
+def idle_or_end(st: Any, c: Any, p: Any, arrival_s: Floats) -> bool:
+    """With nothing to run, idle until the next arrival or to the end of the episode.
+
+    Returns:
+        False at the end of the episode, where ``done`` is set.
     """
     next_s = arrival_s[st.head] if st.head < st.end else np.inf
     if next_s <= p.end_s or (p.drain == 1 and st.head < st.end):

@@ -7,25 +7,32 @@ as many as fit into ``min_interval_s``), and, when the queue is then empty, idle
 arrival.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from biscale_env.core.jit import inlined
 from biscale_env.sim.arrivals import admit_arrivals
 from biscale_env.sim.clock import begin_step, end_step, request_clock, run_work, snap_ghz
 from biscale_env.sim.episode import idle_or_end, out_of_time, start_episode
+from biscale_env.sim.state import Floats, Requests, RequestTimes, ShortInts, Span
+
+
+class PrefillBatch(NamedTuple):
+    """Work of a batch, and where the queue begins after it."""
+
+    tokens: int  # new tokens
+    attn_work: float  # attention token-pairs, token^2
+    n_seq: int  # requests in it
+    head: int  # requests from the old head up to here complete in this batch
+    head_done: int  # tokens of request ``head`` that are done then
 
 
 @inlined
 def form_batch(
-    prompt: Any, head: int, head_done: int, tail: int, budget: int, max_seqs: int
-) -> Any:
+    prompt: ShortInts, head: int, head_done: int, tail: int, budget: int, max_seqs: int
+) -> PrefillBatch:
     """Take requests from the head of the queue until the token budget is full.
 
     The last may be taken in part.
-
-    Returns:
-        ``(tokens, attn_work, n_seq, new_head, new_head_done)``; requests ``head .. new_head - 1``
-        complete in this batch.
     """
     tokens = 0
     attn_work = 0.0
@@ -41,11 +48,13 @@ def form_batch(
             break
         head += 1
         head_done = 0
-    return tokens, attn_work, n_seq, head, head_done
+    return PrefillBatch(tokens, attn_work, n_seq, head, head_done)
 
 
 @inlined
-def finish_requests(st: Any, p: Any, arrival_s: Any, first_token_s: Any, new_head: int) -> None:
+def finish_requests(
+    st: Any, p: Any, arrival_s: Floats, first_token_s: Floats, new_head: int
+) -> None:
     """Requests ``head .. new_head - 1`` have their first token now."""
     for r in range(st.head, new_head):
         if first_token_s.size > 0:
@@ -59,48 +68,44 @@ def finish_requests(st: Any, p: Any, arrival_s: Any, first_token_s: Any, new_hea
 
 
 @inlined
-def wait_for_work(st: Any, c: Any, p: Any, arrival_s: Any, prompt: Any) -> None:
+def wait_for_work(st: Any, c: Any, p: Any, requests: Requests) -> None:
     """Idle until a request waits or the episode is over."""
-    admit_arrivals(st, arrival_s, prompt)
+    admit_arrivals(st, requests.arrival_s, requests.prompt)
     if st.head < st.tail:
         if out_of_time(st, p):
             st.done = 1
-    elif idle_or_end(st, c, p, arrival_s):
-        admit_arrivals(st, arrival_s, prompt)
+    elif idle_or_end(st, c, p, requests.arrival_s):
+        admit_arrivals(st, requests.arrival_s, requests.prompt)
 
 
 @inlined
-def prefill_reset(
-    st: Any, c: Any, p: Any, arrival_s: Any, prompt: Any, begin: int, end: int, freq_ghz: float
-) -> None:  # fmt: skip
-    """Start an episode on workload rows ``[begin, end)`` at a supported clock and wait for the
-    first request.
-    """
-    start_episode(st, begin, end, freq_ghz)
+def prefill_reset(st: Any, c: Any, p: Any, requests: Requests, span: Span, freq_ghz: float) -> None:
+    """Start an episode on some rows at a supported clock and wait for the first request."""
+    start_episode(st, span, freq_ghz)
     st.head_done = 0
-    wait_for_work(st, c, p, arrival_s, prompt)
+    wait_for_work(st, c, p, requests)
 
 
 @inlined
 def prefill_step(
-    st: Any, c: Any, p: Any, arrival_s: Any, prompt: Any, first_token_s: Any, freq_ghz: float
+    st: Any, c: Any, p: Any, requests: Requests, times: RequestTimes, freq_ghz: float
 ) -> None:
     """One decision: request a clock, run at least one batch, wait for work."""
     begin_step(st)
     request_clock(st, p, snap_ghz(p, freq_ghz))
     until = st.time_s + p.min_interval_s
     while True:
-        tokens, attn_work, n_seq, head, head_done = form_batch(
-            prompt, st.head, st.head_done, st.tail, p.token_budget, p.max_seqs
+        batch = form_batch(
+            requests.prompt, st.head, st.head_done, st.tail, p.token_budget, p.max_seqs
         )
-        st.step_requests = n_seq
-        st.step_tokens = tokens
-        st.step_queue = st.tail - st.head - n_seq
+        st.step_requests = batch.n_seq
+        st.step_tokens = batch.tokens
+        st.step_queue = st.tail - st.head - batch.n_seq
         st.step_kv_use = st.backpressure
-        run_work(st, c, p, tokens, attn_work, 0.0, n_seq)
-        finish_requests(st, p, arrival_s, first_token_s, head)
-        st.head_done = head_done
-        wait_for_work(st, c, p, arrival_s, prompt)
+        run_work(st, c, p, batch.tokens, batch.attn_work, 0.0, batch.n_seq)
+        finish_requests(st, p, requests.arrival_s, times.finish_s, batch.head)
+        st.head_done = batch.head_done
+        wait_for_work(st, c, p, requests)
         if st.done == 1 or st.time_s >= until:
             break
     end_step(st)

@@ -1,19 +1,20 @@
 """Data layout of the simulator.
 
-One structured record per instance, so that a single environment is a batch of one.
+One structured record per instance, so that a single environment is a batch of one; named groups of
+arrays for requests and for what runs.
 
 Records are passed to compiled code by reference: ``state[i].time_s`` in Python and in Numba name
 the same memory. Times are seconds since the start of the workload, clocks GHz, energy joules of the
 whole instance (all its GPUs).
 """
 
-import numpy as np
+from typing import NamedTuple
 
-RATE_WINDOWS_S = (
-    1.0,
-    10.0,
-    60.0,
-)  # time constants of the arrival-rate estimates, s; assumed: a batch, a burst, a minute
+import numpy as np
+from numpy.typing import NDArray
+
+# time constants of the arrival-rate estimates, s; assumed: a batch, a burst, a minute
+RATE_WINDOWS_S = (1.0, 10.0, 60.0)
 TOKEN_RATE_WINDOW_S = 10.0
 
 PARAMS_DTYPE = np.dtype(
@@ -21,7 +22,7 @@ PARAMS_DTYPE = np.dtype(
         ("token_budget", np.int64),  # prefill: new tokens per batch
         ("max_seqs", np.int64),  # requests per batch
         ("kv_capacity", np.int64),  # decode: tokens of KV cache
-        ("kv_watermark", np.float64),  # share of the KV cache kept free when admitting
+        ("kv_watermark", np.float64),  # fraction of the KV cache kept free when admitting
         ("delay_s", np.float64),  # from a clock request to its effect
         ("min_interval_s", np.float64),  # a decision stands for at least this long
         ("freq_min_ghz", np.float64),
@@ -31,14 +32,14 @@ PARAMS_DTYPE = np.dtype(
         ("end_s", np.float64),  # length of the episode
         ("drain", np.int64),  # 1: run on until every request is finished
         ("energy_ref_j", np.float64),  # one unit of the reward's energy term
-        ("violation_weight", np.float64),  # reward lost per request that misses the SLO
+        ("violation_weight", np.float64),  # reward taken off per SLO-violating request
     ]
 )
 
 CLOCK_FIELDS = [
-    ("freq_ghz", np.float64),  # clock in force
-    ("inflight_ghz", np.float64),  # clock on its way
-    ("apply_at_s", np.float64),  # when it takes effect; inf: nothing on its way
+    ("freq_ghz", np.float64),  # clock in effect
+    ("inflight_ghz", np.float64),  # clock in flight
+    ("apply_at_s", np.float64),  # when it takes effect; inf: nothing in flight
     ("wanted_ghz", np.float64),  # newest request
     ("n_switches", np.int64),  # clock changes that took effect
 ]
@@ -49,12 +50,12 @@ STEP_FIELDS = [
     ("step_idle_s", np.float64),  # idle time that follows it
     ("step_energy_j", np.float64),  # busy and idle
     ("step_energy_idle_j", np.float64),
-    ("step_freq_start_ghz", np.float64),  # clock in force when the step began
+    ("step_freq_start_ghz", np.float64),  # clock in effect when the step began
     ("step_freq_mean_ghz", np.float64),  # time-weighted effective clock while busy
     ("step_requests", np.int64),  # requests in the (last) batch
     ("step_tokens", np.int64),  # GEMM rows of the (last) batch
     ("step_queue", np.int64),  # requests waiting behind it when the step began
-    ("step_kv_use", np.float64),  # share of KV in use when the step began
+    ("step_kv_use", np.float64),  # fraction of KV in use when the step began
     ("step_iterations", np.int64),
     ("step_finished", np.int64),
     ("step_violations", np.int64),
@@ -67,11 +68,7 @@ COMMON_FIELDS = [
     ("head", np.int64),  # first request not finished (prefill) / not yet admitted (decode)
     ("tail", np.int64),  # first request not yet arrived
     ("done", np.int64),  # 1: the episode is over
-    (
-        "rate_sum",
-        np.float64,
-        (len(RATE_WINDOWS_S),),
-    ),  # exponentially decayed arrival counts / window
+    ("rate_sum", np.float64, (len(RATE_WINDOWS_S),)),  # decayed arrival counts / window
     ("token_rate_sum", np.float64),
     ("rate_time_s", np.float64),  # when the sums were last decayed
     ("rate_start_s", np.float64),  # since when arrivals are counted
@@ -83,10 +80,7 @@ COMMON_FIELDS = [
     ("iterations", np.int64),
     ("finished", np.int64),
     ("violations", np.int64),
-    (
-        "backpressure",
-        np.float64,
-    ),  # share of decode KV already spoken for, 0 when there is no decode pool
+    ("backpressure", np.float64),  # fraction of decode KV spoken for; 0 without a decode pool
 ]
 
 PREFILL_DTYPE = np.dtype([*COMMON_FIELDS, *CLOCK_FIELDS, *STEP_FIELDS, ("head_done", np.int64)])
@@ -105,27 +99,82 @@ DECODE_DTYPE = np.dtype(
         ("preempted", np.int64),  # requests waiting to be recomputed (a stack)
         ("preemptions", np.int64),
         ("key_sum", np.float64),  # sum of the slack keys of the running requests
-        ("incoming", np.int64),  # requests whose KV is still on its way here
+        ("incoming", np.int64),  # requests whose KV is in flight to here
     ]
 )
 
 SLOT_DTYPE = np.dtype(
     [
         ("request", np.int64),
-        (
-            "base",
-            np.int64,
-        ),  # iteration count at which it had produced no token; tokens = iterations - base
-        (
-            "key_s",
-            np.float64,
-        ),  # start - slo * base: its TPOT slack is key + slo * (iterations - 1) - now
-        (
-            "ring_next",
-            np.int32,
-        ),  # neighbours among those that finish in the same iteration; also the list of free slots
-        ("ring_prev", np.int32),
+        # iteration count at which it had produced no token: its tokens are iterations - origin
+        ("origin", np.int64),
+        # start - slo * origin: its TPOT slack is key + slo * (iterations - 1) - now
+        ("key_s", np.float64),
+        # neighbours among those that finish in the same iteration; also the list of free slots
+        ("wheel_next", np.int32),
+        ("wheel_prev", np.int32),
         ("older", np.int32),  # neighbours in order of admission
         ("newer", np.int32),
     ]
 )
+
+Records = NDArray[np.record]  # records with the fields of a dtype above
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+ShortInts = NDArray[np.int32]
+
+
+class Requests(NamedTuple):
+    """Requests in order of arrival, one row each."""
+
+    arrival_s: Floats  # decode: when the request reaches the pool; its TPOT counts from there
+    prompt: ShortInts
+    output: ShortInts
+
+
+class RequestTimes(NamedTuple):
+    """What became of every request; both arrays are empty where nobody asks."""
+
+    start_s: Floats  # decode: first admitted; not used in prefill
+    finish_s: Floats  # first token in prefill, last token in decode
+
+
+class RunningRequests(NamedTuple):
+    """Running and preempted requests of one decode instance; of several, with a leading axis."""
+
+    slots: Records  # SLOT_DTYPE, (max_seqs,)
+    wheel: ShortInts  # timing wheel by iteration of the last token, (size,)
+    tree: Floats  # tournament tree of slack keys, (2 leaves,)
+    stack: Ints  # preempted requests and the tokens that they had, (max_seqs, 2)
+
+
+class Span(NamedTuple):
+    """Rows ``[begin, end)`` of the requests."""
+
+    begin: int
+    end: int
+
+
+def wheel_size(longest_output: int) -> int:
+    """Slots of the timing wheel.
+
+    The next power of two above the longest output, so that no two laps meet.
+    """
+    return int(2 ** np.ceil(np.log2(longest_output + 2)))
+
+
+def tree_size(max_seqs: int) -> int:
+    """Nodes of the tournament tree over ``max_seqs`` keys, node 0 unused."""
+    return 2 * int(2 ** np.ceil(np.log2(max_seqs)))
+
+
+def running_requests(
+    lead: tuple[int, ...], max_seqs: int, longest_output: int = 0
+) -> RunningRequests:
+    """Memory for the running requests of decode instances; ``lead`` is the shape before it."""
+    return RunningRequests(
+        np.zeros((*lead, max_seqs), dtype=SLOT_DTYPE),  # type: ignore[arg-type]
+        np.zeros((*lead, wheel_size(longest_output)), dtype=np.int32),
+        np.zeros((*lead, tree_size(max_seqs))),
+        np.zeros((*lead, max_seqs, 2), dtype=np.int64),
+    )

@@ -26,8 +26,9 @@ from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.batch import Batch, RequestTable
 from biscale_env.envs.plant import Plant
 from biscale_env.models import COEFFICIENT_DTYPE
+from biscale_env.sim.decode import running_of
 from biscale_env.traces import Trace
-from controllers.oracle.decode_kernels import decode_windows
+from controllers.oracle.decode_kernels import WindowPlan, decode_windows
 from controllers.oracle.plan_replay import member_of, oracle_plant
 
 Floats = NDArray[np.float64]
@@ -101,11 +102,13 @@ class DecodeRunner:
         b.finish_s[:] = np.nan
         energy = np.zeros(len(plan_mhz))
         self.runs += 1
+        kept = np.zeros(0) if clocks_ghz is None else clocks_ghz
+        top_ghz = float(self.params["freq_max_ghz"])
+        plan = WindowPlan(plan_mhz / 1e3, float(window_s), energy, kept, top_ghz)
+        run = running_of(b.running, 0)
         decisions = decode_windows(
-            b.states[0], self.coefs, self.params, pool.arrival_s, pool.prompt, pool.output, b.start_s, b.finish_s, b.slots[0],
-            b.ring[0], b.tree[0], b.stack[0], plan_mhz / 1e3, window_s, energy,
-            np.zeros(0) if clocks_ghz is None else clocks_ghz, float(self.params["freq_max_ghz"]),
-        )  # fmt: skip
+            b.states[0], self.coefs, self.params, pool.requests, b.times, run, plan
+        )
         missed = b.finish_s - pool.arrival_s > self.params["slo_s"] * (pool.output - 1)
         window = np.minimum((pool.arrival_s / window_s).astype(np.int64), len(plan_mhz) - 1)
         by_window = np.bincount(window[missed], minlength=len(plan_mhz))

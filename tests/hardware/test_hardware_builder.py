@@ -65,9 +65,9 @@ def mirror(plant, trace, actions):
                 st,
                 pool.arrival_s,
                 pool.prompt,
-                batch.slots[0],
-                batch.tree[0],
-                batch.stack[0],
+                batch.running.slots[0],
+                batch.running.tree[0],
+                batch.running.stack[0],
                 int(batch.params[0]["kv_capacity"]),
             )
         record = engine_record.decode(engine_record.encode(record))

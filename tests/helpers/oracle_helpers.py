@@ -44,7 +44,7 @@ def every_outcome(plant: Plant, trace: Trace, clocks_mhz: Any) -> dict[int, floa
     batch = Batch(plant, 1, RequestTable.of(plant, [trace]))
     batch.reset(ROW, ROW, np.array([-1]))
     actions = plant.clocks.to_action(np.asarray(clocks_mhz))
-    decode = (batch.slots, batch.ring, batch.tree, batch.stack) if plant.phase == "decode" else ()
+    decode = batch.running if plant.phase == "decode" else ()
     memory = (batch.states, *decode)
     least: dict[int, float] = {}
 

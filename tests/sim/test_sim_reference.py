@@ -72,9 +72,9 @@ def check_step(batch: Batch, slow: Instance) -> None:
         st["step_violations"],
         st["done"],
     )
-    assert counts == (
-        slow.iterations, len(slow.finished), slow.violations, slow.step_finished, slow.step_violations, slow.over,
-    )  # fmt: skip
+    finished = len(slow.finished)
+    in_step = (slow.step_finished, slow.step_violations)
+    assert counts == (slow.iterations, finished, slow.violations, *in_step, slow.over)
     assert st["n_switches"] == slow.clock.switches
 
 

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from biscale_env.contract import HORIZON
-from biscale_env.envs.kernels import ring_size
 from biscale_env.models import COEFFICIENT_DTYPE
 from biscale_env.sim.cluster.layout import (
     INSTANCE_DTYPE,
@@ -19,9 +18,16 @@ from biscale_env.sim.cluster.layout import (
     Prefills,
     PromptQueue,
     ReadyQueue,
-    RunningRequests,
 )
-from biscale_env.sim.state import DECODE_DTYPE, PARAMS_DTYPE, PREFILL_DTYPE, SLOT_DTYPE
+from biscale_env.sim.state import (
+    DECODE_DTYPE,
+    PARAMS_DTYPE,
+    PREFILL_DTYPE,
+    SLOT_DTYPE,
+    RunningRequests,
+    tree_size,
+    wheel_size,
+)
 
 QUEUES: Mapping[str, Mapping[str, DTypeLike]] = {
     "prefill": {
@@ -135,12 +141,12 @@ class InstanceArrays:
         n, have = self.slots.shape
         if max_seqs > have:
             self.slots = np.zeros((n, max_seqs), dtype=SLOT_DTYPE)
-            self.tree = np.zeros((n, 2 * int(2 ** np.ceil(np.log2(max_seqs)))))
+            self.tree = np.zeros((n, tree_size(max_seqs)))
             self.stack = np.zeros((n, max_seqs, 2), dtype=np.int64)
 
     def fit_wheel(self, longest_output: int) -> None:
         """Make every timing wheel long enough; what is linked in the old ones moves over."""
-        size = ring_size(longest_output)
+        size = wheel_size(longest_output)
         n, have = self.wheel.shape
         if size <= have:
             return

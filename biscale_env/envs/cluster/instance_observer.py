@@ -3,25 +3,16 @@
 The very vectors of the single-instance environments.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
-from biscale_env.contract import DECODE_SPEC, PREFILL_SPEC, ClockRange, ObservationSpec
+from biscale_env.contract import DECODE_SPEC, PREFILL_SPEC, ClockRange
 from biscale_env.core.jit import compiled
 from biscale_env.envs.cluster.engine import Cluster
-from biscale_env.envs.observe import encode, observe_decode, observe_prefill
+from biscale_env.envs.observe import Encoding, encode, observe_decode, observe_prefill
 from biscale_env.sim.cluster.layout import Decodes, Prefills
-
-
-class Encoding(NamedTuple):
-    """How physical values become an observation, see :func:`biscale_env.envs.observe.encode`."""
-
-    scale: NDArray[np.float64]
-    low: NDArray[np.float64]
-    high: NDArray[np.float64]
-    physical: NDArray[np.float64]  # scratch
+from biscale_env.sim.decode import running_of
+from biscale_env.sim.state import Requests
 
 
 @compiled
@@ -30,27 +21,18 @@ def observe_prefill_instance(
 ) -> None:
     """Observation of prefill instance ``i``."""
     q = pool.queue
-    observe_prefill(
-        pool.states[i], pool.params[i], q.arrival_s[i], q.prompt[i], q.cumulative[i], how.physical
-    )
-    encode(how.physical, how.scale, how.low, how.high, out)
+    requests = Requests(q.arrival_s[i], q.prompt[i], q.output[i])
+    observe_prefill(pool.states[i], pool.params[i], requests, q.cumulative[i], how.physical)
+    encode(how, out)
 
 
 @compiled
 def observe_decode_instance(pool: Decodes, j: int, how: Encoding, out: NDArray[np.float32]) -> None:
     """Observation of decode instance ``j``."""
-    q, run = pool.queue, pool.running
-    observe_decode(
-        pool.states[j],
-        pool.params[j],
-        q.ready_s[j],
-        q.prompt[j],
-        q.cumulative[j],
-        run.tree[j],
-        run.stack[j],
-        how.physical,
-    )
-    encode(how.physical, how.scale, how.low, how.high, out)
+    q, run = pool.queue, running_of(pool.running, j)
+    requests = Requests(q.ready_s[j], q.prompt[j], q.output[j])
+    observe_decode(pool.states[j], pool.params[j], requests, q.cumulative[j], run, how.physical)
+    encode(how, out)
 
 
 class ClusterObserver:
@@ -63,12 +45,7 @@ class ClusterObserver:
             cluster.placement.groups[0].phase, cluster.placement.groups[0].tp
         ).gpu
         self.clocks = ClockRange.of(gpu)
-        self._parts = {spec.name: self._part(spec) for spec in (PREFILL_SPEC, DECODE_SPEC)}
-
-    @staticmethod
-    def _part(spec: ObservationSpec) -> Encoding:
-        low, high = spec.low.astype(np.float64), spec.high.astype(np.float64)
-        return Encoding(spec.scale, low, high, np.zeros(spec.dim))
+        self._parts = {spec.name: Encoding.of(spec) for spec in (PREFILL_SPEC, DECODE_SPEC)}
 
     def phase_of(self, instance: int) -> tuple[str, int]:
         """Phase and number within it of an instance, counted prefill first."""

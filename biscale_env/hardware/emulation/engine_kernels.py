@@ -16,6 +16,7 @@ from biscale_env.sim import decode, prefill
 from biscale_env.sim.arrivals import admit_arrivals
 from biscale_env.sim.clock import under_cap
 from biscale_env.sim.episode import start_episode
+from biscale_env.sim.state import Requests, RequestTimes, RunningRequests, Span
 
 
 @inlined
@@ -81,7 +82,7 @@ def idle(st: Any, c: Any, until_s: Any, landings: Any, n: Any) -> None:
 @compiled
 def prefill_start(st: Any, freq_ghz: Any) -> None:
     """An empty prefill instance."""
-    start_episode(st, 0, 0, freq_ghz)
+    start_episode(st, Span(0, 0), freq_ghz)
     st.head_done = 0
 
 
@@ -118,10 +119,10 @@ def prefill_end(st: Any, p: Any, arrival_s: Any, first_token_s: Any, batch: Any)
 @compiled
 def decode_start(st: Any, slots: Any, ring: Any, tree: Any, freq_ghz: Any) -> None:
     """An empty decode instance."""
-    start_episode(st, 0, 0, freq_ghz)
+    start_episode(st, Span(0, 0), freq_ghz)
     st.admitted_last = decode.NO_SLOT
     for k in range(slots.size):
-        slots[k].ring_next = k + 1 if k + 1 < slots.size else decode.NO_SLOT
+        slots[k].wheel_next = k + 1 if k + 1 < slots.size else decode.NO_SLOT
     ring[:] = decode.NO_SLOT
     tree[:] = np.inf
 
@@ -141,8 +142,9 @@ def decode_form(
 ) -> None:
     """Take in what has arrived, admit what fits, preempt what does not."""
     admit_arrivals(st, arrival_s, prompt)
-    decode.admit_waiting(st, p, arrival_s, prompt, output, start_s, slots, ring, tree, stack)
-    decode.make_room(st, p, prompt, output, slots, ring, tree, stack)
+    requests, run = Requests(arrival_s, prompt, output), RunningRequests(slots, ring, tree, stack)
+    decode.admit_waiting(st, p, requests, RequestTimes(start_s, start_s), run)
+    decode.make_room(st, p, requests, run)
 
 
 @compiled
@@ -177,4 +179,5 @@ def decode_end(
     st.recompute_tokens = 0
     st.recompute_attn = 0.0
     st.cached += st.batch
-    decode.finish_requests(st, p, arrival_s, prompt, output, finish_s, slots, ring, tree)
+    requests, run = Requests(arrival_s, prompt, output), RunningRequests(slots, ring, tree, slots)
+    decode.finish_requests(st, p, requests, RequestTimes(finish_s, finish_s), run)

@@ -102,7 +102,7 @@ class SimulatedWatcher:
         half = tree.size // 2
         active = np.flatnonzero(np.isfinite(tree[half : half + len(slots)]))
         start = arrival_s[slots["request"][active]] + self.epoch_s
-        made = (int(st["iterations"]) - slots["base"][active]).astype(np.float64)
+        made = (int(st["iterations"]) - slots["origin"][active]).astype(np.float64)
         again = stack[: int(st["preempted"])]
         preempted = np.column_stack(
             [arrival_s[again[:, 0]] + self.epoch_s, prompt[again[:, 0]], again[:, 1]]

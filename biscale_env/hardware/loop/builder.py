@@ -12,13 +12,19 @@ from numpy.typing import NDArray
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.jit import compiled, inlined
-from biscale_env.envs.observe import encode, observe_decode, observe_prefill
+from biscale_env.envs.observe import Encoding, encode, observe_decode, observe_prefill
 from biscale_env.envs.plant import Plant
 from biscale_env.hardware.engines.estimate import Estimator
 from biscale_env.hardware.engines.hook.engine_record import Detail, EngineRecord
 from biscale_env.hardware.loop.clockview import ClockView
 from biscale_env.sim.arrivals import admit_arrivals
-from biscale_env.sim.state import DECODE_DTYPE, PREFILL_DTYPE
+from biscale_env.sim.state import (
+    DECODE_DTYPE,
+    PREFILL_DTYPE,
+    Requests,
+    RunningRequests,
+    running_requests,
+)
 
 FIRST_ROOM = 1024
 BROKEN = (
@@ -99,7 +105,7 @@ def _queue(
 @compiled
 def _prefill(
     st: Any, p: Any, waiting: Any, more: Any, recent: Any, lost: Any, lost_tokens: Any, now_s: Any, epoch_s: Any, times: Any, tokens: Any,
-    arrival_s: Any, prompt: Any, cumulative: Any, scale: Any, low: Any, high: Any, physical: Any, obs: Any,
+    arrival_s: Any, prompt: Any, cumulative: Any, how: Encoding, obs: Any,
 ) -> bool:  # fmt: skip
     if not (_finite(waiting) and _finite(recent)):
         return False
@@ -108,16 +114,16 @@ def _prefill(
     st.tail = _queue(st, waiting, 0, more, epoch_s, True, arrival_s, prompt, cumulative)
     st.end = st.tail
     st.head_done = int(waiting[0, 2]) if waiting.shape[0] > 0 else 0
-    observe_prefill(st, p, arrival_s, prompt, cumulative, physical)
-    encode(physical, scale, low, high, obs)
+    requests = Requests(arrival_s, prompt, prompt)  # output lengths are not known, nor observed
+    observe_prefill(st, p, requests, cumulative, how.physical)
+    encode(how, obs)
     return True
 
 
 @compiled
 def _decode(
     st: Any, p: Any, waiting: Any, more: Any, recent: Any, lost: Any, lost_tokens: Any, now_s: Any, epoch_s: Any, times: Any, tokens: Any,
-    arrival_s: Any, prompt: Any, cumulative: Any, preempted: Any, start_s: Any, made: Any, tree: Any, stack: Any,
-    scale: Any, low: Any, high: Any, physical: Any, obs: Any,
+    arrival_s: Any, prompt: Any, cumulative: Any, preempted: Any, start_s: Any, made: Any, run: RunningRequests, how: Encoding, obs: Any,
 ) -> bool:  # fmt: skip
     if not (
         _finite(waiting)
@@ -135,18 +141,19 @@ def _decode(
     )  # behind the queue, reached by the stack
     st.preempted = preempted.shape[0]
     for i in range(st.preempted):
-        stack[i, 0] = st.tail + i
-        stack[i, 1] = int(preempted[i, 2])
+        run.stack[i, 0] = st.tail + i
+        run.stack[i, 1] = int(preempted[i, 2])
     st.batch = start_s.shape[0]
     st.iterations = 1
     st.key_sum = 0.0
-    tree[1] = np.inf
+    run.tree[1] = np.inf
     for i in range(st.batch):
         key = start_s[i, 0] - epoch_s + p.slo_s * (made[i, 0] - 1.0)
         st.key_sum += key
-        tree[1] = min(tree[1], key)
-    observe_decode(st, p, arrival_s, prompt, cumulative, tree, stack, physical)
-    encode(physical, scale, low, high, obs)
+        run.tree[1] = min(run.tree[1], key)
+    requests = Requests(arrival_s, prompt, prompt)  # output lengths are not known, nor observed
+    observe_decode(st, p, requests, cumulative, run, how.physical)
+    encode(how, obs)
     return True
 
 
@@ -181,17 +188,15 @@ class ObservationBuilder:
         self._state = self._states[0]  # a view
         self._arrived = self._arrived_tokens = 0
         self._epoch_s = np.nan
-        low, high = plant.spec.low.astype(np.float64), plant.spec.high.astype(np.float64)
-        self._encoding = (plant.spec.scale, low, high, np.zeros(plant.spec.dim))
+        self._encoding = Encoding.of(plant.spec)
         self._dim = plant.spec.dim
-        self._tree = np.zeros(2)
         self._make_room(FIRST_ROOM)
 
     def _make_room(self, size: int) -> None:
         self._arrival, self._times, self._tokens = np.zeros(size), np.zeros(size), np.zeros(size)
         self._prompt = np.zeros(size, dtype=np.int32)
         self._cumulative = np.zeros(size + 1, dtype=np.int64)
-        self._stack = np.zeros((size, 2), dtype=np.int64)
+        self._running = running_requests((), size)
 
     def warm_up(self) -> None:
         """Compile now instead of at the first record."""
@@ -257,7 +262,7 @@ class ObservationBuilder:
             self._tokens, self._arrival, self._prompt, self._cumulative,
         )  # fmt: skip
         if self.plant.phase == "prefill":
-            return bool(_prefill(*common, *self._encoding, out))
+            return bool(_prefill(*common, self._encoding, out))
         st = self._state
         st["cached"], st["recompute_tokens"], st["incoming"] = (
             detail.cached_tokens,
@@ -267,6 +272,4 @@ class ObservationBuilder:
         start, made = rows_of(detail.running_start, 1), rows_of(detail.running_tokens, 1)
         if len(start) != len(made):
             raise BiscaleError(BROKEN)
-        return bool(
-            _decode(*common, preempted, start, made, self._tree, self._stack, *self._encoding, out)
-        )
+        return bool(_decode(*common, preempted, start, made, self._running, self._encoding, out))

@@ -12,7 +12,8 @@ Kernels take named groups: :class:`ClusterArrays` holds everything, :class:`Pref
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+
+from biscale_env.sim.state import Floats, Ints, Records, RunningRequests, ShortInts
 
 STATIC, SLACK, MPC, ECOFREQ, THROTTLLEM, EXTERNAL = range(6)  # tier-2 rules, see tier2_rules
 POLICIES = ("static", "slack", "mpc", "ecofreq", "throttllem", "external")
@@ -81,11 +82,6 @@ LOG_DTYPE = np.dtype(
     ]
 )
 
-Records = NDArray[np.record]  # records with the fields of a dtype above or of sim.state
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-ShortInts = NDArray[np.int32]
-
 
 class PromptQueue(NamedTuple):
     """Requests of prefill instances in order of arrival, (instances, rows)."""
@@ -129,15 +125,6 @@ class ReadyQueue(NamedTuple):
     request: Ints
     source: ShortInts  # prefill instance that holds the KV, -1: none
     cumulative: Ints  # (instances, rows + 1): prompt tokens before each row
-
-
-class RunningRequests(NamedTuple):
-    """Running and preempted requests of decode instances, see :mod:`biscale_env.sim.decode`."""
-
-    slots: Records  # SLOT_DTYPE, (instances, max_seqs)
-    wheel: ShortInts  # timing wheel by iteration of the last token, (instances, size)
-    tree: Floats  # tournament tree of slack keys, (instances, 2 leaves)
-    stack: Ints  # preempted requests, (instances, max_seqs, 2)
 
 
 class Decodes(NamedTuple):

@@ -8,6 +8,7 @@ from biscale_env.sim.cluster.decode_parts import reset
 from biscale_env.sim.cluster.layout import ClusterArrays, Decodes, Floats, Ints, Prefills
 from biscale_env.sim.cluster.queues import drop_finished, drop_prompts
 from biscale_env.sim.prefill import prefill_reset
+from biscale_env.sim.state import Requests, Span
 
 
 @inlined
@@ -23,7 +24,8 @@ def enter_service(st: np.record, now_s: float) -> None:
 def open_prefill(pool: Prefills, i: int, now_s: float, freq_ghz: float) -> None:
     """Put prefill instance ``i`` into service, empty, at a settled clock."""
     st, p, q = pool.states[i], pool.params[i], pool.queue
-    prefill_reset(st, pool.coefs[i], p, q.arrival_s[i], q.prompt[i], 0, 0, snap_ghz(p, freq_ghz))
+    requests = Requests(q.arrival_s[i], q.prompt[i], q.output[i])
+    prefill_reset(st, pool.coefs[i], p, requests, Span(0, 0), snap_ghz(p, freq_ghz))
     enter_service(st, now_s)
     pool.next_s[i] = np.inf
     q.cumulative[i, 0] = 0

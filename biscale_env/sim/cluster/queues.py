@@ -112,7 +112,7 @@ def log_finishing(a: ClusterArrays, j: int) -> None:
             j,
         )
         write_log(a.totals, a.log, done)
-        slot = run.slots[j, slot].ring_next
+        slot = run.slots[j, slot].wheel_next
 
 
 @inlined

@@ -1,0 +1,106 @@
+"""A batch of instances: its copies, and where observers write."""
+
+import copy
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+from biscale_env.contract import DECODE_SPEC, HORIZON, PREFILL_SPEC
+from biscale_env.envs import observe
+from biscale_env.envs.batch import Batch, RequestTable, calls
+from biscale_env.envs.plant import Plant, PlantSettings
+from biscale_env.sim.state import RATE_WINDOWS_S
+from biscale_env.traces import generate
+
+PHASES = ["prefill", "decode"]
+
+
+def started(phase: str, n: int = 3, record: bool = False) -> Batch:
+    """A batch in the middle of its episodes."""
+    plant = Plant(PlantSettings.of(phase))
+    traces = [generate("azure-conv-like", rate_rps=4.0, duration_s=20.0, seed=k) for k in range(n)]
+    batch = Batch(plant, n, RequestTable.of(plant, traces), record=record)
+    rows = np.arange(n)
+    batch.reset(rows, rows, np.full(n, -1))
+    for k in range(20):
+        batch.step(np.full(n, np.sin(k), dtype=np.float32))
+    return batch
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_copy_goes_on_alone_and_alike(phase: str, copied: Any) -> None:
+    batch = started(phase)
+    twin = copied(batch)
+    before = batch.states.copy()
+    twin.step(np.zeros(3, dtype=np.float32))
+    np.testing.assert_array_equal(batch.states, before)
+    batch.step(np.zeros(3, dtype=np.float32))
+    for _ in range(30):
+        actions = np.array([-1.0, 0.3, 1.0], dtype=np.float32)
+        batch.step(actions)
+        twin.step(actions)
+        np.testing.assert_array_equal(batch.states, twin.states)
+        np.testing.assert_array_equal(batch.obs, twin.obs)
+        np.testing.assert_array_equal(batch.reward, twin.reward)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_other_types_of_arrays_are_brought_into_the_kernels_types(phase: str) -> None:
+    """Machine code is called without a look at types: what does not fit must not reach it."""
+    batch = started(phase)
+    p = batch.pool
+    strange = RequestTable(
+        np.repeat(p.arrival_s, 2)[::2], p.prompt.astype(np.int64), p.output.astype(float),
+        p.cumulative.astype(np.int32), p.begins, p.ends, p.durations_s,
+    )  # fmt: skip
+    other = Batch(batch.plant, 3, strange)
+    same = Batch(batch.plant, 3, p)
+    for b, dtype in ((other, np.int32), (same, np.int64)):
+        rows = np.arange(3, dtype=dtype)
+        b.reset(rows, rows, np.full(3, -1))
+        for k in range(25):
+            b.step(np.full(3, np.sin(k)))  # float64
+    np.testing.assert_array_equal(other.states, same.states)
+    np.testing.assert_array_equal(other.obs, same.obs)
+
+
+def test_compiled_calls_are_looked_up_once() -> None:
+    assert calls("decode") is calls("decode")
+    assert calls("decode")[0] is not calls("prefill")[0]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_every_index_of_the_observation_is_written_once(phase: str) -> None:
+    """The observers' indices are those of the specification, all of them, no other."""
+    spec = PREFILL_SPEC if phase == "prefill" else DECODE_SPEC
+    parts = (
+        (observe.P, observe.P_RATES, observe.P_CLOCK)
+        if phase == "prefill"
+        else (observe.D, observe.D_RATES, observe.D_CLOCK)
+    )
+    written: list[int] = []
+    for part in parts:
+        for name, index in zip(part._fields, part, strict=True):
+            projected = f"{name}_0" in {f.name for f in spec.features}
+            written += range(index, index + (HORIZON if projected else 1))
+            assert spec.features[index].name == (f"{name}_0" if projected else name)
+    assert sorted(written) == list(range(spec.dim))
+    names = [f"arrival_rate_{w:g}s" for w in RATE_WINDOWS_S]
+    assert list(observe.RateIndices._fields[: len(names)]) == names
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_recorded_times_are_those_of_the_requests(phase: str) -> None:
+    batch = started(phase, n=1, record=True)
+    while not batch.done[0]:
+        batch.step(np.zeros(1, dtype=np.float32))
+    assert batch.times.finish_s is batch.finish_s
+    done = np.isfinite(batch.finish_s)
+    assert done.sum() == batch.states["finished"][0]
+    assert (batch.finish_s[done] > batch.pool.arrival_s[done]).all()
+    assert (np.isfinite(batch.start_s).any()) == (phase == "decode")
+    started_too = np.isfinite(batch.start_s[done]).all()
+    assert started_too == (phase == "decode")
