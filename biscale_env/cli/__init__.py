@@ -1,6 +1,4 @@
-"""The ``biscale`` command: assembles the command groups and turns mistakes into one sentence and
-exit code 2.
-"""
+"""The ``biscale`` command: its groups, and mistakes as one sentence and exit code 2."""
 
 import contextlib
 import errno
@@ -9,7 +7,9 @@ import importlib.util
 import os
 import signal
 import sys
+import threading
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import typer
@@ -32,7 +32,8 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="biscale",
-    help="Energy control of disaggregated LLM serving: compare controllers, train agents, replay on hardware.",
+    help="Energy control of disaggregated LLM serving: compare controllers, train agents, replay "
+    "on hardware.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -48,29 +49,56 @@ def build() -> typer.Typer:
     return app
 
 
-def say_warnings() -> None:
-    """Print our own warnings as a sentence on stderr, without the place in the source."""
-    usual = warnings.showwarning
+@contextlib.contextmanager
+def polite_process() -> Iterator[None]:
+    """Signals and warnings as a command has them, put back at its end.
 
+    A polite kill ends like Ctrl-C, and so does a closed terminal (but not under nohup): what is
+    finished is kept, clocks are reset. Our own warnings are a sentence on stderr, without the
+    place in the source.
+    """
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # others may not set handlers
+        for number in ending_signals():
+            handler = signal.getsignal(number)
+            if handler not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, signal.default_int_handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show(warnings.showwarning)
+            yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ending_signals() -> list[signal.Signals]:
+    """The signals that ask a command to end; SIGHUP where the system has it."""
+    names = ("SIGTERM", "SIGHUP")
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+
+def _show(usual: Callable[..., None]) -> Callable[..., None]:
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, BiscaleWarning):
             print(f"biscale: {message}", file=sys.stderr)
         else:
             usual(message, category, *where, **more)
 
-    warnings.showwarning = show
+    return show
 
 
 def main() -> None:
-    """Entry point: errors of the user and files that cannot be used are one sentence on stderr and
-    exit code 2, Ctrl-C is 130.
+    """Entry point of the command.
+
+    Errors of the user and files that cannot be used are one sentence on stderr and exit code 2,
+    Ctrl-C is 130.
     """
-    # a polite kill ends like Ctrl-C, and so does a closed terminal (but not under nohup): what is
-    # finished is kept, clocks are given back
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
-    say_warnings()
+    with polite_process():
+        _run()
+
+
+def _run() -> None:
     try:
         try:
             build()()
@@ -96,7 +124,8 @@ def _tell_os_error(error: OSError) -> NoReturn:
     if error.filename is None and error.errno == errno.EPIPE:  # nobody reads the output any more
         _drop_output()
         sys.exit(1)
-    if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    full = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+    if error.filename is None and error.errno not in full:
         raise error
     reason = (error.strerror or "it failed").lower()
     if error.filename is None:
@@ -108,6 +137,6 @@ def _tell_os_error(error: OSError) -> NoReturn:
 
 
 def _drop_output() -> None:
-    """Let what is left of the output go nowhere, so that flushing it at exit does not fail again."""
+    """Let what is left of the output go nowhere: flushing it at exit must not fail again."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

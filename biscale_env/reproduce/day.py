@@ -3,7 +3,7 @@
 Tier 1 plans every window, tier 2 runs inside.
 """
 
-import resource
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -111,8 +111,17 @@ def run_day(
         rows.append(day_row(window, plant.slo.ttft_s, plant.slo.tpot_s))
         if progress is not None:
             progress(window.index)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return Day(rows, time.perf_counter() - start, memory)
+    return Day(rows, time.perf_counter() - start, peak_memory_mb())
+
+
+def peak_memory_mb() -> float:
+    """Most memory that this process has held, MB; NaN where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # getrusage(2): bytes there, kB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def day_bench(settings: dict[str, Any], rate: float, lengths: str) -> Bench:

@@ -165,6 +165,17 @@ def test_solver_failures_are_those_of_the_run_not_of_the_probe(workloads):
         assert run.totals["solver_failures"] == len(run.timeline["time_s"])
 
 
+@pytest.mark.parametrize("answer", [np.zeros(3), "fast", [[0.0], [0.0]], None, {}])
+def test_a_policy_that_answers_nonsense_is_one_sentence(answer, workloads):
+    class Odd:
+        def predict(self, observation, state=None, episode_start=None, deterministic=True):
+            return answer, state
+
+    plant = Plant(PlantSettings.of("prefill", drain=True))
+    with pytest.raises(BiscaleError, match="must answer 1 observations with 1 numbers"):
+        rollout(Odd(), plant, workloads[:1])
+
+
 def test_job_makes_complete_records():
     scenario = Scenario(name="tiny", duration_s=30.0, seeds=2, load=0.5)
     job = ComparisonJob(

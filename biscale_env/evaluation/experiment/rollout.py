@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from biscale_env.contract import Policy
+from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.batch import Batch, RequestTable
 from biscale_env.envs.plant import Plant
 from biscale_env.evaluation.runs.record import Column
@@ -150,9 +151,12 @@ def rollout(
         plant: phase, hardware, engine settings; its ``drain`` is taken as on.
         workloads: one instance each, stepped together.
         member: ensemble member of the plant, -1 nominal.
-        progress: called now and then with the share of time that is done.
+        progress: called now and then with the fraction of time that is done.
         time_probe: time single decisions afterwards.
         keep_steps: record every decision; without, the timelines are empty and tuning is quicker.
+
+    Raises:
+        BiscaleError: the policy answers with another number of actions than it has observations.
     """
     n = len(workloads)
     batch = Batch(plant, n, RequestTable.of(plant, workloads), record=True)
@@ -171,7 +175,7 @@ def rollout(
         actions, state = policy.predict(
             observation, state=state, episode_start=begins, deterministic=True
         )
-        flat = np.ascontiguousarray(np.asarray(actions, dtype=np.float32).reshape(n))
+        flat = one_action_each(actions, n)
         batch.step(flat)
         if keep_steps:
             recorder.add(batch.states, flat, active)
@@ -196,6 +200,21 @@ def rollout(
     return [
         _collect(batch, recorder.row(i), i, {"reward": float(reward[i])} | shared) for i in range(n)
     ]
+
+
+def one_action_each(actions: ArrayLike, n: int) -> NDArray[np.float32]:
+    """Actions of n instances as (n,), whatever the shape they came in.
+
+    Raises:
+        BiscaleError: another number of them, or something else than numbers.
+    """
+    try:
+        return np.ascontiguousarray(np.asarray(actions, dtype=np.float32).reshape(n))
+    except (TypeError, ValueError):
+        raise BiscaleError(
+            f"the policy must answer {n} observations with {n} numbers in [-1, 1], "
+            f"got {np.shape(actions)} of {type(actions).__name__}"
+        ) from None
 
 
 def solver_failures(policy: Policy) -> float:
