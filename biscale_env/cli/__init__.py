@@ -57,7 +57,7 @@ def polite_process() -> Iterator[None]:
     finished is kept, clocks are reset. Our own warnings are a sentence on stderr, without the
     place in the source.
     """
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():  # others may not set handlers
         for number in ending_signals():
             handler = signal.getsignal(number)
@@ -68,8 +68,8 @@ def polite_process() -> Iterator[None]:
             warnings.showwarning = _show(warnings.showwarning)
             yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for ended, handler in before.items():
+            signal.signal(ended, handler)
 
 
 def ending_signals() -> list[signal.Signals]:

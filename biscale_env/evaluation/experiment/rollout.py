@@ -202,13 +202,15 @@ def rollout(
     ]
 
 
-def one_action_each(actions: ArrayLike, n: int) -> NDArray[np.float32]:
+def one_action_each(actions: ArrayLike | None, n: int) -> NDArray[np.float32]:
     """Actions of n instances as (n,), whatever the shape they came in.
 
     Raises:
         BiscaleError: another number of them, or something else than numbers.
     """
     try:
+        if actions is None:  # NumPy would make it NaN
+            raise TypeError
         return np.ascontiguousarray(np.asarray(actions, dtype=np.float32).reshape(n))
     except (TypeError, ValueError):
         raise BiscaleError(
