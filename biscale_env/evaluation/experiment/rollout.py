@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from biscale_env.contract import Policy
 from biscale_env.core.errors import BiscaleError
@@ -202,7 +202,7 @@ def rollout(
     ]
 
 
-def one_action_each(actions: ArrayLike | None, n: int) -> NDArray[np.float32]:
+def one_action_each(actions: Any, n: int) -> NDArray[np.float32]:
     """Actions of n instances as (n,), whatever the shape they came in.
 
     Raises:
