@@ -2,11 +2,14 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from biscale_env.cli.hw_options import need_hardware
+
+if TYPE_CHECKING:
+    from biscale_env.config import InstanceSpec
 
 
 def register(app: typer.Typer) -> None:
@@ -15,6 +18,7 @@ def register(app: typer.Typer) -> None:
 
 
 def profile_command(
+    *,
     out: Annotated[Path, typer.Option(help="CSV to write; its provenance goes beside it.")] = Path(
         "profile.csv"
     ),
@@ -43,25 +47,25 @@ def profile_command(
     ] = False,
     measure_s: Annotated[float, typer.Option(help="Seconds per point.")] = 3.0,
     model: Annotated[str, typer.Option(help="Fitted model to compare with.")] = "h100-llama70b",
+    gpu_spec: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu-spec", help="Description of this GPU (name or YAML file), to compare with."
+        ),
+    ] = None,
+    llm: Annotated[
+        str | None,
+        typer.Option(
+            "--llm", help="LLM whose shapes are run, name or YAML file; default Llama 70B."
+        ),
+    ] = None,
 ) -> None:
-    """Measure latency and power of prefill and decode iterations on one GPU, for `biscale fit
-    --profile`.
-    """
+    """Measure latency and power of iterations on one GPU, for `biscale fit --profile`."""
     need_hardware()
-    import pandas as pd
-
+    from biscale_env.config import InstanceSpec
     from biscale_env.core.errors import BiscaleError
     from biscale_env.hardware.clocks.backend_registry import open_backend
-    from biscale_env.hardware.profile.profiler import (
-        Profiler,
-        ProfileSettings,
-        decode_points,
-        miniature_points,
-        predictions,
-        prefill_points,
-        provenance,
-        write_table,
-    )
+    from biscale_env.hardware.profile import profiler
 
     if phase not in ("both", "prefill", "decode"):
         raise BiscaleError(f"unknown phase '{phase}': choose both, prefill or decode")
@@ -70,9 +74,11 @@ def profile_command(
     wanted = parse_clocks(clocks)
     if device != "cuda" and not tiny:
         raise BiscaleError(
-            f"70B shapes on {device} would take hours and tell nothing: add --tiny to rehearse the command"
+            f"the shapes of a large model on {device} would take hours and tell nothing: "
+            "add --tiny to rehearse the command"
         )
-    settings = ProfileSettings(
+    settings = profiler.ProfileSettings(
+        llm=llm or profiler.ProfileSettings.llm,
         device=device,
         layers=layers,
         warm_s=0.05 if tiny else 1.0,
@@ -82,38 +88,40 @@ def profile_command(
     )
     _need_device(device)
     reader = None if backend == "none" else open_backend(backend, observe_only=not wanted)
-    profiler = Profiler(settings, reader, gpu)
-    points = []
-    for degree in tp or [4, 8]:
-        grid = (
-            miniature_points(degree)
-            if tiny
-            else prefill_points(degree, quick) + decode_points(degree, quick)
-        )
-        points += [point for point in grid if phase in ("both", point.phase)]
+    points = profiler.grid_points(tp or [4, 8], phase, quick, tiny)
     rows = []
     try:
-        for row in profiler.measure(points):
+        machine = profiler.Profiler(settings, reader, gpu)
+        for row in machine.measure(points):
             rows.append(row)
-            write_table(out, rows, provenance(profiler))
-            said = predictions(pd.DataFrame([row]), model).iloc[0]
-            beside = (
-                ("", "")
-                if tiny
-                else (
-                    f" (model {said['latency_s'] * 1e3:8.2f})",
-                    f" (model {said['power_w']:6.1f})",
-                )
-            )
-            typer.echo(
-                f"{row['phase']:7} tp{row['tp']} batch {row['batch']:3} new {row['new_tokens']:5} context {row['context']:6}: "
-                f"{row['latency_s'] * 1e3:8.2f} ms{beside[0]}, {row['power_w']:6.1f} W{beside[1]}, {row['freq_mhz']:6.0f} MHz"
-            )
+            profiler.write_table(out, rows, profiler.provenance(machine))
+            instance = None if tiny else InstanceSpec(model=model, gpu=gpu_spec, llm=llm)
+            typer.echo(_told(row, instance))
     finally:
         if reader:
             reader.close()
     typer.echo(
         f"{len(rows)} points in {out}; fit them: biscale fit --profile {out} --out models/mine"
+    )
+
+
+def _told(row: "dict[str, Any]", instance: "InstanceSpec | None") -> str:
+    """One measured point in words, beside what the model says; None compares with nothing."""
+    import pandas as pd
+
+    from biscale_env.hardware.profile.profiler import predictions
+
+    latency = power = ""
+    if instance is not None:
+        said = predictions(pd.DataFrame([row]), instance).iloc[0]
+        latency, power = (
+            f" (model {said['latency_s'] * 1e3:8.2f})",
+            f" (model {said['power_w']:6.1f})",
+        )
+    return (
+        f"{row['phase']:7} tp{row['tp']} batch {row['batch']:3} new {row['new_tokens']:5} "
+        f"context {row['context']:6}: {row['latency_s'] * 1e3:8.2f} ms{latency}, "
+        f"{row['power_w']:6.1f} W{power}, {row['freq_mhz']:6.0f} MHz"
     )
 
 
@@ -125,7 +133,8 @@ def _need_device(device: str) -> None:
 
     if device == "cuda" and not torch.cuda.is_available():
         raise BiscaleError(
-            "there is no CUDA device here: profile on a machine with an NVIDIA GPU, or rehearse with --device cpu --tiny --backend none"
+            "there is no CUDA device here: profile on a machine with an NVIDIA GPU, "
+            "or rehearse with --device cpu --tiny --backend none"
         )
 
 

@@ -22,7 +22,7 @@ from biscale_env.hardware.replay.assemble import (
 )
 from biscale_env.hardware.replay.client import GONE_ERROR, INTERRUPTED_ERROR, RequestRecord
 from biscale_env.hardware.replay.raw_log import Raw
-from biscale_env.hardware.replay.recorder import TELEMETRY_COLUMNS, IterationRow
+from biscale_env.hardware.replay.recorder import TELEMETRY_COLUMNS, EnergyCurve, IterationRow
 from biscale_env.hardware.replay.validate import (
     Agreement,
     compare,
@@ -44,7 +44,7 @@ def request(index, at, **times):
 
 
 def served(index, at, lag=0.0, ttft=0.1, tpot=0.02, output=11, **more):
-    """A request that left ``lag`` late, had its first token after ``ttft`` and the rest at ``tpot``."""
+    """A request that left ``lag`` late, answered after ``ttft`` and then at ``tpot``."""
     first = at + lag + ttft
     times = {
         "dispatched_s": at + lag,
@@ -310,6 +310,15 @@ def test_the_twin_gets_requests_when_the_engine_did_and_counts_as_the_measuremen
     assert rows["attainment"].measured == rows["attainment"].simulated == 0.25
     assert rows["ttft_p50_s"].tolerance != rows["ttft_p99_s"].tolerance == 0.05
     assert rows["energy_j"].tolerance == 0.02
+    asked = {name for name, row in rows.items() if not math.isnan(row.tolerance)}
+    assert asked == {"ttft_p99_s", "energy_j"}
+
+
+def test_energy_of_a_group_is_the_sum_of_its_counters():
+    curve = EnergyCurve(telemetry(power_w=500.0), "prefill")
+    at = curve.at(START + np.array([-5.0, 0.0, 10.25, 500.0]))
+    assert at.tolist() == pytest.approx([0.0, 0.0, 4 * 500.0 * 10.25, 4 * 500.0 * 99.5])
+    assert EnergyCurve(telemetry(), "other").at(3.0) == 0.0
 
 
 @pytest.mark.parametrize(

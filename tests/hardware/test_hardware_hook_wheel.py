@@ -1,4 +1,4 @@
-"""The hook as engines get it: built as wheels, installed in a fresh environment, found by engines."""
+"""The hook as engines get it: a wheel, installed in a fresh environment, found by engines."""
 
 import json
 import subprocess

@@ -250,6 +250,18 @@ def test_timeouts_in_a_row_are_an_overloaded_engine_not_a_lost_one(engine):
     assert all(r.failed and r.error.startswith("TimeoutError") for r in records)
 
 
+def test_one_answer_among_lost_connections_says_that_the_engine_lives(engine):
+    replayer = Replayer(trace(1), LoadSettings(engine.url))
+    for _ in range(LOST_AFTER - 1):
+        replayer._count(ConnectionRefusedError())
+    asyncio.run(replayer.run())
+    for _ in range(LOST_AFTER - 1):
+        replayer._count(ConnectionResetError("x"))
+    assert replayer._gone is None
+    replayer._count(ConnectionResetError("x"))
+    assert "8 requests in a row failed" in str(replayer._gone)
+
+
 @pytest.mark.parametrize(
     ("error", "lost"),
     [

@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 import yaml
 from hardware_helpers import gpus_of
+from toy_hardware import TOY, TOY_LLM
 from typer.testing import CliRunner
 
 from biscale_env.cli import build
-from biscale_env.config import load_llm
+from biscale_env.config import InstanceSpec, load_llm
 from biscale_env.core.errors import BiscaleError
 from biscale_env.hardware.clocks.fake_gpus import FakeBackend, create_state
 from biscale_env.hardware.profile import profiler
@@ -152,6 +153,22 @@ def test_a_table_that_the_fit_reads(tmp_path):
     assert about["clocks"] == "default, never touched"
 
 
+def test_the_shapes_are_those_of_the_named_llm():
+    machine = Profiler(quick(llm=TOY_LLM), None)
+    assert machine.llm == load_llm(TOY_LLM)
+    assert ShardShape.of(machine.llm, 2).hidden == 4096
+    assert profiler.provenance(machine)["llm"] == "toy-9b"
+
+
+def test_a_sweep_goes_through_degrees_and_phases():
+    both = profiler.grid_points([2, 4])
+    assert both == [p for tp in (2, 4) for p in prefill_points(tp) + decode_points(tp)]
+    decode = profiler.grid_points([2, 4], "decode", quick=True)
+    assert decode == decode_points(2, True) + decode_points(4, True)
+    tiny = profiler.grid_points([4], "prefill", miniature=True)
+    assert {(p.phase, p.tp) for p in tiny} == {("prefill", 4)}
+
+
 def test_fewer_layers_are_scaled_up():
     half = Profiler(quick(layers=1), None, llm=TINY)
     assert half._shard(1).shape.layers == 1
@@ -282,6 +299,9 @@ def test_predictions_leave_out_what_one_gpu_cannot_show():
         whole - c.comm0_s - c.comm_s_per_token * 64 - c.host0_s - c.host_s_per_seq * 64, rel=1e-6
     )
     assert said["latency_s"][1] < float(prefill.latency_s(2048, 2048 * 1024, 0, 1, 1980.0))
+    toy = predictions(frame.assign(freq_mhz=1200.0), InstanceSpec(**TOY))
+    assert (toy["latency_s"] != said["latency_s"]).all()
+    assert (toy["power_w"] < 250.0 * (1 + 1e-9)).all()
     faster = predictions(frame, hbm_ratio=4.8 / 3.35)
     assert faster["latency_s"][0] < 0.85 * said["latency_s"][0]
     assert np.isfinite(said.to_numpy()).all()

@@ -1,5 +1,6 @@
-"""An engine without a GPU: the simulator's dynamics in real time, under the clock of fake GPUs,
-telling what a real engine tells.
+"""An engine without a GPU: the simulator's dynamics in real time, under the clock of fake GPUs.
+
+It publishes what a real engine's hook publishes.
 
 The instance keeps its own exact time. An iteration's end is computed, the process sleeps until
 then, and the next iteration begins at that computed instant, not when the process woke up: late
@@ -50,7 +51,7 @@ class ClockHistory:
     def look(self, from_s: float) -> tuple[float, np.ndarray, int]:
         """Clock at ``from_s`` (which never goes back) and its changes since.
 
-        Those that happened and the one on its way.
+        Those that took effect and the one in flight.
 
         Returns:
             Clock in GHz, and the changes as kernels take them: table of (time, GHz) and its number
@@ -113,7 +114,8 @@ class Instance:
         """
         if len(gpus) != plant.settings.tp:
             raise BiscaleError(
-                f"a {plant.phase} instance of TP {plant.settings.tp} needs {plant.settings.tp} GPUs, got {len(gpus)}"
+                f"a {plant.phase} instance of TP {plant.settings.tp} needs "
+                f"{plant.settings.tp} GPUs, got {len(gpus)}"
             )
         if max(gpus) >= len(state.gpus):
             raise BiscaleError(
@@ -127,7 +129,7 @@ class Instance:
         self.count = 0
         self.lateness_s: deque[float] = deque(maxlen=4096)
         self.tokens_out = 0
-        self.incoming = 0  # requests whose KV is on its way
+        self.incoming = 0  # requests whose KV is in transfer
         self._wake = asyncio.Event()
         self._states: np.ndarray = np.zeros(0)
         self.arrival_s, self.start_s, self.finish_s = np.zeros(0), np.zeros(0), np.zeros(0)
@@ -194,7 +196,8 @@ class Instance:
         need = ticket.prompt_tokens + (ticket.output_tokens if self.plant.phase == "decode" else 0)
         if need > self.plant.kv_capacity_tokens:
             raise BiscaleError(
-                f"a request of {need} tokens does not fit into the {self.plant.kv_capacity_tokens} tokens of KV cache"
+                f"a request of {need} tokens does not fit into the "
+                f"{self.plant.kv_capacity_tokens} tokens of KV cache"
             )
         if self.count == len(self.arrival_s):
             self._arrays(2 * self.count)
@@ -277,7 +280,7 @@ class Instance:
                 gpu["reasons"] = 0x4 if 0 < effective < gpu["freq_mhz"] - 1 else int(idle)
 
     def metrics(self) -> dict[str, float]:
-        """Figures for ``/metrics``."""
+        """Values for ``/metrics``."""
         st = self.st
         late = np.array(self.lateness_s) if self.lateness_s else np.zeros(1)
         return {

@@ -63,9 +63,7 @@ class SimulatedWatcher:
     def prefill(
         self, st: Any, arrival_s: Any, prompt: Any, tokens: int, n_seq: int
     ) -> EngineRecord:
-        """Record of a prefill instance that is about to run a batch of ``tokens`` tokens of
-        ``n_seq`` requests.
-        """
+        """Record of a prefill instance that is about to run ``tokens`` of ``n_seq`` requests."""
         head, tail = int(st["head"]), int(st["tail"])
         rows, more = waiting_rows(arrival_s, prompt, head, tail, int(st["head_done"]), self.epoch_s)
         self.counter += 1
@@ -109,10 +107,19 @@ class SimulatedWatcher:
         )
         self.counter += 1
         detail = Detail(
-            float(st["time_s"]) + self.epoch_s, self.epoch_s, rows, more, preempted.astype(np.float64).tobytes(), start.tobytes(),
-            made.tobytes(), int(st["cached"]), float(st["cached"]) / kv_capacity, int(st["recompute_tokens"]), int(st["incoming"]),
+            time_s=float(st["time_s"]) + self.epoch_s,
+            epoch_s=self.epoch_s,
+            waiting=rows,
+            waiting_more=more,
+            preempted=preempted.astype(np.float64).tobytes(),
+            running_start=start.tobytes(),
+            running_tokens=made.tobytes(),
+            cached_tokens=int(st["cached"]),
+            kv_use=float(st["cached"]) / kv_capacity,
+            recompute_tokens=int(st["recompute_tokens"]),
+            incoming=int(st["incoming"]),
             **self._arrivals(st, arrival_s, prompt),
-        )  # fmt: skip
+        )
         queued = int(prompt[head:tail].sum())
         return EngineRecord(
             worker_id=self.worker_id,

@@ -1,6 +1,4 @@
-"""`biscale profile`: latency and power of iterations on this machine's GPU, as the table that
-`biscale fit --profile` reads.
-"""
+"""`biscale profile`: latency and power of iterations, as the table that `biscale fit` reads."""
 
 import contextlib
 import io
@@ -15,13 +13,13 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from biscale_env.config import Llm, load_llm
+from biscale_env.config import InstanceSpec, Llm, load_llm
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import write_whole
 from biscale_env.hardware.clocks import owner
 from biscale_env.hardware.clocks.backend import ClockBackend
 from biscale_env.hardware.replay.recorder import Telemetry
-from biscale_env.models import IterationModel, load_model, physics
+from biscale_env.models import IterationModel, instance_model, physics
 from biscale_env.models.fit.profile_table import ONE_GPU_LACKS
 
 COLUMNS = (
@@ -47,8 +45,8 @@ MINIATURE = {
     "intermediate": 1024,
     "vocabulary": 512,
 }
-"""Shapes of a rehearsal: the smallest Llama that TP 8 divides and that a CPU runs in milliseconds."""
-MEMORY_SHARE = 0.85  # of the device that weights and caches may fill
+"""Shapes of a rehearsal: the smallest Llama that TP 8 divides and a CPU runs in milliseconds."""
+MEMORY_FRACTION = 0.85  # of the device that weights and caches may fill
 
 
 @dataclass(frozen=True)
@@ -84,28 +82,22 @@ class ProfilePoint:
 
 def prefill_points(tp: int, quick: bool = False) -> list[ProfilePoint]:
     """Batches of equal prompts from a chat turn to four full budgets."""
-    lengths, batches = (
-        ((128, 512, 2048, 8192), (1, 4))
-        if quick
-        else ((64, 128, 256, 512, 1024, 2048, 4096, 8192), (1, 2, 4, 8))
-    )
-    grid = [
+    lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    batches: tuple[int, ...] = (1, 2, 4, 8)
+    prefixes: tuple[int, ...] = (2048, 4096, 8192)
+    if quick:
+        lengths, batches, prefixes = (128, 512, 2048, 8192), (1, 4), (4096,)
+    return [
         ProfilePoint("prefill", tp, b, n, 0, 0) for n in lengths for b in batches if n * b <= 16_384
-    ]
-    prefixes = [
-        ProfilePoint("prefill", tp, 1, 2048, p, 0)
-        for p in ((4096,) if quick else (2048, 4096, 8192))
-    ]
-    return grid + prefixes
+    ] + [ProfilePoint("prefill", tp, 1, 2048, p, 0) for p in prefixes]
 
 
 def decode_points(tp: int, quick: bool = False) -> list[ProfilePoint]:
     """Batches up to an engine's default limit, contexts up to long chats."""
-    batches, contexts = (
-        ((1, 16, 64, 256), (512, 2048))
-        if quick
-        else ((1, 4, 8, 16, 32, 64, 128, 192, 256), (256, 1024, 2048, 4096))
-    )
+    batches: tuple[int, ...] = (1, 4, 8, 16, 32, 64, 128, 192, 256)
+    contexts: tuple[int, ...] = (256, 1024, 2048, 4096)
+    if quick:
+        batches, contexts = (1, 16, 64, 256), (512, 2048)
     return [ProfilePoint("decode", tp, b, 0, 0, c) for b in batches for c in contexts]
 
 
@@ -115,6 +107,27 @@ def miniature_points(tp: int) -> list[ProfilePoint]:
     return prompts + [
         ProfilePoint("decode", tp, b, 0, 0, c) for b in (1, 4, 16, 64) for c in (64, 256)
     ]
+
+
+def grid_points(
+    degrees: Sequence[int], phase: str = "both", quick: bool = False, miniature: bool = False
+) -> list[ProfilePoint]:
+    """All points of a sweep, one TP degree after the other.
+
+    Args:
+        degrees: TP degrees whose shard is run.
+        phase: ``both``, ``prefill`` or ``decode``.
+        quick: a coarse grid.
+        miniature: the grid of a rehearsal.
+    """
+    points: list[ProfilePoint] = []
+    for tp in degrees:
+        points += (
+            miniature_points(tp)
+            if miniature
+            else prefill_points(tp, quick) + decode_points(tp, quick)
+        )
+    return [point for point in points if phase in ("both", point.phase)]
 
 
 @dataclass(frozen=True)
@@ -170,11 +183,13 @@ class Profiler:
 
         if settings.device == "cuda" and not torch.cuda.is_available():
             raise BiscaleError(
-                "there is no CUDA device here: profile on a machine with an NVIDIA GPU, or use --device cpu to try the command"
+                "there is no CUDA device here: profile on a machine with an NVIDIA GPU, "
+                "or use --device cpu to try the command"
             )
         if settings.clocks_mhz and (backend is None or not backend.can_lock):
             raise BiscaleError(
-                "--clocks needs a backend that can lock clocks (nvml as root, or zeusd); --clocks default never touches them"
+                "--clocks needs a backend that can lock clocks (nvml as root, or zeusd); "
+                "--clocks default never touches them"
             )
         if settings.repeats < MIN_REPEATS:
             raise BiscaleError(
@@ -217,11 +232,11 @@ class Profiler:
     def _runner(self, point: ProfilePoint) -> Callable[[], None]:
         """A function that runs the iteration once."""
         torch, shard = self._torch, self._shard(point.tp)
-        copies = self._cache_copies(shard, point)
-        caches = shard.cache(point.batch, point.before + point.rows, copies)
-        x = torch.randn(point.batch * point.rows, self.llm.hidden, device=self.settings.device).to(
-            shard.dtype
+        caches = shard.cache(
+            point.batch, point.before + point.rows, self._cache_count(shard, point)
         )
+        size = (point.batch * point.rows, self.llm.hidden)
+        x = torch.randn(size, device=self.settings.device).to(shard.dtype)
 
         def run() -> None:
             with torch.inference_mode():
@@ -236,7 +251,7 @@ class Profiler:
             shard.iteration(x, point.batch, caches, point.before)
         return graph.replay  # type: ignore[no-any-return]
 
-    def _cache_copies(self, shard: Any, point: ProfilePoint) -> int:
+    def _cache_count(self, shard: Any, point: ProfilePoint) -> int:
         """As many caches as layers, or as fit."""
         s = shard.shape
         if self.settings.device != "cuda":
@@ -244,7 +259,7 @@ class Profiler:
         one = 2 * point.batch * (point.before + point.rows) * s.kv_heads * s.head_dim * 2
         self._torch.cuda.empty_cache()
         free, total = self._torch.cuda.mem_get_info()
-        room = free - (1 - MEMORY_SHARE) * total
+        room = free - (1 - MEMORY_FRACTION) * total
         if room < one:
             raise BiscaleError(
                 f"{point} does not fit into the memory that is left ({free / 1e9:.1f} GB)"
@@ -257,72 +272,79 @@ class Profiler:
 
     def _point(self, point: ProfilePoint) -> dict[str, Any]:
         run, s = self._runner(point), self.settings
-        end = time.monotonic() + s.warm_s
-        once = math.inf
-        while time.monotonic() < end or math.isinf(once):
-            begin = time.monotonic()
-            run()
-            self._wait()
-            once = time.monotonic() - begin
-        repeats = max(s.repeats, math.ceil(s.measure_s / max(once, 1e-6)))
+        repeats = max(s.repeats, math.ceil(s.measure_s / max(self._warm_up(run), 1e-6)))
         telemetry = Telemetry(self.backend, {"gpu": [self.uuid]}) if self.backend else None
         if telemetry:
             telemetry.start()
-        energy_j = self.backend.energy_j(self.uuid) if self.backend else math.nan
+        before_j = self._energy_j()
         begin = time.monotonic()
         for _ in range(repeats):
             run()
         self._wait()
-        took = time.monotonic() - begin
-        energy_j = (self.backend.energy_j(self.uuid) if self.backend else math.nan) - energy_j
+        took_s = time.monotonic() - begin
+        energy_j = self._energy_j() - before_j
+        freqs = []
         if telemetry:
             telemetry.stop()
-        scale = self.llm.layers / (s.layers or self.llm.layers)
-        freq = (
-            float(np.mean([row[3] for row in telemetry.samples]))
-            if telemetry and telemetry.samples
-            else math.nan
-        )
+            freqs = telemetry.frame()["freq_mhz"].tolist()
         row = {
             **asdict(point),
             "dtype": "bf16",
-            "latency_s": took / repeats * scale,
-            "power_w": energy_j / took,
-            "freq_mhz": freq,
+            "latency_s": took_s / repeats * self.llm.layers / (s.layers or self.llm.layers),
+            "power_w": energy_j / took_s,
+            "freq_mhz": float(np.mean(freqs)) if freqs else math.nan,
             "scope": "shard",
         }
         return {name: row[name] for name in COLUMNS}
+
+    def _warm_up(self, run: Callable[[], None]) -> float:
+        """Run until clock and power have settled; time of the last iteration, s."""
+        end = time.monotonic() + self.settings.warm_s
+        once_s = math.inf
+        while time.monotonic() < end or math.isinf(once_s):
+            begin = time.monotonic()
+            run()
+            self._wait()
+            once_s = time.monotonic() - begin
+        return once_s
+
+    def _energy_j(self) -> float:
+        return self.backend.energy_j(self.uuid) if self.backend else math.nan
 
 
 def provenance(profiler: Profiler) -> dict[str, Any]:
     """Where a table comes from: machine, versions, settings. Kept beside it."""
     torch, s = profiler._torch, profiler.settings
-    device = (
-        torch.cuda.get_device_name()
-        if s.device == "cuda"
-        else "CPU (a rehearsal of the command; not evidence about any GPU)"
-    )
+    device = "CPU (a rehearsal of the command; not evidence about any GPU)"
+    if s.device == "cuda":
+        device = torch.cuda.get_device_name()
     if s.miniature:
-        device = f"{device.split(' (')[0]} (a rehearsal with a miniature model; not evidence about any GPU or model)"
-    driver = getattr(profiler.backend, "driver_version", lambda: "none")()
+        real = device.split(" (")[0]
+        device = f"{real} (a rehearsal with a miniature model; not evidence about any GPU or model)"
     return {
-        "device": device, "driver": driver, "torch": str(torch.__version__), "cuda": str(torch.version.cuda), "settings": asdict(s),
+        "device": device,
+        "driver": getattr(profiler.backend, "driver_version", lambda: "none")(),
+        "torch": str(torch.__version__),
+        "cuda": str(torch.version.cuda),
+        "llm": profiler.llm.name,
+        "settings": asdict(s),
         "clocks": "locked in turn" if s.clocks_mhz else "default, never touched",
-        "missing": "all-reduce between GPUs and the engine's host work: this is one shard on one GPU",
+        "missing": "all-reduce between GPUs and the engine's host work: "
+        "this is one shard on one GPU",
         "unix_s": time.time(),
-    }  # fmt: skip
+    }
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
     """Write table and provenance (``.yaml`` beside it), whole or not at all."""
     text = io.StringIO()
     text.write(
-        f"# {about.get('device', '?')}, one tensor-parallel shard without all-reduce and host; see {path.with_suffix('.yaml').name}\n"
+        f"# {about.get('device', '?')}, one tensor-parallel shard without all-reduce and host; "
+        f"see {path.with_suffix('.yaml').name}\n"
     )
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    frame.dropna(axis="columns", how="all").to_csv(
-        text, index=False
-    )  # power and clock are left out where nothing could be read
+    # power and clock are left out where nothing could be read
+    frame.dropna(axis="columns", how="all").to_csv(text, index=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text.getvalue())
     write_whole(path.with_suffix(".yaml"), yaml.safe_dump(_plain(about), sort_keys=False))
@@ -335,14 +357,15 @@ def _plain(value: Any) -> Any:
 
 
 def predictions(
-    frame: pd.DataFrame, name: str = "h100-llama70b", hbm_ratio: float = 1.0
+    frame: pd.DataFrame, instance: InstanceSpec = InstanceSpec(), hbm_ratio: float = 1.0
 ) -> pd.DataFrame:
-    """What a fitted model says about a table, without the parts that one GPU cannot show
-    (all-reduce, host).
+    """What a fitted model says about a table.
+
+    Without the parts that one GPU cannot show: all-reduce and host.
 
     Args:
         frame: table as measured.
-        name: model family.
+        instance: fitted model, and GPU and LLM where they are others than the model's.
         hbm_ratio: HBM bandwidth of the measured GPU over the model's (H200 over H100: 4.8 / 3.35).
 
     Returns:
@@ -350,8 +373,8 @@ def predictions(
     """
     rows = []
     for row in frame.to_dict("records"):
-        model = load_model(row["phase"], int(row["tp"]), row["dtype"], name)
-        rows.append(_predict(model, row, hbm_ratio))
+        point = instance.changed(tp=int(row["tp"]), dtype=row["dtype"])
+        rows.append(_predict(instance_model(row["phase"], point), row, hbm_ratio))
     return pd.DataFrame(rows, columns=["latency_s", "power_w", "freq_mhz"], index=frame.index)
 
 

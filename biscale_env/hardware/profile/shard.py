@@ -50,12 +50,18 @@ class ShardShape:
         """
         if llm.heads % tp or llm.kv_heads % tp or llm.intermediate % tp:
             raise BiscaleError(
-                f"{llm.name} cannot be split over TP {tp}: its {llm.kv_heads} KV heads do not divide"
+                f"{llm.name} cannot be split over TP {tp}: "
+                f"its {llm.kv_heads} KV heads do not divide"
             )
         return cls(
-            layers or llm.layers, llm.hidden, llm.heads // tp, llm.kv_heads // tp, llm.head_dim, llm.intermediate // tp,
-            llm.vocabulary // tp,
-        )  # fmt: skip
+            layers=layers or llm.layers,
+            hidden=llm.hidden,
+            heads=llm.heads // tp,
+            kv_heads=llm.kv_heads // tp,
+            head_dim=llm.head_dim,
+            intermediate=llm.intermediate // tp,
+            vocabulary=llm.vocabulary // tp,
+        )
 
     @property
     def weight_count(self) -> int:
@@ -94,10 +100,11 @@ class Shard:
         self.norm = torch.ones(s.hidden, device=device, dtype=dtype)
 
     def cache(
-        self, batch: int, length: int, copies: int | None = None
+        self, batch: int, length: int, count: int | None = None
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """KV caches (batch, kv_heads, length, head_dim), one per layer or ``copies`` that layers
-        take in turn.
+        """KV caches (batch, kv_heads, length, head_dim).
+
+        One per layer, or ``count`` of them that the layers use in turn.
         """
         s = self.shape
         size = (batch, s.kv_heads, length, s.head_dim)
@@ -106,7 +113,7 @@ class Shard:
                 torch.randn(size, device=self.device).to(self.dtype),
                 torch.randn(size, device=self.device).to(self.dtype),
             )
-            for _ in range(copies or s.layers)
+            for _ in range(count or s.layers)
         ]
 
     def iteration(
@@ -116,14 +123,16 @@ class Shard:
         caches: list[tuple[torch.Tensor, torch.Tensor]],
         prefix: int,
     ) -> torch.Tensor:
-        """Run all layers on ``batch`` sequences of equal length and give the logits of their last
-        tokens.
+        """Run all layers on sequences of equal length.
 
         Args:
             x: activations (batch * new tokens, hidden).
             batch: sequences.
             caches: KV caches that hold ``prefix`` tokens and have room for the new ones.
             prefix: tokens in the cache before this iteration.
+
+        Returns:
+            Logits of the last token of each sequence, (batch, vocabulary).
         """
         new = x.shape[0] // batch
         for k, (qkv, out, up, down) in enumerate(self.layers):

@@ -65,7 +65,7 @@ def request_columns(raw: Raw, phase: str) -> dict[str, NDArray[Any]]:
 
 
 def clock_steps(raw: Raw, phase: str, top_mhz: float) -> tuple[Floats, Floats]:
-    """Clock in force over time, from the read-backs: (times from the start, MHz from each on).
+    """Applied clock over time, from the read-backs: (times from the start, MHz from each on).
 
     0 stands for the driver's own.
     """

@@ -103,7 +103,7 @@ class RequestRecord(msgspec.Struct):
 
     @property
     def failed(self) -> bool:
-        """Whether the engine failed it; not so where the user ended the replay before the answer."""
+        """Whether the engine failed it; the user ending the replay early is no failure."""
         return bool(self.error) and self.error != INTERRUPTED_ERROR
 
     @property

@@ -1,4 +1,4 @@
-"""The closed loop: actuator and controllers as processes, the trace as load, everything recorded."""
+"""The closed loop: actuator and controllers as processes, the trace as load, all recorded."""
 
 import asyncio
 import contextlib
@@ -52,7 +52,7 @@ class ReplaySettings:
         own_actuator: start an actuator; False uses one that runs already on these sockets (e.g. as
             root).
         observe_only: set no clock.
-        instance: GPU, LLM, fitted model, engine limits and SLO that observation and controllers use.
+        instance: GPU, LLM, fitted model, limits and SLO that observation and controllers use.
         delay_s: expected actuation delay; None takes the model's.
         lease_s: lease of the clocks.
         vocabulary: token ids are drawn below this.

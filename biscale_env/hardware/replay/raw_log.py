@@ -71,7 +71,7 @@ class Raw:
 
     @property
     def instance(self) -> InstanceSpec:
-        """The instance that was controlled; recordings of version 0.1 have its keys beside others."""
+        """The instance that was controlled; version 0.1 wrote its keys among the others."""
         settings = self.facts["settings"]
         if "instance" in settings:
             return InstanceSpec.of(**settings["instance"])

@@ -54,10 +54,20 @@ def row_of(phase: str, record: engine_record.EngineRecord, heard_s: float) -> It
     """What is kept of a record."""
     s, q, d = record.scheduled_requests, record.queued_requests, record.detail
     return IterationRow(
-        phase, record.counter_id, heard_s, d.time_s if d else heard_s, record.wall_time, s.num_prefill_requests, s.sum_prefill_tokens,
-        s.sum_prefill_kv_tokens, s.num_decode_requests, s.sum_decode_kv_tokens, q.num_prefill_requests + q.num_decode_requests,
-        d.kv_use if d else float("nan"), d.hook_s if d else 0.0,
-    )  # fmt: skip
+        phase=phase,
+        counter=record.counter_id,
+        heard_s=heard_s,
+        time_s=d.time_s if d else heard_s,
+        wall_time_s=record.wall_time,
+        prefill_requests=s.num_prefill_requests,
+        prefill_tokens=s.sum_prefill_tokens,
+        prefill_kv_tokens=s.sum_prefill_kv_tokens,
+        decode_requests=s.num_decode_requests,
+        decode_kv_tokens=s.sum_decode_kv_tokens,
+        queued_requests=q.num_prefill_requests + q.num_decode_requests,
+        kv_use=d.kv_use if d else float("nan"),
+        hook_s=d.hook_s if d else 0.0,
+    )
 
 
 class IterationLog(threading.Thread):
@@ -103,9 +113,7 @@ class IterationLog(threading.Thread):
 
 
 class Telemetry(threading.Thread):
-    """Samples clock, power, energy counter, event reasons and temperature of every GPU at a fixed
-    rate.
-    """
+    """Samples every GPU at a fixed rate: clock, power, energy, event reasons, temperature."""
 
     def __init__(
         self, backend: ClockBackend, groups: Mapping[str, Sequence[str]], hz: float = TELEMETRY_HZ
@@ -149,7 +157,7 @@ class Telemetry(threading.Thread):
         if self._gpm is not None:
             try:
                 self.gpm_samples += self._gpm.sample()
-            except Exception as error:  # a luxury must not end the recording
+            except Exception as error:  # GPM is optional: the recording goes on without it
                 self.problems.append(f"GPM: {error}")
                 self._gpm = None
 

@@ -59,7 +59,7 @@ class Detail(msgspec.Struct, frozen=True, gc=False):
         cached_tokens: tokens in the KV cache that the iteration reads.
         kv_use: fraction of the KV cache in use.
         recompute_tokens: decode, tokens that the iteration recomputes.
-        incoming: requests whose KV is on its way here.
+        incoming: requests whose KV is being transferred to here.
         arrived: requests since ``epoch_s``.
         arrived_tokens: their prompt tokens.
         recent: rows (arrival, prompt tokens) of requests that came since the record before this

@@ -74,7 +74,7 @@ def prompts_of(scheduler: Any, output: Any, to_monotonic: float) -> PromptBatch:
 
 
 def deferred_of(scheduler: Any) -> Sized:
-    """Requests whose KV is on its way; the name of the list depends on the version."""
+    """Requests whose KV is in transfer; the name of the list depends on the version."""
     for name in ("deferred_waiting", "skipped_waiting"):
         if found := getattr(scheduler, name, None):
             return found  # type: ignore[no-any-return]
@@ -102,7 +102,7 @@ class SchedulerWatcher:
         self.hook_s = 0.0
 
     def arrives(self, request: Any) -> None:
-        """A request was handed to the scheduler."""
+        """A request came to the scheduler."""
         tokens = request.num_prompt_tokens
         self.arrived += 1
         self.arrived_tokens += tokens
