@@ -33,5 +33,6 @@ def register_envs() -> None:
         gym.register(
             CLUSTER_ID,
             entry_point="biscale_env.envs.cluster.cluster_env:ClusterEnv",
+            vector_entry_point="biscale_env.envs.cluster.cluster_vector:ClusterVectorEnv",
             disable_env_checker=True,
         )

@@ -3,7 +3,7 @@
 ``BiScale/Prefill-v0``, ``BiScale/Decode-v0`` and their discrete twins.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -15,9 +15,6 @@ from biscale_env.envs.batch import Batch
 from biscale_env.envs.options import EnvOptions, check_render_mode, make_options
 from biscale_env.envs.plain_spec import PlainSpec
 from biscale_env.envs.workload_tables import WorkloadTables
-
-if TYPE_CHECKING:
-    pass
 
 ROW = np.zeros(1, dtype=np.int64)
 

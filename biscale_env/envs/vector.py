@@ -5,7 +5,7 @@ and autoreset modes are those of Gymnasium's ``SyncVectorEnv`` over the single e
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -18,9 +18,6 @@ from biscale_env.envs.actions import ActionReader
 from biscale_env.envs.batch import Batch, RequestTable
 from biscale_env.envs.options import check_render_mode, make_options
 from biscale_env.envs.plain_spec import PlainSpec
-
-if TYPE_CHECKING:
-    pass
 
 Infos = dict[str, Any]
 Bools = NDArray[np.bool_]

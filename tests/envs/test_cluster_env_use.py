@@ -184,11 +184,12 @@ def test_a_copy_of_the_parallel_env_goes_on_as_the_original(how):
 @pytest.mark.parametrize("mode", [None, "sync"])
 def test_a_vector_form_runs_its_sub_environments(mode, autoreset):
     """Sub-environment i, seeded with seed + i, is the single environment with that seed."""
+    how = {"autoreset_mode": autoreset}
     made = gym.make_vec(
         "BiScale/Cluster-v0",
         num_envs=2,
         vectorization_mode=mode,
-        vector_kwargs={"autoreset_mode": autoreset},
+        **({"vector_kwargs": how} if mode else how),
         **SMALL,
     )
     assert made.metadata["autoreset_mode"] is made.autoreset_mode is autoreset
@@ -210,6 +211,44 @@ def test_a_vector_form_runs_its_sub_environments(mode, autoreset):
         )
     assert [len(mask) for mask in made.call("action_masks")] == [len(singles[0].placements)] * 2
     made.close()
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_the_vector_form_goes_on_as_the_original(how):
+    env = gym.make_vec("BiScale/Cluster-v0", num_envs=2, **SMALL)
+    env.reset(seed=4)
+    env.step(np.array([3, 1]))
+    twin = COPIES[how](env)
+    for actions in ([2, 8], [0, 5]):
+        a, b = env.step(np.array(actions)), twin.step(np.array(actions))
+        for x, y in zip(a[:4], b[:4], strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_the_vector_form_truncates_and_names_its_mode():
+    env = gym.make_vec(
+        "BiScale/Cluster-v0", num_envs=2, max_episode_steps=1, autoreset_mode="next_step", **SMALL
+    )
+    assert env.autoreset_mode is AutoresetMode.NEXT_STEP
+    env.reset(seed=4)
+    assert env.step(np.array([3, 1]))[3].all()
+    assert not env.step(np.array([3, 1]))[3].any()
+    assert env.spec.to_json()
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"num_envs": 0}, "num_envs"),
+        ({"max_episode_steps": 0}, "max_episode_steps"),
+        ({"autoreset_mode": "later"}, "autoreset_mode 'later'"),
+        ({"frameskip": 3}, "unexpected keyword argument 'frameskip'"),
+    ],
+)
+def test_mistakes_with_the_vector_form_are_one_sentence(given, match):
+    with pytest.raises(BiscaleError, match=match) as caught:
+        gym.make_vec("BiScale/Cluster-v0", **{**SMALL, **given})
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

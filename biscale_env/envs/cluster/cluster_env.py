@@ -62,10 +62,7 @@ class ClusterEnv(PlainSpec, gym.Env[NDArray[np.float32], Any]):
     nominal rate. Episodes are only truncated, never terminated; requests still in flight then are
     not judged.
 
-    A vector form is Gymnasium's own: ``gym.make_vec("BiScale/Cluster-v0", num_envs=4)`` makes a
-    ``SyncVectorEnv``, ``vectorization_mode="async"`` one with a process per sub-environment; both
-    take ``vector_kwargs={"autoreset_mode": ...}``. A step runs a whole window, so there is nothing
-    for a vectorised kernel to save.
+    Its vector form is :class:`biscale_env.envs.cluster.cluster_vector.ClusterVectorEnv`.
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012 - Gymnasium's convention
