@@ -1,17 +1,25 @@
 """``biscale capacity``: the load that one instance serves within its SLO, and how it was found."""
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from biscale_env.cli.instance_options import (
+    DtypeName,
     GpuName,
     InstanceFile,
     LlmName,
     ModelName,
+    SloName,
+    TpDegree,
     instance_changes,
 )
+
+if TYPE_CHECKING:
+    from biscale_env.envs.capacity import Capacity
+    from biscale_env.envs.plant import Plant
+    from biscale_env.traces import Trace
 
 
 def register(app: typer.Typer) -> None:
@@ -21,15 +29,14 @@ def register(app: typer.Typer) -> None:
 
 def capacity(
     phase: Annotated[str, typer.Argument(help="prefill or decode")],
+    *,
     trace: Annotated[
         str | None,
         typer.Option(help="Trace file or name; default: the embedded generated workload."),
     ] = None,
-    slo: Annotated[
-        str | None, typer.Option(help="SLO, name or YAML file. [default: biscale]")
-    ] = None,
-    tp: Annotated[int | None, typer.Option(help="GPUs per instance. [default: 4]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16 or fp8. [default: bf16]")] = None,
+    slo: SloName = None,
+    tp: TpDegree = None,
+    dtype: DtypeName = None,
     gpu: GpuName = None,
     llm: LlmName = None,
     model: ModelName = None,
@@ -44,7 +51,7 @@ def capacity(
 
     Loads are made by choosing requests, time is never stretched.
     """
-    from biscale_env.envs.capacity import find_capacity, profile_capacity, slowest_alone_s
+    from biscale_env.envs.capacity import find_capacity, profile_capacity
     from biscale_env.envs.options import DEFAULT_PROFILE
     from biscale_env.envs.plant import Plant, PlantSettings
     from biscale_env.envs.workloads import capacity_sample
@@ -52,36 +59,43 @@ def capacity(
 
     given = instance_changes(instance, gpu=gpu, llm=llm, model=model, slo=slo, tp=tp, dtype=dtype)
     plant = Plant(PlantSettings.of(phase, drain=True, **given))
-    slo, tp, dtype = plant.settings.slo, plant.settings.tp, plant.settings.dtype
-    sample = load_named(trace) if trace else capacity_sample(DEFAULT_PROFILE)
     freq = plant.gpu.freq_max_mhz if clock is None else plant.gpu.check_clock(clock)
-    found = (
-        find_capacity(plant, sample, freq, member=member)
-        if trace
-        else profile_capacity(plant, DEFAULT_PROFILE, freq, member)
-    )
-    if as_json:
-        told = {
-            "phase": phase,
-            "trace": sample.name,
-            "slo": slo,
-            "freq_mhz": freq,
-            "capacity_rps": found.rate_rps,
-            "attainment": found.attainment,
-            "tried": [{"rate_rps": r, "attainment": a} for r, a in found.tried],
-        }
-        print(json.dumps(told))
-        return
+    if trace:
+        sample = load_named(trace)
+        found = find_capacity(plant, sample, freq, member=member)
+    else:
+        sample = capacity_sample(DEFAULT_PROFILE)
+        found = profile_capacity(plant, DEFAULT_PROFILE, freq, member)
+    (_tell_json if as_json else _tell)(plant, sample, freq, found)
+
+
+def _tell_json(plant: "Plant", sample: "Trace", freq_mhz: float, found: "Capacity") -> None:
+    told = {
+        "phase": plant.phase,
+        "trace": sample.name,
+        "slo": plant.settings.slo,
+        "freq_mhz": freq_mhz,
+        "capacity_rps": found.rate_rps,
+        "attainment": found.attainment,
+        "tried": [{"rate_rps": r, "attainment": a} for r, a in found.tried],
+    }
+    print(json.dumps(told))
+
+
+def _tell(plant: "Plant", sample: "Trace", freq_mhz: float, found: "Capacity") -> None:
+    from biscale_env.envs.capacity import slowest_alone_s
+
+    s = plant.settings
     for rate, attainment in sorted(found.tried):
         verdict = "met" if attainment >= plant.slo.attainment else "missed"
         print(f"{rate:9.3f} req/s   attainment {attainment:8.3%}   {verdict}")
-    what = f"{phase} instance (TP {tp}, {dtype}, {freq:g} MHz)"
-    if found.rate_rps <= 0:
-        alone_s = slowest_alone_s(plant, sample)
-        print(
-            f"infeasible: no load meets SLO '{slo}' on one {what} with {sample.name}; at max clock, "
-            f"with the instance to itself, its slowest request takes {1e3 * alone_s:.0f} of "
-            f"{1e3 * plant.slo.bound_s(phase):.0f} ms"
-        )
+    what = f"{plant.phase} instance (TP {s.tp}, {s.dtype}, {freq_mhz:g} MHz)"
+    if found.rate_rps > 0:
+        print(f"capacity of one {what} on {sample.name}: {found.rate_rps:.3f} req/s")
         return
-    print(f"capacity of one {what} on {sample.name}: {found.rate_rps:.3f} req/s")
+    alone_s = slowest_alone_s(plant, sample)
+    print(
+        f"infeasible: no load meets SLO '{s.slo}' on one {what} with {sample.name}; at max clock, "
+        f"with the instance to itself, its slowest request takes {1e3 * alone_s:.0f} of "
+        f"{1e3 * plant.slo.bound_s(plant.phase):.0f} ms"
+    )

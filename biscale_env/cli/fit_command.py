@@ -1,4 +1,4 @@
-"""`biscale fit`: regenerate the shipped models, fit one's own table, or compare with measurements."""
+"""`biscale fit`: regenerate the shipped models, fit an own table, or compare with measurements."""
 
 from pathlib import Path
 from typing import Annotated
@@ -59,11 +59,12 @@ def _user(
 
 
 def fit(
+    *,
     profile: Annotated[
         Path | None,
         typer.Option(
-            help="Your own table: phase,tp,dtype,batch,new_tokens,prefix,context,latency_s,freq_mhz "
-            "and perhaps power_w."
+            help="Your own table: phase,tp,dtype,batch,new_tokens,prefix,context,latency_s,"
+            "freq_mhz and perhaps power_w."
         ),
     ] = None,
     power: Annotated[

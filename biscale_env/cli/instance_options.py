@@ -26,6 +26,16 @@ ModelName = Annotated[
         help="Fitted model: name, folder of coefficient files, or one. [default: h100-llama70b]",
     ),
 ]
+SloName = Annotated[
+    str | None,
+    typer.Option(
+        "--slo",
+        help="biscale, mlperf-interactive, mlperf-server, distserve, or a YAML file. "
+        "[default: biscale]",
+    ),
+]
+TpDegree = Annotated[int | None, typer.Option("--tp", help="GPUs per instance. [default: 4]")]
+DtypeName = Annotated[str | None, typer.Option("--dtype", help="bf16 or fp8. [default: bf16]")]
 
 
 def instance_changes(file: Path | None, **options: Any) -> dict[str, Any]:

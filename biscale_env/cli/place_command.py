@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from biscale_env.cli.instance_options import (
+    DtypeName,
     GpuName,
     InstanceFile,
     LlmName,
     ModelName,
+    SloName,
     instance_changes,
 )
 from biscale_env.core.errors import BiscaleError
@@ -32,22 +34,17 @@ def register(app: typer.Typer) -> None:
 
 
 def place(
+    *,
     rate: Annotated[float, typer.Option(help="Load to serve, requests/s.")],
     gpus: Annotated[int, typer.Option(help="GPUs of the cluster.")] = 16,
-    slo: Annotated[
-        str | None,
-        typer.Option(
-            help="biscale, mlperf-interactive, mlperf-server, distserve, or a YAML file. "
-            "[default: biscale]"
-        ),
-    ] = None,
+    slo: SloName = None,
     trace: Annotated[
         str | None,
         typer.Option(
             help="Trace file or name; default: the generated workload gamma-sharegpt-like."
         ),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16 or fp8. [default: bf16]")] = None,
+    dtype: DtypeName = None,
     gpu: GpuName = None,
     llm: LlmName = None,
     model: ModelName = None,

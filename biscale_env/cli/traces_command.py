@@ -134,6 +134,7 @@ def _load(name: str, **options: Any) -> "Trace":
 @group.command("describe")
 def describe_command(
     trace: Annotated[str, typer.Argument(help="Name of a trace (see `list`), or a file.")],
+    *,
     as_json: Annotated[
         bool, typer.Option("--json", help="Machine-readable, keys with units.")
     ] = False,
@@ -183,6 +184,7 @@ def describe_command(
 @group.command("envelope")
 def envelope_command(
     file: Annotated[Path, typer.Argument(help="CSV with one request rate per line.")],
+    *,
     rate_column: Annotated[str, typer.Option(help="Column of the request rate.")],
     time_column: Annotated[str, typer.Option(help="Column of the time, s.")] = "t_seconds",
     where: Annotated[str | None, typer.Option(help="Keep only lines with COLUMN=VALUE.")] = None,

@@ -64,6 +64,7 @@ def generate_command(
     out: Annotated[
         Path, typer.Argument(help="File to write: .csv, .jsonl (Mooncake) or .parquet.")
     ],
+    *,
     workload: Annotated[
         str, typer.Option(help="Workload profile: name or YAML file.")
     ] = "azure-conv-like",

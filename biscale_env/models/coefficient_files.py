@@ -1,5 +1,6 @@
-"""Coefficient files: one YAML per (phase, dtype, TP), with provenance, and beside it the members of
-the ensemble as CSV.
+"""Coefficient files: one YAML per (phase, dtype, TP), with provenance.
+
+Beside it lie the members of the ensemble as CSV.
 """
 
 import csv
@@ -43,8 +44,8 @@ class ModelFile(Config):
         gpu: name of the GPU description.
         llm: name of the LLM description.
         coefficients: every field of ``physics.Coefficients`` with its provenance.
-        box: per work axis the range that the fitted points cover; outside it the model
-            extrapolates.
+        box: the validity domain: per work axis the range that the fitted points cover; outside it
+            the model extrapolates.
         delay_s: nominal actuation delay of a clock change, s.
         fit: what was fitted: data hash, split, held-out errors.
     """
@@ -69,7 +70,8 @@ class ModelFile(Config):
         ):
             if have != want:
                 raise ValueError(
-                    f"{what} must name exactly the known fields; wrong or missing: {sorted(have ^ want)}"
+                    f"{what} must name exactly the known fields; wrong or missing: "
+                    f"{sorted(have ^ want)}"
                 )
         return self
 
@@ -225,8 +227,9 @@ def _number(cell: str) -> float:
 
 
 def rounded(value: float, digits: int = 6) -> float:
-    """Round to significant digits, so that files are short and do not depend on the last bit of a
-    solver.
+    """Round to significant digits.
+
+    So files are short and do not depend on the last bit of a solver.
     """
     return float(f"{value:.{digits}g}") if math.isfinite(value) else value
 

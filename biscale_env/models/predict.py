@@ -28,7 +28,7 @@ class Prediction:
         energy_j: energy of the instance, all ``tp`` GPUs: ``tp * power_w * latency_s``, J.
         energy_per_token_j: energy per new prompt token or per output token, J.
         freq_best_mhz: clock at which this iteration takes the least energy, MHz.
-        inside_box: whether the work lies in the validity domain of the fit (a key of the JSON output).
+        inside_box: whether the work lies in the validity domain of the fit; a key of the JSON.
         spread: 5th, 50th and 95th percentile over the ensemble; empty without one.
     """
 
