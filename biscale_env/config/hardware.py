@@ -27,7 +27,8 @@ class Gpu(Config):
 
     Clocks are SM clocks in MHz: the hardware supports ``freq_step_mhz`` steps up to
     ``freq_max_mhz``; controllers may ask for anything within ``[freq_min_mhz, freq_max_mhz]``.
-    ``control_levels_mhz`` are the few levels that level-based controllers scan.
+    ``control_levels_mhz`` are the few levels that level-based controllers scan. ``idle_power_w`` is
+    the power of a GPU without a context; it need not be known.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Gpu(Config):
     nvlink_gb_per_s: float = Field(gt=0)
     peak_bf16_tflops: float = Field(gt=0)
     off_power_w: float = Field(ge=0)
+    idle_power_w: float | None = Field(default=None, ge=0)
     sources: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -53,7 +53,7 @@ class Hardware:
 
     def physics(self) -> tuple[dict[str, object], dict[str, object]]:
         """Everything but names and sources: what tells whether two of them behave alike."""
-        told = {"name", "sources"}
+        told = {"name", "sources", "off_power_w", "idle_power_w"}  # the last two: no coefficients
         return self.gpu.model_dump(exclude=told), self.llm.model_dump(exclude=told)
 
 

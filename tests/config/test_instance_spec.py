@@ -8,6 +8,7 @@ from toy_hardware import TOY_GPU, TOY_LLM
 
 from biscale_env.config import InstanceSpec, load_gpu, load_llm
 from biscale_env.core.errors import BiscaleError, BiscaleWarning
+from biscale_env.envs.cluster.cluster_settings import ClusterPlant, ClusterSettings
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.models import iteration_model, load_model
 
@@ -105,3 +106,19 @@ def test_a_foreign_gpu_is_warned_about_once(monkeypatch):
         load_model("decode", 4, gpu=TOY_GPU)
         load_model("prefill", 4, gpu=TOY_GPU)
         load_model("decode", 4, gpu="h100-sxm")
+
+
+def test_a_gpu_outside_the_placement_idles_as_its_description_says(tmp_path):
+    def spare_w(**changes):
+        plants = ClusterPlant(ClusterSettings.of(**changes))
+        return plants.spare_power_w(plants.plant("prefill", 4))
+
+    assert spare_w() == 72.0
+    toy = {"gpu": TOY_GPU, "llm": TOY_LLM}
+    assert (spare_w(**toy), spare_w(**toy, spare="off")) == (31.0, 5.0)
+    assert spare_w(**toy, spare_idle_w=50.0) == 50.0
+    silent = tmp_path / "silent.yaml"
+    silent.write_text(Path(TOY_GPU).read_text().replace("idle_power_w: 31\n", ""))
+    waiting = spare_w(gpu=str(silent), llm=TOY_LLM)
+    c = load_model("prefill", 4, gpu=TOY_GPU, llm=TOY_LLM).coefficients
+    assert c.p_static_w < waiting < c.p_static_w + 2 * c.p_clock_w_per_ghz

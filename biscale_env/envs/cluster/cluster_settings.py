@@ -13,6 +13,7 @@ from biscale_env.config.hardware import Dtype
 from biscale_env.config.loader import Config, validate
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.plant import Plant, PlantSettings
+from biscale_env.models.physics import idle_power_w
 from biscale_env.sim.cluster.layout import POLICIES, ROUTERS
 
 Router = Literal["weighted", "round_robin", "shortest", "what_if"]
@@ -82,7 +83,7 @@ class ClusterSettings(Config):
         transfer: KV transfer.
         transitions: cost of changing the placement.
         spare: GPUs outside the placement are ``idle`` or ``off``.
-        spare_idle_w: power of an idle GPU without a context, W; 69 to 75 on an H100.
+        spare_idle_w: power of an idle GPU without a context, W; None: that of the GPU description.
     """
 
     gpus: int = Field(default=16, gt=0)
@@ -108,7 +109,7 @@ class ClusterSettings(Config):
     transfer: Transfer = Transfer()
     transitions: Transitions = Transitions()
     spare: Literal["idle", "off"] = "idle"
-    spare_idle_w: float = Field(default=72.0, ge=0)
+    spare_idle_w: float | None = Field(default=None, ge=0)
 
     @classmethod
     def of(cls, **values: Any) -> "ClusterSettings":
@@ -185,12 +186,20 @@ class ClusterPlant:
         }
 
     def spare_power_w(self, prefill_plant: Plant) -> float:
-        """Power of one GPU outside the placement, W."""
-        return (
-            self.settings.spare_idle_w
-            if self.settings.spare == "idle"
-            else prefill_plant.gpu.off_power_w
-        )
+        """Power of one GPU outside the placement, W.
+
+        An idle one whose description does not say takes what the model gives an instance that waits
+        at the lowest clock; with its context loaded, so rather more.
+        """
+        gpu, given = prefill_plant.gpu, self.settings.spare_idle_w
+        if self.settings.spare == "off":
+            return gpu.off_power_w
+        if given is not None:
+            return given
+        if gpu.idle_power_w is not None:
+            return gpu.idle_power_w
+        c = prefill_plant.model.member(self.settings.ensemble_member)
+        return float(idle_power_w(c, gpu.freq_min_mhz / 1e3))
 
     def router(self, phase: str) -> int:
         """Number of the router of a phase."""
