@@ -1,8 +1,8 @@
 """The hindsight optimum by phase: the only controller that is given the trace.
 
 Prefill: the optimum itself, bracketed by a plan that can be replayed and a bound
-    (:mod:`controllers.oracle.prefill_optimum`). Decode: the best plan
-that a search finds (:mod:`controllers.oracle.decode_search`) and a bound that nobody can beat
+(:mod:`controllers.oracle.prefill_optimum`). Decode: the best plan that a search finds
+(:mod:`controllers.oracle.decode_search`) and a bound that nobody can beat
 (:mod:`controllers.oracle.decode_bound`).
 
 Plans are made for, and must be run in, :func:`controllers.oracle.plan_replay.oracle_plant`: clocks
@@ -13,6 +13,9 @@ prefill bound prunes nothing (except where ``bound_pruned`` says so); the plan d
 """
 
 import time
+
+import numpy as np
+from numpy.typing import NDArray
 
 from biscale_env.envs.plant import Plant
 from biscale_env.traces import Trace
@@ -32,8 +35,8 @@ def make_oracle(
     Args:
         plant: prefill or decode plant; delay and decision interval are ignored, ``drain`` is not.
         trace: the workload, as it will be run.
-        target_attainment: share of requests that must meet the SLO at least energy; None minimises
-            the environment's objective.
+        target_attainment: fraction of requests that must meet the SLO at least energy; None
+            minimises the environment's objective.
         member: ensemble member, None that of the plant's settings.
 
     Returns:
@@ -48,40 +51,48 @@ def make_oracle(
         ``seconds``.
     """
     begin = time.perf_counter()
-    if plant.phase == "prefill":
-        found = solve_prefill_oracle(plant, trace, target_attainment, member)
-        info = {
-            "replay_j": found.replay.energy_j,
-            "violations": float(found.replay.violations),
-            "attainment": found.replay.attainment,
-            "feasible": float(found.feasible),
-            "lower_bound_j": found.energy_bound_j,
-            "lower_bound_any_delay_j": found.energy_bound_any_delay_j,
-            "violations_allowed": float(found.violations_allowed),
-            "price": found.price,
-            "bound_pruned": float(found.bound_pruned),
-            "dropped": float(found.dropped),
-        }
-        plan_mhz = found.plan_mhz
-    else:
-        plan = search_decode_plan(plant, trace, target_attainment, member)
-        allowed = plan.violations
-        if target_attainment is not None:
-            allowed = max(allowed, plan.violations_allowed)
-        bound_j = DecodeFluid(plant, trace, member).energy_j(allowed)
-        info = {
-            "replay_j": plan.energy_j,
-            "violations": float(plan.violations),
-            "attainment": plan.attainment,
-            "feasible": float(plan.feasible),
-            "lower_bound_j": bound_j,
-            "lower_bound_any_delay_j": bound_j,
-            "violations_allowed": float(allowed),
-            "price": plan.price,
-            "bound_pruned": 0.0,
-            "dropped": 0.0,
-        }
-        plan_mhz = plan.clocks_mhz
+    solve = _prefill if plant.phase == "prefill" else _decode
+    plan_mhz, info = solve(plant, trace, target_attainment, member)
     info["gap"] = info["replay_j"] / info["lower_bound_j"] - 1.0
     info["seconds"] = time.perf_counter() - begin
     return OraclePolicy(plant.clocks, plan_mhz), info
+
+
+def _prefill(
+    plant: Plant, trace: Trace, target_attainment: float | None, member: int | None
+) -> tuple[NDArray[np.float64], dict[str, float]]:
+    found = solve_prefill_oracle(plant, trace, target_attainment, member)
+    return found.plan_mhz, {
+        "replay_j": found.replay.energy_j,
+        "violations": float(found.replay.violations),
+        "attainment": found.replay.attainment,
+        "feasible": float(found.feasible),
+        "lower_bound_j": found.energy_bound_j,
+        "lower_bound_any_delay_j": found.energy_bound_any_delay_j,
+        "violations_allowed": float(found.violations_allowed),
+        "price": found.price,
+        "bound_pruned": float(found.bound_pruned),
+        "dropped": float(found.dropped),
+    }
+
+
+def _decode(
+    plant: Plant, trace: Trace, target_attainment: float | None, member: int | None
+) -> tuple[NDArray[np.float64], dict[str, float]]:
+    plan = search_decode_plan(plant, trace, target_attainment, member)
+    allowed = plan.violations
+    if target_attainment is not None:
+        allowed = max(allowed, plan.violations_allowed)
+    bound_j = DecodeFluid(plant, trace, member).energy_j(allowed)
+    return plan.clocks_mhz, {
+        "replay_j": plan.energy_j,
+        "violations": float(plan.violations),
+        "attainment": plan.attainment,
+        "feasible": float(plan.feasible),
+        "lower_bound_j": bound_j,
+        "lower_bound_any_delay_j": bound_j,
+        "violations_allowed": float(allowed),
+        "price": plan.price,
+        "bound_pruned": 0.0,
+        "dropped": 0.0,
+    }

@@ -54,7 +54,7 @@ from numpy.typing import NDArray
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.plant import Plant
 from biscale_env.traces import Trace
-from controllers.oracle import prefill_kernels as kernels
+from controllers.oracle import prefill_records as records
 from controllers.oracle.plan_replay import OraclePolicy, PlanReplay, replay
 from controllers.oracle.prefill_problem import PrefillProblem
 
@@ -139,8 +139,8 @@ class _Search:
         cell_s = self.cell_s * self.coarse
         while True:
             self.programmes += 1
-            run, plan = self.problem.run(kernels.EXACT, price, cell_s, self.margin, self.coarse)
-            if run["status"] == kernels.OK:
+            run, plan = self.problem.run(records.EXACT, price, cell_s, self.margin, self.coarse)
+            if run["status"] == records.OK:
                 return replay(
                     self.problem.plant, self.problem.trace, plan, self.problem.member
                 ), plan
@@ -155,14 +155,14 @@ class _Search:
         while True:
             self.programmes += 1
             run, _ = self.problem.run(mode, price, self.cell_s, margin)
-            if run["status"] == kernels.OK and not run["late"]:
+            if run["status"] == records.OK and not run["late"]:
                 return float(run["best_cost"])
-            if run["status"] == kernels.OK and self.problem.widen():
+            if run["status"] == records.OK and self.problem.widen():
                 continue
             if not np.isinf(margin):
                 break
             margin, self.pruned = self.margin, True
-        if run["status"] != kernels.OK:
+        if run["status"] != records.OK:
             raise BiscaleError(
                 f"the oracle ran out of room for {self.problem.trace.name}: use wider cells than "
                 f"{self.cell_s:g} s"
@@ -264,8 +264,8 @@ def solve_prefill_oracle(
     ref = plant.energy_ref_j
     allowed = done.violations if attainment is None else allowed
     upper = (done.energy_j - problem.energy_before_j) / ref + price * done.violations
-    lower = search.bound(kernels.CELLS, price)
-    lower_any = search.bound(kernels.CELLS_ANY_DELAY, price)
+    lower = search.bound(records.CELLS, price)
+    lower_any = search.bound(records.CELLS_ANY_DELAY, price)
     energy, energy_any = (
         (x - price * allowed) * ref + problem.energy_before_j for x in (lower, lower_any)
     )

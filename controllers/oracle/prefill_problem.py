@@ -11,8 +11,9 @@ from biscale_env.envs.plant import Plant
 from biscale_env.models import COEFFICIENT_DTYPE
 from biscale_env.models.physics import idle_power_w, latency_s
 from biscale_env.traces import Trace
-from controllers.oracle import prefill_kernels as kernels
+from controllers.oracle import prefill_records as records
 from controllers.oracle.plan_replay import member_of, oracle_plant
+from controllers.oracle.prefill_kernels import prefill_oracle
 
 WINDOW_CELLS = 4096
 MOST_WINDOW_CELLS = 65_536
@@ -114,7 +115,7 @@ class PrefillProblem:
         The plan is empty in the bounding modes.
 
         Args:
-            mode: ``kernels.EXACT`` or one of the bounds.
+            mode: ``EXACT`` or one of the bounds.
             price: cost of a violation, reference energies.
             cell_s: width of the time cells, s.
             margin: pruning, reference energies; infinite for none, and then a bound gives up on a
@@ -122,25 +123,25 @@ class PrefillProblem:
             stride: plan with every so-many-th clock of the plan's grid, counted from the highest.
         """
         n = len(self.pool.prompt)
-        run = np.zeros((), kernels.RUN_DTYPE)
+        run = np.zeros((), records.RUN_DTYPE)
         run["mode"], run["cell_s"], run["price"], run["margin"] = mode, cell_s, price, margin
         run["most_expanded"] = MOST_EXPANDED if np.isinf(margin) else np.iinfo(np.int64).max
         run["floor_w"], run["best_cost"] = self.floor_w, np.inf
-        slots = np.zeros(self.slots, kernels.SLOT_DTYPE)
+        slots = np.zeros(self.slots, records.SLOT_DTYPE)
         slots["next"] = np.append(np.arange(1, self.slots), -1)
         if self._cells is None:
-            self._cells = np.zeros((self.slots, self.window_cells), kernels.CELL_DTYPE)
-        idle = np.full(n, np.array((np.inf, -1, 0), dtype=kernels.IDLE_DTYPE))
+            self._cells = np.zeros((self.slots, self.window_cells), records.CELL_DTYPE)
+        idle = np.full(n, np.array((np.inf, -1, 0), dtype=records.IDLE_DTYPE))
         idle["cost"][0] = 0.0
-        exact = mode == kernels.EXACT
+        exact = mode == records.EXACT
         grid = (
             np.ascontiguousarray(self.plan_grid_ghz[::-1][::stride][::-1])
             if exact
             else self.grid_ghz
         )
-        options = np.zeros(max(len(grid), int(self.slowest_s / cell_s) + 8), kernels.OPTION_DTYPE)
-        labels = np.empty(MAX_LABELS if exact else 0, kernels.LABEL_DTYPE)
-        workload = kernels.PlannedWorkload(
+        options = np.zeros(max(len(grid), int(self.slowest_s / cell_s) + 8), records.OPTION_DTYPE)
+        labels = np.empty(MAX_LABELS if exact else 0, records.LABEL_DTYPE)
+        workload = records.PlannedWorkload(
             c=self.coefs,
             p=self.params,
             arrival_s=self.pool.arrival_s,
@@ -148,15 +149,15 @@ class PrefillProblem:
             earliest_s=self.earliest_s,
             s_per_token=self.s_per_token,
         )
-        hull, batch = np.zeros(len(grid), kernels.OPTION_DTYPE), np.zeros(8, dtype=np.int64)
-        kernels.prefill_oracle(
+        hull, batch = np.zeros(len(grid), records.OPTION_DTYPE), np.zeros(8, dtype=np.int64)
+        prefill_oracle(
             run[()],
             workload,
-            kernels.OpenLabels(slots, np.full(n, -1), self._cells, idle),
-            kernels.Scratch(grid, hull, options, batch),
+            records.OpenLabels(slots, np.full(n, -1), self._cells, idle),
+            records.Scratch(grid, hull, options, batch),
             labels,
         )
-        if run["status"] != kernels.OK:
+        if run["status"] != records.OK:
             # a finished programme leaves every cell empty, an abandoned one does not
             self._cells = None
             return run, grid[:0]

@@ -12,8 +12,8 @@ from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.experiment.rollout import rollout
 from biscale_env.traces import generate
 from controllers.base import context_of
-from controllers.oracle import prefill_kernels as kernels
 from controllers.oracle import prefill_problem
+from controllers.oracle import prefill_records as records
 from controllers.oracle.plan_replay import OraclePolicy, oracle_plant, replay
 from controllers.oracle.prefill_optimum import _Search, solve_prefill_oracle
 from controllers.oracle.prefill_problem import PrefillProblem
@@ -60,7 +60,7 @@ PRICES = st.sampled_from([0.0, 0.3, 5.0, 30.0])
 def solve(plant, trace, mode, price, cell_s, margin=np.inf):
     problem = PrefillProblem(plant, trace, clock_step_mhz=STEP_MHZ, slots=64, window_cells=1 << 18)
     run, plan = problem.run(mode, price, cell_s, margin)
-    assert run["status"] == kernels.OK
+    assert run["status"] == records.OK
     assert run["late"] == 0
     return float(run["best_cost"]), plan
 
@@ -69,9 +69,9 @@ def solve(plant, trace, mode, price, cell_s, margin=np.inf):
 @given(plants(), traces(4), PRICES)
 def test_programme_equals_brute_force(plant, trace, price):
     best = brute_force(plant, trace, PLAN_MHZ, price)
-    cost, _ = solve(plant, trace, kernels.EXACT, price, 2e-5)
+    cost, _ = solve(plant, trace, records.EXACT, price, 2e-5)
     assert cost == pytest.approx(best, rel=1e-9)
-    bound, _ = solve(plant, trace, kernels.CELLS, price, 1e-3)
+    bound, _ = solve(plant, trace, records.CELLS, price, 1e-3)
     assert bound <= best + 1e-9
 
 
@@ -79,7 +79,7 @@ def test_programme_equals_brute_force(plant, trace, price):
 @given(plants((0.0, 0.02, 0.08, 0.3)), traces(3), PRICES)
 def test_no_delay_beats_the_bound_for_any_delay(plant, trace, price):
     best = brute_force(plant, trace, (510.0, 1110.0, 1980.0), price)
-    bound, _ = solve(plant, trace, kernels.CELLS_ANY_DELAY, price, 1e-3)
+    bound, _ = solve(plant, trace, records.CELLS_ANY_DELAY, price, 1e-3)
     assert bound <= best + 1e-9
 
 
@@ -115,7 +115,7 @@ def test_delay_can_help():
         best[delay_s] = brute_force(plant, trace, PLAN_MHZ, 30.0)
     at_once, delayed = best.values()
     assert delayed < at_once
-    assert solve(plant, trace, kernels.CELLS_ANY_DELAY, 30.0, 1e-3)[0] <= delayed
+    assert solve(plant, trace, records.CELLS_ANY_DELAY, 30.0, 1e-3)[0] <= delayed
     oracle = solve_prefill_oracle(plant, trace, 1.0)
     least_j = (
         every_outcome(plant, trace, PLAN_MHZ)[0] + PrefillProblem(plant, trace).energy_before_j
@@ -127,9 +127,9 @@ def test_delay_can_help():
 @settings(max_examples=25, deadline=None)
 @given(plants(), traces(8), PRICES)
 def test_bounds_are_ordered_and_the_replay_is_the_programmes(plant, trace, price):
-    cost, plan = solve(plant, trace, kernels.EXACT, price, 1e-3)
-    lower, _ = solve(plant, trace, kernels.CELLS, price, 1e-3)
-    lower_any, _ = solve(plant, trace, kernels.CELLS_ANY_DELAY, price, 1e-3)
+    cost, plan = solve(plant, trace, records.EXACT, price, 1e-3)
+    lower, _ = solve(plant, trace, records.CELLS, price, 1e-3)
+    lower_any, _ = solve(plant, trace, records.CELLS_ANY_DELAY, price, 1e-3)
     assert lower_any <= lower + 1e-9
     assert lower <= cost + 1e-9
     done = replay(plant, trace, plan)
@@ -146,10 +146,10 @@ def test_pruning_a_plan_never_undercuts_the_one_without(plant, trace, price):
     It may be dearer than the one without pruning, never cheaper, and never below the bound.
     """
     narrow, wide = (
-        solve(plant, trace, kernels.EXACT, price, 1e-3, margin)[0] for margin in (0.5, np.inf)
+        solve(plant, trace, records.EXACT, price, 1e-3, margin)[0] for margin in (0.5, np.inf)
     )
     assert narrow >= wide - 1e-9
-    assert solve(plant, trace, kernels.CELLS, price, 1e-3, np.inf)[0] <= wide + 1e-9
+    assert solve(plant, trace, records.CELLS, price, 1e-3, np.inf)[0] <= wide + 1e-9
 
 
 # (drain, token budget, requests per batch, SLO in s, price, gaps, prompts): found by a search at
@@ -169,7 +169,7 @@ def test_bounds_keep_labels_that_pruning_would_drop(case):
     plant = plant_of("prefill", slo_s, drain=drain, token_budget=budget, max_seqs=most)
     trace = trace_of(gaps_s, prompts, tail_s=tail_s)
     search = _Search(PrefillProblem(plant, trace), 1e-3, 0.5)
-    for mode in (kernels.CELLS, kernels.CELLS_ANY_DELAY):
+    for mode in (records.CELLS, records.CELLS_ANY_DELAY):
         kept, pruned = (
             solve(plant, trace, mode, price, 1e-3, margin)[0] for margin in (np.inf, 0.5)
         )
@@ -188,7 +188,7 @@ def test_a_bound_widens_its_windows_and_says_when_it_had_to_prune_or_found_none(
         )
         for name, value in limits.items():
             monkeypatch.setattr(prefill_problem, name, value)
-        return search.bound(kernels.CELLS, 1.0), search
+        return search.bound(records.CELLS, 1.0), search
 
     proven, search = bound()
     assert not search.pruned
