@@ -16,7 +16,13 @@ COLUMNS = ("seed", "step", "score", "energy_ratio", "lowest_attainment")
 
 
 def _one(path: Path, seed: int) -> pd.DataFrame:
-    raw = pd.read_csv(path)
+    try:
+        raw = pd.read_csv(path)
+        raw["step"], raw["score"]
+    except (ValueError, KeyError):
+        raise BiscaleError(
+            f"{path} is empty or damaged: leave this run out, or let it go on with --resume"
+        ) from None
     energy, attained = raw.filter(like="energy_ratio:"), raw.filter(like="attainment:")
     return pd.DataFrame(
         {

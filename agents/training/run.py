@@ -28,7 +28,7 @@ from agents.training.policy_on_rows import HeldOutPolicy
 from agents.training.run_state import Keeper, RunState, TrainingRun, read_state
 from agents.training.train_config import AgentConfig
 from agents.training.training_env import AgentVecEnv
-from biscale_env.config.loader import validate
+from biscale_env.config.loader import read_yaml, validate
 from biscale_env.contract import spec_for
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import lock, open_whole, write_whole
@@ -104,12 +104,18 @@ def open_folder(folder: Path, config: AgentConfig, resume: bool) -> None:
 
 
 def _known_config(path: Path) -> dict[str, Any]:
-    """The config of a run directory in today's form; what cannot be read so, as it stands there."""
-    found = yaml.safe_load(path.read_text())
+    """The config of a run directory in today's form; what cannot be read so, as it stands there.
+
+    Raises:
+        BiscaleError: the file is empty, cut off or no YAML.
+    """
+    found = read_yaml(path)
+    if not isinstance(found, dict):
+        raise BiscaleError(f"{path} is empty or damaged: restore it or choose another --out")
     try:
         return validate(found, AgentConfig, str(path)).model_dump(mode="json")
     except BiscaleError:
-        return dict(found or {})
+        return dict(found)
 
 
 def training_facts(config: AgentConfig, plant: Plant) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from agents.training import run as run_module  # noqa: E402
 from agents.training.run import claimed, new_folder, set_up, train  # noqa: E402
 from agents.training.run_state import MEMBER, RunState, read_state  # noqa: E402
 from agents.training.study import open_study, run_trials, sampler_for, suggest  # noqa: E402
-from agents.training.train_config import AgentConfig  # noqa: E402
+from agents.training.train_config import AgentConfig, load_config  # noqa: E402
 from biscale_env.core.errors import BiscaleError  # noqa: E402
 
 PRICED = {
@@ -265,3 +265,22 @@ def test_every_trial_has_a_generator_of_its_own():
 
     assert first(1, 2) == first(1, 2)
     assert len({first(seed, number) for seed in range(3) for number in range(3)}) == 9
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\xff: [", b"phase: [cut", b"just words"])
+def test_a_damaged_config_of_a_run_directory_is_one_sentence(tmp_path, content):
+    from agents.training.run import open_folder
+
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(BiscaleError, match=r"config\.yaml"):
+        open_folder(tmp_path, load_config(None, "decode"), resume=True)
+
+
+@pytest.mark.parametrize("content", ["", "ste", "\x00"])
+def test_a_damaged_log_of_evaluations_is_one_sentence(tmp_path, content):
+    from agents.training.curves import learning_curves
+
+    (tmp_path / "seed-0").mkdir()
+    (tmp_path / "seed-0" / "evaluations.csv").write_text(content)
+    with pytest.raises(BiscaleError, match=r"evaluations\.csv is empty or damaged"):
+        learning_curves(tmp_path)

@@ -194,3 +194,32 @@ def test_run_id_depends_on_every_key_column_and_nothing_else():
 def test_malformed_record_is_one_sentence(change, message):
     with pytest.raises(BiscaleError, match=message):
         tiny(**change)
+
+
+def test_decision_times_and_counts_are_those_of_the_totals():
+    totals = {"decision_time_median_s": 1e-5, "decision_time_p99_s": 3e-4, "solver_failures": 2}
+    row = metrics.results_row(tiny(totals=totals | {"preemptions": 4, "energy_idle_j": 7.0}))
+    assert {name: row[name] for name in totals} == totals
+    assert (row["preemptions"], row["energy_idle_j"]) == (4, 7.0)
+    bare = metrics.results_row(tiny())
+    assert math.isnan(bare["decision_time_median_s"])
+    assert math.isnan(bare["decision_time_p99_s"])
+    assert math.isnan(bare["energy_idle_j"])
+    assert (bare["solver_failures"], bare["preemptions"]) == (0.0, 0)
+
+
+def test_attaining_exactly_what_the_slo_asks_meets_it():
+    """One of three requests is late."""
+    exact = SLO.model_copy(update={"attainment": 2 / 3})
+    row = metrics.results_row(tiny(slo=exact))
+    assert row["attainment"] == pytest.approx(2 / 3)
+    assert row["slo_met"]
+
+
+def test_a_decode_request_that_was_cut_off_counts_from_its_deadline_on():
+    """Five tokens have four intervals of 0.1 s: the deadline is 1.4 s."""
+    requests = requests_of([1.0], [1.0], [NAN], [5])
+    for end_s, counted in ((1.39, False), (1.4, True)):
+        judged = metrics.judge(requests, SLO, "decode", end_s)
+        assert judged["counted"].tolist() == [counted]
+        assert not judged["met_tpot"][0]

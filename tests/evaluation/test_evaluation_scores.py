@@ -43,6 +43,10 @@ def test_table_compares_with_a_rival_on_common_workloads():
     table = scores.score_table(frame(), against="slack").set_index("policy")
     assert table.loc["mpc", "score_iqm"] == pytest.approx(0.75)
     assert table.loc["mpc", "p_better"] == 1.0
+    for row, name, value in (("mpc", "score", 0.75), ("mpc", "p_better", 1.0)):
+        ends = table.loc[row, [f"{name}_ci_low", f"{name}_ci_high"]]
+        assert ends.tolist() == pytest.approx([value, value])  # every run has the same score
+    assert table.loc["slack", ["p_better_ci_low", "p_better_ci_high"]].tolist() == [0.5, 0.5]
     assert table.loc["slack", "p_better"] == 0.5
     assert table.loc["mpc", "energy_ratio_difference"] == pytest.approx(-0.1)
     assert table.loc["mpc", "energy_ratio_difference_ci_high"] < 0

@@ -223,3 +223,30 @@ def test_crossed_bootstrap_is_wide_when_training_seeds_differ():
     with pytest.raises(BiscaleError, match="same training seeds"):
         s.crossed_bootstrap([seeds, seeds[:1]], rng)
     assert math.isnan(s.crossed_bootstrap([], rng).estimate)
+
+
+def test_two_workloads_have_an_interval_already():
+    half = 12.706204736174694 * 0.5  # t(0.975, 1) times the standard error of 1 and 2
+    assert s.paired_difference([1.0, 2.0], [0.0, 0.0]) == pytest.approx(
+        (1.5, 1.5 - half, 1.5 + half)
+    )
+
+
+def test_crossed_bootstrap_takes_every_workload():
+    """The first of four workloads alone differs: it is taken in 1 - (3/4)^4 of the resamples."""
+    taken = []
+
+    def largest(values):
+        taken.append(values.max())
+        return float(values.max())
+
+    s.crossed_bootstrap([[[1.0, 0.0, 0.0, 0.0]]], np.random.default_rng(0), largest, 2000)
+    assert np.mean(taken) == pytest.approx(1 - 0.75**4, abs=0.04)
+
+
+def test_a_ratio_does_not_depend_on_the_unit_of_its_denominator():
+    rng = np.random.default_rng(0)
+    weights = s.block_weights(np.zeros(10), rng, 200)
+    top, bottom = rng.random(10), rng.random(10) + 0.5
+    small = s.ratio_interval(1e-3 * top, 1e-3 * bottom, weights)
+    assert small == pytest.approx(s.ratio_interval(top, bottom, weights))
