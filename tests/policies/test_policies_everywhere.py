@@ -17,7 +17,7 @@ from biscale_env.evaluation.experiment.rollout import rollout
 from biscale_env.evaluation.experiment.scenarios import Scenario
 from biscale_env.hardware.loop.recorded_policy import load_policy
 from biscale_env.hardware.replay.closed_loop import policies_by_phase
-from biscale_env.policies import resolve_policy
+from biscale_env.policies import policy_settings, resolve_policy
 from biscale_env.traces import generate
 
 OUTSIDE = Path(__file__).resolve().parents[1] / "helpers" / "outside_rule.py"
@@ -123,3 +123,18 @@ def test_names_in_python(tmp_path, importable):
     both = {"max": "max", "low": lambda plant: resolve_policy("static:900", plant)}
     again = compare_policies(both, "prefill", scenario, tmp_path / "b")
     assert set(again.results["policy"]) == {"max", "low"}
+
+
+def test_the_rule_of_the_page_runs(tmp_path, monkeypatch):
+    page = (OUTSIDE.parents[2] / "docs" / "policies.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0]
+    assert 15 < len(code.splitlines()) <= 22
+    (tmp_path / "page_rule.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    for phase in ("prefill", "decode"):
+        plant = Plant(PlantSettings.of(phase, drain=True))
+        trace = generate("azure-conv-like", rate_rps=1.0, duration_s=10.0, seed=0)
+        policy = resolve_policy("page_rule:Rule", plant, low_mhz=900.0)
+        (run,) = rollout(policy, plant, [trace], time_probe=False)
+        assert run.totals["n_finished"] == len(trace)
+    assert len(policy_settings("page_rule:Rule", "decode")) == 3

@@ -116,7 +116,7 @@ def record_of(
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """What a job hands back.
+    """Results of a job.
 
     Attributes:
         job: the job.

@@ -1,5 +1,6 @@
-"""Frozen experiments: traces x loads x SLOs x delays x members, every controller tuned on other
-data to the same attainment.
+"""Frozen experiments: traces x loads x SLOs x delays x members.
+
+Every controller is tuned on other data to the same attainment.
 """
 
 import itertools

@@ -193,8 +193,8 @@ def resolve(scenario: Scenario, phase: str) -> Case:
             plant, capacity_sample(scenario.profile) if part is None else part
         )
         reason = (
-            f"even {rate_rps:.3g} req/s on one TP{scenario.tp} {scenario.dtype} instance misses SLO "
-            f"'{scenario.slo}' at max clock (attainment {attainment:.2%}; with the instance to "
+            f"even {rate_rps:.3g} req/s on one TP{scenario.tp} {scenario.dtype} instance misses "
+            f"SLO '{scenario.slo}' at max clock (attainment {attainment:.2%}; with the instance to "
             f"itself, the slowest request takes {1e3 * alone_s:.0f} of "
             f"{1e3 * plant.slo.bound_s(phase):.0f} ms); use a wider SLO or a larger TP"
         )

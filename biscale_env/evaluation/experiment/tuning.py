@@ -15,13 +15,8 @@ from biscale_env.evaluation.experiment.scenarios import Case
 from biscale_env.traces import Trace
 
 STATIC_STEP_MHZ = 15.0  # every clock of the grid is tried
-TUNE_SEEDS = (
-    0,
-    1,
-    2,
-    3,
-    4,
-)  # of every policy alike, the best static clock included; as many as tables show
+# of every policy alike, the best static clock included; as many as tables show
+TUNE_SEEDS = (0, 1, 2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -31,7 +26,7 @@ class Setting:
     Attributes:
         params: the setting.
         energy_j: energy over all tuning workloads, J.
-        attainment: share of their requests within the SLO.
+        attainment: fraction of their requests within the SLO.
     """
 
     params: Mapping[str, Any]
@@ -106,8 +101,9 @@ def tune(
     target: float | None = None,
     seeds: Sequence[int] = TUNE_SEEDS,
 ) -> TunedPolicy:
-    """Try every setting of a policy on the tuning workloads and choose the cheapest that reaches
-    the target.
+    """Try every setting of a policy on the tuning workloads.
+
+    The one of least energy among those that reach the target is chosen.
 
     Args:
         build: makes the policy from a setting, the plant and the workloads.

@@ -22,15 +22,23 @@ from biscale_env.policies.policy_source import AGENT, BISCALE_OWN, ORACLE, STATI
 SEED = 20240229
 POINT = ["phase", "scenario", "load"]
 HEAD = (
-    "scenario", "load", "max clock", "best static", "BiScale's own", "agent", "agent - own", "agent - static", "oracle",
-    "gap closed", "training seeds", "that hold",
-)  # fmt: skip
+    "scenario",
+    "load",
+    "max clock",
+    "best static",
+    "BiScale's own",
+    "agent",
+    "agent - own",
+    "agent - static",
+    "oracle",
+    "gap closed",
+    "training seeds",
+    "that hold",
+)
 
 
 class Shown(NamedTuple):
-    """Energy ratio and pooled attainment of a policy at a point, and whether that is what everybody
-    is asked for.
-    """
+    """A policy at a point: energy ratio, pooled attainment, whether that reaches the target."""
 
     ratio: float
     attained: float
@@ -43,7 +51,7 @@ class Shown(NamedTuple):
 
 
 def attainment(rows: pd.DataFrame) -> float:
-    """Share of all requests of these rows that met the SLO; NaN without rows."""
+    """Fraction of all requests of these rows that met the SLO; NaN without rows."""
     counted = float(rows["n_counted"].sum())
     return 1.0 - float(rows["n_violations"].sum()) / counted if counted else float("nan")
 
@@ -56,8 +64,11 @@ def target(rows: pd.DataFrame) -> float:
 
 
 def shown(rows: pd.DataFrame, asked: float) -> Shown | None:
-    """A policy's rows at one point, all workloads (and seeds) pooled, against the attainment that
-    is asked; None without rows.
+    """A policy's rows at one point, all workloads and seeds pooled; None without rows.
+
+    Args:
+        rows: its rows.
+        asked: attainment that every policy is judged by.
     """
     if rows.empty:
         return None
@@ -71,8 +82,9 @@ def per_workload(rows: pd.DataFrame) -> pd.Series:
 
 
 def saving(mine: pd.DataFrame, other: pd.DataFrame) -> Interval:
-    """Mean paired difference of energy ratios, the first minus the second, with Student's 95 %
-    interval over workloads.
+    """Mean paired difference of energy ratios, the first minus the second.
+
+    With Student's 95 % interval over workloads.
     """
     a, b = per_workload(mine), per_workload(other)
     common = a.index.intersection(b.index)
@@ -100,8 +112,9 @@ def split(rows: pd.DataFrame, shipped: int | None) -> dict[str, pd.DataFrame]:
 
 
 def gap_closed(parts: Mapping[str, pd.DataFrame], own: str) -> float:
-    """Share of the gap between BiScale's own controller and the oracle that the agent closes, on
-    the oracle's workloads.
+    """Fraction of the gap between BiScale's own controller and the oracle that the agent closes.
+
+    On the oracle's workloads; NaN without an oracle.
     """
     if ORACLE not in parts or own not in parts:
         return float("nan")
@@ -111,9 +124,7 @@ def gap_closed(parts: Mapping[str, pd.DataFrame], own: str) -> float:
 
 
 def percent(interval: Interval) -> str:
-    """A difference of energy ratios in points of max clock's energy, with its interval where there
-    is one.
-    """
+    """A difference of energy ratios in points of max clock's energy, with its interval if any."""
     if not np.isfinite(interval.estimate):
         return "-"
     if not np.isfinite(interval.low):
@@ -165,13 +176,13 @@ def point_rows(results: pd.DataFrame, phase: str, shipped: int | None = None) ->
 
 
 def scores(results: pd.DataFrame, phase: str) -> dict[str, Any]:
-    """IQM of the scores (0: max clock, 1: oracle; without an oracle the saving against max clock)
-    over training seeds x workloads.
+    """IQM of the scores over training seeds x workloads.
 
-    Points that max clock itself cannot serve within the SLO, or without BiScale's own controller,
-    are left out (``points`` says how many are there; with none there is nothing else). Training seeds are
-    resampled together for all points, and workloads within each; ``better`` is the probability that
-    a run saves more than BiScale's own controller on the same workload.
+    A score is 0 at max clock and 1 at the oracle; without an oracle it is the saving against max
+    clock. Points that max clock itself cannot serve within the SLO, or without BiScale's own
+    controller, are left out (``points`` says how many are left; with none there is nothing else).
+    Training seeds are resampled together for all points, and workloads within each; ``better`` is
+    the probability that a run saves more than BiScale's own controller on the same workload.
     """
     rng, mine, own, better = np.random.default_rng(SEED), [], [], []
     for _, rows in results[results["phase"] == phase].groupby(POINT, sort=False):
@@ -233,11 +244,13 @@ def summary(results: pd.DataFrame, phase: str) -> str:
         else "IQM of the saving against max clock"
     )
     return (
-        f"{phase}: {what} {_share(s['agent'])} (all training seeds), {_share(s['own'])} ({BISCALE_OWN[phase]}), "
+        f"{phase}: {what} {_with_interval(s['agent'])} (all training seeds), "
+        f"{_with_interval(s['own'])} ({BISCALE_OWN[phase]}), "
         f"over the {s['points']} points that max clock serves; "
-        f"probability that an agent saves more on a random workload of them: {_share(s['better'])}."
+        "probability that an agent saves more on a random workload of them: "
+        f"{_with_interval(s['better'])}."
     )
 
 
-def _share(interval: Interval) -> str:
+def _with_interval(interval: Interval) -> str:
     return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"

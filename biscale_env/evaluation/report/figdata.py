@@ -14,7 +14,7 @@ Floats = NDArray[np.float64]
 Box = tuple[float, float, float, float]
 
 NINES_FLOOR: Final = 2e-4
-"""Smallest share of misses that the scale of nines can tell from none."""
+"""Smallest fraction of misses that the scale of nines can tell from none."""
 WINDOW_S: Final = 60.0
 _SMOOTH_S: Final = 10.0
 _GRID_S: Final = 0.5
@@ -31,15 +31,16 @@ def nines(share: ArrayLike) -> Floats:
 
 
 def tail_cdf(values: ArrayLike, points: int = 240) -> tuple[Floats, Floats]:
-    """Cumulative distribution with its points spread evenly on the scale of nines, the maximum
-    included.
+    """Cumulative distribution with its points spread evenly on the scale of nines.
+
+    The maximum is included.
 
     Args:
         values: the sample.
         points: number of points.
 
     Returns:
-        ``(value, share)``: the given share of the sample is at most that value.
+        ``(value, share)``: the given fraction of the sample is at most that value.
     """
     sample = np.sort(np.asarray(values, dtype=np.float64))
     sample = sample[np.isfinite(sample)]
@@ -140,8 +141,9 @@ _NEEDED: Final = ("time_s", "duration_s", "idle_s", "energy_j", "power_w", *_MEA
 
 
 def _integral(knots: Floats, pieces: Floats, edges: Floats) -> Floats:
-    """Integral per bin of something that accrues linearly within each piece of the timeline (busy,
-    then idle).
+    """Integral per bin of what accrues linearly within each piece of the timeline.
+
+    A piece is busy, then idle.
     """
     accrued = np.cumsum(pieces.ravel())
     # before a decision stands what had accrued until then: knots are (begin, begin + busy, end) per
@@ -155,9 +157,7 @@ def _integral(knots: Floats, pieces: Floats, edges: Floats) -> Floats:
 def thin(
     time_s: Floats, value: Floats, keep: NDArray[np.bool_], at_most: int = 700
 ) -> tuple[Floats, Floats]:
-    """At most about ``at_most`` of the points, evenly chosen, and all that must be kept (the
-    violations).
-    """
+    """At most about ``at_most`` of the points, evenly chosen, and all violations."""
     if time_s.size <= at_most:
         return time_s, value
     chosen = keep.copy()

@@ -43,7 +43,7 @@ def at_point(frame: pd.DataFrame, point: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def without_variants(summary: pd.DataFrame) -> pd.DataFrame:
-    """A summary without the variants of policies that are there in their default setting as well."""
+    """A summary without variants of policies that are there in their default setting too."""
     default = set(summary.loc[summary["variant"].eq(""), "policy"])
     return summary[summary["variant"].eq("") | ~summary["policy"].isin(default)]
 
@@ -77,11 +77,12 @@ def axis(title: str | None = None, **changes: Any) -> dict[str, Any]:
     return settings | changes
 
 
-def share_axis(
+def fraction_axis(
     title: str, low: float, high: float = 1.0, apart: float = 0.11, **changes: Any
 ) -> dict[str, Any]:
-    """An axis of shares on the scale of nines, from ``low`` to ``high``, with ticks at least
-    ``apart`` of its length.
+    """An axis of fractions on the scale of nines, from ``low`` to ``high``.
+
+    Ticks are at least ``apart`` of its length from each other.
     """
     span = (float(figdata.nines(low)), float(figdata.nines(high)))
     ticks: list[float] = []

@@ -13,8 +13,8 @@ from biscale_env.evaluation.report.figure_style import (
     LIMIT_LINE,
     axis,
     base_layout,
+    fraction_axis,
     limit_note,
-    share_axis,
     without_variants,
 )
 from biscale_env.evaluation.report.palette import INK, Style, styles
@@ -35,7 +35,7 @@ def energy_attainment(summary: pd.DataFrame) -> go.Figure:
     low = min(float(summary["attainment_ci_low"].fillna(summary["attainment"]).min()), need)
     low = max([s for s in FRACTIONS if s < low], default=0.0)
     y_range = _padded(summary, column)
-    x_axis = share_axis("requests that meet the SLO", low)
+    x_axis = fraction_axis("requests that meet the SLO", low)
     y_axis = axis(
         "energy relative to max clock" if relative else "energy, J per output token", range=y_range
     )
@@ -61,7 +61,7 @@ def _padded(summary: pd.DataFrame, column: str) -> list[float]:
 
 
 def _requirement(need: float, left: float) -> dict[str, Any]:
-    """Line and area of the required share: shapes and annotations of a layout."""
+    """Line and area of the required fraction: shapes and annotations of a layout."""
     at, whole = float(figdata.nines(need)), {"yref": "paper", "y0": 0, "y1": 1}
     shapes = [LIMIT_AREA | whole | {"x0": left, "x1": at}]
     shapes += [{"type": "line", "x0": at, "x1": at, "line": LIMIT_LINE} | whole]
@@ -140,8 +140,8 @@ def _energy_trace(
         "customdata": np.stack(
             [100 * group["attainment"], group["energy_per_output_token_j"]], axis=1
         ),
-        "hovertemplate": "%{hovertext}<br>%{customdata[0]:.2f} % meet the SLO<br>%{customdata[1]:.4g} J per output token"
-        "<br>%{y:.3f} on this axis<extra></extra>",
+        "hovertemplate": "%{hovertext}<br>%{customdata[0]:.2f} % meet the SLO"
+        "<br>%{customdata[1]:.4g} J per output token<br>%{y:.3f} on this axis<extra></extra>",
         "name": str(group["policy"].iloc[0]),
     }
 

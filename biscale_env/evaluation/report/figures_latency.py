@@ -13,8 +13,8 @@ from biscale_env.evaluation.report.figure_style import (
     LIMIT_LINE,
     axis,
     base_layout,
+    fraction_axis,
     limit_note,
-    share_axis,
 )
 from biscale_env.evaluation.report.palette import Style, styles
 from biscale_env.evaluation.runs.run_view import Run
@@ -50,7 +50,7 @@ def latency_cdf(run: Run, rows: pd.DataFrame, summary: pd.DataFrame, metric: str
         height=430 + 20 * (legend_rows - 1),
         showlegend=True,
         xaxis=axis(f"{metric.upper()}, ms", range=[0, right_ms]),
-        yaxis=share_axis("requests within", 0.0, apart=0.05),
+        yaxis=fraction_axis("requests within", 0.0, apart=0.05),
         legend={
             "orientation": "h",
             "x": 0,

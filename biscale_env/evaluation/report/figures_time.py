@@ -88,8 +88,9 @@ def _binned(
 
 
 def clock_strips(run: Run, rows: pd.DataFrame, summary: pd.DataFrame) -> go.Figure:
-    """The effective clock of every controller in the busiest minute, one coloured strip each, under
-    the arriving work.
+    """The effective clock of every controller in the busiest minute.
+
+    One coloured strip each, under the arriving work.
     """
     runs = common_runs(run, rows, summary)
     window = window_of(runs)
@@ -174,9 +175,7 @@ def timeline(run: Run, rows: pd.DataFrame, summary: pd.DataFrame) -> go.Figure:
 
 
 def shown_at_first(summary: pd.DataFrame) -> list[str]:
-    """Max clock and the controller that uses least energy among those that meet the SLO (a bound is
-    none).
-    """
+    """Max clock and the controller of least energy that meets the SLO (a bound is none)."""
     able = summary[~summary["policy"].eq(REFERENCE_POLICY) & ~summary["policy"].map(is_bound)]
     able = able.assign(_missed=~able["target_met"].astype(bool)).sort_values(
         ["_missed", "energy_per_output_token_j"]
@@ -204,7 +203,8 @@ def _lines(table: pd.DataFrame, phase: str, style: Style) -> list[_TRACE]:
             "line": {"shape": "hv", "color": style.color, "width": width, "dash": style.dash},
             "opacity": opacity,
             "showlegend": column == "freq_effective_mhz",
-            "hovertemplate": f"%{{fullData.name}}: %{{y:.0f}} {unit} at %{{x:.2f}} s<extra></extra>",
+            "hovertemplate": f"%{{fullData.name}}: %{{y:.0f}} {unit} at %{{x:.2f}} s"
+            "<extra></extra>",
         }
         for column, place, width, opacity, unit in lines
     ]
@@ -237,9 +237,7 @@ def _latencies(
 def _timeline_layout(
     run: Run, summary: pd.DataFrame, metric: str, window: tuple[float, float], n_policies: int
 ) -> dict[str, Any]:
-    """Four rows above one another on one axis of time, with their titles, the SLO and the power
-    cap.
-    """
+    """Four rows on one axis of time, with their titles, the SLO and the power cap."""
     waiting = summary["phase"].iloc[0] == "prefill"
     amount = "requests waiting or in the batch" if waiting else "running requests"
     titles = (

@@ -16,8 +16,8 @@ from biscale_env.evaluation.report.figure_style import (
     LIMIT_LINE,
     axis,
     base_layout,
+    fraction_axis,
     limit_note,
-    share_axis,
 )
 from biscale_env.evaluation.report.palette import Style, styles
 from biscale_env.evaluation.runs.run_view import Run
@@ -41,8 +41,9 @@ def at_point(tuning: pd.DataFrame, point: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def frontier(rows: pd.DataFrame) -> pd.DataFrame:
-    """Settings that no other of the same controller beats in both energy and attainment, by rising
-    attainment.
+    """Settings that no other of the same controller beats in both energy and attainment.
+
+    By rising attainment.
     """
     ranked = rows.sort_values(["energy_ratio", "attainment"], ascending=[True, False])
     best = ranked["attainment"].cummax()
@@ -62,7 +63,7 @@ def tuning_curves(run: Run, point: Mapping[str, Any]) -> go.Figure:
         raise BiscaleError("no controller was tuned at this operating point")
     target, look = float(rows["target"].iloc[0]), styles(run.results["policy"].tolist())
     low = min(max(float(rows["attainment"].min()), LOWEST), target)
-    x_axis = share_axis(
+    x_axis = fraction_axis(
         "requests that meet the SLO, tuning workloads", 0.99 if low > 0.99 else LOWEST
     )
     traces = [
@@ -79,8 +80,25 @@ def tuning_curves(run: Run, point: Mapping[str, Any]) -> go.Figure:
         showlegend=True,
         xaxis=x_axis,
         yaxis=axis("energy relative to max clock", range=[bottom - 0.02, HIGHEST_RATIO]),
-        legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top", "font": {"size": 12}, "itemwidth": 30},
-        shapes=[{"type": "line", "x0": at, "x1": at, "yref": "paper", "y0": 0, "y1": 1, "line": LIMIT_LINE}],
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "y": -0.2,
+            "yanchor": "top",
+            "font": {"size": 12},
+            "itemwidth": 30,
+        },
+        shapes=[
+            {
+                "type": "line",
+                "x0": at,
+                "x1": at,
+                "yref": "paper",
+                "y0": 0,
+                "y1": 1,
+                "line": LIMIT_LINE,
+            }
+        ],
         annotations=[
             limit_note(
                 f"target of tuning: {100 * target:.2f} %",
@@ -97,7 +115,8 @@ def _curve(group: pd.DataFrame, name: str, style: Style) -> list[dict[str, Any]]
         "type": "scatter",
         "name": name,
         "legendgroup": name,
-        "hovertemplate": f"{name}<br>%{{text}}<br>%{{customdata:.2f}} % meet the SLO<br>%{{y:.3f}} of max clock<extra></extra>",
+        "hovertemplate": f"{name}<br>%{{text}}<br>%{{customdata:.2f}} % meet the SLO"
+        "<br>%{y:.3f} of max clock<extra></extra>",
     }
     best, chosen = frontier(group), group[group["chosen"].astype(bool)]
     line = {

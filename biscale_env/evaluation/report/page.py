@@ -25,16 +25,21 @@ from biscale_env.evaluation.runs import run_files
 from biscale_env.evaluation.runs.run_view import Run
 
 FIGURE_BUDGET_BYTES: Final = 2_800_000
-"""With Plotly itself (4.8 MB) the page stays below 8 MB; points beyond it get their table only, and the page says so."""
+"""With Plotly itself (4.8 MB) the page stays below 8 MB.
+
+Points beyond it get their table only, and the page says so.
+"""
 
 _CAPTIONS: Final = {
     "energy": (
         "Energy against attainment",
-        "Down saves energy, right keeps promises. Bars: 95 % intervals from blocks of 30 s of the workload.",
+        "Lower is less energy, further right is more requests within the SLO. Bars: 95 % intervals "
+        "from blocks of 30 s of the workload.",
     ),
     "tuning": (
         "What tuning could choose from",
-        "Each controller's best settings on the tuning workloads, from careless to careful; the large marker was chosen.",
+        "Each controller's best settings on the tuning workloads, by rising attainment; the large "
+        "marker was chosen.",
     ),
     "ttft": (
         "Time to first token",
@@ -152,7 +157,8 @@ def facts(run: Run, point: dict[str, Any], first: dict[str, Any]) -> list[str]:
         f"{int(rows.groupby('policy')['n_requests'].sum().max()):,} requests per controller"
     )
     found.append(
-        f"{workloads} workload{'s' * (workloads > 1)} × {members} ensemble member{'s' * (members > 1)}"
+        f"{workloads} workload{'s' * (workloads > 1)} × "
+        f"{members} ensemble member{'s' * (members > 1)}"
     )
     found.append(f"TP{point['tp']} {point['dtype']}, {first['n_gpus']} GPUs")
     return found
@@ -161,7 +167,8 @@ def facts(run: Run, point: dict[str, Any], first: dict[str, Any]) -> list[str]:
 def table_row(row: dict[str, Any]) -> dict[str, Any]:
     """One row of the table with intervals and the length of its energy bar."""
     ratio = float(row["energy_ratio"])
-    decision = f"{tables.duration(row['decision_time_median_s'])} / {tables.duration(row['decision_time_p99_s'])}"
+    times = (row["decision_time_median_s"], row["decision_time_p99_s"])
+    decision = " / ".join(tables.duration(time) for time in times)
     latencies = [
         {
             "text": tables.number(1e3 * float(row[f"{metric}_p{q}_s"])),
@@ -216,8 +223,7 @@ def figures_of(run: Run, point: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def overview(run: Run) -> dict[str, Any]:
-    """Energy relative to max clock of every policy at every operating point, for pages with more
-    than one.
+    """Energy relative to max clock of every policy at every operating point.
 
     A policy that is there in several settings shows its default, else the best of those that meet
     the SLO.

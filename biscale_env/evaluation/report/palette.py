@@ -61,9 +61,7 @@ def family(policy: str) -> str:
 
 
 def styles(policies: Sequence[str]) -> dict[str, Style]:
-    """A style for each policy; the same set of policies always gets the same styles, whatever its
-    order.
-    """
+    """A style for each policy; a set of policies gets the same ones whatever its order."""
     names = sorted(set(policies))
     unknown = [name for name in names if family(name) not in _FAMILIES]
     members: dict[str, int] = {}

@@ -110,13 +110,13 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
         "controller": str(row["label"]) + (_BOUND_MARK if is_bound(str(row["policy"])) else ""),
         "J/output token": number(float(row["energy_per_output_token_j"])),
         "vs max": ratio_text(float(row["energy_ratio"])),
-        "SLO met by, %": share(float(row["attainment"])),
+        "SLO attainment, %": share(float(row["attainment"])),
     }
     for metric in metrics_of(str(row["phase"])):
         for q in (50, 90, 99):
             found[f"{metric.upper()} P{q}, ms"] = number(1e3 * float(row[f"{metric}_p{q}_s"]))
-    found["decision"] = duration(float(row["decision_time_median_s"]))
-    found["decision P99"] = duration(float(row["decision_time_p99_s"]))
+    found["decision latency"] = duration(float(row["decision_time_median_s"]))
+    found["decision latency P99"] = duration(float(row["decision_time_p99_s"]))
     found["fallbacks"] = str(int(row["solver_failures"]))
     found["SLO"] = slo_words(row)
     return found
@@ -152,7 +152,8 @@ def verdict(rows: pd.DataFrame) -> str:
             "Only max clock meets the SLO here: no controller saves energy and keeps the promise."
         )
     first = able.sort_values(["energy_ratio", "energy_per_output_token_j"]).iloc[0].to_dict()
-    text = f"Least energy while meeting the SLO: {first['label']}, {number(first['energy_per_output_token_j'])} J per token"
+    energy = number(first["energy_per_output_token_j"])
+    text = f"Least energy while meeting the SLO: {first['label']}, {energy} J per token"
     if math.isfinite(first["energy_ratio"]):
         text += f", {_change(first['energy_ratio'])} max clock"
     bound = rows[rows["policy"].map(is_bound) & rows["slo_met"].astype(bool)]
@@ -168,8 +169,9 @@ def _verdict_beside_max(rows: pd.DataFrame, able: pd.DataFrame) -> str:
     """
     reached = rows.loc[rows["policy"].eq(REFERENCE_POLICY), "attainment"].iloc[0]
     text = (
-        f"Infeasible: max clock itself reaches only {share(float(reached))} % where the SLO asks for "
-        f"{requirement(_plain(rows.iloc[0]))}; controllers are judged by {share(float(rows['target'].iloc[0]))} % here"
+        f"Infeasible: max clock itself reaches only {share(float(reached))} % where the SLO asks "
+        f"for {requirement(_plain(rows.iloc[0]))}; "
+        f"controllers are judged by {share(float(rows['target'].iloc[0]))} % here"
     )
     others = able[~able["policy"].eq(REFERENCE_POLICY)].sort_values(
         ["energy_ratio", "energy_per_output_token_j"]
@@ -177,7 +179,8 @@ def _verdict_beside_max(rows: pd.DataFrame, able: pd.DataFrame) -> str:
     if others.empty:
         return f"{text}, and none holds it."
     first = others.iloc[0]
-    return f"{text}; least energy among those that hold it: {first['label']}, {_change(first['energy_ratio'])} max clock."
+    change = _change(first["energy_ratio"])
+    return f"{text}; least energy among those that hold it: {first['label']}, {change} max clock."
 
 
 def _change(ratio: float) -> str:
@@ -194,10 +197,10 @@ def _change(ratio: float) -> str:
 _LEFT: Final = ("controller", "SLO")
 _SHORT: Final = {
     "J/output token": "J per\ntoken",
-    "SLO met by, %": "in SLO\n%",
+    "SLO attainment, %": "in SLO\n%",
     "vs max": "vs\nmax",
-    "decision": "deci-\nsion",
-    "decision P99": "its\nP99",
+    "decision latency": "deci-\nsion",
+    "decision latency P99": "its\nP99",
     "fallbacks": "fell\nback",
 } | {
     f"{metric} P{q}, ms": f"{metric}\nP{q} ms" for metric in ("TTFT", "TPOT") for q in (50, 90, 99)
@@ -218,8 +221,9 @@ def _table(rows: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def summary_markdown(frame: pd.DataFrame) -> str:
-    """Tables of a summary (or a results frame) in GitHub Markdown, one per operating point, each
-    with its verdict.
+    """Tables of a summary (or a results frame) in GitHub Markdown.
+
+    One per operating point, each with its verdict.
     """
     parts = []
     for title, rows in points_of(as_summary(frame)):
