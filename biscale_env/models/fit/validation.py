@@ -223,73 +223,54 @@ def whole_iteration_checks(ev: Evidence) -> Iterator[Check]:
 def frequency_checks(ev: Evidence, member: Member) -> Iterator[Check]:
     """Shape over the clock: soft evidence from other GPUs and models."""
     context = member.energy.server.context_tokens
-    decode, prefill = (
-        load_model("decode", 4, "bf16", ev.name),
-        load_model("prefill", 4, "bf16", ev.name),
-    )
-    idle = [float(physics.idle_power_w(decode.coefficients, f)) for f in (1.005, 1.98)]
-    low, high = IDLE_BAND_W
-    inside = low <= idle[1] <= high
-    band = f"{low:.0f} to {high:.0f}"
-    yield Check(
-        "idle with context",
-        "any",
-        "power at 1980 MHz, W",
-        band,
-        f"{idle[1]:.0f}",
-        None,
-        "in the band",
-        inside,
-    )
-    yield Check(
-        "idle with context",
-        "any",
-        "power at 1005 MHz relative to 1980",
-        "0.62 to 0.78 (NVL)",
-        f"{idle[0] / idle[1]:.2f}",
-    )
+    decode = load_model("decode", 4, "bf16", ev.name)
+    prefill = load_model("prefill", 4, "bf16", ev.name)
+    yield from _idle_checks(decode)
     for batch in (8.0, 32.0, 128.0):
-        k = _decode_curve(decode, batch, context)
-        name = f"decode bf16 TP4 batch {batch:.0f}"
-        yield Check(
-            "shape",
-            name,
-            "power at 780 MHz relative to 1980",
-            "0.66 to 0.70 (H200)",
-            f"{k.ratio(k.power_w, 780.0):.2f}",
-        )
-        yield Check(
-            "shape",
-            name,
-            "latency at 1200 MHz relative to 1980",
-            "about 1.01 (H200, A100)",
-            f"{k.ratio(k.latency_s, 1200.0):.2f}",
-        )
-        yield _saving(name, k, "up to 32 % (H200), 39 % (A100)")
+        yield from _decode_shape(f"decode bf16 TP4 batch {batch:.0f}", decode, batch, context)
     for tokens in (512.0, 2048.0, 8192.0):
         k = _prefill_curve(prefill, tokens)
         yield _saving(f"prefill bf16 TP4, {tokens:.0f} tokens", k, "1.2 to 1.6 GHz (DynamoLLM)")
-    half = {"p_cap_w": HALF_CAP_W}
-    p = _prefill_curve(prefill, 2048.0).latency_s[-1]
-    d = _decode_curve(decode, 32.0, context).latency_s[-1]
-    p_half = _prefill_curve(prefill, 2048.0, prefill.coefficients._replace(**half)).latency_s[-1]
-    d_half = _decode_curve(decode, 32.0, context, decode.coefficients._replace(**half)).latency_s[
-        -1
-    ]
-    yield Check(
-        "half the power cap",
-        "prefill bf16 TP4, 2048 tokens",
-        "slow-down",
-        "1.30 (POLCA)",
-        f"{p_half / p:.2f}",
-    )
-    yield Check(
-        "half the power cap",
-        "decode bf16 TP4 batch 32",
-        "slow-down",
-        "1.00 (POLCA)",
-        f"{d_half / d:.2f}",
-    )
+    yield from _half_cap_checks(prefill, decode, context)
+
+
+def _idle_checks(decode: IterationModel) -> Iterator[Check]:
+    """Power of an instance that waits, at two clocks."""
+    idle = [float(physics.idle_power_w(decode.coefficients, f)) for f in (1.005, 1.98)]
+    low, high = IDLE_BAND_W
+    what, band = "idle with context", f"{low:.0f} to {high:.0f}"
+    inside = low <= idle[1] <= high
+    model = f"{idle[1]:.0f}"
+    yield Check(what, "any", "power at 1980 MHz, W", band, model, None, "in the band", inside)
+    ratio = f"{idle[0] / idle[1]:.2f}"
+    yield Check(what, "any", "power at 1005 MHz relative to 1980", "0.62 to 0.78 (NVL)", ratio)
+
+
+def _decode_shape(
+    name: str, model: IterationModel, batch: float, context: float
+) -> Iterator[Check]:
+    """Power, latency and saving of one decode iteration over the clock."""
+    k = _decode_curve(model, batch, context)
+    power, latency = k.ratio(k.power_w, 780.0), k.ratio(k.latency_s, 1200.0)
+    asked = "power at 780 MHz relative to 1980"
+    yield Check("shape", name, asked, "0.66 to 0.70 (H200)", f"{power:.2f}")
+    asked = "latency at 1200 MHz relative to 1980"
+    yield Check("shape", name, asked, "about 1.01 (H200, A100)", f"{latency:.2f}")
+    yield _saving(name, k, "up to 32 % (H200), 39 % (A100)")
+
+
+def _half_cap_checks(
+    prefill: IterationModel, decode: IterationModel, context: float
+) -> Iterator[Check]:
+    """What half the power cap costs in time."""
+    capped = [m.coefficients._replace(p_cap_w=HALF_CAP_W) for m in (prefill, decode)]
+    p, p_half = (_prefill_curve(prefill, 2048.0, c).latency_s[-1] for c in (None, capped[0]))
+    d, d_half = (_decode_curve(decode, 32.0, context, c).latency_s[-1] for c in (None, capped[1]))
+    for name, evidence, ratio in (
+        ("prefill bf16 TP4, 2048 tokens", "1.30 (POLCA)", p_half / p),
+        ("decode bf16 TP4 batch 32", "1.00 (POLCA)", d_half / d),
+    ):
+        yield Check("half the power cap", name, "slow-down", evidence, f"{ratio:.2f}")
 
 
 def _saving(name: str, k: Curve, evidence: str) -> Check:
