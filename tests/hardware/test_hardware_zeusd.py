@@ -4,11 +4,13 @@ import http.server
 import os
 import socketserver
 import threading
+import time
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.hardware.clocks import zeusd
 from biscale_env.hardware.clocks.backend import ClockDenied, ClockError
 from biscale_env.hardware.clocks.fake_gpus import FakeBackend, create_state
 from biscale_env.hardware.clocks.zeusd import ZeusdBackend
@@ -26,6 +28,7 @@ class Daemon(http.server.BaseHTTPRequestHandler):
                 self.headers.get("Authorization"),
             )
         )
+        time.sleep(self.server.delay_s)
         body = self.server.body.encode()
         self.send_response(self.server.status)
         self.send_header("Content-Length", str(len(body)))
@@ -52,6 +55,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
 def daemon(tmp_path):
     with Server(str(tmp_path / "z.sock"), Daemon) as server:
         server.seen, server.status, server.body, server.hang_up = [], 200, "", False
+        server.delay_s = 0.0
         threading.Thread(target=server.serve_forever, daemon=True).start()
         server.path = str(tmp_path / "z.sock")
         yield server
@@ -98,6 +102,24 @@ def test_refusals(daemon, reader, status, kind, words):
     backend = ZeusdBackend(reader, daemon.path)
     with pytest.raises(kind, match=words):
         backend.lock(reader.devices()[0].uuid, 900.0, 900.0)
+
+
+def test_a_lock_whose_answer_never_came_is_not_asked_for_twice(daemon, reader, monkeypatch):
+    """The daemon may still carry it out; the reset afterwards is served behind it."""
+    monkeypatch.setattr(zeusd, "TIMEOUT_S", 0.1)
+    daemon.delay_s = 0.4
+    backend = ZeusdBackend(reader, daemon.path)
+    uuids = [d.uuid for d in reader.devices()][:2]
+    failures = backend.lock_each(uuids, 900.0, 900.0)
+    assert sorted(failures) == sorted(uuids)  # the one answer is about both
+    assert "does not answer" in str(failures[uuids[0]])
+    daemon.delay_s = 0.0
+    assert backend.reset_each(uuids) == {}
+    assert [path.rsplit("/", 1)[1] for path, *_ in daemon.seen] == [
+        "set_gpu_locked_clocks",
+        "reset_gpu_locked_clocks",
+        "reset_gpu_locked_clocks",
+    ]
 
 
 def test_nobody_at_the_socket(tmp_path, reader):
