@@ -5,7 +5,7 @@ environment's compiled observer read it. So there is one definition of every ind
 is tested by feeding it the simulator's own records.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from biscale_env.sim.arrivals import admit_arrivals
 from biscale_env.sim.state import (
     DECODE_DTYPE,
     PREFILL_DTYPE,
+    Floats,
     Requests,
     RunningRequests,
     running_requests,
@@ -32,8 +33,77 @@ BROKEN = (
 )
 
 
+class Told(NamedTuple):
+    """What one engine record tells, as tables of times in s and token counts.
+
+    Attributes:
+        waiting: requests of the queue, (n, 3): arrival, prompt, prompt tokens done.
+        waiting_more: further requests of the queue, of which only the number is known.
+        recent: arrivals since the last record, (n, 2): time, prompt.
+        lost: arrivals that lost records would have told.
+        lost_tokens: their prompt tokens.
+        now_s: time of the record since the epoch.
+        epoch_s: the engine's own time at which the state's time starts.
+    """
+
+    waiting: Floats
+    waiting_more: int
+    recent: Floats
+    lost: int
+    lost_tokens: float
+    now_s: float
+    epoch_s: float
+
+
+class ToldRunning(NamedTuple):
+    """What a record of decode tells besides.
+
+    Attributes:
+        preempted: (n, 3): arrival, prompt, tokens made.
+        start_s: first tokens of running requests, (n, 1).
+        made: tokens that each has made, (n, 1).
+    """
+
+    preempted: Floats
+    start_s: Floats
+    made: Floats
+
+
+class Rows(NamedTuple):
+    """Room for requests, as the simulator keeps them; grows with the longest record.
+
+    Attributes:
+        arrival_s: (size,).
+        prompt: (size,).
+        cumulative: prompt tokens before each request, (size + 1,).
+        times: of arrivals to count, (size,).
+        tokens: of these, (size,).
+        running: preempted requests on its stack, least deadline key of the running ones at index 1
+            of its tree.
+    """
+
+    arrival_s: Floats
+    prompt: NDArray[np.int32]
+    cumulative: NDArray[np.int64]
+    times: Floats
+    tokens: Floats
+    running: RunningRequests
+
+    @classmethod
+    def of(cls, size: int) -> "Rows":
+        """Room for ``size`` requests."""
+        return cls(
+            np.zeros(size),
+            np.zeros(size, dtype=np.int32),
+            np.zeros(size + 1, dtype=np.int64),
+            np.zeros(size),
+            np.zeros(size),
+            running_requests((), size),
+        )
+
+
 @inlined
-def _finite(table: Any) -> bool:
+def _finite(table: Floats) -> bool:
     for i in range(table.shape[0]):
         for j in range(table.shape[1]):
             if not np.isfinite(table[i, j]):
@@ -42,118 +112,106 @@ def _finite(table: Any) -> bool:
 
 
 @inlined
-def _count(
-    st: Any,
-    recent: Any,
-    lost: int,
-    lost_tokens: float,
-    now_s: float,
-    epoch_s: float,
-    times: Any,
-    tokens: Any,
-) -> None:
+def _count(st: Any, told: Told, rows: Rows) -> None:
     """Count arrivals in the rate estimates.
 
     Those that a lost record would have told are taken to come now.
     """
-    n = recent.shape[0]
-    last_s = now_s
+    n = told.recent.shape[0]
+    last_s = told.now_s
     for i in range(n):
-        times[i] = recent[i, 0] - epoch_s
-        tokens[i] = recent[i, 1]
-        last_s = max(last_s, times[i])
-    for i in range(n, n + lost):
-        times[i] = last_s
-        tokens[i] = lost_tokens / lost
+        rows.times[i] = told.recent[i, 0] - told.epoch_s
+        rows.tokens[i] = told.recent[i, 1]
+        last_s = max(last_s, rows.times[i])
+    for i in range(n, n + told.lost):
+        rows.times[i] = last_s
+        rows.tokens[i] = told.lost_tokens / told.lost
     st.tail = 0
-    st.end = n + lost
+    st.end = n + told.lost
     st.time_s = last_s
-    admit_arrivals(st, times, tokens)
-    st.time_s = now_s
+    admit_arrivals(st, rows.times, rows.tokens)
+    st.time_s = told.now_s
 
 
 @inlined
 def _queue(
-    st: Any,
-    rows: Any,
-    first: int,
-    more: int,
-    epoch_s: float,
-    whole: bool,
-    arrival_s: Any,
-    prompt: Any,
-    cumulative: Any,
+    st: Any, table: Floats, first: int, more: int, epoch_s: float, whole: bool, rows: Rows
 ) -> int:
-    """Append waiting requests to the request arrays from ``first`` on; ``whole``.
+    """Append waiting requests to the request arrays from ``first`` on.
 
-    Leave out what is done of all but the first.
+    With ``whole`` the prompt tokens done are left out of all but the first.
     """
-    n = rows.shape[0]
+    n = table.shape[0]
     total = 0.0
     for i in range(n):
-        arrival_s[first + i] = rows[i, 0] - epoch_s
-        prompt[first + i] = rows[i, 1] - (rows[i, 2] if whole and i > 0 else 0.0)
-        total += rows[i, 1]
+        rows.arrival_s[first + i] = table[i, 0] - epoch_s
+        rows.prompt[first + i] = table[i, 1] - (table[i, 2] if whole and i > 0 else 0.0)
+        total += table[i, 1]
     for i in range(n, n + more):
-        arrival_s[first + i] = st.time_s
-        prompt[first + i] = max(int(np.rint(total / n)), 1) if n > 0 else 1
+        rows.arrival_s[first + i] = st.time_s
+        rows.prompt[first + i] = max(int(np.rint(total / n)), 1) if n > 0 else 1
     for i in range(first, first + n + more):
-        cumulative[i + 1] = cumulative[i] + prompt[i]
+        rows.cumulative[i + 1] = rows.cumulative[i] + rows.prompt[i]
     return first + n + more
 
 
 @compiled
 def _prefill(
-    st: Any, p: Any, waiting: Any, more: Any, recent: Any, lost: Any, lost_tokens: Any, now_s: Any, epoch_s: Any, times: Any, tokens: Any,
-    arrival_s: Any, prompt: Any, cumulative: Any, how: Encoding, obs: Any,
-) -> bool:  # fmt: skip
-    if not (_finite(waiting) and _finite(recent)):
+    st: Any, p: Any, told: Told, rows: Rows, encoding: Encoding, obs: NDArray[np.float32]
+) -> bool:
+    if not (_finite(told.waiting) and _finite(told.recent)):
         return False
-    _count(st, recent, lost, lost_tokens, now_s, epoch_s, times, tokens)
+    _count(st, told, rows)
     st.head = 0
-    st.tail = _queue(st, waiting, 0, more, epoch_s, True, arrival_s, prompt, cumulative)
+    st.tail = _queue(st, told.waiting, 0, told.waiting_more, told.epoch_s, True, rows)
     st.end = st.tail
-    st.head_done = int(waiting[0, 2]) if waiting.shape[0] > 0 else 0
-    requests = Requests(arrival_s, prompt, prompt)  # output lengths are not known, nor observed
-    observe_prefill(st, p, requests, cumulative, how.physical)
-    encode(how, obs)
+    st.head_done = int(told.waiting[0, 2]) if told.waiting.shape[0] > 0 else 0
+    # output lengths are not known, nor observed
+    requests = Requests(rows.arrival_s, rows.prompt, rows.prompt)
+    observe_prefill(st, p, requests, rows.cumulative, encoding.physical)
+    encode(encoding, obs)
     return True
 
 
 @compiled
 def _decode(
-    st: Any, p: Any, waiting: Any, more: Any, recent: Any, lost: Any, lost_tokens: Any, now_s: Any, epoch_s: Any, times: Any, tokens: Any,
-    arrival_s: Any, prompt: Any, cumulative: Any, preempted: Any, start_s: Any, made: Any, run: RunningRequests, how: Encoding, obs: Any,
-) -> bool:  # fmt: skip
+    st: Any,
+    p: Any,
+    told: Told,
+    running: ToldRunning,
+    rows: Rows,
+    encoding: Encoding,
+    obs: NDArray[np.float32],
+) -> bool:
     if not (
-        _finite(waiting)
-        and _finite(recent)
-        and _finite(preempted)
-        and _finite(start_s)
-        and _finite(made)
+        _finite(told.waiting)
+        and _finite(told.recent)
+        and _finite(running.preempted)
+        and _finite(running.start_s)
+        and _finite(running.made)
     ):
         return False
-    _count(st, recent, lost, lost_tokens, now_s, epoch_s, times, tokens)
+    _count(st, told, rows)
     st.head = 0
-    st.tail = _queue(st, waiting, 0, more, epoch_s, False, arrival_s, prompt, cumulative)
-    st.end = _queue(
-        st, preempted, st.tail, 0, epoch_s, False, arrival_s, prompt, cumulative
-    )  # behind the queue, reached by the stack
-    st.preempted = preempted.shape[0]
+    st.tail = _queue(st, told.waiting, 0, told.waiting_more, told.epoch_s, False, rows)
+    # preempted ones stand behind the queue and are reached by the stack
+    st.end = _queue(st, running.preempted, st.tail, 0, told.epoch_s, False, rows)
+    st.preempted = running.preempted.shape[0]
     for i in range(st.preempted):
-        run.stack[i, 0] = st.tail + i
-        run.stack[i, 1] = int(preempted[i, 2])
-    st.batch = start_s.shape[0]
+        rows.running.stack[i, 0] = st.tail + i
+        rows.running.stack[i, 1] = int(running.preempted[i, 2])
+    st.batch = running.start_s.shape[0]
     st.iterations = 1
     st.key_sum = 0.0
-    run.tree[1] = np.inf
+    rows.running.tree[1] = np.inf
     for i in range(st.batch):
-        key = start_s[i, 0] - epoch_s + p.slo_s * (made[i, 0] - 1.0)
+        key = running.start_s[i, 0] - told.epoch_s + p.slo_s * (running.made[i, 0] - 1.0)
         st.key_sum += key
-        run.tree[1] = min(run.tree[1], key)
-    requests = Requests(arrival_s, prompt, prompt)  # output lengths are not known, nor observed
-    observe_decode(st, p, requests, cumulative, run, how.physical)
-    encode(how, obs)
+        rows.running.tree[1] = min(rows.running.tree[1], key)
+    # output lengths are not known, nor observed
+    requests = Requests(rows.arrival_s, rows.prompt, rows.prompt)
+    observe_decode(st, p, requests, rows.cumulative, rows.running, encoding.physical)
+    encode(encoding, obs)
     return True
 
 
@@ -190,13 +248,7 @@ class ObservationBuilder:
         self._epoch_s = np.nan
         self._encoding = Encoding.of(plant.spec)
         self._dim = plant.spec.dim
-        self._make_room(FIRST_ROOM)
-
-    def _make_room(self, size: int) -> None:
-        self._arrival, self._times, self._tokens = np.zeros(size), np.zeros(size), np.zeros(size)
-        self._prompt = np.zeros(size, dtype=np.int32)
-        self._cumulative = np.zeros(size + 1, dtype=np.int64)
-        self._running = running_requests((), size)
+        self._rows = Rows.of(FIRST_ROOM)
 
     def warm_up(self) -> None:
         """Compile now instead of at the first record."""
@@ -254,16 +306,13 @@ class ObservationBuilder:
             )
         self._arrived, self._arrived_tokens = detail.arrived, detail.arrived_tokens
         need = max(len(waiting) + detail.waiting_more + len(preempted), len(recent) + lost)
-        if need > len(self._arrival):
-            self._make_room(2 * need)
+        if need > len(self._rows.times):
+            self._rows = Rows.of(2 * need)
         now_s = max(detail.time_s - detail.epoch_s, 0.0)
-        common = (
-            self._state, self._params[()], waiting, detail.waiting_more, recent, lost, lost_tokens, now_s, detail.epoch_s, self._times,
-            self._tokens, self._arrival, self._prompt, self._cumulative,
-        )  # fmt: skip
+        told = Told(waiting, detail.waiting_more, recent, lost, lost_tokens, now_s, detail.epoch_s)
+        st, params, rows = self._state, self._params[()], self._rows
         if self.plant.phase == "prefill":
-            return bool(_prefill(*common, self._encoding, out))
-        st = self._state
+            return bool(_prefill(st, params, told, rows, self._encoding, out))
         st["cached"], st["recompute_tokens"], st["incoming"] = (
             detail.cached_tokens,
             detail.recompute_tokens,
@@ -272,4 +321,5 @@ class ObservationBuilder:
         start, made = rows_of(detail.running_start, 1), rows_of(detail.running_tokens, 1)
         if len(start) != len(made):
             raise BiscaleError(BROKEN)
-        return bool(_decode(*common, preempted, start, made, self._running, self._encoding, out))
+        running = ToldRunning(preempted, start, made)
+        return bool(_decode(st, params, told, running, rows, self._encoding, out))
