@@ -101,7 +101,8 @@ class ClockView:
     def write(self, st: Any, now_s: float, epoch_s: float) -> None:
         """Put the clock into a state record of the simulator, whose time starts at ``epoch_s``."""
         self.settle(now_s)
-        st["freq_ghz"] = self.freq_mhz / 1e3
-        st["inflight_ghz"] = self.inflight_mhz / 1e3
-        st["wanted_ghz"] = self.requested_mhz / 1e3
-        st["apply_at_s"] = self.apply_at_s - epoch_s
+        queue = self.queue
+        st["freq_ghz"] = queue.applied / 1e3
+        st["inflight_ghz"] = queue.inflight / 1e3
+        st["wanted_ghz"] = queue.requested / 1e3
+        st["apply_at_s"] = queue.apply_at_s - epoch_s
