@@ -184,6 +184,10 @@ def test_run_id_depends_on_every_key_column_and_nothing_else():
     [
         ({"phase": "train"}, "unknown phase 'train'"),
         ({"totals": {"energy_j": NAN}}, "'energy_j' must be a finite number"),
+        ({"totals": {"duration_s": -1.0}}, "'duration_s' must be a finite number"),
+        ({"totals": {"energy_j": math.inf}}, "'energy_j' must be a finite number"),
+        ({"timeline": {n: np.zeros((4, 1)) for n in tiny().timeline}}, "arrays of one length"),
+        ({"requests": {n: np.zeros(()) for n in tiny().requests}}, "arrays of one length"),
         ({"requests": {"arrival_s": np.zeros(2)}}, "'start_s' is missing"),
         (
             {"timeline": timeline_of([0.0], [1.0], [0.0], [1.0]) | {"kv_use": np.zeros(4)}},
@@ -223,3 +227,11 @@ def test_a_decode_request_that_was_cut_off_counts_from_its_deadline_on():
         judged = metrics.judge(requests, SLO, "decode", end_s)
         assert judged["counted"].tolist() == [counted]
         assert not judged["met_tpot"][0]
+
+
+def test_a_load_that_is_not_given_is_one_key_whether_none_or_nan():
+    row = tiny().key
+    assert math.isnan(row["load"])
+    assert run_id(row | {"load": None}) == run_id(row) != run_id(row | {"load": 0.5})
+    assert len(run_id(row)) == 12
+    assert (row["training_seed"], row["variant"]) == (-1, "")

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from evaluation_synthetic import requests_of, tiny
+from evaluation_synthetic import SLO, requests_of, tiny
 
 from biscale_env.evaluation.runs import results
 from biscale_env.evaluation.stats import scores
@@ -63,3 +63,27 @@ def test_infeasible_scenarios_do_not_count():
     table = scores.score_table(frame(late={("max", 0.75), ("mpc", 0.75)})).set_index("policy")
     assert table.loc["mpc", ["scenarios", "scenarios_met"]].tolist() == [1, 1]
     assert table.loc["mpc", "score_iqm"] == pytest.approx(0.75)
+
+
+def test_workloads_as_they_are_make_a_scenario_without_a_load():
+    energies = {"max": 600.0, "mpc": 450.0, "oracle": 400.0}
+    rows = [
+        results_row(tiny(policy=policy, requests=GOOD, totals={"energy_j": energy_j}))
+        for policy, energy_j in energies.items()
+    ]
+    frame = results.results_frame(rows)
+    assert frame["load"].isna().all()
+    table = scores.score_table(scores.with_scores(frame)).set_index("policy")  # scored once more
+    assert table.loc["mpc", ["scenarios", "scenarios_met"]].tolist() == [1, 1]
+    assert table.loc["mpc", "score_iqm"] == pytest.approx(0.75)
+    assert (table["variant"] == "").all()
+
+
+def test_attaining_exactly_what_is_asked_is_met():
+    slo = SLO.model_copy(update={"attainment": 2 / 3})
+    rows = [
+        results_row(tiny(policy=policy, slo=slo, totals={"energy_j": energy_j}))
+        for policy, energy_j in (("max", 600.0), ("oracle", 400.0))
+    ]
+    table = scores.score_table(results.results_frame(rows)).set_index("policy")
+    assert table.loc["oracle", ["scenarios", "scenarios_met"]].tolist() == [1, 1]
