@@ -33,6 +33,7 @@ from biscale_env.hardware.loop import wire
 from biscale_env.hardware.loop.actuator import Actuator, serve
 from biscale_env.hardware.loop.gpu_group import ActuatorConfig
 from biscale_env.hardware.loop.wire import ClockChange, Command
+from biscale_env.hardware.profile.profiler import write_table
 
 pytest_plugins = ["hardware_fixtures"]
 
@@ -516,6 +517,18 @@ def test_a_log_under_sudo_is_the_callers_and_reaches_no_file_of_root(tmp_path, c
         open_log(link)
     open_log(callers_home / "mine.jsonl").close()
     assert (callers_home / "mine.jsonl").stat().st_uid == CALLER
+
+
+@needs_root
+def test_a_profile_under_sudo_replaces_no_file_of_root(callers_home):
+    (callers_home / "root").mkdir()
+    (callers_home / "root" / "profile.csv").write_text("mine")
+    with pytest.raises(PermissionError):
+        write_table(callers_home / "root" / "profile.csv", [{"tp": 4}], {})
+    assert (callers_home / "root" / "profile.csv").read_text() == "mine"
+    write_table(callers_home / "profile.csv", [{"tp": 4}], {})
+    assert (callers_home / "profile.csv").stat().st_uid == CALLER
+    assert os.geteuid() == 0
 
 
 @needs_root

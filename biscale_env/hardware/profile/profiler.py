@@ -18,6 +18,7 @@ from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import write_whole
 from biscale_env.hardware.clocks import owner
 from biscale_env.hardware.clocks.backend import ClockBackend
+from biscale_env.hardware.clocks.caller import as_caller
 from biscale_env.hardware.replay.recorder import Telemetry
 from biscale_env.models import IterationModel, instance_model, physics
 from biscale_env.models.fit.profile_table import ONE_GPU_LACKS
@@ -345,9 +346,10 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     # power and clock are left out where nothing could be read
     frame.dropna(axis="columns", how="all").to_csv(text, index=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text.getvalue())
-    write_whole(path.with_suffix(".yaml"), yaml.safe_dump(_plain(about), sort_keys=False))
+    with as_caller():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text.getvalue())
+        write_whole(path.with_suffix(".yaml"), yaml.safe_dump(_plain(about), sort_keys=False))
 
 
 def _plain(value: Any) -> Any:
