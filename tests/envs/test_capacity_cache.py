@@ -68,10 +68,19 @@ def test_a_profile_found_before_is_not_even_generated(monkeypatch, no_search):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"rate_rps": 3}', '{"rate_rps": -1, "attainment": 1, "tried": [[1, 1]]}',
-     '{"rate_rps": NaN, "attainment": 1, "tried": [[1, 1]]}', '{"rate_rps": 1, "attainment": 1, "tried": [3]}',
-     '{"rate_rps": "x", "attainment": 1, "tried": [[1, 1]]}', "\x00\xff"],
-)  # fmt: skip
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"rate_rps": 3}',
+        '{"rate_rps": -1, "attainment": 1, "tried": [[1, 1]]}',
+        '{"rate_rps": NaN, "attainment": 1, "tried": [[1, 1]]}',
+        '{"rate_rps": 1, "attainment": 1, "tried": [3]}',
+        '{"rate_rps": "x", "attainment": 1, "tried": [[1, 1]]}',
+        "\x00\xff",
+    ],
+)
 def test_a_damaged_file_is_made_again(tmp_path, forget, text):
     found = find_capacity(plant(), TRACE, **FEW)
     (file,) = files(tmp_path)
@@ -105,7 +114,8 @@ def key_of(how=HOW, work="w", slo=None, **changes):
 @pytest.mark.parametrize(
     "change",
     [
-        {"gpu": TOY_GPU, "llm": TOY_LLM}, {"llm": TOY_LLM}, {"tp": 8}, {"dtype": "fp8"}, {"token_budget": 1024},
+        {"gpu": TOY_GPU, "llm": TOY_LLM}, {"llm": TOY_LLM}, {"tp": 8}, {"dtype": "fp8"},
+        {"token_budget": 1024},
         {"max_seqs": 16}, {"kv_watermark": 0.1}, {"slo": "mlperf-server"}, {"work": "other"},
         {"how": SearchSettings(1200.0)}, {"how": SearchSettings(1980.0, (0,))},
         {"how": SearchSettings(1980.0, member=3)}, {"how": SearchSettings(1980.0, tolerance=0.1)},

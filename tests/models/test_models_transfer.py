@@ -1,4 +1,4 @@
-"""A fitted model on another GPU or with another LLM: what follows, by hand; what is kept, is said."""
+"""A fitted model on another GPU or with another LLM: what follows, and what is kept, by hand."""
 
 import numpy as np
 import pytest

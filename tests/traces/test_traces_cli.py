@@ -246,7 +246,8 @@ def test_installed_command_describes_a_real_trace(shared_data):
 
 
 def test_importing_the_trace_alone_is_light():
-    code = "import sys; sys.modules['biscale_env'] = type(sys)('biscale_env'); sys.modules['biscale_env'].__path__ = {path!r}\n"
+    code = "import sys; sys.modules['biscale_env'] = type(sys)('biscale_env')\n"
+    code += "sys.modules['biscale_env'].__path__ = {path!r}\n"
     code += "from biscale_env.traces import Trace, describe; import numpy\n"
     code += "print(sorted({{'pandas', 'pyarrow', 'scipy', 'torch'}} & set(sys.modules)))"
     code = code.format(path=list(biscale_env.__path__))

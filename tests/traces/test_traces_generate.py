@@ -1,4 +1,4 @@
-"""Generated workloads: closed forms of the arrival processes, copulas of the lengths, determinism."""
+"""Generated workloads: closed forms of the arrivals, copulas of the lengths, determinism."""
 
 import numpy as np
 import pytest

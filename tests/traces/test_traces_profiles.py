@@ -23,7 +23,10 @@ from biscale_env.traces.synthetic.envelopes import envelope_of, fit_envelope, fo
 from biscale_env.traces.synthetic.mmpp import mmpp_dispersion, mmpp_gap_cv
 from biscale_env.traces.synthetic.profile_fit import fit_arrivals, fit_lengths, fit_workload
 
-SOURCE = "Azure LLM inference trace 2023 (AzurePublicDataset, CC-BY-4.0); Patel et al., Splitwise, ISCA 2024; measured"
+SOURCE = (
+    "Azure LLM inference trace 2023 (AzurePublicDataset, CC-BY-4.0); Patel et al., Splitwise, "
+    "ISCA 2024; measured"
+)
 
 
 def made(rate=10.0, duration=5000.0, lengths="azure-conv", seed=0, **arrivals):
