@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.core.files import open_whole
+from biscale_env.core.svg import save_svg, svg_axes
 
 EVALUATIONS = "evaluations.csv"
 COLUMNS = ("seed", "step", "score", "energy_ratio", "lowest_attainment")
@@ -73,13 +73,7 @@ def draw(by_phase: dict[str, pd.DataFrame], path: Path) -> None:
 
     Median, quartiles and range over seeds (needs Matplotlib).
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "biscale"
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(by_phase), figsize=(4.6 * len(by_phase), 3.2), squeeze=False)
+    figure, axes = svg_axes(1, len(by_phase), (4.6 * len(by_phase), 3.2), squeeze=False)
     for axis, (phase, curves) in zip(axes[0], by_phase.items(), strict=True):
         s = spread(curves)
         x = s.index.to_numpy() / 1e6
@@ -97,6 +91,4 @@ def draw(by_phase: dict[str, pd.DataFrame], path: Path) -> None:
     axes[0][0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open_whole(path) as temporary:
-        figure.savefig(temporary, metadata={"Date": None})
-    plt.close(figure)
+    save_svg(figure, path)

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from biscale_env.core.files import open_whole, write_whole
+from biscale_env.core.files import write_whole
+from biscale_env.core.svg import can_plot, save_svg, svg_axes
 from biscale_env.envs.cluster.cluster_settings import ClusterSettings
 from biscale_env.models import instance_hardware
 from biscale_env.reproduce.day import DayPlan
@@ -87,15 +88,9 @@ def about_day(plan: DayPlan, requests: float) -> str:
 
 
 def _plot(days: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> bool:
-    try:
-        import matplotlib
-    except ImportError:
+    if not can_plot():
         return False
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "biscale"
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(3, 1, figsize=(9.5, 6.5), sharex=True)
+    figure, axes = svg_axes(3, 1, (9.5, 6.5), sharex=True)
     for (name, rows), colour in zip(days.items(), COLOURS, strict=False):
         inside = [r for r in rows if r["index"] >= 0]
         hours = np.cumsum([r["duration_s"] for r in inside]) / 3600
@@ -113,7 +108,5 @@ def _plot(days: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> bool:
         fontsize=8, frameon=False, ncol=len(days), loc="lower center", bbox_to_anchor=(0.5, 1.0)
     )
     axes[2].set_xlabel("hour")
-    with open_whole(path) as temporary:
-        figure.savefig(temporary, metadata={"Date": None}, bbox_inches="tight")
-    plt.close(figure)
+    save_svg(figure, path, bbox_inches="tight")
     return True

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from biscale_env.core.files import open_whole
+from biscale_env.core.svg import can_plot, save_svg, svg_axes
 from biscale_env.reproduce.paper_tables import PUBLISHED
 
 LINES = {
@@ -23,12 +23,8 @@ STAGES = ("prefill", "decode")
 
 def plot_all(summary: pd.DataFrame, folder: Path) -> dict[str, str]:
     """Plot what the rows allow; returns captions by file name."""
-    try:
-        import matplotlib
-    except ImportError:
+    if not can_plot():
         return {}
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "biscale"
     made = {}
     for dtype in ("bf16", "fp8"):
         name = f"workload-a-{dtype}.svg"
@@ -54,17 +50,7 @@ def plot_all(summary: pd.DataFrame, folder: Path) -> dict[str, str]:
     return made
 
 
-def _save(figure: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    with open_whole(path) as temporary:
-        figure.savefig(temporary, metadata={"Date": None}, bbox_inches="tight")
-    plt.close(figure)
-
-
 def _workload_a(summary: pd.DataFrame, dtype: str, path: Path) -> bool:
-    import matplotlib.pyplot as plt
-
     base = summary[
         (summary["workload"] == "A") & (summary["dtype"] == dtype) & (summary["variation"] == "")
     ]
@@ -72,7 +58,7 @@ def _workload_a(summary: pd.DataFrame, dtype: str, path: Path) -> bool:
     base = base[base["point"].isin(served)]
     if base["rate_rps"].nunique() < 2:
         return False
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), sharex=True)
+    figure, axes = svg_axes(1, 2, (9.5, 3.8), sharex=True)
     for axis, stage in zip(axes, STAGES, strict=True):
         paper = PUBLISHED.get(("A", None, stage, "biscale"))
         if paper:
@@ -93,19 +79,17 @@ def _workload_a(summary: pd.DataFrame, dtype: str, path: Path) -> bool:
         axis.axhline(0, color="black", lw=0.8)
     axes[0].set_ylabel("energy per output token\nagainst DistServe, %")
     axes[1].legend(fontsize=8, frameon=False)
-    _save(figure, path)
+    save_svg(figure, path, bbox_inches="tight")
     return True
 
 
 def _workload_b(summary: pd.DataFrame, path: Path) -> bool:
-    import matplotlib.pyplot as plt
-
     base = summary[(summary["workload"] == "B") & (summary["variation"] == "")]
     served = base[(base["system"] == "distserve") & base["feasible"]]["point"]
     points = [p for p in base["point"].unique() if p in set(served)]
     if not points:
         return False
-    figure, axes = plt.subplots(2, 1, figsize=(9.5, 6), sharex=True)
+    figure, axes = svg_axes(2, 1, (9.5, 6), sharex=True)
     width = 0.8 / len(LINES)
     for axis, stage in zip(axes, STAGES, strict=True):
         for k, (system, (label, colour, _)) in enumerate(LINES.items()):
@@ -128,7 +112,7 @@ def _workload_b(summary: pd.DataFrame, path: Path) -> bool:
         axis.axhline(0, color="black", lw=0.8)
     axes[1].set_xticks(np.arange(len(points)), points)
     axes[0].legend(fontsize=8, frameon=False, ncol=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    _save(figure, path)
+    save_svg(figure, path, bbox_inches="tight")
     return True
 
 
@@ -157,15 +141,13 @@ def _brackets(
 
 
 def _sensitivity(summary: pd.DataFrame, path: Path) -> bool:
-    import matplotlib.pyplot as plt
-
     rows = summary[(summary["variation"] != "") & (summary["system"] == "biscale")]
     if not len(rows):
         return False
     bases = summary[(summary["variation"] == "") & (summary["system"] == "biscale")].set_index(
         "point"
     )
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 0.32 * len(rows) + 1.2), sharey=True)
+    figure, axes = svg_axes(1, 2, (9.5, 0.32 * len(rows) + 1.2), sharey=True)
     y = np.arange(len(rows))[::-1]
     for axis, stage in zip(axes, STAGES, strict=True):
         start = 100 * (bases.loc[rows["point"], stage].to_numpy() - 1)
@@ -194,5 +176,5 @@ def _sensitivity(summary: pd.DataFrame, path: Path) -> bool:
         loc="lower center",
         bbox_to_anchor=(0.5, 0.93),
     )
-    _save(figure, path)
+    save_svg(figure, path, bbox_inches="tight")
     return True

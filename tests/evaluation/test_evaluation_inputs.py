@@ -15,8 +15,8 @@ from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.experiment.compare import ComparisonJob, JobOutcome, TunedPolicy
 from biscale_env.evaluation.experiment.input_digests import (
     case_inputs,
-    checkpoint_inputs,
     inputs_of,
+    policy_inputs,
 )
 from biscale_env.evaluation.experiment.run_comparison import keep_tuning
 from biscale_env.evaluation.experiment.scenarios import Infeasible, Scenario, resolve
@@ -122,16 +122,24 @@ def test_every_input_is_digested_and_a_change_of_each_shows(tmp_path):
 
 
 def test_checkpoints_are_digested_with_the_configuration_of_a_zip(tmp_path):
-    assert set(checkpoint_inputs("agent:margin=0.1", "prefill")) == {
-        "checkpoint agent (prefill.npz)"
-    }
+    assert set(policy_inputs("agent:margin=0.1", "prefill")) == {"checkpoint agent (prefill.npz)"}
     network = load_network(configs_dir().parent / SHIPPED)
     network.save(tmp_path / "mine.npz")
-    (first,) = checkpoint_inputs(f"{tmp_path / 'mine.npz'}", "prefill").values()
+    (first,) = policy_inputs(f"{tmp_path / 'mine.npz'}", "prefill").values()
     network.biases[-1][:] += 1.0
     network.save(tmp_path / "mine.npz")
-    (second,) = checkpoint_inputs(f"{tmp_path / 'mine.npz'}", "prefill").values()
+    (second,) = policy_inputs(f"{tmp_path / 'mine.npz'}", "prefill").values()
     assert first != second
     (tmp_path / "best.zip").write_bytes(b"weights")
     (tmp_path / "config.yaml").write_text("phase: prefill\n")
-    assert len(checkpoint_inputs(str(tmp_path / "best.zip"), "prefill")) == 2
+    assert len(policy_inputs(str(tmp_path / "best.zip"), "prefill")) == 2
+
+
+def test_classes_from_outside_are_digested_by_their_file(tmp_path, monkeypatch):
+    path = tmp_path / "mine.py"
+    path.write_text("class Rule:\n    pass\n")
+    (first,) = policy_inputs(f"{path}:Rule", "prefill").values()
+    path.write_text("class Rule:\n    gain = 2\n")
+    (second,) = policy_inputs(f"{path}:Rule", "prefill").values()
+    assert first != second
+    assert policy_inputs("mpc", "prefill") == {}

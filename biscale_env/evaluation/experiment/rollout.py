@@ -164,6 +164,27 @@ def rollout(
     batch.reset(rows, rows, np.full(n, member))
     batch.params["drain"] = 1
     recorder, samples, failures = _Recorder(n), _Samples(), solver_failures(policy)
+    reward = _run_to_the_end(
+        policy, batch, recorder if keep_steps else None, samples if time_probe else None, progress
+    )
+    # counted before the probe asks again
+    shared = {"solver_failures": (solver_failures(policy) - failures) / n}
+    median_s, p99_s = time_decisions(policy, np.array(samples.kept))
+    shared |= {"decision_time_median_s": median_s, "decision_time_p99_s": p99_s}
+    return [
+        _collect(batch, recorder.row(i), i, {"reward": float(reward[i])} | shared) for i in range(n)
+    ]
+
+
+def _run_to_the_end(
+    policy: Policy,
+    batch: Batch,
+    recorder: _Recorder | None,
+    samples: _Samples | None,
+    progress: Callable[[float], None] | None,
+) -> NDArray[np.float64]:
+    """Step every instance until all are done; the summed rewards, (n,)."""
+    n = len(batch.states)
     reward = np.zeros(n)
     state: Any = None
     begins, later = np.ones(n, dtype=bool), np.zeros(n, dtype=bool)
@@ -177,29 +198,17 @@ def rollout(
         )
         flat = one_action_each(actions, n)
         batch.step(flat)
-        if keep_steps:
+        if recorder is not None:
             recorder.add(batch.states, flat, active)
         reward += batch.reward  # a finished row rests at zero
-        if time_probe:
+        if samples is not None:
             samples.offer(step, observation[int(np.argmax(active))])
         if step % 97 == 0 and progress is not None:
             progress(min(1.0, float(batch.states["time_s"].min()) / ends_s))
         begins = later
         active = batch.states["done"] == 0
         step += 1
-    shared = {
-        "solver_failures": (solver_failures(policy) - failures) / n
-    }  # counted before the probe asks again
-    shared |= dict(
-        zip(
-            ("decision_time_median_s", "decision_time_p99_s"),
-            time_decisions(policy, np.array(samples.kept)),
-            strict=True,
-        )
-    )
-    return [
-        _collect(batch, recorder.row(i), i, {"reward": float(reward[i])} | shared) for i in range(n)
-    ]
+    return reward
 
 
 def one_action_each(actions: Any, n: int) -> NDArray[np.float32]:
