@@ -1,7 +1,9 @@
 """An interrupted run that is resumed is the run that was never interrupted."""
 
+import copy
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -284,3 +286,18 @@ def test_a_damaged_log_of_evaluations_is_one_sentence(tmp_path, content):
     (tmp_path / "seed-0" / "evaluations.csv").write_text(content)
     with pytest.raises(BiscaleError, match=r"evaluations\.csv is empty or damaged"):
         learning_curves(tmp_path)
+
+
+def test_a_policy_through_sb3_pickles_and_decides_the_same(tmp_path):
+    from agents.policy.sb3_policy import Sb3Policy
+    from agents.training.mixture import make_groups
+    from agents.training.run import make_model
+    from agents.training.training_env import AgentVecEnv
+
+    config = tiny(price=[1, 200])
+    env = AgentVecEnv(config, *make_groups(config), 0)
+    env.reset()
+    policy = Sb3Policy(make_model(config, env, None), config, env.plant)
+    rows = env.batch.obs.copy()
+    for twin in (pickle.loads(pickle.dumps(policy)), copy.deepcopy(policy)):
+        assert np.array_equal(twin.predict(rows)[0], policy.predict(rows)[0])

@@ -51,7 +51,7 @@ def test_training_and_held_out_windows_stay_out_of_the_half_that_tables_show(
     config = config_of(phase, trace=str(trace_file), episode_s=episode_s)
     groups, counts = make_groups(config)
     for held_out in (False, True):
-        prompts = AgentVecEnv(config, groups, counts, 0, held_out).pool.prompt
+        prompts = AgentVecEnv(config, groups, counts, 0, held_out).workloads.table.prompt
         assert len(prompts) > 100
         assert prompts.max() < SHOWN_TOKENS
     assert HeldOut(config, groups, 2)._pool.prompt.max() < SHOWN_TOKENS
@@ -75,9 +75,9 @@ def requests_of(pool):
 def test_generated_held_out_workloads_share_no_request_with_those_of_training(phase):
     config = config_of(phase)
     groups, counts = make_groups(config)
-    trained = set.union(*requests_of(AgentVecEnv(config, groups, counts, 0).pool))
+    trained = set.union(*requests_of(AgentVecEnv(config, groups, counts, 0).workloads.table))
     for pool in (
-        AgentVecEnv(config, groups, counts, 0, held_out=True).pool,
+        AgentVecEnv(config, groups, counts, 0, held_out=True).workloads.table,
         HeldOut(config, groups, 3)._pool,
     ):
         assert not trained & set.union(*requests_of(pool))

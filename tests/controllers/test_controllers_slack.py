@@ -92,7 +92,8 @@ def test_accumulated_slack_is_spent_over_the_lookahead():
 
 def test_looking_ahead_grows_the_context_until_the_clock_can_act():
     table, clocks = np.array([[0.040, 0.030, 0.020]]), np.array([800.0, 1200.0, 1600.0])
-    for delay, wait, steps in ((0.05, 0.0, 3), (0.04, 0.0, 2), (0.0, 0.0, 0), (0.01, 0.061, 4)):
+    cases = ((0.05, 0.0, 3), (0.04, 0.0, 2), (0.0, 0.0, 0), (0.01, 0.061, 4), (0.05, 0.03, 3))
+    for delay, wait, steps in cases:
         work = np.array([[10.0, 0.0, 5000.0, 10.0]])
         x = seen(
             freq_pending=1590.0, time_to_apply=wait, actuation_delay=delay, incoming_requests=2.0
