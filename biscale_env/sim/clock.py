@@ -6,7 +6,7 @@ The clock follows the rules of :mod:`biscale_env.core.clockqueue`: a requested c
 ``delay_s`` later, one change is in flight at a time, and the newest request waits.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from biscale_env.core.clockqueue import (
     ClockQueue,
@@ -78,6 +78,44 @@ def under_cap(
     return freq, duration, iteration_energy_j(c, tokens, attn_work, cached, duration, freq)
 
 
+class WorkDone(NamedTuple):
+    """What an iteration under way has done."""
+
+    remaining: float  # fraction still to do
+    energy_j: float  # per GPU
+    cycles: float  # effective clock integrated over time, GHz s
+
+
+@inlined
+def work_until(st: Any, work: WorkDone, pace: Any, until_s: float) -> WorkDone:
+    """Work on at the pace of :func:`under_cap` until a time before the end of the iteration."""
+    freq, duration, joules = pace
+    part = max(until_s - st.time_s, 0.0) / duration
+    st.time_s = max(until_s, st.time_s)
+    return WorkDone(
+        work.remaining - part, work.energy_j + part * joules, work.cycles + part * duration * freq
+    )
+
+
+@inlined
+def finish_work(st: Any, c: Any, start_s: float, work: WorkDone, pace: Any) -> None:
+    """Work on to the end of the iteration that began at ``start_s``, and book it."""
+    freq, duration, joules = pace
+    energy_j = work.energy_j + work.remaining * joules
+    cycles = work.cycles + work.remaining * duration * freq
+    st.time_s += work.remaining * duration
+    elapsed = st.time_s - start_s
+    st.last_time_s = elapsed
+    st.last_power_w = energy_j / elapsed
+    st.energy_j += energy_j * c.n_gpus
+    st.busy_s += elapsed
+    st.step_energy_j += energy_j * c.n_gpus
+    st.step_freq_mean_ghz += cycles
+    st.step_duration_s += elapsed
+    st.step_iterations += 1
+    st.iterations += 1
+
+
 @inlined
 def run_work(
     st: Any, c: Any, p: Any, tokens: float, attn_work: float, cached: float, n_seq: float
@@ -87,31 +125,13 @@ def run_work(
     A clock that takes effect meanwhile changes the speed of what is left of it.
     """
     start = st.time_s
-    freq, duration, joules = under_cap(c, p, tokens, attn_work, cached, n_seq, st.freq_ghz)
-    remaining = 1.0
-    energy = 0.0
-    cycles = 0.0
-    while st.time_s + remaining * duration > st.apply_at_s:
-        part = max(st.apply_at_s - st.time_s, 0.0) / duration
-        energy += part * joules
-        cycles += part * duration * freq
-        remaining -= part
-        st.time_s = max(st.apply_at_s, st.time_s)
+    pace = under_cap(c, p, tokens, attn_work, cached, n_seq, st.freq_ghz)
+    work = WorkDone(1.0, 0.0, 0.0)
+    while st.time_s + work.remaining * pace[1] > st.apply_at_s:
+        work = work_until(st, work, pace, st.apply_at_s)
         apply_clock(st, p)
-        freq, duration, joules = under_cap(c, p, tokens, attn_work, cached, n_seq, st.freq_ghz)
-    energy += remaining * joules
-    cycles += remaining * duration * freq
-    st.time_s += remaining * duration
-    elapsed = st.time_s - start
-    st.last_time_s = elapsed
-    st.last_power_w = energy / elapsed
-    st.energy_j += energy * c.n_gpus
-    st.busy_s += elapsed
-    st.step_energy_j += energy * c.n_gpus
-    st.step_freq_mean_ghz += cycles
-    st.step_duration_s += elapsed
-    st.step_iterations += 1
-    st.iterations += 1
+        pace = under_cap(c, p, tokens, attn_work, cached, n_seq, st.freq_ghz)
+    finish_work(st, c, start, work, pace)
 
 
 @inlined

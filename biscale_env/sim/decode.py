@@ -172,6 +172,17 @@ def finish_requests(
 
 
 @inlined
+def end_iteration(
+    st: Any, p: Any, requests: Requests, times: RequestTimes, run: RunningRequests
+) -> None:
+    """Every running request has a token more, some their last."""
+    st.recompute_tokens = 0
+    st.recompute_attn = 0.0
+    st.cached += st.batch
+    finish_requests(st, p, requests, times, run)
+
+
+@inlined
 def wait_for_work(
     st: Any, c: Any, p: Any, requests: Requests, times: RequestTimes, run: RunningRequests
 ) -> None:
@@ -246,10 +257,7 @@ def decode_step(
         st.step_requests = st.batch
         st.step_tokens = st.batch + st.recompute_tokens
         run_work(st, c, p, st.step_tokens, st.recompute_attn, st.cached, st.batch)
-        st.recompute_tokens = 0
-        st.recompute_attn = 0.0
-        st.cached += st.batch
-        finish_requests(st, p, requests, times, run)
+        end_iteration(st, p, requests, times, run)
         wait_for_work(st, c, p, requests, times, run)
         if st.done == 1 or st.time_s >= until:
             break

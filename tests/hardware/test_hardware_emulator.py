@@ -123,7 +123,7 @@ def test_a_clock_that_lands_in_the_middle_of_an_iteration_changes_what_is_left_o
     st["time_s"], st["end"] = engine.arrival_s[0], 1
     table, batch = np.array([[landed, 0.81]]), np.zeros(5)
     while st["head"] < 1:
-        kernels.prefill_form(st, engine.params, engine.arrival_s, engine.prompt, batch)
+        kernels.prefill_form(st, engine.params, engine.requests, batch)
         kernels.prefill_work(
             st, engine.coefs, engine.params, batch, table, 1 if st["time_s"] < landed else 0
         )

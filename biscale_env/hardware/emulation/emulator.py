@@ -26,7 +26,14 @@ from biscale_env.hardware.emulation.simulated import SimulatedWatcher
 from biscale_env.hardware.engines.hook.sender import Sender
 from biscale_env.models import COEFFICIENT_DTYPE
 from biscale_env.models.physics import idle_power_w
-from biscale_env.sim.state import DECODE_DTYPE, PARAMS_DTYPE, PREFILL_DTYPE, SLOT_DTYPE
+from biscale_env.sim.state import (
+    DECODE_DTYPE,
+    PARAMS_DTYPE,
+    PREFILL_DTYPE,
+    Requests,
+    RequestTimes,
+    running_requests,
+)
 
 LOOK_S = 0.002  # how often the clock is looked at while an iteration runs
 IDLE_LOOK_S = 0.02
@@ -183,6 +190,16 @@ class Instance:
         )
         self.start_s, self.finish_s = grown(self.start_s, np.nan), grown(self.finish_s, np.nan)
 
+    @property
+    def requests(self) -> Requests:
+        """The requests, as kernels take them."""
+        return Requests(self.arrival_s, self.prompt, self.output)
+
+    @property
+    def times(self) -> RequestTimes:
+        """What became of them."""
+        return RequestTimes(self.start_s, self.finish_s)
+
     def now_s(self) -> float:
         """Wall time since the engine's start, s."""
         return time.monotonic() - self.epoch_s
@@ -318,7 +335,7 @@ class _Prefill:
         )
 
     def form(self) -> None:
-        kernels.prefill_form(self.e.st, self.e.params, self.e.arrival_s, self.e.prompt, self.batch)
+        kernels.prefill_form(self.e.st, self.e.params, self.e.requests, self.batch)
 
     def record(self) -> Any:
         e = self.e
@@ -355,14 +372,10 @@ class _Decode:
     def __init__(self, engine: Instance) -> None:
         self.e = engine
         engine._states = np.zeros(1, DECODE_DTYPE)
-        seqs = engine.plant.settings.max_seqs
-        self.slots = np.zeros(seqs, SLOT_DTYPE)
-        self.tree = np.zeros(2 * int(2 ** np.ceil(np.log2(seqs))))
-        self.stack = np.zeros((seqs, 2), dtype=np.int64)
-        self.ring = np.zeros(
-            int(2 ** np.ceil(np.log2(engine.plant.kv_capacity_tokens + 2))), dtype=np.int32
+        self.running_now = running_requests(
+            (), engine.plant.settings.max_seqs, engine.plant.kv_capacity_tokens
         )
-        kernels.decode_start(engine.st, self.slots, self.ring, self.tree, engine.clock.freq_ghz)
+        kernels.decode_start(engine.st, self.running_now, engine.clock.freq_ghz)
         self.form()
 
     def busy(self) -> bool:
@@ -376,50 +389,24 @@ class _Decode:
 
     def form(self) -> None:
         e = self.e
-        kernels.decode_form(
-            e.st,
-            e.params,
-            e.arrival_s,
-            e.prompt,
-            e.output,
-            e.start_s,
-            self.slots,
-            self.ring,
-            self.tree,
-            self.stack,
-        )
+        kernels.decode_form(e.st, e.params, e.requests, e.times, self.running_now)
 
     def record(self) -> Any:
-        e = self.e
+        e, run = self.e, self.running_now
+        capacity = e.plant.kv_capacity_tokens
         return e.watcher.decode(
-            e.st,
-            e.arrival_s,
-            e.prompt,
-            self.slots,
-            self.tree,
-            self.stack,
-            e.plant.kv_capacity_tokens,
+            e.st, e.arrival_s, e.prompt, run.slots, run.tree, run.stack, capacity
         )
 
     def work(self, table: np.ndarray, n: int) -> None:
         kernels.decode_work(self.e.st, self.e.coefs, self.e.params, table, n)
 
     def end(self) -> None:
-        e = self.e
-        half = self.tree.size // 2
-        active = np.flatnonzero(np.isfinite(self.tree[half : half + len(self.slots)]))
-        rows = self.slots["request"][active].tolist()
-        kernels.decode_end(
-            e.st,
-            e.params,
-            e.arrival_s,
-            e.prompt,
-            e.output,
-            e.finish_s,
-            self.slots,
-            self.ring,
-            self.tree,
-        )
+        e, run = self.e, self.running_now
+        half = run.tree.size // 2
+        active = np.flatnonzero(np.isfinite(run.tree[half : half + len(run.slots)]))
+        rows = run.slots["request"][active].tolist()
+        kernels.decode_end(e.st, e.params, e.requests, e.times, run)
         e.tokens_out += len(rows)
         finished = np.isfinite(e.finish_s[rows]).tolist()
         for row, over in zip(rows, finished, strict=True):
