@@ -143,3 +143,16 @@ def test_classes_from_outside_are_digested_by_their_file(tmp_path, monkeypatch):
     (second,) = policy_inputs(f"{path}:Rule", "prefill").values()
     assert first != second
     assert policy_inputs("mpc", "prefill") == {}
+
+
+def test_a_class_from_outside_is_digested_by_its_source(tmp_path, monkeypatch):
+    module = tmp_path / "outside_of_digests.py"
+    module.write_text(
+        "from biscale_env.contract import Policy\n\n\nclass Rule(Policy):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (first,) = policy_inputs("outside_of_digests:Rule", "prefill").values()
+    module.write_text(module.read_text() + "# changed\n")
+    (second,) = policy_inputs("outside_of_digests:Rule", "prefill").values()
+    assert first != second
+    assert policy_inputs("mpc:margin=0.1", "prefill") == {}
