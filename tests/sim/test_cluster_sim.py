@@ -404,6 +404,29 @@ def test_changing_the_placement_drains_and_counts_gpus():
     assert len(cluster.decodes.meta) == 2  # the row of the retired one is used again
 
 
+def test_what_drains_does_not_retire_while_kv_is_on_its_way():
+    """Neither the prefill instance that holds it nor the decode instance that waits for it."""
+    slow = {"latency_s": 0.0, "gb_per_s_per_gpu": 0.25}
+    turns = {"prefill_router": "round_robin", "decode_router": "round_robin"}
+    cluster = Cluster(plant(gpus=32, transfer=slow, **turns), placement((4, 4), (4, 4)))
+    cluster.offer(trace([0.0, 0.0], 5000, 20))
+    cluster.advance(1.2)
+    pools = (cluster.prefills, cluster.decodes)
+    assert [list(pool.meta["running"]) for pool in pools] == [[0, 0], [0, 0]]
+    cluster.place(placement((4,), (4,)))
+    cluster.advance(1.3)
+    assert all(np.isinf(pool.meta["retired_s"]).all() for pool in pools)
+    cluster.place(placement((4, 4), (4, 4)))  # the rows of what drains are not given away
+    assert [len(pool.meta) for pool in (cluster.prefills, cluster.decodes)] == [3, 3]
+    cluster.advance()
+    assert set(cluster.log["decode"]) == {0, 1}
+    cluster.advance(10.0)
+    for pool in (cluster.prefills, cluster.decodes):
+        retired_s = pool.meta["retired_s"]
+        assert np.isinf(retired_s[[0, 2]]).all()
+        assert 1.3 <= retired_s[1] <= 10.0
+
+
 def test_cold_start_makes_requests_wait():
     w = plant(transitions={"cold_start_s": 3.0, "reshard_s": 3.0})
     cluster = Cluster(w, placement((4,), (4,)))
