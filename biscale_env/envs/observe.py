@@ -107,11 +107,12 @@ D_CLOCK = ClockIndices(*map(DECODE_SPEC.index, ClockIndices._fields))
 
 @inlined
 def observe_rates(st: Any, out: Floats, at: RateIndices) -> None:
-    """Arrival rates."""
+    """Arrival rates, since the instance is in service."""
     decay_rates(st, st.time_s)
+    counted_s = st.time_s - st.rate_start_s
     for k in range(N_WINDOWS):
-        out[at[k]] = st.rate_sum[k] * rate_scale(st.time_s, RATE_WINDOWS_S[k])
-    out[at.token_rate_10s] = st.token_rate_sum * rate_scale(st.time_s, TOKEN_RATE_WINDOW_S)
+        out[at[k]] = st.rate_sum[k] * rate_scale(counted_s, RATE_WINDOWS_S[k])
+    out[at.token_rate_10s] = st.token_rate_sum * rate_scale(counted_s, TOKEN_RATE_WINDOW_S)
 
 
 @inlined
