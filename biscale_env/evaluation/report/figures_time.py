@@ -253,24 +253,8 @@ def _timeline_layout(
         limits.append(("y2", float(cap_w), f"cap {cap_w:.0f} W"))
     place = {"xref": "paper", "xanchor": "right", "x": 1, "yanchor": "bottom"}
     notes = [limit_note(text, yref=row, y=value, **place) for row, value, text in limits]
-    rows: dict[str, Any] = {}
-    for i, title in enumerate(titles):
-        top = 1 - i * 0.26
-        suffix = str(i + 1) if i else ""
-        rows[f"yaxis{suffix}"] = axis(
-            domain=[max(top - 0.21, 0), top], rangemode="tozero" if i else "normal", nticks=5
-        )
-        note = {
-            "text": title,
-            "x": 0,
-            "y": top,
-            "xref": "paper",
-            "yref": "paper",
-            "xanchor": "left",
-        }
-        notes.append(
-            note | {"yanchor": "bottom", "showarrow": False, "font": {"size": 13, "color": MUTED}}
-        )
+    rows, row_titles = _rows(titles)
+    notes += row_titles
     line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "line": LIMIT_LINE}
     shapes = [line | {"yref": row, "y0": value, "y1": value} for row, value, _ in limits]
     legend_px = 24 * -(-n_policies // 8)
@@ -284,3 +268,19 @@ def _timeline_layout(
         annotations=notes,
         **rows,
     )
+
+
+def _rows(titles: tuple[str, ...]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Axes of rows above one another, and their titles as annotations."""
+    rows: dict[str, Any] = {}
+    notes: list[dict[str, Any]] = []
+    for i, title in enumerate(titles):
+        top = 1 - i * 0.26
+        suffix = str(i + 1) if i else ""
+        rows[f"yaxis{suffix}"] = axis(
+            domain=[max(top - 0.21, 0), top], rangemode="tozero" if i else "normal", nticks=5
+        )
+        note = {"text": title, "x": 0, "y": top, "xref": "paper", "yref": "paper"}
+        look = {"showarrow": False, "font": {"size": 13, "color": MUTED}}
+        notes.append(note | {"xanchor": "left", "yanchor": "bottom"} | look)
+    return rows, notes

@@ -73,8 +73,6 @@ def tuning_curves(run: Run, point: Mapping[str, Any]) -> go.Figure:
     ]
     shown = rows[rows["attainment"].ge(LOWEST) & rows["energy_ratio"].le(HIGHEST_RATIO)]
     bottom = float(shown["energy_ratio"].min()) if len(shown) else 0.5
-    at = float(figdata.nines(target))
-    side, shift = ("left", 4) if at < 0.5 * sum(x_axis["range"]) else ("right", -4)
     layout = base_layout(
         height=470,
         showlegend=True,
@@ -88,25 +86,22 @@ def tuning_curves(run: Run, point: Mapping[str, Any]) -> go.Figure:
             "font": {"size": 12},
             "itemwidth": 30,
         },
-        shapes=[
-            {
-                "type": "line",
-                "x0": at,
-                "x1": at,
-                "yref": "paper",
-                "y0": 0,
-                "y1": 1,
-                "line": LIMIT_LINE,
-            }
-        ],
-        annotations=[
-            limit_note(
-                f"target of tuning: {100 * target:.2f} %",
-                x=at, y=1, yref="paper", yanchor="top", xanchor=side, xshift=shift,
-            )
-        ],
-    )  # fmt: skip
+        **_target_line(target, x_axis["range"]),
+    )
     return go.Figure(data=traces, layout=layout)
+
+
+def _target_line(target: float, x_range: list[float]) -> dict[str, Any]:
+    """Line and text of the attainment aimed at: shapes and annotations of a layout."""
+    at = float(figdata.nines(target))
+    side, shift = ("left", 4) if at < 0.5 * sum(x_range) else ("right", -4)
+    whole = {"yref": "paper", "y0": 0, "y1": 1}
+    place = {"yref": "paper", "y": 1, "yanchor": "top", "xanchor": side, "xshift": shift}
+    text = f"target of tuning: {100 * target:.2f} %"
+    return {
+        "shapes": [{"type": "line", "x0": at, "x1": at, "line": LIMIT_LINE} | whole],
+        "annotations": [limit_note(text, x=at, **place)],
+    }
 
 
 def _curve(group: pd.DataFrame, name: str, style: Style) -> list[dict[str, Any]]:
