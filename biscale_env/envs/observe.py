@@ -119,7 +119,7 @@ def observe_rates(st: Any, out: Floats, at: RateIndices) -> None:
 def observe_clock(st: Any, p: Any, out: Floats, at: ClockIndices) -> None:
     """Clock and last iteration."""
     out[at.freq_current] = st.freq_ghz * 1e3
-    out[at.freq_pending] = st.wanted_ghz * 1e3
+    out[at.freq_pending] = st.requested_ghz * 1e3
     out[at.time_to_apply] = time_to_apply_s(st, p)
     out[at.actuation_delay] = p.delay_s
     out[at.last_time] = st.last_time_s

@@ -95,5 +95,5 @@ def generated(profile: str) -> Maker:
 
 
 def capacity_sample(profile: str) -> Trace:
-    """The generated trace that a profile's capacity is measured on, wherever a load is a fraction."""
+    """The generated trace that a profile's capacity, and so every load of it, is measured on."""
     return generated(profile)(CAPACITY_SAMPLE_RPS, CAPACITY_SAMPLE_S, 0)

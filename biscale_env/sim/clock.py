@@ -34,7 +34,7 @@ def snap_ghz(p: Any, freq_ghz: float) -> float:
 @inlined
 def clock_of(st: Any) -> ClockQueue:
     """The clock of an instance, GHz."""
-    return ClockQueue(st.freq_ghz, st.inflight_ghz, st.wanted_ghz, st.apply_at_s)
+    return ClockQueue(st.freq_ghz, st.inflight_ghz, st.requested_ghz, st.apply_at_s)
 
 
 @inlined
@@ -44,14 +44,14 @@ def set_clock(st: Any, q: ClockQueue) -> None:
         st.n_switches += 1
     st.freq_ghz = q.applied
     st.inflight_ghz = q.inflight
-    st.wanted_ghz = q.requested
+    st.requested_ghz = q.requested
     st.apply_at_s = q.apply_at_s
 
 
 @inlined
 def request_clock(st: Any, p: Any, freq_ghz: float) -> None:
     """Request a (supported) clock now."""
-    if freq_ghz != st.wanted_ghz:
+    if freq_ghz != st.requested_ghz:
         set_clock(st, request(clock_of(st), freq_ghz, st.time_s, p.delay_s))
 
 

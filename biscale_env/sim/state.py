@@ -40,7 +40,7 @@ CLOCK_FIELDS = [
     ("freq_ghz", np.float64),  # clock in effect
     ("inflight_ghz", np.float64),  # clock in flight
     ("apply_at_s", np.float64),  # when it takes effect; inf: nothing in flight
-    ("wanted_ghz", np.float64),  # newest request
+    ("requested_ghz", np.float64),  # newest request
     ("n_switches", np.int64),  # clock changes that took effect
 ]
 

@@ -260,7 +260,7 @@ def test_dagger_lets_the_student_act():
     )
     assert np.allclose(wanted, 0.25)
     assert (
-        env.batch.states["wanted_ghz"] == env.plant.clocks.freq_min_mhz / 1e3
+        env.batch.states["requested_ghz"] == env.plant.clocks.freq_min_mhz / 1e3
     ).all()  # the student's clock, not the teacher's
 
 

@@ -163,8 +163,9 @@ def test_settings_reach_the_engine() -> None:
     env.reset(seed=0)
     params = env._batch.params[0]
     expected = {
-        "max_seqs": 7, "kv_watermark": 0.2, "delay_s": 0.123, "min_interval_s": 0.4, "violation_weight": 3.0, "slo_s": 0.1,
-        "end_s": 5.0, "freq_min_ghz": 0.51, "freq_max_ghz": 1.98, "freq_step_ghz": 0.015, "drain": 0,
+        "max_seqs": 7, "kv_watermark": 0.2, "delay_s": 0.123, "min_interval_s": 0.4,
+        "violation_weight": 3.0, "slo_s": 0.1, "end_s": 5.0, "freq_min_ghz": 0.51,
+        "freq_max_ghz": 1.98, "freq_step_ghz": 0.015, "drain": 0,
     }  # fmt: skip
     assert {k: float(params[k]) for k in expected} == pytest.approx(expected)
     assert env._batch.coefs[0]["n_gpus"] == 8

@@ -209,7 +209,7 @@ def test_discrete_twin_is_the_continuous_one_at_its_levels(phase: str) -> None:
     twin.reset(seed=0)
     for k, mhz in enumerate(levels):
         twin.step(k)
-        assert twin._batch.states[0]["wanted_ghz"] == pytest.approx(mhz / 1e3, abs=1e-9)
+        assert twin._batch.states[0]["requested_ghz"] == pytest.approx(mhz / 1e3, abs=1e-9)
 
 
 @pytest.mark.parametrize("level", [-1, 7, 100])

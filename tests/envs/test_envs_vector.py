@@ -142,7 +142,7 @@ def test_discrete_vector_env() -> None:
     env = PhaseVectorEnv("prefill", 2, discrete=True, **SMALL)
     env.reset(seed=0)
     env.step(np.array([0, 6]))
-    np.testing.assert_allclose(env.batch.states["wanted_ghz"], [0.81, 1.98])
+    np.testing.assert_allclose(env.batch.states["requested_ghz"], [0.81, 1.98])
     for bad in ([0, 7], [-1, 0]):
         with pytest.raises(BiscaleError, match="clock level"):
             env.step(np.array(bad))
@@ -191,7 +191,7 @@ def test_sb3_vec_env_conventions() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
 def test_ppo_trains_and_is_evaluated(phase: str) -> None:
-    """SB3's own PPO and evaluate_policy run over the native batch and over the single environment."""
+    """SB3's own PPO and evaluate_policy run over the native batch and the single environment."""
     sb3 = pytest.importorskip("stable_baselines3")
     from stable_baselines3.common.evaluation import evaluate_policy
     from stable_baselines3.common.monitor import Monitor

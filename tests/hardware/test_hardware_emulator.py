@@ -145,7 +145,7 @@ def test_work_under_landings_equals_the_simulators_own_work(state):
             mine[0], engine.coefs, engine.params, batch, np.array([[apply_at, 0.9]]), 1
         )
         record = theirs[0]
-        record.inflight_ghz = record.wanted_ghz = 0.9
+        record.inflight_ghz = record.requested_ghz = 0.9
         record.apply_at_s = apply_at
         run_work(
             record,

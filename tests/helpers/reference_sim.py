@@ -85,20 +85,20 @@ class Actuator:
     """
 
     delay_s: float
-    in_force: float
+    applied: float
     newest: float = 0.0
     flight: tuple[float, float] | None = None
     switches: int = 0
 
     def __post_init__(self) -> None:
-        self.newest = self.in_force
+        self.newest = self.applied
 
     def ask(self, now_s: float, freq_ghz: float) -> None:
         if freq_ghz == self.newest:
             return
         self.newest = freq_ghz
         if self.delay_s == 0:
-            self.in_force = freq_ghz
+            self.applied = freq_ghz
             self.switches += 1
         elif self.flight is None:
             self.flight = (freq_ghz, now_s + self.delay_s)
@@ -107,14 +107,14 @@ class Actuator:
     def next_s(self) -> float:
         return self.flight[1] if self.flight else math.inf
 
-    def land(self) -> None:
+    def take_effect(self) -> None:
         assert self.flight is not None
-        self.in_force, at_s = self.flight
+        self.applied, at_s = self.flight
         self.switches += 1
-        self.flight = (self.newest, at_s + self.delay_s) if self.newest != self.in_force else None
+        self.flight = (self.newest, at_s + self.delay_s) if self.newest != self.applied else None
 
     def remaining_s(self, now_s: float) -> float:
-        """Until the newest request is in force."""
+        """Until the newest request is in effect."""
         if self.flight is None:
             return 0.0
         target, at_s = self.flight
@@ -176,10 +176,10 @@ class Instance:
         self.now_s = until_s
 
     def run(self, work: Work) -> None:
-        """One iteration: progress accrues at the rate of the clock in force."""
+        """One iteration: progress accrues at the rate of the clock in effect."""
         begin_s, progress, energy_j = self.now_s, 0.0, 0.0
         while True:
-            f = clock_under_cap(self.c, work, self.clock.in_force, self.p.freq_min_ghz)
+            f = clock_under_cap(self.c, work, self.clock.applied, self.p.freq_min_ghz)
             whole_s = physics.latency_s(self.c, work.tokens, work.attn, work.cached, work.n_seq, f)
             power = physics.power_w(self.c, work.tokens, work.attn, work.cached, work.n_seq, f)
             end_s = self.now_s + (1.0 - progress) * whole_s
@@ -191,17 +191,17 @@ class Instance:
             progress += (landing_s - self.now_s) / whole_s
             energy_j += power * (landing_s - self.now_s)
             self.spend(landing_s, power, f, True)
-            self.clock.land()
+            self.clock.take_effect()
         self.iterations += 1
         self.last_time_s = self.now_s - begin_s
         self.last_power_w = energy_j / self.last_time_s
 
     def idle(self, until_s: float) -> None:
         while self.clock.next_s < until_s:
-            f = self.clock.in_force
+            f = self.clock.applied
             self.spend(self.clock.next_s, physics.idle_power_w(self.c, f), f, False)
-            self.clock.land()
-        f = self.clock.in_force
+            self.clock.take_effect()
+        f = self.clock.applied
         self.spend(until_s, physics.idle_power_w(self.c, f), f, False)
 
     def take_arrivals(self) -> None:
@@ -289,7 +289,7 @@ class Instance:
         for w in RATE_WINDOWS_S:
             seen[f"arrival_rate_{w:g}s"] = mean_rate(w, None)
         seen["token_rate_10s"] = mean_rate(10.0, "prompt")
-        seen["freq_current"] = self.clock.in_force * 1e3
+        seen["freq_current"] = self.clock.applied * 1e3
         seen["freq_pending"] = self.clock.newest * 1e3
         seen["time_to_apply"] = self.clock.remaining_s(self.now_s)
         seen["actuation_delay"] = self.p.delay_s

@@ -199,7 +199,7 @@ def test_the_delay_of_a_clock_change_is_taken_off_the_deadlines(prefill):
     pool.params["delay_s"][0] = 0.2
     pool.params["slo_s"][0] = 2.0
     st = pool.states[0]
-    st["freq_ghz"] = st["wanted_ghz"] = st["inflight_ghz"] = cluster.levels_ghz[0]
+    st["freq_ghz"] = st["requested_ghz"] = st["inflight_ghz"] = cluster.levels_ghz[0]
     st["apply_at_s"] = np.inf
     n = project_batches(pool, 0, cluster.levels_ghz)
     before = pool.plans.deadline_s[0, :n].copy()
@@ -209,7 +209,7 @@ def test_the_delay_of_a_clock_change_is_taken_off_the_deadlines(prefill):
     assert late > 0.01
     np.testing.assert_allclose(before - pool.plans.deadline_s[0, :n], late, rtol=1e-9)
     pool.plans.deadline_s[0, :n] = before
-    st["freq_ghz"] = st["wanted_ghz"] = cluster.levels_ghz[-1]
+    st["freq_ghz"] = st["requested_ghz"] = cluster.levels_ghz[-1]
     spend_clock_delay(pool, 0, cluster.levels_ghz, n)
     np.testing.assert_array_equal(pool.plans.deadline_s[0, :n], before)
 

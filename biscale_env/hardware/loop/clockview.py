@@ -104,5 +104,5 @@ class ClockView:
         queue = self.queue
         st["freq_ghz"] = queue.applied / 1e3
         st["inflight_ghz"] = queue.inflight / 1e3
-        st["wanted_ghz"] = queue.requested / 1e3
+        st["requested_ghz"] = queue.requested / 1e3
         st["apply_at_s"] = queue.apply_at_s - epoch_s

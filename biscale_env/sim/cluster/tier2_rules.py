@@ -207,7 +207,7 @@ def spend_clock_delay(pool: Prefills, i: int, levels_ghz: Floats, n: int) -> Non
     highest = levels_ghz[-1]
     if not st.freq_ghz < highest:
         return
-    wait = time_to_apply_s(st, p) if st.wanted_ghz == highest else p.delay_s
+    wait = time_to_apply_s(st, p) if st.requested_ghz == highest else p.delay_s
     tokens, attn_work, n_seq, _, _ = form_batch(
         pool.queue.prompt[i], st.head, st.head_done, st.tail, p.token_budget, p.max_seqs
     )
