@@ -197,7 +197,7 @@ class AgentVecEnv(VecEnv):
     def state(self) -> dict[str, Any]:
         """Everything that changes while it runs, for a resumed run."""
         return {
-            "batch": _Freezer.dumps(self.batch.__dict__, self._shared()),
+            "batch": _Freezer.dumps(self.batch, self._shared()),
             "rows": {name: getattr(self, name).copy() for name in ("group", "member", "price")},
             "sampler": self.sampler.state(),
             "spread": (self.shaper.spread.squares.copy(), self.shaper.spread.weight.copy()),
@@ -206,7 +206,7 @@ class AgentVecEnv(VecEnv):
 
     def restore(self, state: dict[str, Any]) -> Floats32:
         """Go on from :meth:`state`; returns the features of the present observations."""
-        self.batch.__dict__.update(_Thawer.loads(state["batch"], self._shared()))
+        self.batch = _Thawer.loads(state["batch"], self._shared())
         for name, value in state["rows"].items():
             getattr(self, name)[:] = value
         self.sampler.restore(state["sampler"])
