@@ -139,14 +139,14 @@ def test_vllm_decode_record_has_start_and_tokens_of_every_running_request():
         rows_of(last.detail.running_tokens, 1)[:, 0],
     )
     assert tokens.tolist() == [2, 1]
-    assert last.detail.time_s - start[0] == pytest.approx(0.02, abs=0.015)
+    assert 0.015 <= last.detail.time_s - start[0] < 2.0  # the last pause, however busy the machine
     assert start[1] == last.detail.time_s
     assert (
         last.scheduled_requests.num_decode_requests,
         last.scheduled_requests.sum_decode_kv_tokens,
     ) == (2, 151)
     assert last.detail.cached_tokens == 151
-    assert keeper.kept[1].wall_time == pytest.approx(0.02, abs=0.015)
+    assert 0.015 <= keeper.kept[1].wall_time < 2.0
     watcher.forms(
         scheduler([request("b", 50)]), output((), [("b", 51, 2)], {"b": 1}, finished={"a"})
     )
@@ -336,7 +336,7 @@ def test_sglang_hook_never_raises_and_registers_where_it_should(monkeypatch):
     watcher = sglang_hook.SglangWatcher(Keeper())
     for _ in range(MAX_FAILURES + 5):
         watcher.before_run_batch(None, None)
-    assert watcher.guard.failures == {"send": MAX_FAILURES}
+    assert watcher.failures == MAX_FAILURES
     assert watcher.sender.closed
     registered = []
     module = types.ModuleType("sglang.srt.plugins.hook_registry")
@@ -430,7 +430,7 @@ def test_a_hook_that_fails_in_every_iteration_says_so_twice_and_falls_silent(mon
     assert "silent after 100 failures" in told.lines[-1]
     assert made._biscale.guard.silent
     assert not made._biscale.sender.active
-    assert made._biscale.counter == MAX_FAILURES
+    assert made._biscale.counter == made._biscale.failures == MAX_FAILURES
     beats = zmq.Context()  # a silent hook must not keep the lease of the clock alive
     socket = beats.socket(zmq.PULL)
     socket.bind(alive_endpoint(endpoint))

@@ -35,6 +35,11 @@ class Guard:
         self._on_silence = on_silence
         self._told: set[str] = set()
 
+    @property
+    def worst(self) -> int:
+        """Failures in a row of the step that has most of them."""
+        return max(self.failures.values(), default=0)
+
     def run(self, step: Callable[..., object], *args: Any) -> None:
         """Run a step unless the hook is silent; never raises."""
         if self.silent:

@@ -41,6 +41,11 @@ class SglangWatcher:
         self.arrived = 0
         self.arrived_tokens = 0
 
+    @property
+    def failures(self) -> int:
+        """Failures in a row; 100 of them end the hook."""
+        return self.guard.worst
+
     def before_run_batch(self, scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
         """The hook; returns None, which leaves the arguments as they are. Never raises."""
         if self.sender.active:

@@ -25,6 +25,7 @@ from .engine_record import (
     Scheduled,
     table,
 )
+from .guard import MAX_FAILURES as MAX_FAILURES
 from .guard import NOTHING, Guard, logger
 from .sender import Sender
 from .versions import version_note
@@ -100,6 +101,11 @@ class SchedulerWatcher:
         self.scheduled_s = 0.0
         self.guard = Guard("biscale hook", sender.close)
         self.hook_s = 0.0
+
+    @property
+    def failures(self) -> int:
+        """Failures in a row of the step that fails most; :data:`MAX_FAILURES` end the hook."""
+        return self.guard.worst
 
     def arrives(self, request: Any) -> None:
         """A request came to the scheduler."""
