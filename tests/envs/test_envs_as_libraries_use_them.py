@@ -186,6 +186,17 @@ def test_actions_of_a_wrong_shape_or_kind_for_the_vector(actions: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_an_action_that_is_not_a_number_is_named_by_its_environment() -> None:
+    single = gym.make(IDS[0], **SMALL).unwrapped
+    single.reset(seed=0)
+    with pytest.raises(BiscaleError, match=r"^the action is not a number"):
+        single.step(np.array([np.nan]))
+    vector = PhaseVectorEnv("prefill", 3, **SMALL)
+    vector.reset(seed=0)
+    with pytest.raises(BiscaleError, match=r"^the action of environment 1 is not a number"):
+        vector.step(np.array([0.0, np.nan, 0.0]))
+
+
 # --- vector form --------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from biscale_env.contract import DECODE_SPEC, HORIZON, PREFILL_SPEC
+from biscale_env.core.errors import BiscaleError
 from biscale_env.envs import observe
 from biscale_env.envs.batch import Batch, RequestTable, calls
 from biscale_env.envs.plant import Plant, PlantSettings
@@ -104,3 +105,18 @@ def test_recorded_times_are_those_of_the_requests(phase: str) -> None:
     assert (np.isfinite(batch.start_s).any()) == (phase == "decode")
     started_too = np.isfinite(batch.start_s[done]).all()
     assert started_too == (phase == "decode")
+
+
+def test_only_as_many_requests_at_once_as_the_batch_has_room_for() -> None:
+    batch = started("decode")
+    rows = np.arange(3)
+    most = batch.plant.settings.max_seqs
+    nominal = np.full(3, -1)
+    batch.reset(rows, rows, nominal, {"max_seqs": np.full(3, float(most))})
+    assert batch.params["max_seqs"].tolist() == [most] * 3
+    batch.reset(rows, rows, nominal, {"delay_s": np.full(3, most + 1.0)})
+    assert batch.params["delay_s"].tolist() == [most + 1.0] * 3
+    with pytest.raises(BiscaleError, match=f"above the {most} of the settings"):
+        batch.reset(rows, rows, nominal, {"max_seqs": np.array([1.0, most + 1.0, 1.0])})
+    with pytest.raises(BiscaleError, match=r"unknown engine parameter 'delay'; known: .*delay_s"):
+        batch.reset(rows, rows, nominal, {"delay": np.zeros(3)})
