@@ -88,7 +88,7 @@ class Lab:
 
     def run(self, trace, out, *extra):
         process = self.start(trace, out, *extra)
-        stdout, stderr = process.communicate(timeout=180)
+        stdout, stderr = process.communicate(timeout=300)
         return process.returncode, stdout, stderr
 
     def locked(self):
@@ -136,7 +136,7 @@ def test_a_second_gpu_and_llm_go_through_emulate_replay_and_validate(tmp_path, h
     assert sampled["freq_mhz"].max() <= 1200.0
     assert (load_run(out).results["tp"] == spec.tp).all()
     shown = spawn("validate", str(out))
-    stdout, stderr = shown.communicate(timeout=60)
+    stdout, stderr = shown.communicate(timeout=300)
     assert shown.returncode == 0, stderr
     energy = [a for a in compare(raw) if a.quantity == "energy_j"]
     assert all(a.agrees for a in energy), energy
@@ -299,11 +299,11 @@ def test_closed_loop_and_validation(lab, tmp_path, hw_state):
         "energy_j",
     }
     shown = spawn("validate", str(out), "--strict")
-    stdout, stderr = shown.communicate(timeout=60)
+    stdout, stderr = shown.communicate(timeout=300)
     assert shown.returncode == 0, stderr
     assert "energy_j" in stdout
     again = spawn("validate", str(tmp_path))
-    _, stderr = again.communicate(timeout=60)
+    _, stderr = again.communicate(timeout=300)
     assert again.returncode == 2
     assert "holds no replay" in stderr
 
@@ -453,7 +453,7 @@ def test_an_interrupted_replay_keeps_what_was_measured(lab, tmp_path, number):
     wait_until(lambda: lab.locked() > 0, 60)
     time.sleep(3)
     process.send_signal(number)
-    stdout, _ = process.communicate(timeout=60)
+    stdout, _ = process.communicate(timeout=300)
     assert process.returncode == 130, stdout
     assert "interrupted; clocks are restored" in " ".join(stdout.split())
     assert lab.locked() == 0
