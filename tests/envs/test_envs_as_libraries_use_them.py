@@ -346,3 +346,24 @@ def test_a_workload_is_made_once_and_memory_is_bounded() -> None:
     tables.of(9)
     tables.of(0)
     assert made == [*range(10), 0]
+
+
+@pytest.mark.parametrize("env_id", [IDS[0], DISCRETE[1]])
+def test_torchrl_makes_and_checks_it_by_name(env_id: str) -> None:
+    gym_env = pytest.importorskip("torchrl.envs.libs.gym").GymEnv
+    from torchrl.envs.utils import check_env_specs
+
+    env = gym_env(env_id, **SMALL)
+    check_env_specs(env)
+    assert env.rollout(5)["next", "reward"].shape[0] == 5
+
+
+def test_skrl_wraps_single_and_vector() -> None:
+    wrap_env = pytest.importorskip("skrl.envs.wrappers.torch").wrap_env
+    import torch
+
+    for env in (gym.make(IDS[0], **SMALL), gym.make_vec(IDS[0], num_envs=3, **SMALL)):
+        wrapped = wrap_env(env)
+        wrapped.reset()
+        reward = wrapped.step(torch.zeros((wrapped.num_envs, 1)))[1]
+        assert reward.shape == (wrapped.num_envs, 1)

@@ -120,3 +120,25 @@ def test_only_as_many_requests_at_once_as_the_batch_has_room_for() -> None:
         batch.reset(rows, rows, nominal, {"max_seqs": np.array([1.0, most + 1.0, 1.0])})
     with pytest.raises(BiscaleError, match=r"unknown engine parameter 'delay'; known: .*delay_s"):
         batch.reset(rows, rows, nominal, {"delay": np.zeros(3)})
+
+
+@pytest.mark.parametrize("interval_s", [0.0, 0.5])
+@pytest.mark.parametrize("phase", PHASES)
+def test_steps_add_up_to_the_episode(phase: str, interval_s: float) -> None:
+    """What a step counts begins at zero: the sums over the steps are the totals of the record."""
+    plant = Plant(PlantSettings.of(phase, min_decision_interval_s=interval_s))
+    trace = generate("azure-conv-like", rate_rps=4.0, duration_s=10.0, seed=0)
+    batch = Batch(plant, 1, RequestTable.of(plant, [trace]))
+    rows = np.zeros(1, dtype=np.int64)
+    batch.reset(rows, rows, rows - 1)
+    st = batch.states[0]
+    parts = {"iterations": "step_iterations", "finished": "step_finished", "busy_s": "step_duration_s",
+             "violations": "step_violations"}  # fmt: skip
+    energy_j, sums = float(st["energy_j"]), dict.fromkeys(parts, 0.0)
+    while not batch.done[0]:
+        batch.step(np.full(1, -0.9, dtype=np.float32))
+        energy_j += float(st["step_energy_j"])
+        for total, step in parts.items():
+            sums[total] += float(st[step])
+    assert sums == pytest.approx({total: float(st[total]) for total in parts})
+    assert energy_j == pytest.approx(float(st["energy_j"]))
