@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SHELL  := /bin/bash
 
-.PHONY: compare test test-slow test-all test-oldest test-python coverage mutation lint types bench bench-cluster fit install docs tables test-engine clean
+.PHONY: compare test test-slow test-all test-oldest test-python coverage mutation lint types bench bench-hardware bench-cluster fit install docs tables test-engine clean
 
 compare: $(READY)            ## the main job on the embedded default scenario
 	$(BIN)/biscale compare
@@ -51,7 +51,10 @@ types: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)              ## every speed metric with its target and ratio
-	$(BIN)/python -m pytest -q benchmarks -m "not cluster" --benchmark-json=runs/bench.json --benchmark-columns=min,median,rounds
+	$(BIN)/python -m pytest -q benchmarks -m "not cluster and not hardware" --benchmark-json=runs/bench.json --benchmark-columns=min,median,rounds
+
+bench-hardware: $(READY)     ## the hook, and the closed loop on emulated engines in real time; wants a quiet machine
+	$(BIN)/python -m pytest -q benchmarks -m hardware --benchmark-json=runs/bench-hardware.json --benchmark-columns=min,median,rounds
 
 bench-cluster: $(READY)      ## the same for the cluster, tier 1, a day and the quick headline experiment (minutes)
 	$(BIN)/python -m pytest -q benchmarks -m cluster --benchmark-json=runs/bench-cluster.json --benchmark-columns=min,median,rounds

@@ -412,37 +412,3 @@ def bridge_command(
     count = forward(records, sender)
     sender.close()
     typer.echo(f"{count} records forwarded")
-
-
-@group.command("bench")
-def bench_command(
-    seconds: Annotated[
-        float, typer.Option(help="Length of each of the two closed-loop runs; 0 leaves them out.")
-    ] = 20.0,
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
-) -> None:
-    """Measure hook cost, loop latency and replayer punctuality on emulated engines."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from biscale_env.benchmarks import hardware_loop
-
-    figures = hardware_loop.hook_figures()
-    if seconds > 0:
-        figures += hardware_loop.loop_figures(seconds)
-        agents = hardware_loop.loop_figures(
-            seconds, policies={"prefill": "agent", "decode": "agent"}
-        )
-        figures += [figure for figure in agents if figure.name.startswith("record")]
-    if as_json:
-        typer.echo(hardware_loop.as_json(figures))
-        return
-    table = Table("figure", "value", "target", "met")
-    for f in figures:
-        table.add_row(
-            f.name,
-            f"{f.value:.3g} {f.unit}",
-            f"{'>=' if f.at_least else '<='} {f.target:g} {f.unit}",
-            "yes" if f.met else "no",
-        )
-    Console().print(table)

@@ -8,6 +8,7 @@ import pytest
 import test_cluster
 import test_decisions
 import test_environments
+import test_hardware_loop
 import test_simulators
 from meter import Meter, Metric
 
@@ -142,3 +143,21 @@ def test_memory_of_a_day_is_compared_with_a_shorter_one(
     assert "0.5 h on 16 GPUs, 0.01 M requests" in day.name
     assert day.value > 0
     assert memory.value >= 1.0  # a peak never falls
+
+
+def test_the_hook_is_timed_on_full_batches() -> None:
+    _, output = test_hardware_loop.stand_in(256, 0, 0)
+    assert len(output.num_scheduled_tokens) == 256
+    cpu_s, wall_s = test_hardware_loop.hook_times_s((256, 0, 0), repeats=50)
+    assert 0 < cpu_s < 5e-3
+    assert 0 < wall_s < 5e-3
+
+
+def test_answers_are_counted_where_the_loop_is_settled() -> None:
+    from types import SimpleNamespace
+
+    times = np.linspace(0.0, test_hardware_loop.DURATION_S, 1001)
+    requests = [SimpleNamespace(error="", last_chunk_s=100.0 + t) for t in times]
+    lost = [SimpleNamespace(error="503", last_chunk_s=115.0) for _ in range(500)]
+    raw = SimpleNamespace(start_s=100.0, requests=[*requests, *lost])
+    assert test_hardware_loop.answers_per_s(raw) == pytest.approx(50.0, rel=0.01)

@@ -19,7 +19,6 @@ from hardware_helpers import PythonNvml, gpus_of, read_until, spawn
 from toy_hardware import TOY_GPU, toy_spec
 from typer.testing import CliRunner
 
-from biscale_env.benchmarks import hardware_loop
 from biscale_env.cli import build
 from biscale_env.cli.hw_options import clock_bounds, instance_of, parse_groups
 from biscale_env.cli.profile_command import parse_clocks
@@ -449,15 +448,6 @@ def test_bridge_hands_a_stream_to_the_controller(tmp_path):
     context.destroy(0)
 
 
-def test_hook_figures_have_targets_and_units():
-    figures = hardware_loop.hook_figures(repeats=50)
-    assert len(figures) == 4
-    assert all(f.unit == "us" and f.target == 50.0 and 0 < f.value < 5000 for f in figures)
-    assert hardware_loop.LoopMeasurement("x", 4.0, 5.0, "ms").met
-    assert not hardware_loop.LoopMeasurement("x", 4.0, 5.0, "req/s", at_least=True).met
-    assert '"met"' in hardware_loop.as_json(figures)
-
-
 def test_groups_of_gpus():
     assert parse_groups(["prefill=0-3", "decode=4,GPU-ab,7"]) == {
         "prefill": ("0", "1", "2", "3"),
@@ -532,7 +522,6 @@ ABOUT_HARDWARE = {
     "hw_options.py",
     "profile_command.py",
     "replay_command.py",
-    "hardware_loop.py",
 }
 
 

@@ -23,7 +23,6 @@ LAYERS = [  # lowest first; a room may import from earlier entries only
     "biscale_env.evaluation",
     "biscale_env.reproduce",
     "biscale_env.hardware",
-    "biscale_env.benchmarks",
     "biscale_env.cli",
 ]
 FORBIDDEN = {  # exceptions to "earlier is allowed"

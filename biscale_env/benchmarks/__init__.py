@@ -1,1 +1,0 @@
-"""Speed figures, each with the target it is held against."""
