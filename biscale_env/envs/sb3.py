@@ -39,11 +39,11 @@ class SB3VecEnv(VecEnv):
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
         """Step; infos carry cost and energy of each environment."""
         obs, reward, _, truncated, infos = self.env.step(self._actions)
-        none = np.zeros(self.num_envs)
-        cost, energy = infos.get("cost", none), infos.get("energy_j", none)
+        cost, energy = infos["cost"], infos["energy_j"]
         if truncated.any():  # the last step of an episode is told in final_info
-            cost = cost + infos["final_info"]["cost"]
-            energy = energy + infos["final_info"]["energy_j"]
+            final = infos["final_info"]
+            cost = np.where(truncated, final["cost"], cost)
+            energy = np.where(truncated, final["energy_j"], energy)
         rows: list[dict[str, Any]] = [
             {"cost": c, "energy_j": e} for c, e in zip(cost.tolist(), energy.tolist(), strict=True)
         ]

@@ -19,19 +19,6 @@ from biscale_env.envs.workload_tables import WorkloadTables
 ROW = np.zeros(1, dtype=np.int64)
 
 
-def describe_step(batch: Batch, i: int, phase: str) -> dict[str, float]:
-    """The ``info`` of one step: five plain floats, none of which depends on wall time."""
-    st = batch.states[i]
-    violations = float(st["step_violations"])
-    return {
-        "time_s": float(st["time_s"]),
-        "energy_j": float(st["step_energy_j"]),
-        "freq_mhz": float(st["step_freq_mean_ghz"]) * 1e3,
-        "cost": violations,
-        "cost_ttft" if phase == "prefill" else "cost_tpot": violations,
-    }
-
-
 class PhaseEnv(PlainSpec, gym.Env[NDArray[np.float32], Any]):
     """One instance of one phase.
 
@@ -71,6 +58,8 @@ class PhaseEnv(PlainSpec, gym.Env[NDArray[np.float32], Any]):
         self._tables = WorkloadTables(self.plant, self.options.source)
         self._batch: Batch | None = None
         self._action = np.zeros(1, dtype=np.float32)
+        self._episode = (0, -1)  # workload, ensemble member
+        self._cost_name = "cost_ttft" if phase == "prefill" else "cost_tpot"
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -89,10 +78,8 @@ class PhaseEnv(PlainSpec, gym.Env[NDArray[np.float32], Any]):
         else:
             self._batch.use(table)
         self._batch.reset(ROW, ROW, np.array([member]))
-        return self._batch.obs[0].copy(), {
-            "workload": float(workload),
-            "ensemble_member": float(member),
-        }
+        self._episode = workload, member
+        return self._batch.obs[0].copy(), self._info(self._batch)
 
     def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """One decision.
@@ -111,8 +98,22 @@ class PhaseEnv(PlainSpec, gym.Env[NDArray[np.float32], Any]):
             float(batch.reward[0]),
             False,
             truncated,
-            describe_step(batch, 0, self.plant.phase),
+            self._info(batch),
         )
+
+    def _info(self, batch: Batch) -> dict[str, float]:
+        """Plain floats, none of which depends on wall time; the same keys at reset and step."""
+        st = batch.states[0]
+        violations = float(st["step_violations"])
+        return {
+            "time_s": float(st["time_s"]),
+            "energy_j": float(st["step_energy_j"]),
+            "freq_mhz": float(st["step_freq_mean_ghz"]) * 1e3,
+            "cost": violations,
+            self._cost_name: violations,
+            "workload": float(self._episode[0]),
+            "ensemble_member": float(self._episode[1]),
+        }
 
 
 class PrefillEnv(PhaseEnv):

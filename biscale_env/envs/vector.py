@@ -21,7 +21,6 @@ from biscale_env.envs.plain_spec import PlainSpec
 
 Infos = dict[str, Any]
 Bools = NDArray[np.bool_]
-RESET_INFO = ("workload", "ensemble_member")
 
 
 def autoreset_mode_of(mode: AutoresetMode | str) -> AutoresetMode:
@@ -104,6 +103,7 @@ class PhaseVectorEnv(PlainSpec, VectorEnv[NDArray[np.float32], Any, NDArray[Any]
         self._generators: list[np.random.Generator] = []
         self._steps = np.zeros(num_envs, dtype=np.int64)
         self._ended = np.zeros(num_envs, dtype=bool)
+        self._episode = np.zeros((num_envs, 2), dtype=np.int64)  # workload, ensemble member
         self._cost_name = "cost_ttft" if phase == "prefill" else "cost_tpot"
 
     def _make_spaces(self, discrete: bool) -> None:
@@ -114,8 +114,8 @@ class PhaseVectorEnv(PlainSpec, VectorEnv[NDArray[np.float32], Any, NDArray[Any]
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
 
-    def _start(self, rows: NDArray[np.int64], fixed: Mapping[str, Any] | None = None) -> Infos:
-        """Start episodes in some rows; their reset infos."""
+    def _start(self, rows: NDArray[np.int64], fixed: Mapping[str, Any] | None = None) -> None:
+        """Start episodes in some rows."""
         choose, generators = self.options.choose, self._generators
         chosen = np.array([choose(generators[i], fixed) for i in rows], dtype=np.int64)
         known = len(self.batch.pool.begins)
@@ -125,13 +125,8 @@ class PhaseVectorEnv(PlainSpec, VectorEnv[NDArray[np.float32], Any, NDArray[Any]
                 "make the environment with more n_workloads"
             )
         self.batch.reset(rows, chosen[:, 0], chosen[:, 1])
+        self._episode[rows] = chosen
         self._steps[rows], self._ended[rows] = 0, False
-        mask = np.zeros(self.num_envs, dtype=bool)
-        mask[rows] = True
-        columns = {name: np.zeros(self.num_envs) for name in RESET_INFO}
-        for k, name in enumerate(RESET_INFO):
-            columns[name][rows] = chosen[:, k]
-        return masked(columns, mask)
 
     def reset(
         self,
@@ -154,8 +149,8 @@ class PhaseVectorEnv(PlainSpec, VectorEnv[NDArray[np.float32], Any, NDArray[Any]
         rows = np.flatnonzero(self._mask(given.pop("reset_mask", None)))
         self.options.choose(np.random.default_rng(0), given)  # refused before anything is touched
         self._seed(seed)
-        infos = self._start(rows, given)
-        return self.batch.obs.copy(), infos
+        self._start(rows, given)
+        return self.batch.obs.copy(), self._infos(rows)
 
     def _mask(self, given: Any) -> Bools:
         if given is None:
@@ -212,60 +207,49 @@ class PhaseVectorEnv(PlainSpec, VectorEnv[NDArray[np.float32], Any, NDArray[Any]
         if self.max_episode_steps is not None:
             self._steps += 1
             truncated |= self._steps >= self.max_episode_steps
-        reward, infos = batch.reward.copy(), self._step_infos()
-        if self.autoreset_mode is AutoresetMode.SAME_STEP:
-            if truncated.any():
-                infos = self._restart(truncated, infos)
-        else:
+        reward, ends = batch.reward.copy(), {}
+        if self.autoreset_mode is not AutoresetMode.SAME_STEP:
             if restarting.any():
-                infos = self._after_end(restarting, infos)
+                self._start(np.flatnonzero(restarting))
                 reward[restarting], truncated[restarting] = 0.0, False
             self._ended = truncated.copy()
-        return batch.obs.copy(), reward, np.zeros(self.num_envs, dtype=bool), truncated, infos
+        elif truncated.any():
+            ends = self._restart(np.flatnonzero(truncated))
+        none = np.zeros(self.num_envs, dtype=bool)
+        return batch.obs.copy(), reward, none, truncated, {**ends, **self._infos()}
 
-    def _step_infos(self) -> Infos:
+    def _infos(self, rows: NDArray[np.int64] | None = None) -> Infos:
+        """What ``info`` of the single environment says, of all rows or some, with masks."""
+        of = slice(None) if rows is None else rows
         states = self.batch.states
         cost = states["step_violations"].astype(np.float64)
         values = {
-            "time_s": states["time_s"].copy(),
-            "energy_j": states["step_energy_j"].copy(),
+            "time_s": states["time_s"],
+            "energy_j": states["step_energy_j"],
             "freq_mhz": states["step_freq_mean_ghz"] * 1e3,
             "cost": cost,
-            self._cost_name: cost.copy(),
+            self._cost_name: cost,
+            "workload": self._episode[:, 0],
+            "ensemble_member": self._episode[:, 1],
         }
-        return masked(values, np.ones(self.num_envs, dtype=bool))
+        mask = np.zeros(self.num_envs, dtype=bool)
+        mask[of] = True
+        told = {}
+        for name, value in values.items():
+            told[name] = np.zeros(self.num_envs)
+            told[name][of] = value[of]
+        return masked(told, mask)
 
-    def _restart(self, ended: Bools, infos: Infos) -> Infos:
-        """Restart the rows whose episode has ended; their last step moves into ``final_info``."""
-        rows = np.flatnonzero(ended)
-        final = self._split(infos, rows)
+    def _restart(self, rows: NDArray[np.int64]) -> Infos:
+        """Restart the rows whose episode has ended; what the last step of each said."""
+        final = self._infos(rows)
         last = np.empty(self.num_envs, dtype=object)  # filled with None
         for i in rows:
             last[i] = self.batch.obs[i].copy()
-        ends: Infos = {"final_obs": last, "final_info": masked(final, ended.copy())}
-        restarted = self._start(rows)
-        return masked(ends, ended.copy()) | self._still(infos, ~ended) | restarted
-
-    def _split(self, infos: Infos, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """Move the values of some rows out of the infos: what is left there is 0."""
-        moved = {}
-        for name in (name for name in infos if not name.startswith("_")):
-            moved[name] = np.zeros(self.num_envs)
-            moved[name][rows] = infos[name][rows]
-            infos[name][rows] = 0.0
-        return moved
-
-    def _still(self, infos: Infos, mask: Bools) -> Infos:
-        """Infos of the rows that go on; none if there is no such row."""
-        if not mask.any():
-            return {}
-        return masked({k: v for k, v in infos.items() if not k.startswith("_")}, mask)
-
-    def _after_end(self, restarting: Bools, infos: Infos) -> Infos:
-        """Start the episodes that follow those which had ended a step ago (``NEXT_STEP``)."""
-        rows = np.flatnonzero(restarting)
-        self._split(infos, rows)
-        return self._still(infos, ~restarting) | self._start(rows)
+        self._start(rows)
+        ended = np.zeros(self.num_envs, dtype=bool)
+        ended[rows] = True
+        return masked({"final_obs": last, "final_info": final}, ended)
 
 
 def make_prefill(num_envs: int = 1, **options: Any) -> PhaseVectorEnv:

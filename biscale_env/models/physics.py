@@ -6,13 +6,11 @@ There is no second copy anywhere.
 
 One iteration of one instance (``n_gpus`` GPUs, tensor parallel) is described by its *work*:
 
-=============
-==================================================================================================
-``tokens``     rows of the GEMMs: new prompt tokens in prefill, running requests in decode
-``attn_work``  ``A = sum n_i (n_i / 2 + prefix_i)`` over the prompts (or chunks) of the batch,
-token^2 ``cached``     ``C``, KV-cache tokens read by the decoding requests ``n_seq``      requests
-in the batch (host work grows with it) =============
-==================================================================================================
+- ``tokens``: rows of the GEMMs: new prompt tokens in prefill, running requests in decode;
+- ``attn_work``: attention token-pairs, ``A = sum n_i (n_i / 2 + prefix_i)`` over the prompts (or
+  chunks) of the batch, token^2;
+- ``cached``: ``C``, KV-cache tokens read by the decoding requests;
+- ``n_seq``: requests in the batch (host work grows with it).
 
 Latency is the sum of GEMM (weights stream from HBM, or compute), attention, communication,
 element-wise kernels and host time. Energy of one GPU is a static part, a clock-tree part, and

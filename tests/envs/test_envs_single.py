@@ -47,6 +47,7 @@ def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
     return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+EPISODE = ("workload", "ensemble_member")
 CHOSEN = [np.array([x], dtype=np.float32) for x in (0.9, -0.2, 0.4, -1.0)]
 
 
@@ -137,13 +138,14 @@ def test_observations_are_fresh_arrays(cls: type[PhaseEnv]) -> None:
 
 @pytest.mark.parametrize(("phase", "cls"), PHASES.items())
 def test_info_and_reward(phase: str, cls: type[PhaseEnv]) -> None:
-    """Five plain floats; the reward follows from them."""
+    """Plain floats, the same keys at reset and step; the reward follows from them."""
     env = cls(violation_weight=7.0, **SMALL)
-    env.reset(seed=0)
+    first = env.reset(seed=0)[1]
     cost_name = "cost_ttft" if phase == "prefill" else "cost_tpot"
     for k in range(200):
         obs, reward, terminated, truncated, info = env.step(CHOSEN[k % 4])
-        assert set(info) == {"time_s", "energy_j", "freq_mhz", "cost", cost_name}
+        assert set(info) == {"time_s", "energy_j", "freq_mhz", "cost", cost_name, *EPISODE}
+        assert set(first) == set(info)
         assert all(type(v) is float for v in info.values())
         assert type(reward) is float
         assert (type(terminated), terminated, type(truncated)) == (bool, False, bool)
@@ -284,7 +286,7 @@ def test_model_member_random_and_fixed() -> None:
 def test_reset_options_choose_the_episode() -> None:
     env = DecodeEnv(**SMALL)
     _, info = env.reset(seed=0, options={"workload": 17, "member": 1})
-    assert info == {"workload": 17.0, "ensemble_member": 1.0}
+    assert {name: info[name] for name in EPISODE} == {"workload": 17.0, "ensemble_member": 1.0}
     one = env._batch.pool.arrival_s.copy()
     env.reset(options={"workload": 17})
     np.testing.assert_array_equal(one, env._batch.pool.arrival_s)
