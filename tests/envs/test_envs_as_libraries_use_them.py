@@ -358,6 +358,13 @@ def test_torchrl_makes_and_checks_it_by_name(env_id: str) -> None:
     assert env.rollout(5)["next", "reward"].shape[0] == 5
 
 
+@pytest.mark.parametrize("env_id", IDS)
+def test_torchrl_rolls_the_vector_out(env_id: str) -> None:
+    wrapper = pytest.importorskip("torchrl.envs.libs.gym").GymWrapper
+    env = wrapper(gym.make_vec(env_id, num_envs=3, **SMALL))
+    assert tuple(env.rollout(60, break_when_any_done=False).batch_size) == (3, 60)
+
+
 def test_skrl_wraps_single_and_vector() -> None:
     wrap_env = pytest.importorskip("skrl.envs.wrappers.torch").wrap_env
     import torch
