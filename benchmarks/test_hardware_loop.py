@@ -29,9 +29,7 @@ pytestmark = pytest.mark.hardware
 
 
 def stand_in(batch: int, prompts: int, queue: int) -> tuple[Any, Any]:
-    """A scheduler with a full decode batch and a queue, and its output, with the attributes that
-    the hook reads.
-    """
+    """A scheduler with a full decode batch and a queue, and its output, as the hook reads them."""
     now = time.time()
 
     def request(name: str) -> SimpleNamespace:
@@ -47,17 +45,22 @@ def stand_in(batch: int, prompts: int, queue: int) -> tuple[Any, Any]:
     new = [SimpleNamespace(req_id=f"new-{k}", num_computed_tokens=0) for k in range(prompts)]
     everyone = {n: request(n) for n in (*names, *(r.req_id for r in new))}
     scheduler = SimpleNamespace(
-        requests=everyone, waiting=[request(f"w-{k}") for k in range(queue)], kv_cache_manager=SimpleNamespace(usage=0.5),
+        requests=everyone,
+        waiting=[request(f"w-{k}") for k in range(queue)],
+        kv_cache_manager=SimpleNamespace(usage=0.5),
         deferred_waiting=[],
-    )  # fmt: skip
+    )
     cached = SimpleNamespace(
         req_ids=names, num_computed_tokens=[1100] * batch, num_output_tokens=[76] * batch
     )
     counts = dict.fromkeys(names, 1) | {r.req_id: 1024 for r in new}
     output = SimpleNamespace(
-        scheduled_new_reqs=new, scheduled_cached_reqs=cached, num_scheduled_tokens=counts, total_num_scheduled_tokens=sum(counts.values()),
+        scheduled_new_reqs=new,
+        scheduled_cached_reqs=cached,
+        num_scheduled_tokens=counts,
+        total_num_scheduled_tokens=sum(counts.values()),
         finished_req_ids=set(),
-    )  # fmt: skip
+    )
     return scheduler, output
 
 

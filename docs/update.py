@@ -1,5 +1,6 @@
-"""Regenerate the figures that README.md and docs/ state, between their markers, from the commands
-that measure them.
+"""Regenerate what README.md and docs/ state, between their markers.
+
+Every block comes from the command that measures it.
 
 Usage: python docs/update.py [models] [bench] [bench-cluster] [observation] [compare=RUN_DIRECTORY]
        [experiment:NAME=RUN_DIRECTORY ...] [agents=EVALUATION,EVALUATION]
@@ -121,9 +122,7 @@ def table(cells: pd.DataFrame, heads: list[str]) -> str:
 
 
 def bounds(results: pd.DataFrame, column: str) -> dict[str, str]:
-    """Energy below which no controller can go at any delay, relative to max clock on the same
-    workload, per point.
-    """
+    """Energy ratio below which no controller can go at any delay, per point."""
     found = {}
     if "oracle_lower_bound_any_delay_j" in results:
         tops = results[results["policy"] == "max"].set_index(
@@ -216,8 +215,9 @@ def oracle_facts(results: pd.DataFrame, column: str) -> str:
 
 
 def experiment(name: str, folder: str) -> None:
-    """An experiment: the whole table into docs/, a matrix of energy ratios into docs/results.md
-    and, for `main`, the README.
+    """An experiment: the whole table into docs/, a matrix of energy ratios into docs/results.md.
+
+    The matrix of `main` goes into the README too.
     """
     run = load_run(folder)
     summary, results = pd.read_csv(Path(folder) / "summary.csv"), run.results.copy()

@@ -7,9 +7,9 @@ zero::
 
 The end whose sign ``f(x)`` shares moves to ``x``. Where the same end moves twice in a row, the
 value of the other one is halved (the Illinois rule), so that the other end moves too: convergence
-of order 1.44 without a derivative, and the root always stays inside (M. Dowell and P. Jarratt, "A
-modified regula falsi method for computing the root of an equation", BIT 11, 1971). For a falling
-function give the negated values.
+of order 1.44 without a derivative, and the root stays inside up to rounding (M. Dowell and P.
+Jarratt, "A modified regula falsi method for computing the root of an equation", BIT 11, 1971). For
+a falling function give the negated values.
 
 The caller owns the loop, since every one stops by rules of its own::
 

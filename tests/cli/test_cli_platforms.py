@@ -1,4 +1,4 @@
-"""The command without what other systems lack, and what it leaves behind in the caller's process."""
+"""The command without what other systems lack, and what it leaves in the caller's process."""
 
 import signal
 import subprocess
@@ -22,7 +22,8 @@ usual = builtins.__import__
 os.environ["USERNAME"] = "someone"  # as Windows has it
 missing = {"fcntl", "resource", "pwd", "grp", "termios"}
 def denied(name, globals=None, *rest, **more):
-    ours = (globals or {}).get("__name__", "").split(".")[0] in {"biscale_env", "agents", "controllers"}
+    top = (globals or {}).get("__name__", "").split(".")[0]
+    ours = top in {"biscale_env", "agents", "controllers"}
     if ours and name in missing:
         raise ImportError(f"No module named {name!r}")
     return usual(name, globals, *rest, **more)

@@ -132,8 +132,12 @@ def test_steps_add_up_to_the_episode(phase: str, interval_s: float) -> None:
     rows = np.zeros(1, dtype=np.int64)
     batch.reset(rows, rows, rows - 1)
     st = batch.states[0]
-    parts = {"iterations": "step_iterations", "finished": "step_finished", "busy_s": "step_duration_s",
-             "violations": "step_violations"}  # fmt: skip
+    parts = {
+        "iterations": "step_iterations",
+        "finished": "step_finished",
+        "busy_s": "step_duration_s",
+        "violations": "step_violations",
+    }
     energy_j, sums = float(st["energy_j"]), dict.fromkeys(parts, 0.0)
     while not batch.done[0]:
         batch.step(np.full(1, -0.9, dtype=np.float32))

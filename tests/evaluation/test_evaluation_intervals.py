@@ -154,7 +154,10 @@ def test_without_a_reference_the_ratio_is_unknown():
 
 
 def test_quantiles_are_those_of_all_requests_together():
-    """One workload late throughout, three never: the P50 of all is early, unlike the mean of P50s."""
+    """One workload late throughout, three never.
+
+    The P50 of all is early, unlike the mean of P50s.
+    """
     runs = [workload(np.zeros(N_BLOCKS), seed) for seed in range(3)]
     runs.append(workload(np.full(N_BLOCKS, PER_BLOCK), 3))
     row = summary(runs).loc["max"]

@@ -116,8 +116,8 @@ def test_infeasible_scenarios_are_named(page):
     assert "<li>Prefill: hopeless, SLO biscale</li>" in own
     assert "max clock itself reaches only 66.66 %" in own
     assert (
-        "<li>Prefill: code at 50 % load, SLO biscale: no table, since even 0.1 req/s misses &lt;it&gt;</li>"
-        in own
+        "<li>Prefill: code at 50 % load, SLO biscale: no table, since even 0.1 req/s misses"
+        " &lt;it&gt;</li>" in own
     )
     assert own.count('<span class="tag">infeasible</span>') == 1
 
@@ -169,8 +169,9 @@ def test_reading_order_is_reference_then_those_that_keep_the_slo_then_others_the
 
 def test_verdict_passes_over_those_who_miss_and_over_the_bound():
     [(_, rows)] = tables.points_of(results.summarise(comparison()))
-    assert tables.verdict(rows) == (
-        "Least energy while meeting the SLO: mpc, 13.5 J per token, 30.0 % below max clock; "
+    assert (
+        tables.verdict(rows)
+        == "Least energy while meeting the SLO: mpc, 13.5 J per token, 30.0 % below max clock; "
         "with the future known 40.0 % below max clock."
     )
     lost = rows[rows["policy"].isin(["max", "slack"])]

@@ -67,16 +67,21 @@ def cached(rows):
 def output(new_reqs=(), rows=(), counts=None, finished=()):
     counts = counts or {}
     return SimpleNamespace(
-        scheduled_new_reqs=list(new_reqs), scheduled_cached_reqs=cached(list(rows)), num_scheduled_tokens=counts,
-        total_num_scheduled_tokens=sum(counts.values()), finished_req_ids=set(finished),
-    )  # fmt: skip
+        scheduled_new_reqs=list(new_reqs),
+        scheduled_cached_reqs=cached(list(rows)),
+        num_scheduled_tokens=counts,
+        total_num_scheduled_tokens=sum(counts.values()),
+        finished_req_ids=set(finished),
+    )
 
 
 def scheduler(requests=(), waiting=(), usage=0.5, deferred=()):
     return SimpleNamespace(
-        requests={r.request_id: r for r in requests}, waiting=list(waiting), kv_cache_manager=SimpleNamespace(usage=usage),
+        requests={r.request_id: r for r in requests},
+        waiting=list(waiting),
+        kv_cache_manager=SimpleNamespace(usage=usage),
         deferred_waiting=list(deferred),
-    )  # fmt: skip
+    )
 
 
 def test_vllm_prefill_record_has_the_batch_first_and_then_the_queue():
@@ -524,7 +529,10 @@ def test_the_hooks_import_nothing_heavy():
         f"biscale_env.hardware.engines.hook.{name}"
         for name in ("vllm_hook", "vllm_stats", "sglang_hook")
     )
-    code = f"import sys; import {hooks}; print(sorted({{m.split('.')[0] for m in sys.modules}} & {heavy}))"
+    code = (
+        f"import sys; import {hooks}; print(sorted({{m.split('.')[0] for m in sys.modules}} &"
+        f" {heavy}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -156,7 +156,6 @@ COMMANDS = [
     ["hw", "restore"],
     ["hw", "clock-latency"],
     ["hw", "emulate"],
-    ["hw", "bench"],
     ["hw", "bridge", "--phase", "decode", "--source", "http://x"],
     ["replay", "--trace", "x", "--decode", "http://x"],
     ["profile"],

@@ -79,9 +79,25 @@ class Lab:
     def arguments(self, trace, out, *extra):
         prefill, decode = self.emulation.urls
         return [
-            "replay", "--trace", str(trace), "--prefill", prefill, "--decode", decode, "--backend", f"fake:{self.gpus}", "--sockets",
-            str(self.folder / "s"), "--engine", "emulated", "--out", str(out), "--delay", "0.05", *extra,
-        ]  # fmt: skip
+            "replay",
+            "--trace",
+            str(trace),
+            "--prefill",
+            prefill,
+            "--decode",
+            decode,
+            "--backend",
+            f"fake:{self.gpus}",
+            "--sockets",
+            str(self.folder / "s"),
+            "--engine",
+            "emulated",
+            "--out",
+            str(out),
+            "--delay",
+            "0.05",
+            *extra,
+        ]
 
     def start(self, trace, out, *extra):
         return spawn(*self.arguments(trace, out, *extra), env=self.env, start_new_session=True)
@@ -104,7 +120,7 @@ def lab(tmp_path, hw_state):
 
 @pytest.mark.slow
 def test_a_second_gpu_and_llm_go_through_emulate_replay_and_validate(tmp_path, hw_state):
-    """Memory, cap, clocks and levels of everything follow the instance, on the pretended GPUs too."""
+    """Memory, cap, clocks and levels of everything follow the instance, on fake GPUs too."""
     spec = toy_spec(max_seqs=64)
     lab = Lab(tmp_path, hw_state, instance=spec)
     try:
@@ -289,7 +305,8 @@ def test_closed_loop_and_validation(lab, tmp_path, hw_state):
     late_s = max(raw.facts["lateness_p99_s"].values())
     if late_s > CALM_S:
         pytest.skip(
-            f"energy agrees, but this machine is too busy for latencies: the emulated engines answered {late_s * 1e3:.0f} ms late"
+            "energy agrees, but this machine is too busy for latencies: the emulated engines"
+            f" answered {late_s * 1e3:.0f} ms late"
         )
     missed = [(a.phase, a.quantity, a.measured, a.simulated) for a in agreement if not a.agrees]
     assert not missed
@@ -607,13 +624,15 @@ def test_a_child_process_dies_with_its_parent(tmp_path):
     code = f"""
 import time
 from biscale_env.hardware.loop.processes import Child
-child = Child("x", ["hw", "emulate", "--state", {str(tmp_path / "g")!r}, "--sockets", {str(tmp_path / "s")!r}, "--phase", "nonsense"])
+sockets = ["--sockets", {str(tmp_path / "s")!r}]
+child = Child("x", ["hw", "emulate", "--state", {str(tmp_path / "g")!r}, *sockets, "--phase", "no"])
 print(child.process.pid, flush=True)
 try:
     child.wait_for("never", 30)
 except Exception as error:
     print(error, flush=True)
-other = Child("y", ["hw", "bridge", "--phase", "decode", "--source", "tcp://127.0.0.1:1", "--sockets", {str(tmp_path / "s")!r}])
+source = ["--source", "tcp://127.0.0.1:1"]
+other = Child("y", ["hw", "bridge", "--phase", "decode", *source, *sockets])
 other.wait_for("ready", 30)
 print(other.process.pid, flush=True)
 time.sleep(60)

@@ -57,9 +57,11 @@ def site():
 def test_labels_are_summed_and_buckets_left_out():
     values = parse_prometheus(VLLM)
     assert values == {
-        "vllm:num_requests_running": 3.0, "vllm:num_requests_waiting": 2.0, "vllm:prompt_tokens_total": 1000.0,
+        "vllm:num_requests_running": 3.0,
+        "vllm:num_requests_waiting": 2.0,
+        "vllm:prompt_tokens_total": 1000.0,
         "vllm:request_success_total": 4.0,
-    }  # fmt: skip
+    }
 
 
 def test_ranks_are_summed_and_odd_lines_cost_only_themselves():
@@ -150,8 +152,15 @@ def test_the_stream_of_dynamo_and_sglang_is_understood(tmp_path):
     """Three frames, the last one a msgpack map of the published schema, possibly with fields of a
     newer engine.
     """
-    plain = {"version": 1, "worker_id": "w7", "counter_id": 3, "wall_time": 0.031, "timing_scope": "cuda",
-             "scheduled_requests": {"num_decode_requests": 4, "sum_decode_kv_tokens": 900}, "queued_requests": {}}  # fmt: skip
+    plain = {
+        "version": 1,
+        "worker_id": "w7",
+        "counter_id": 3,
+        "wall_time": 0.031,
+        "timing_scope": "cuda",
+        "scheduled_requests": {"num_decode_requests": 4, "sum_decode_kv_tokens": 900},
+        "queued_requests": {},
+    }
     (record,) = stream_of(tmp_path, msgspec.msgpack.encode(plain), 1)
     assert (record.worker_id, record.wall_time, record.scheduled_requests.sum_decode_kv_tokens) == (
         "w7",
@@ -173,8 +182,15 @@ FPM = [
     "scheduled_requests",
     "queued_requests",
 ]
-FPM_SCHEDULED = ["num_prefill_requests", "sum_prefill_tokens", "var_prefill_length", "sum_prefill_kv_tokens", "num_decode_requests",
-                 "sum_decode_kv_tokens", "var_decode_kv_tokens"]  # fmt: skip
+FPM_SCHEDULED = [
+    "num_prefill_requests",
+    "sum_prefill_tokens",
+    "var_prefill_length",
+    "sum_prefill_kv_tokens",
+    "num_decode_requests",
+    "sum_decode_kv_tokens",
+    "var_decode_kv_tokens",
+]
 FPM_QUEUED = [name for name in FPM_SCHEDULED if name != "sum_prefill_kv_tokens"]
 
 

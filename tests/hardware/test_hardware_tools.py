@@ -229,7 +229,7 @@ def test_clock_latency_cut_off_gives_the_clock_back(machine, hw_state, number):
     read_until(process, "MHz: call")
     assert gpus_of(machine)[0]["locked"] == 1
     process.send_signal(number)
-    assert process.wait(10) == 130
+    assert process.wait(60) == 130
     process.communicate()
     assert gpus_of(machine)[0]["locked"] == 0
     assert not list(hw_state.glob("*.json"))

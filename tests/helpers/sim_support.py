@@ -20,13 +20,39 @@ from biscale_env.traces import Trace
 
 # Near the published TP4 bf16 figures, rounded: plausible, and frozen here.
 COEFFICIENTS = Coefficients(
-    n_gpus=4.0, freq_profile_ghz=1.98, weights_s=0.013, mem_loss_per_ghz=0.8, mem_knee_ghz=1.0, gemm_s_per_token=4.6e-05,
-    attn0_s=9e-4, attn_prefill_s=8e-10, attn_decode_s=2.6e-08, comm0_s=8e-4, comm_s_per_token=1.7e-05, elem0_s=7e-4,
-    elem_s_per_token=8.5e-06, core_share=0.3, host0_s=1.1e-3, host_s_per_seq=2e-5, v_knee_ghz=1.1, v_slope_per_ghz=0.45,
-    p_static_w=90.0, p_clock_w_per_ghz=30.0, p_busy_w=60.0, flops_per_token=3.5e10, flops_per_attn=6.5e5, weight_bytes=3.5e10,
-    bytes_per_token=1e7, kv_bytes_per_token=8.2e4, link_bytes_per_token=2e6, e_flop_j=3.4e-13, e_byte_j=1e-11, e_hbm_j=4e-11,
-    e_link_j=1e-11, p_cap_w=700.0,
-)  # fmt: skip
+    n_gpus=4.0,
+    freq_profile_ghz=1.98,
+    weights_s=0.013,
+    mem_loss_per_ghz=0.8,
+    mem_knee_ghz=1.0,
+    gemm_s_per_token=4.6e-05,
+    attn0_s=9e-4,
+    attn_prefill_s=8e-10,
+    attn_decode_s=2.6e-08,
+    comm0_s=8e-4,
+    comm_s_per_token=1.7e-05,
+    elem0_s=7e-4,
+    elem_s_per_token=8.5e-06,
+    core_share=0.3,
+    host0_s=1.1e-3,
+    host_s_per_seq=2e-5,
+    v_knee_ghz=1.1,
+    v_slope_per_ghz=0.45,
+    p_static_w=90.0,
+    p_clock_w_per_ghz=30.0,
+    p_busy_w=60.0,
+    flops_per_token=3.5e10,
+    flops_per_attn=6.5e5,
+    weight_bytes=3.5e10,
+    bytes_per_token=1e7,
+    kv_bytes_per_token=8.2e4,
+    link_bytes_per_token=2e6,
+    e_flop_j=3.4e-13,
+    e_byte_j=1e-11,
+    e_hbm_j=4e-11,
+    e_link_j=1e-11,
+    p_cap_w=700.0,
+)
 
 
 def plain(**changes: float) -> Coefficients:

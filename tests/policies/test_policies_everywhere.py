@@ -78,9 +78,19 @@ def test_compare_tunes_it_in_workers_beside_a_named_one(site, tmp_path):
 def test_evaluate_takes_it_as_the_agent(site, tmp_path):
     (tmp_path / "tiny.yaml").write_text(SCENARIO)
     done = biscale(
-        "evaluate", "mine:Plain:action=-0.5", "--scenario", "tiny.yaml", "--policy", "slack:0.1,fine=true",
-        "--jobs", 1, "--out", "run", site=site, cwd=tmp_path,
-    )  # fmt: skip
+        "evaluate",
+        "mine:Plain:action=-0.5",
+        "--scenario",
+        "tiny.yaml",
+        "--policy",
+        "slack:0.1,fine=true",
+        "--jobs",
+        1,
+        "--out",
+        "run",
+        site=site,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     results = pd.read_parquet(tmp_path / "run" / "results.parquet").set_index("policy")
     assert set(results.index) == {"max", "slack:0.1,fine=true", "agent"}

@@ -1,4 +1,7 @@
-"""The lists of running requests against a plain model: wheel, order of admission, free slots, keys."""
+"""The lists of running requests against a plain model.
+
+Wheel, order of admission, free slots, keys.
+"""
 
 from types import SimpleNamespace
 from typing import Any

@@ -180,8 +180,9 @@ class FakeState:
             self._map = mmap.mmap(self._file.fileno(), 0)
         except (OSError, ValueError) as error:
             raise BiscaleError(
-                f"cannot open the fake GPUs in '{path}' "
-                f"({getattr(error, 'strerror', None) or error}): `biscale hw emulate` makes the file"
+                f"cannot open the fake GPUs in '{path}'"
+                f" ({getattr(error, 'strerror', None) or error}): `biscale hw emulate` makes the"
+                " file"
             ) from None
         if (
             len(self._map) < HEADER_DTYPE.itemsize
