@@ -103,7 +103,7 @@ class PhaseVectorEnv(PlainSpec, VectorEnv[NDArray[np.float32], Any, NDArray[Any]
         self._generators: list[np.random.Generator] = []
         self._steps = np.zeros(num_envs, dtype=np.int64)
         self._ended = np.zeros(num_envs, dtype=bool)
-        self._episode = np.zeros((num_envs, 2), dtype=np.int64)  # workload, ensemble member
+        self._episode = np.zeros((2, num_envs))  # workload, ensemble member
         self._cost_name = "cost_ttft" if phase == "prefill" else "cost_tpot"
 
     def _make_spaces(self, discrete: bool) -> None:
@@ -125,7 +125,7 @@ class PhaseVectorEnv(PlainSpec, VectorEnv[NDArray[np.float32], Any, NDArray[Any]
                 "make the environment with more n_workloads"
             )
         self.batch.reset(rows, chosen[:, 0], chosen[:, 1])
-        self._episode[rows] = chosen
+        self._episode[:, rows] = chosen.T
         self._steps[rows], self._ended[rows] = 0, False
 
     def reset(
@@ -220,25 +220,22 @@ class PhaseVectorEnv(PlainSpec, VectorEnv[NDArray[np.float32], Any, NDArray[Any]
 
     def _infos(self, rows: NDArray[np.int64] | None = None) -> Infos:
         """What ``info`` of the single environment says, of all rows or some, with masks."""
-        of = slice(None) if rows is None else rows
         states = self.batch.states
         cost = states["step_violations"].astype(np.float64)
         values = {
-            "time_s": states["time_s"],
-            "energy_j": states["step_energy_j"],
+            "time_s": states["time_s"].copy(),
+            "energy_j": states["step_energy_j"].copy(),
             "freq_mhz": states["step_freq_mean_ghz"] * 1e3,
             "cost": cost,
-            self._cost_name: cost,
-            "workload": self._episode[:, 0],
-            "ensemble_member": self._episode[:, 1],
+            self._cost_name: cost.copy(),
+            "workload": self._episode[0].copy(),
+            "ensemble_member": self._episode[1].copy(),
         }
+        if rows is None:
+            return masked(values, np.ones(self.num_envs, dtype=bool))
         mask = np.zeros(self.num_envs, dtype=bool)
-        mask[of] = True
-        told = {}
-        for name, value in values.items():
-            told[name] = np.zeros(self.num_envs)
-            told[name][of] = value[of]
-        return masked(told, mask)
+        mask[rows] = True
+        return masked({name: np.where(mask, value, 0.0) for name, value in values.items()}, mask)
 
     def _restart(self, rows: NDArray[np.int64]) -> Infos:
         """Restart the rows whose episode has ended; what the last step of each said."""

@@ -32,6 +32,9 @@ SPIN_S = 0.002
 LOST_AFTER = 8  # requests in a row without a connection: the engine is gone
 INTERRUPTED_ERROR = "cut off: the replay ended before the answer"
 GONE_ERROR = "cut off: the engine is gone"
+KEEP_ALIVE_S = 2.0
+"""Idle connections are not used again after so long: uvicorn, under vLLM and SGLang, closes them after
+5 s, and a request written into a connection that is just being closed is lost."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ class Replayer:
                 context.
             EngineGone: it stopped answering midway; :attr:`records` keeps what was measured.
         """
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
         timeout = aiohttp.ClientTimeout(total=self.settings.timeout_s, sock_connect=10)
         async with aiohttp.ClientSession(
             connector=connector, timeout=timeout, read_bufsize=1 << 18
