@@ -33,8 +33,8 @@ LOST_AFTER = 8  # requests in a row without a connection: the engine is gone
 INTERRUPTED_ERROR = "cut off: the replay ended before the answer"
 GONE_ERROR = "cut off: the engine is gone"
 KEEP_ALIVE_S = 2.0
-"""Idle connections are not used again after so long: uvicorn, under vLLM and SGLang, closes them after
-5 s, and a request written into a connection that is just being closed is lost."""
+"""How long an idle connection may be used again: uvicorn, under vLLM and SGLang, closes it after 5 s,
+and a request written into a connection that is just being closed is lost."""
 
 
 @dataclass(frozen=True)
