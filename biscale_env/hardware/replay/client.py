@@ -33,7 +33,7 @@ LOST_AFTER = 8  # requests in a row without a connection: the engine is gone
 INTERRUPTED_ERROR = "cut off: the replay ended before the answer"
 GONE_ERROR = "cut off: the engine is gone"
 KEEP_ALIVE_S = 2.0
-"""How long an idle connection may be used again: uvicorn, under vLLM and SGLang, closes it after 5 s,
+"""How long an idle connection is used again: uvicorn, under vLLM and SGLang, closes it after 5 s,
 and a request written into a connection that is just being closed is lost."""
 
 
