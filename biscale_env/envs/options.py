@@ -4,6 +4,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from biscale_env.envs.capacity import find_capacity, profile_capacity
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.envs.workloads import WorkloadSource, generated, trace_windows
 from biscale_env.traces import Trace, load_named
-from biscale_env.traces.synthetic.profiles import profile_names
+from biscale_env.traces.synthetic.profiles import WorkloadProfile, profile_names
 
 DEFAULT_PROFILE = "azure-conv-like"
 DEFAULT_LOAD = 0.75  # of the capacity at max clock: busy, yet served
@@ -42,26 +43,48 @@ class EnvOptions:
             BiscaleError: a reset option that there is not, or a workload or member that does not
                 exist.
         """
-        fixed = fixed or {}
-        unknown = set(fixed) - set(RESET_KEYS)
+        fixed = reset_options(fixed)
+        unknown = sorted(str(name) for name in set(fixed) - set(RESET_KEYS))
         if unknown:
             raise BiscaleError(
-                f"unknown reset option '{min(unknown)}'; known: {', '.join(RESET_KEYS)}"
+                f"unknown reset option '{unknown[0]}'; known: {', '.join(RESET_KEYS)}"
             )
         workload = int(rng.integers(self.n_workloads))
         setting = self.plant.settings.ensemble_member
         member = (
             int(rng.integers(self.plant.model.n_members)) if setting == "random" else int(setting)
         )
-        workload = whole(fixed.get("workload", workload), "workload")
-        member = whole(fixed.get("member", member), "member")
+        workload = whole(fixed.get("workload", workload), "reset option 'workload'")
+        member = whole(fixed.get("member", member), "reset option 'member'")
         if workload < 0:
             raise BiscaleError(f"reset option 'workload' must not be negative, got {workload}")
         return workload, member
 
 
+def reset_options(given: Any) -> dict[str, Any]:
+    """The options of a reset by name.
+
+    Raises:
+        BiscaleError: they are no mapping.
+    """
+    if given is not None and not isinstance(given, Mapping):
+        raise BiscaleError(f"the options of reset() are a mapping by name, got {given!r}")
+    return dict(given or {})
+
+
+def real(value: Any, name: str) -> Any:
+    """The value itself when it is a real number.
+
+    Raises:
+        BiscaleError: it is none.
+    """
+    if not isinstance(value, Real):
+        raise BiscaleError(f"{name} must be a number, got {value!r}")
+    return value
+
+
 def whole(value: Any, name: str) -> int:
-    """A reset option as a whole number.
+    """A value as a whole number.
 
     Raises:
         BiscaleError: it is none.
@@ -69,7 +92,7 @@ def whole(value: Any, name: str) -> int:
     try:
         number = operator.index(value.item() if isinstance(value, np.ndarray) else value)
     except (TypeError, ValueError):
-        raise BiscaleError(f"reset option '{name}' must be a whole number, got {value!r}") from None
+        raise BiscaleError(f"{name} must be a whole number, got {value!r}") from None
     return number
 
 
@@ -118,9 +141,15 @@ class WorkloadOptions:
     def __post_init__(self) -> None:
         if self.load is not None and self.rate_rps is not None:
             raise BiscaleError("give either load or rate_rps, not both")
+        for name in ("load", "rate_rps"):
+            if getattr(self, name) is not None:
+                real(getattr(self, name), name)
+        real(self.episode_s, "episode_s")
+        if not isinstance(self.profile, str | WorkloadProfile):
+            raise BiscaleError(f"profile must be the name of a profile, got {self.profile!r}")
         if self.load is not None and not 0 < self.load < np.inf:
             raise BiscaleError(f"load must be a positive fraction of the capacity, got {self.load}")
-        if self.n_workloads < 1:
+        if whole(self.n_workloads, "n_workloads") < 1:
             raise BiscaleError(f"n_workloads must be at least 1, got {self.n_workloads}")
 
     def source(self, plant: Plant) -> WorkloadSource:

@@ -14,6 +14,7 @@ from biscale_env.envs.actions import ActionReader
 from biscale_env.envs.batch import Batch
 from biscale_env.envs.options import EnvOptions, check_render_mode, make_options
 from biscale_env.envs.plain_spec import PlainSpec
+from biscale_env.envs.plant import Plant
 from biscale_env.envs.workload_tables import WorkloadTables
 
 ROW = np.zeros(1, dtype=np.int64)
@@ -60,6 +61,11 @@ class PhaseEnv(PlainSpec, gym.Env[NDArray[np.float32], Any]):
         self._action = np.zeros(1, dtype=np.float32)
         self._episode = (0, -1)  # workload, ensemble member
         self._cost_name = "cost_ttft" if phase == "prefill" else "cost_tpot"
+
+    @property
+    def world(self) -> Plant:
+        """The plant, under the name that scripts of version 0.1 know."""
+        return self.plant
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

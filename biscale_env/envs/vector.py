@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.actions import ActionReader
 from biscale_env.envs.batch import Batch, RequestTable
-from biscale_env.envs.options import check_render_mode, make_options
+from biscale_env.envs.options import check_render_mode, make_options, reset_options, whole
 from biscale_env.envs.plain_spec import PlainSpec
 
 Infos = dict[str, Any]
@@ -87,7 +87,7 @@ class PhaseVectorEnv(PlainSpec, VectorEnv[NDArray[np.float32], Any, NDArray[Any]
         """
         if num_envs < 1:
             raise BiscaleError(f"num_envs must be at least 1, got {num_envs}")
-        if max_episode_steps is not None and max_episode_steps < 1:
+        if max_episode_steps is not None and whole(max_episode_steps, "max_episode_steps") < 1:
             raise BiscaleError(f"max_episode_steps must be at least 1, got {max_episode_steps}")
         check_render_mode(render_mode, self.metadata["render_modes"])
         self.autoreset_mode = autoreset_mode_of(autoreset_mode)
@@ -145,7 +145,7 @@ class PhaseVectorEnv(PlainSpec, VectorEnv[NDArray[np.float32], Any, NDArray[Any]
         Raises:
             BiscaleError: a wrong number of seeds, a mask of another shape, an unknown option.
         """
-        given = dict(options or {})
+        given = reset_options(options)
         rows = np.flatnonzero(self._mask(given.pop("reset_mask", None)))
         self.options.choose(np.random.default_rng(0), given)  # refused before anything is touched
         self._seed(seed)

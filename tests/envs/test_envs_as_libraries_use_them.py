@@ -374,3 +374,47 @@ def test_skrl_wraps_single_and_vector() -> None:
         wrapped.reset()
         reward = wrapped.step(torch.zeros((wrapped.num_envs, 1)))[1]
         assert reward.shape == (wrapped.num_envs, 1)
+
+
+@pytest.mark.parametrize(
+    "value", ["5x", [1], {}, object()], ids=["text", "list", "mapping", "object"]
+)
+@pytest.mark.parametrize(
+    ("env_id", "names"),
+    [
+        ("BiScale/Prefill-v0", ("rate_rps", "load", "episode_s", "n_workloads", "profile")),
+        (
+            "BiScale/Cluster-v0",
+            ("windows", "window_s", "episode_s", "freqs_mhz", "violation_weight", "n_workloads"),
+        ),
+    ],
+    ids=["single", "cluster"],
+)
+def test_an_option_of_another_kind_is_one_sentence(
+    env_id: str, names: tuple[str, ...], value: object
+) -> None:
+    for name in names:
+        if name == "freqs_mhz" and value == [1]:
+            continue  # a sequence, of a clock that the GPU does not have
+        options = {name: value} if name == "load" else {"rate_rps": 4.0, name: value}
+        with pytest.raises(BiscaleError, match=f"{name}|profile"):
+            gym.make(env_id, **options)
+
+
+@pytest.mark.parametrize("given", ["x", [("workload", 1)], 3])
+def test_reset_options_that_are_no_mapping_are_one_sentence(given: object) -> None:
+    for env in (gym.make(IDS[0], **SMALL), gym.make_vec(IDS[0], num_envs=2, **SMALL)):
+        with pytest.raises(BiscaleError, match="mapping by name"):
+            env.reset(options=given)
+
+
+@pytest.mark.parametrize("env_id", [IDS[0], "BiScale/Cluster-v0"])
+def test_a_limit_of_steps_that_is_no_number_is_one_sentence(env_id: str) -> None:
+    with pytest.raises(BiscaleError, match="max_episode_steps must be a whole number"):
+        gym.make_vec(env_id, num_envs=2, rate_rps=4.0, max_episode_steps="5x")
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_scripts_of_version_0_1_find_the_plant(env_id: str) -> None:
+    env: Any = gym.make(env_id, **SMALL).unwrapped
+    assert env.world is env.plant

@@ -20,7 +20,7 @@ from biscale_env.envs.cluster.cluster_options import (
 )
 from biscale_env.envs.cluster.instance_capacities import Capacities
 from biscale_env.envs.cluster.whole_run import Window, WindowedRun, cut
-from biscale_env.envs.options import check_render_mode
+from biscale_env.envs.options import check_render_mode, real, whole
 from biscale_env.envs.plain_spec import PlainSpec
 from biscale_env.traces import Trace
 
@@ -262,10 +262,10 @@ def episode_of(
         BiscaleError: impossible, or contradicting each other.
     """
     for name, value in (("window_s", window_s), ("episode_s", episode_s)):
-        if value is not None and not 0 < value < np.inf:
+        if value is not None and not 0 < real(value, name) < np.inf:
             raise BiscaleError(f"{name} must be a positive number of seconds, got {value}")
     if episode_s is None:
-        count = WINDOWS if windows is None else windows
+        count = WINDOWS if windows is None else whole(windows, "windows")
         length_s = WINDOW_S if window_s is None else window_s
         if count < 1:
             raise BiscaleError(f"an episode needs at least one window, got windows={windows}")

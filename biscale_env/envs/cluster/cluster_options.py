@@ -17,7 +17,14 @@ from biscale_env.config.loader import validate
 from biscale_env.core.errors import BiscaleError, OptionError
 from biscale_env.envs.cluster.cluster_settings import ClusterPlant, ClusterSettings, check_gpus
 from biscale_env.envs.cluster.instance_capacities import InstanceCapacities
-from biscale_env.envs.options import WORKLOAD_KEYS, WorkloadOptions, unknown_keyword, whole
+from biscale_env.envs.options import (
+    WORKLOAD_KEYS,
+    WorkloadOptions,
+    real,
+    reset_options,
+    unknown_keyword,
+    whole,
+)
 from biscale_env.envs.plant import PlantSettings
 from biscale_env.envs.workloads import WorkloadSource, generated, trace_windows
 from biscale_env.models import instance_hardware, instance_model
@@ -73,12 +80,12 @@ class ClusterOptions:
         Raises:
             BiscaleError: an unknown option, or not a whole number from 0 on.
         """
-        fixed = fixed or {}
+        fixed = reset_options(fixed)
         unknown = sorted(str(name) for name in set(fixed) - {"workload"})
         if unknown:
             raise BiscaleError(f"unknown reset option '{unknown[0]}'; known: workload")
         drawn = int(rng.integers(self.n_workloads))
-        chosen = whole(fixed.get("workload", drawn), "workload")
+        chosen = whole(fixed.get("workload", drawn), "reset option 'workload'")
         if chosen < 0:
             raise BiscaleError(f"reset option 'workload' must not be negative, got {chosen}")
         return chosen
@@ -130,9 +137,9 @@ def make_cluster_options(
     Raises:
         BiscaleError: an unknown option or an impossible value.
     """
-    if not 0 <= violation_weight < np.inf:
+    if not 0 <= real(violation_weight, "violation_weight") < np.inf:
         raise BiscaleError(f"violation_weight must be a number from 0 on, got {violation_weight}")
-    if not 0 < episode_s < np.inf:
+    if not 0 < real(episode_s, "episode_s") < np.inf:
         raise BiscaleError(f"episode_s must be a positive number of seconds, got {episode_s}")
     plant = _plant(slo, settings)
     workload = WorkloadOptions(
@@ -189,8 +196,12 @@ def enumerate_placements(
         Placements in a fixed order.
 
     Raises:
-        BiscaleError: no TP divides the GPUs, or nothing fits.
+        BiscaleError: no TP divides the GPUs, nothing fits, or a clock is none.
     """
+    if freqs_mhz is not None and (np.ndim(freqs_mhz) != 1 or isinstance(freqs_mhz, str)):
+        raise BiscaleError(f"freqs_mhz must be a sequence of clocks in MHz, got {freqs_mhz!r}")
+    for freq_mhz in () if freqs_mhz is None else freqs_mhz:
+        real(freq_mhz, "a clock of freqs_mhz")
     tps = {phase: fitting_tps(settings, phase) for phase in ("prefill", "decode")}
     check_gpus(settings.gpus, tuple(sorted({tp for found in tps.values() for tp in found})))
     if freqs_mhz is None:

@@ -10,6 +10,7 @@ from gymnasium.wrappers import TimeLimit
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.cluster.cluster_env import ClusterEnv
+from biscale_env.envs.options import whole
 from biscale_env.envs.plain_spec import PlainSpec
 from biscale_env.envs.vector import autoreset_mode_of
 
@@ -51,7 +52,7 @@ class ClusterVectorEnv(PlainSpec, SyncVectorEnv):
         """
         if num_envs < 1:
             raise BiscaleError(f"num_envs must be at least 1, got {num_envs}")
-        if max_episode_steps is not None and max_episode_steps < 1:
+        if max_episode_steps is not None and whole(max_episode_steps, "max_episode_steps") < 1:
             raise BiscaleError(f"max_episode_steps must be at least 1, got {max_episode_steps}")
         make = partial(_another, ClusterEnv(**options), max_episode_steps)
         super().__init__([make] * num_envs, autoreset_mode=autoreset_mode_of(autoreset_mode))
