@@ -227,7 +227,7 @@ def _tier2(rows: pd.DataFrame, summary: pd.DataFrame) -> str:
     """How much tier 2 adds where the headroom of tier 1 was fixed instead of chosen."""
     parts = []
     for variation in summary.loc[
-        summary["variation"].str.contains("head-room"), "variation"
+        summary["variation"].str.contains("headroom"), "variation"
     ].unique():
         for point in summary.loc[summary["variation"] == variation, "point"].unique():
             pair = {v: _added(summary, point, v) for v in ("", variation)}
@@ -241,10 +241,10 @@ def _tier2(rows: pd.DataFrame, summary: pd.DataFrame) -> str:
     }
     paper = {stage: f"{PUBLISHED_TIER2[stage][0]} %".replace("-", "−") for stage in mean}
     return (
-        "**What tier 2 adds depends on the head-room of tier 1.** On top of tier 1 it changes "
+        "**What tier 2 adds depends on the headroom of tier 1.** On top of tier 1 it changes "
         f"prefill by {mean.get('prefill')} on average "
         f"(paper {paper.get('prefill')}) and decode by {mean.get('decode')} (paper "
-        f"{paper.get('decode')}). Here the head-room is the "
+        f"{paper.get('decode')}). Here the headroom is the "
         "smallest that holds the SLO on the tuning workloads; with more, tier 1 runs faster and "
         "leaves more to tier 2 "
         f"(prefill / decode): {'; '.join(parts)}."

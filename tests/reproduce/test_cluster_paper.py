@@ -62,7 +62,7 @@ def test_every_system_serves_the_slo_and_none_beats_it_by_missing(name, bench):
 
 
 def test_tuning_takes_what_meets_the_slo(bench):
-    """A tight bound needs a margin or head-room that a wide one does not."""
+    """A tight bound needs a margin or headroom that a wide one does not."""
     tight = replace(bench, settings=SETTINGS.changed(slo="mlperf-interactive"))
     wide = tune(SYSTEMS["tier2-only"], bench, WORK[:1])
     narrow = tune(SYSTEMS["tier2-only"], tight, WORK[:1])
@@ -247,11 +247,11 @@ def test_verdict_on_missed_rates_rules_and_head_room():
         summarise(with_ratios(same)), with_ratios(same)
     )  # batches do not explain it: nothing is said
     free, fixed = (pd.concat([b67({v: p}), b67({v: q}, "placeonly").iloc[1:]]) for v, p, q in (
-        ("", (0.7, 0.6), (0.7, 0.6)), ("head-room fixed at 30 %", (0.7, 0.6), (0.875, 0.8))
+        ("", (0.7, 0.6), (0.7, 0.6)), ("headroom fixed at 30 %", (0.7, 0.6), (0.875, 0.8))
     ))  # fmt: skip
     frame = pd.concat([free, fixed])
     said = verdict(summarise(with_ratios(frame)), with_ratios(frame))
-    assert "head-room fixed at 30 % at B-67: −20 / −25 % instead of +0 / +0 %" in said
+    assert "headroom fixed at 30 % at B-67: −20 / −25 % instead of +0 / +0 %" in said
 
 
 def test_energy_without_waiting_and_without_spare_gpus():

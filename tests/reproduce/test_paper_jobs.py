@@ -182,7 +182,7 @@ def test_the_page_of_a_day_compares_with_its_first_system(tmp_path):
     assert "| DistServe | 1.0 | 0.500 | +0 % | 99.50 / 99.90 % | 3 | 2 s | 300 MB |" in page
     assert "| tier 1 | 0.6 | 0.300 | −40 % |" in page
     assert "21,600 requests in 2 h on 16 x" in page
-    assert "head-room 10 %" in page
+    assert "headroom 10 %" in page
     assert (tmp_path / "day" / "day.svg").is_file()
 
 
