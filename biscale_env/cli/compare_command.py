@@ -61,6 +61,7 @@ def register(app: typer.Typer) -> None:
 
 
 def compare(
+    *,
     trace: TraceName = None,
     scenario: ScenarioName = None,
     experiment: ExperimentName = None,

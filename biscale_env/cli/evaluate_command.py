@@ -72,6 +72,7 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     target: Target,
+    *,
     scenario: ScenarioNames = "synthetic",
     policies: PolicyList = None,
     policy: OnePolicy = None,

@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
 
 @commands.command("paper")
 def paper(
+    *,
     quick: Annotated[
         bool, typer.Option("--quick", help="One rate, one load, few seeds: under two minutes.")
     ] = False,
@@ -100,6 +101,7 @@ def _check_length(experiment: "PaperExperiment", arrivals: "Trace") -> None:
 
 @commands.command("day")
 def day(
+    *,
     hours: Annotated[float, typer.Option(help="How long.")] = 24.0,
     rate: Annotated[
         float, typer.Option(help="Mean load, requests/s; 46 make 4 million requests a day.")

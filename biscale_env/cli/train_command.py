@@ -38,6 +38,7 @@ def _need_rl() -> None:
 
 def train(
     phase: Annotated[str, typer.Argument(help="prefill or decode")],
+    *,
     algo: Annotated[
         str | None, typer.Option(help="ppo, sac, tqc, dqn or recurrent_ppo. [default: ppo]")
     ] = None,
