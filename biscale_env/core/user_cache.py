@@ -42,8 +42,14 @@ def chosen_root(default: str | None = None) -> Path | None:
 
 
 def cache_root() -> Path:
-    """Where to look for what was kept: :func:`chosen_root`, else the temporary folder in use."""
-    return chosen_root() or writable_root() or Path(tempfile.gettempdir()) / APPLICATION
+    """Where to look for what was kept: the folder that was named or is there, else a writable one.
+
+    A folder that is there may be read-only (shared by many users).
+    """
+    root = chosen_root()
+    if root is not None and (os.environ.get(VARIABLE) or root.is_dir()):
+        return root
+    return writable_root() or root or Path(tempfile.gettempdir()) / APPLICATION
 
 
 def writable_root(default: str | None = None) -> Path | None:

@@ -258,3 +258,16 @@ def test_kernels_run_for_a_user_without_a_home(tmp_path, home):
     assert list((tmp_path / "biscale-env-12345" / "kernels").rglob("*.nbc"))
     again = as_stranger(tmp_path, ask, **home)
     assert again.stdout == found.stdout
+
+
+def test_traces_too_go_to_the_temporary_folder_where_the_home_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = tmp_path / "file" / "cache"  # below a file: no folder can be made, not even by root
+    closed.parent.write_text("")
+    monkeypatch.delenv(user_cache.VARIABLE, raising=False)
+    monkeypatch.setattr(user_cache.platformdirs, "user_cache_path", lambda *_, **__: closed)
+    monkeypatch.setattr(user_cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert user_cache.cache_root().parent == tmp_path
+    monkeypatch.setenv(user_cache.VARIABLE, str(closed))
+    assert user_cache.cache_root() == closed, "what the user named is not replaced"
