@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from agents.training.heldout import HeldoutMetrics
@@ -28,20 +27,6 @@ def write_evaluations(history: Sequence[Evaluation], names: Sequence[str], path:
     write_whole(path, "\n".join([header, *rows]) + "\n")
 
 
-def read_evaluations(path: Path) -> list[Evaluation]:
-    """What :func:`write_evaluations` wrote; nothing if there is no file."""
-    if not path.is_file():
-        return []
-    frame = pd.read_csv(path)
-    energy = frame.filter(like="energy_ratio:").to_numpy(dtype=np.float64)
-    attained = frame.filter(like="attainment:").to_numpy(dtype=np.float64)
-    steps, scores = frame["step"], frame["score"]
-    return [
-        (int(s), HeldoutMetrics(e, a), float(x))
-        for s, e, a, x in zip(steps, energy, attained, scores, strict=True)
-    ]
-
-
 def write_path(
     path_so_far: Sequence[tuple[int, NDArray[np.float64]]], names: Sequence[str], path: Path
 ) -> None:
@@ -49,12 +34,3 @@ def write_path(
     rows = ["step," + ",".join(names)]
     rows += [f"{step}," + ",".join(f"{v:.4g}" for v in values) for step, values in path_so_far]
     write_whole(path, "\n".join(rows) + "\n")
-
-
-def read_path(path: Path) -> list[tuple[int, NDArray[np.float64]]]:
-    """What :func:`write_path` wrote; nothing if there is no file."""
-    if not path.is_file():
-        return []
-    frame = pd.read_csv(path)
-    values = frame.drop(columns="step").to_numpy(dtype=np.float64)
-    return [(int(step), row) for step, row in zip(frame["step"], values, strict=True)]

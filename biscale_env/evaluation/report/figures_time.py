@@ -11,8 +11,7 @@ from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.report import figdata
 from biscale_env.evaluation.report.figure_style import LIMIT_LINE, axis, base_layout, limit_note
 from biscale_env.evaluation.report.palette import MUTED, Style, styles
-from biscale_env.evaluation.report.tables import is_bound
-from biscale_env.evaluation.runs.record import REFERENCE_POLICY
+from biscale_env.evaluation.runs.record import REFERENCE_POLICY, is_bound
 from biscale_env.evaluation.runs.results import policy_label
 from biscale_env.evaluation.runs.run_files import flat
 from biscale_env.evaluation.runs.run_view import Run

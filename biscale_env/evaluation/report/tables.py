@@ -8,11 +8,9 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from biscale_env.evaluation.runs.record import REFERENCE_POLICY, SCENARIO_COLUMNS
+from biscale_env.evaluation.runs.record import REFERENCE_POLICY, SCENARIO_COLUMNS, is_bound
 from biscale_env.evaluation.runs.results import scenario_label, summarise
 
-BOUND_FAMILY: Final = "oracle"
-"""Policies of this family know the future: a bound, no controller."""
 MISSING: Final = "–"
 _BOUND_MARK: Final = " (hindsight)"
 
@@ -20,11 +18,6 @@ _BOUND_MARK: Final = " (hindsight)"
 def as_summary(frame: pd.DataFrame) -> pd.DataFrame:
     """The frame itself when it is a summary, else the summary of a results frame."""
     return frame if "label" in frame.columns or frame.empty else summarise(frame)
-
-
-def is_bound(policy: str) -> bool:
-    """Whether a policy is a bound that knows the future, and no controller."""
-    return policy == BOUND_FAMILY or policy.startswith(f"{BOUND_FAMILY}-")
 
 
 def ordered(summary: pd.DataFrame) -> pd.DataFrame:

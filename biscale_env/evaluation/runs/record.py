@@ -86,6 +86,15 @@ def run_id(row: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
+BOUND_FAMILY: Final = "oracle"
+"""Policies of this family know the future: a bound, no controller."""
+
+
+def is_bound(policy: str) -> bool:
+    """Whether a policy is a bound that knows the future, and no controller."""
+    return policy == BOUND_FAMILY or policy.startswith(f"{BOUND_FAMILY}-")
+
+
 @dataclass(frozen=True, eq=False)
 class RunRecord:
     """One run of one policy on one workload with one ensemble member.

@@ -9,8 +9,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from biscale_env.evaluation.report.tables import is_bound
-from biscale_env.evaluation.runs.record import PAIR_COLUMNS, SCENARIO_COLUMNS
+from biscale_env.evaluation.runs.record import PAIR_COLUMNS, SCENARIO_COLUMNS, is_bound
 from biscale_env.evaluation.stats.bootstrap import (
     Interval,
     normalised_score,
