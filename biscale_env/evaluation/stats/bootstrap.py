@@ -45,7 +45,8 @@ class Interval(NamedTuple):
     high: float
 
 
-def _percentile(estimate: float, resampled: ArrayLike, level: float) -> Interval:
+def percentile_interval(estimate: float, resampled: ArrayLike, level: float) -> Interval:
+    """An estimate with the percentiles of its resampled values; NaN is left out."""
     values = np.asarray(resampled, dtype=np.float64)
     values = values[np.isfinite(values)]
     if not values.size:
@@ -108,7 +109,7 @@ def stratified_bootstrap(
     if not groups:
         return Interval(math.nan, math.nan, math.nan)
     resampled = [group[rng.integers(0, group.size, (n_resamples, group.size))] for group in groups]
-    return _percentile(
+    return percentile_interval(
         float(statistic(np.concatenate(groups))),
         statistic(np.concatenate(resampled, axis=1)),
         level,
@@ -150,7 +151,7 @@ def crossed_bootstrap(
             float(statistic(np.concatenate([_crossed(t, seeds, rng) for t in tables])))
         )
     together = float(statistic(np.concatenate([t.ravel() for t in tables])))
-    return _percentile(together, resampled, level)
+    return percentile_interval(together, resampled, level)
 
 
 def _crossed(table: Floats, seeds: Ints, rng: np.random.Generator) -> Floats:
@@ -197,7 +198,7 @@ def probability_of_improvement(
         np.mean([_wins(rng.choice(x, x.size), rng.choice(y, y.size)) for x, y in pairs])
         for _ in range(n_resamples)
     ]
-    return _percentile(float(np.mean([_wins(x, y) for x, y in pairs])), resampled, level)
+    return percentile_interval(float(np.mean([_wins(x, y) for x, y in pairs])), resampled, level)
 
 
 # --- claims about two policies
@@ -284,7 +285,7 @@ def ratio_interval(
         return Interval(math.nan, math.nan, math.nan)
     tops, bottoms = weights @ top, weights @ bottom
     usable = bottoms > 0
-    return _percentile(float(top.sum()) / total, tops[usable] / bottoms[usable], level)
+    return percentile_interval(float(top.sum()) / total, tops[usable] / bottoms[usable], level)
 
 
 def attainment_interval(
@@ -336,7 +337,7 @@ def quantile_interval(
         for row, n in zip(weights, above, strict=True)
         if n >= 0
     ]
-    return _percentile(float(np.quantile(latency, probability)), resampled, level)
+    return percentile_interval(float(np.quantile(latency, probability)), resampled, level)
 
 
 def _from_the_top(descending: Floats, weight: Ints, block: Ints, above: int) -> float:

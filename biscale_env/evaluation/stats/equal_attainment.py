@@ -1,0 +1,179 @@
+"""Energy at equal attainment: what a policy spends where it keeps the same promise as another.
+
+Tuning picks from a grid, and one step of it can cost three points of energy for 0.0002 of
+attainment: to compare the settings that were picked compares grids. So every policy is a *curve*,
+its settings in the plane of attainment and energy per token, and is read off at one attainment.
+Where a curve does not reach it there is no number, and no difference is formed.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from biscale_env.core.errors import BiscaleError
+from biscale_env.evaluation.stats.bootstrap import LEVEL, percentile_interval
+from biscale_env.evaluation.stats.windows import resampled_ratios
+
+Floats = NDArray[np.float64]
+
+Standing = Literal["reached", "above", "not reached"]
+"""``above``: even the least-energy setting attains more than was asked."""
+
+_TIE = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class AttainmentCurve:
+    """Totals of a policy's settings, summed over subsample seeds, on the windows of one workload.
+
+    Attributes:
+        energy_j: energy spent, shape (n_settings, n_windows), J.
+        n_met: requests that met the SLO, likewise.
+        n_counted: requests that could be judged, likewise.
+        output_tokens: tokens made, likewise; without them energies are totals instead of J per
+            token, which compares policies that do the same work.
+
+    Raises:
+        BiscaleError: on construction, arrays of different shape.
+    """
+
+    energy_j: Floats
+    n_met: Floats
+    n_counted: Floats
+    output_tokens: Floats | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("energy_j", "n_met", "n_counted", "output_tokens"):
+            if getattr(self, name) is not None:
+                values = np.atleast_2d(np.asarray(getattr(self, name), dtype=np.float64))
+                object.__setattr__(self, name, values)
+                if values.shape != self.energy_j.shape:
+                    raise BiscaleError(
+                        f"a curve needs arrays of one shape (settings, windows): energy_j has "
+                        f"{self.energy_j.shape}, {name} {values.shape}"
+                    )
+
+    def attainments(self, weights: ArrayLike | None = None) -> Floats:
+        """Attainment of each setting, shape (n_settings,); resampled, (n_resamples, n_settings)."""
+        return np.clip(_share(self.n_met, self.n_counted, weights), 0.0, 1.0)
+
+    def energies(self, weights: ArrayLike | None = None) -> Floats:
+        """Energy per token of each setting, J; shapes as of :meth:`attainments`."""
+        if self.output_tokens is not None:
+            return _share(self.energy_j, self.output_tokens, weights)
+        # a total as a mean over windows, so that resampling means the same in both cases
+        n_windows = self.energy_j.shape[1]
+        return n_windows * _share(self.energy_j, np.ones_like(self.energy_j), weights)
+
+
+def _share(top: Floats, bottom: Floats, weights: ArrayLike | None) -> Floats:
+    none = np.ones((1, top.shape[1]))
+    nominal, resampled = resampled_ratios(
+        top, bottom, none if weights is None else np.asarray(weights, dtype=np.float64)
+    )
+    return nominal if weights is None else resampled
+
+
+class EnergyRatio(NamedTuple):
+    """Energy of one policy over that of another at the same attainment.
+
+    The first three are as in :class:`~biscale_env.evaluation.stats.bootstrap.Interval`.
+
+    Attributes:
+        estimate: the ratio; NaN where either curve does not reach the attainment.
+        low: lower end of the interval, over the resamples in which both reach it.
+        high: upper end.
+        not_reached: fraction of resamples in which at least one does not; NaN without an estimate
+            or with too few windows.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    not_reached: float
+
+
+def energy_at(curve: AttainmentCurve, target: float) -> float:
+    """Energy per token at an attainment, J.
+
+    Read off the policy's frontier (settings that no other beats or equals in both attainment and
+    energy), linear between neighbours. NaN where no setting reaches the target. On the lenient side
+    there is no extrapolation: below the least-energy setting's attainment its own figure stands
+    (:func:`standing` then says ``above``).
+
+    Args:
+        curve: the policy's settings.
+        target: the attainment, in [0, 1].
+    """
+    return float(_read(curve.attainments()[None], curve.energies()[None], target)[0])
+
+
+def standing(curve: AttainmentCurve, target: float) -> Standing:
+    """Whether a curve is read at the target itself, at its lenient end above it, or not at all."""
+    attained, energy = curve.attainments(), curve.energies()
+    usable = np.isfinite(attained) & np.isfinite(energy)
+    if not (usable & (attained >= target - _TIE)).any():
+        return "not reached"
+    least = usable & (energy <= np.min(energy[usable]))
+    return "above" if np.max(attained[least]) > target + _TIE else "reached"
+
+
+def ratio_interval_at(
+    curve_a: AttainmentCurve,
+    curve_b: AttainmentCurve,
+    target: float,
+    weights: ArrayLike,
+    level: float = LEVEL,
+) -> EnergyRatio:
+    """Energy of A over that of B at one attainment, the same windows resampled for both.
+
+    Both curves are read anew in each resample, frontier and all.
+
+    Args:
+        curve_a: settings of A.
+        curve_b: settings of B on the same windows.
+        target: the attainment, in [0, 1].
+        weights: from :func:`biscale_env.evaluation.stats.windows.window_weights`.
+        level: confidence level.
+
+    Raises:
+        BiscaleError: curves or weights of different windows.
+    """
+    drawn = np.asarray(weights, dtype=np.float64)
+    n_windows = {curve_a.energy_j.shape[1], curve_b.energy_j.shape[1], drawn.shape[1]}
+    if len(n_windows) > 1:
+        raise BiscaleError(
+            f"curves and weights must be of the same windows, got {sorted(n_windows)} of them"
+        )
+    estimate = energy_at(curve_a, target) / energy_at(curve_b, target)
+    if math.isnan(estimate) or np.isnan(drawn).any():
+        return EnergyRatio(estimate, math.nan, math.nan, math.nan)
+    resampled = [_read(c.attainments(drawn), c.energies(drawn), target) for c in (curve_a, curve_b)]
+    ratios = resampled[0] / resampled[1]
+    interval = percentile_interval(estimate, ratios, level)
+    return EnergyRatio(*interval, not_reached=float(np.mean(np.isnan(ratios))))
+
+
+def _read(attained: Floats, energy: Floats, target: float) -> Floats:
+    """Energy at the target on the frontier of each row, shape (n_rows,).
+
+    The neighbours need no sorted frontier: the upper one is the cheapest of the settings that reach
+    the target, the lower one has the greatest attainment of those that are cheaper still.
+    """
+    reaches = attained >= target - _TIE
+    cheapest = np.where(reaches, energy, np.inf)
+    cheapest = np.where(np.isnan(cheapest), np.inf, cheapest)
+    upper_j = cheapest.min(axis=1)
+    upper = np.where(cheapest == upper_j[:, None], attained, -np.inf).max(axis=1)
+    cheaper = ~reaches & (energy < upper_j[:, None])
+    lower = np.where(cheaper, attained, -np.inf).max(axis=1)
+    lower_j = np.where(cheaper & (attained == lower[:, None]), energy, np.inf).min(axis=1)
+    found = np.where(np.isfinite(upper_j), upper_j, np.nan)
+    between = np.isfinite(lower) & np.isfinite(found)
+    gap = np.where(between, upper - lower, 1.0)
+    share = np.clip((target - np.where(between, lower, 0.0)) / gap, 0.0, 1.0)
+    start = np.where(between, lower_j, 0.0)
+    return np.where(between, start + share * (found - start), found)
