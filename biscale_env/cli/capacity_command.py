@@ -1,7 +1,7 @@
 """``biscale capacity``: the load that one instance serves within its SLO, and how it was found."""
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -45,12 +45,21 @@ def capacity(
         float | None, typer.Option(help="SM clock in MHz; default: the highest.")
     ] = None,
     member: Annotated[int, typer.Option(help="Ensemble member, -1 nominal.")] = -1,
+    parts: Annotated[
+        bool,
+        typer.Option(
+            "--parts",
+            help="Both halves of the trace instead of the whole: a comparison's loads are shares "
+            "of the capacity of the half that is judged or tuned on.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Bisect for the highest load within the SLO.
 
     Loads are made by choosing requests, time is never stretched.
     """
+    from biscale_env.core.errors import BiscaleError
     from biscale_env.envs.capacity import find_capacity, profile_capacity
     from biscale_env.envs.options import DEFAULT_PROFILE
     from biscale_env.envs.plant import Plant, PlantSettings
@@ -60,17 +69,25 @@ def capacity(
     given = instance_changes(instance, gpu=gpu, llm=llm, model=model, slo=slo, tp=tp, dtype=dtype)
     plant = Plant(PlantSettings.of(phase, drain=True, **given))
     freq = plant.gpu.freq_max_mhz if clock is None else plant.gpu.check_clock(clock)
+    if parts and not trace:
+        raise BiscaleError("--parts are those of a trace: give one with --trace")
     if trace:
-        sample = load_named(trace)
-        found = find_capacity(plant, sample, freq, member=member)
+        whole = load_named(trace)
+        samples = list(whole.split(0.5)) if parts else [whole]
+        found = [find_capacity(plant, sample, freq, member=member) for sample in samples]
     else:
-        sample = capacity_sample(DEFAULT_PROFILE)
-        found = profile_capacity(plant, DEFAULT_PROFILE, freq, member)
-    (_tell_json if as_json else _tell)(plant, sample, freq, found)
+        samples = [capacity_sample(DEFAULT_PROFILE)]
+        found = [profile_capacity(plant, DEFAULT_PROFILE, freq, member)]
+    if as_json:
+        told = [_told(plant, *one, freq) for one in zip(samples, found, strict=True)]
+        print(json.dumps(told if parts else told[0]))
+        return
+    for sample, capacity in zip(samples, found, strict=True):
+        _tell(plant, sample, freq, capacity)
 
 
-def _tell_json(plant: "Plant", sample: "Trace", freq_mhz: float, found: "Capacity") -> None:
-    told = {
+def _told(plant: "Plant", sample: "Trace", found: "Capacity", freq_mhz: float) -> dict[str, Any]:
+    return {
         "phase": plant.phase,
         "trace": sample.name,
         "slo": plant.settings.slo,
@@ -79,7 +96,6 @@ def _tell_json(plant: "Plant", sample: "Trace", freq_mhz: float, found: "Capacit
         "attainment": found.attainment,
         "tried": [{"rate_rps": r, "attainment": a} for r, a in found.tried],
     }
-    print(json.dumps(told))
 
 
 def _tell(plant: "Plant", sample: "Trace", freq_mhz: float, found: "Capacity") -> None:

@@ -10,8 +10,11 @@ from controllers.base import PolicyContext
 PHASES: Final = ("prefill", "decode")
 AGENT: Final = "agent"
 STATIC_BEST: Final = "static-best"
+STATIC_HINDSIGHT: Final = "static-hindsight"
+"""The best constant clock of the judged workloads themselves: no controller, but what one must beat
+to have earned its keep."""
 ORACLE: Final = "oracle"
-PLANNED: Final = (STATIC_BEST, ORACLE)
+PLANNED: Final = (STATIC_BEST, STATIC_HINDSIGHT, ORACLE)
 """Names of policies that are made from the workload itself: a comparison can make them only."""
 BISCALE_OWN: Final = {"prefill": "mpc", "decode": "slack"}
 """BiScale's own controllers, which learned agents are compared with."""

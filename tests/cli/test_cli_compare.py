@@ -82,7 +82,8 @@ def test_table_and_files(finished):
 
 def test_one_row_per_policy_phase_and_seed(finished):
     frame = pd.read_parquet(finished[0] / "results.parquet")
-    assert len(frame) == 2 * 2 * 2
+    assert len(frame) == 2 * 3 * 2
+    assert set(frame.policy) == {"max", "static-hindsight", "static:1200"}
     assert not frame.duplicated(["phase", "policy", "workload_seed"]).any()
     top = frame[frame.policy == "max"]
     assert (top.energy_ratio == 1.0).all()
@@ -266,6 +267,20 @@ def test_capacity_command(call):
     found = json.loads(out)
     by_rate = sorted((t["rate_rps"], t["attainment"]) for t in found["tried"])
     assert found["capacity_rps"] == max(rate for rate, attainment in by_rate if attainment >= 0.99)
+
+
+def test_capacity_of_both_halves_as_comparisons_take_them(call, tmp_path):
+    trace = tmp_path / "halves.csv"
+    rows = (f"{0.5 * i},{3000 if i < 300 else 300},20" for i in range(600))
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n" + "\n".join(rows))
+    code, out, err = call("capacity", "prefill", "--trace", trace, "--parts", "--json")
+    assert (code, err) == (0, "")
+    hard, easy = json.loads(out)
+    assert easy["capacity_rps"] > 2 * hard["capacity_rps"]
+    assert hard["trace"] != easy["trace"]
+    code, out, err = call("capacity", "prefill", "--parts")
+    assert code == 2
+    assert "--parts are those of a trace" in err
 
 
 def test_a_trace_without_capacity_is_named_infeasible(call, tmp_path):

@@ -38,7 +38,8 @@ def test_a_scenario_is_what_the_options_say():
     assert (point.load, point.tp, point.seeds, point.duration_s) == (0.3, 8, 3, 600.0)
     assert asked.name == "synthetic-default"
     assert asked.phases == ("decode",)
-    assert asked.policies == {"decode": [("max", "max"), ("static:900", "static:900")]}
+    named = [(name, name) for name in ("max", "static-hindsight", "static:900")]
+    assert asked.policies == {"decode": named}
     assert compare_scenario(None, {}, ["max"], quick=True).points[0].seeds == 1
     with pytest.raises(BiscaleError, match="choose prefill or decode"):
         checked_phases("prefil")
@@ -119,8 +120,8 @@ def test_everything_that_was_asked_of_evaluate_is_in_its_config(tmp_path):
     )
     jobs, infeasible = plan_evaluation(request)
     assert not infeasible
-    assert [job.policy for job in jobs] == 2 * ["max", "static:900", "agent"]
-    assert [job.variant for job in jobs] == 2 * ["", "", "tuned"]
+    assert [job.policy for job in jobs] == 2 * ["max", "static-hindsight", "static:900", "agent"]
+    assert [job.variant for job in jobs] == 2 * ["", "", "", "tuned"]
     out = run_evaluation(request, tmp_path / "run", n_jobs=1, table=tmp_path / "table.md")
     config = yaml.safe_load((out / "config.yaml").read_text())
     asked = {key: config[key] for key in ("loads", "phase", "oracle_seeds", "tuned", "policies")}
@@ -131,7 +132,7 @@ def test_everything_that_was_asked_of_evaluate_is_in_its_config(tmp_path):
         "tuned": True,
         "policies": ["static:900"],
     }
-    assert len(load_run(out).results) == 6
+    assert len(load_run(out).results) == 8
     assert "no scores, since there is no point" in (tmp_path / "table.md").read_text()
     with pytest.raises(BiscaleError, match="'loads"):
         run_evaluation(
@@ -148,6 +149,7 @@ def test_a_comparison_runs_and_resumes(tmp_path, monkeypatch):
     results = load_run(folder).results
     assert results.set_index("policy")["variant"].to_dict() == {
         "max": "",
+        "static-hindsight": "",
         "outside_rule:QueueRule": "tuned",
         "low": "",
     }

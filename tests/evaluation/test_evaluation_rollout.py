@@ -8,7 +8,7 @@ import pytest
 from biscale_env.config import load_slo
 from biscale_env.config.slo import within
 from biscale_env.core.errors import BiscaleError
-from biscale_env.envs.capacity import run_static
+from biscale_env.envs.capacity import find_capacity, run_static
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.evaluation.experiment.compare import ComparisonJob, run_job
 from biscale_env.evaluation.experiment.rollout import (
@@ -17,7 +17,7 @@ from biscale_env.evaluation.experiment.rollout import (
     rollout,
     time_decisions,
 )
-from biscale_env.evaluation.experiment.scenarios import Scenario, resolve
+from biscale_env.evaluation.experiment.scenarios import Infeasible, Scenario, resolve
 from biscale_env.evaluation.experiment.tuning import Setting, best_static, choose, tune
 from biscale_env.traces import Trace, generate, write_trace
 
@@ -314,29 +314,49 @@ def test_everybody_is_tuned_on_the_same_workloads():
         assert setting.attainment == pytest.approx(other.attainment, abs=0.002)
 
 
-def test_capacity_of_a_trace_is_the_lower_of_its_halves(tmp_path):
+def halves_of(tmp_path, prompts):
+    """A trace whose halves have prompts of their own length."""
     calm = generate("azure-conv-like", rate_rps=2.0, duration_s=600.0, seed=0)
-    long_prompts = np.where(np.arange(len(calm)) > len(calm) / 2, 3000, 300)
-    path = tmp_path / "two-halves.csv"
-    path.write_text(
-        "arrival_s,prompt_tokens,output_tokens\n"
-        + "\n".join(f"{t},{p},5" for t, p in zip(calm.arrival_s, long_prompts, strict=True))
-    )
-    swapped = tmp_path / "swapped.csv"
-    swapped.write_text(
-        "arrival_s,prompt_tokens,output_tokens\n"
-        + "\n".join(f"{t},{p},5" for t, p in zip(calm.arrival_s, long_prompts[::-1], strict=True))
-    )
-    a, b = (
-        resolve(Scenario(name=p.stem, trace=str(p), load=1.0), "prefill").capacity.rate_rps
-        for p in (path, swapped)
-    )
-    easy = tmp_path / "easy.csv"
-    easy.write_text(
-        "arrival_s,prompt_tokens,output_tokens\n" + "\n".join(f"{t},300,5" for t in calm.arrival_s)
-    )
-    c = resolve(Scenario(name="easy", trace=str(easy), load=1.0), "prefill").capacity.rate_rps
-    assert max(a, b) < 0.7 * c
+    long = np.where(calm.arrival_s > 300.0, prompts[1], prompts[0])
+    path = tmp_path / "halves.csv"
+    rows = (f"{t},{p},5" for t, p in zip(calm.arrival_s, long, strict=True))
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n" + "\n".join(rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("fold", ["forward", "backward"])
+def test_the_load_of_each_part_is_a_share_of_its_own_capacity(tmp_path, fold):
+    """The evaluated half serves several times more than the other: 90 % is 90 % of each."""
+    trace = halves_of(tmp_path, (3000, 300))
+    case = resolve(Scenario(name="h", trace=trace, load=0.9, fold=fold), "prefill")
+    easy, hard = case.part, case.tune_part
+    rates = case.rate_rps, case.tune_rate_rps
+    if fold == "backward":
+        easy, hard, rates = hard, easy, rates[::-1]
+    assert set(easy.prompt_tokens) == {300}
+    assert set(hard.prompt_tokens) == {3000}
+    assert rates[0] > 2 * rates[1]
+    for part, rate in ((easy, rates[0]), (hard, rates[1])):
+        assert rate == pytest.approx(0.9 * find_capacity(case.plant, part).rate_rps)
+    assert case.workload(0).rate_rps == pytest.approx(case.rate_rps, rel=0.1)
+    assert case.tuning_workload(0).rate_rps == pytest.approx(case.tune_rate_rps, rel=0.1)
+
+
+def test_a_part_that_nobody_can_serve_is_named(tmp_path):
+    trace = halves_of(tmp_path, (60000, 300))
+    with pytest.raises(Infeasible, match="on the tuning part of the trace"):
+        resolve(Scenario(name="h", trace=trace, tp=8), "prefill")
+    with pytest.raises(Infeasible, match="on the evaluated part of the trace"):
+        resolve(Scenario(name="h", trace=trace, tp=8, fold="backward"), "prefill")
+
+
+def test_other_seeds_are_other_workloads():
+    first = Scenario(name="x", duration_s=60.0, seeds=2)
+    later = first.model_copy(update={"first_seed": 7})
+    assert later.workload_seeds == (7, 8)
+    case, other = resolve(first, "prefill"), resolve(later, "prefill")
+    assert other.workloads()[0] == case.workload(7)
+    assert case.workloads()[0] != other.workloads()[0]
 
 
 def test_infeasible_scenario_is_named(tmp_path):

@@ -374,6 +374,17 @@ def test_a_directory_of_an_older_version_without_digests_is_resumed(tmp_path):
     assert json.loads(path.read_text())["sha256"] == {"a": A}
 
 
+def further():
+    """Tables that a tuned policy leaves with the first of its runs."""
+    curve = {"setting": ["margin=0.1"], "window": [0.0], "energy_j": [1.0], "n_met": [3.0]}
+    curve |= {"n_counted": [3.0], "output_tokens": [31.0]}
+    members = {"member": [0.0], "energy_j": [1.0], "attainment": [1.0]}
+    return {
+        run_files.CURVES: pd.DataFrame(curve),
+        run_files.MEMBERS: pd.DataFrame(members),
+    }
+
+
 @pytest.fixture
 def whole(tmp_path):
     """A run directory with one of every file, a finished part included."""
@@ -381,8 +392,9 @@ def whole(tmp_path):
     with RunDirectory(tmp_path / "run", CONFIG, inputs={"a": A}) as run:
         run.name_infeasible([point | {"reason": "too fast"}])
         pd.DataFrame({"policy": ["max"]}).to_csv(tmp_path / "run" / run_files.TUNING, index=False)
-        run.add(tiny(workload_seed=0))
-    RunDirectory(tmp_path / "run", CONFIG, resume=True).add(tiny(workload_seed=1))
+        run.add(tiny(workload_seed=0), further=further())
+    part = RunDirectory(tmp_path / "run", CONFIG, resume=True)
+    part.add(tiny(workload_seed=1), further=further())
     return tmp_path / "run"
 
 
@@ -392,10 +404,14 @@ EVERY_FILE = [
     run_files.PROVENANCE,
     run_files.RESULTS,
     *run_files.TABLES,
+    *run_files.JOB_TABLES,
     run_files.SUMMARY,
     run_files.INFEASIBLE,
     run_files.TUNING,
-    *(f"{run_files.PARTS}/{PART}/{name}" for name in (run_files.RESULTS, *run_files.TABLES)),
+    *(
+        f"{run_files.PARTS}/{PART}/{name}"
+        for name in (run_files.RESULTS, *run_files.TABLES, *run_files.JOB_TABLES)
+    ),
 ]
 
 
@@ -419,7 +435,7 @@ def test_a_damaged_file_is_one_sentence_with_a_way_on(whole, name, kept):
         assert opened.config
         assert opened.provenance
         assert len(opened.infeasible) == len(opened.tuning) == 1
-        return opened.summary(), opened.requests, opened.timelines
+        return opened.summary(), opened.requests, opened.timelines, opened.curves
 
     if name == run_files.SUMMARY:  # written, never read
         use()

@@ -45,7 +45,7 @@ def test_tuning_aims_at_what_max_clock_attains_on_the_tuning_workloads():
     scenario = Scenario(name="tiny", duration_s=120.0, load=1.3)
     case = resolve(scenario, "prefill")
     job = ComparisonJob(scenario, "prefill", "static-best", "static-best", -1, (0,))
-    _, _, tuned, top = settle(job, case)
+    _, _, tuned, top = settle(job, case, case.workloads())
     assert top == max_clock(case)
     assert top.attainment < 0.99  # beyond capacity
     assert tuned.target == pytest.approx(top.attainment - 0.001)

@@ -73,10 +73,20 @@ def test_groups_stand_for_many(phase):
 
 def test_a_name_for_the_other_phase_is_passed_over():
     chosen = choose(["mpc", "slack", "static:900"], BOTH)
-    assert [build for _, build in chosen["prefill"]] == ["max", "mpc", "static:900"]
-    assert [build for _, build in chosen["decode"]] == ["max", "slack", "static:900"]
+    assert [build for _, build in chosen["prefill"]] == [
+        "max",
+        "static-hindsight",
+        "mpc",
+        "static:900",
+    ]
+    assert [build for _, build in chosen["decode"]] == [
+        "max",
+        "static-hindsight",
+        "slack",
+        "static:900",
+    ]
     assert phases_of("mpc") == ("prefill",)
-    assert choose(["oracle", "static-best"], BOTH)["decode"][1:] == [
+    assert choose(["oracle", "static-best"], BOTH)["decode"][2:] == [
         ("oracle", "oracle"),
         ("static-best", "static-best"),
     ]

@@ -68,7 +68,12 @@ def test_compare_tunes_it_in_workers_beside_a_named_one(site, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = pd.read_parquet(tmp_path / "run" / "results.parquet").set_index("policy")
-    assert results["variant"].to_dict() == {"max": "", "low": "", "outside-rule": "tuned"}
+    assert results["variant"].to_dict() == {
+        "max": "",
+        "static-hindsight": "",
+        "low": "",
+        "outside-rule": "tuned",
+    }
     assert results.loc["low", "energy_ratio"] < 1.0
     tuning = pd.read_csv(tmp_path / "run" / "tuning.csv")
     assert tuning["setting"].tolist() == ["low_mhz=900.0", "low_mhz=1200.0", "low_mhz=1500.0"]
@@ -93,7 +98,12 @@ def test_evaluate_takes_it_as_the_agent(site, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     results = pd.read_parquet(tmp_path / "run" / "results.parquet").set_index("policy")
-    assert set(results.index) == {"max", "slack:0.1,fine=true", "agent"}
+    assert set(results.index) == {
+        "max",
+        "static-hindsight",
+        "slack:0.1,fine=true",
+        "agent",
+    }
     assert set(results["phase"]) == {"decode"}
     assert results.loc["agent", "training_seed"] == -1
 

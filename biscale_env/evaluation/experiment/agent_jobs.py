@@ -74,14 +74,15 @@ def scenario_jobs(
     Args:
         case: the scenario, resolved for the phase.
         found: candidates; those of the other phase are passed over.
-        policies: references; none takes max clock, the best static one and BiScale's own.
+        policies: references; none takes the best static clock and BiScale's own. Max clock
+            and the best static clock in hindsight are always there.
         tuned: choose free parameters on tuning workloads.
         oracle_seeds: workloads for which the optimum is computed; None for all.
     """
     scenario, phase = case.scenario, case.phase
     own = policies or ("max", "static-best", BISCALE_OWN[phase])
     jobs = plan(scenario, case, choose(own, (phase,))[phase], tuned, oracle_seeds)
-    seeds = tuple(range(scenario.seeds))
+    seeds = scenario.workload_seeds
     return jobs + [
         ComparisonJob(
             scenario,
@@ -92,6 +93,7 @@ def scenario_jobs(
             seeds,
             training_seed=one.training_seed,
             variant=variant_of(one.build, phase, tuned),
+            curve=tuned,
         )
         for one in found
         if phase in one.phases

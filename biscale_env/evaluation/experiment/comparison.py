@@ -37,6 +37,7 @@ class Comparison:
         tuned: choose free parameters on tuning workloads first.
         oracle_seeds: workloads per phase for which the optimum is computed; None for all.
         experiment: name of the frozen experiment; None for a single scenario.
+        spread: ensemble members that every chosen setting is run in, for the range of its ratio.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Comparison:
     tuned: bool = False
     oracle_seeds: Mapping[str, int] | None = None
     experiment: str | None = None
+    spread: int = 0
 
     @property
     def config(self) -> dict[str, Any]:
@@ -60,6 +62,7 @@ class Comparison:
                 for phase, chosen in self.policies.items()
             },
             "tune": self.tuned,
+            "spread_members": self.spread,
         }
 
 
@@ -148,7 +151,8 @@ def compare_experiment(
     experiment = load_experiment(name).model_copy(update=update)
     points = experiment.scenarios()
     if quick:
-        points = [point.model_copy(update={"duration_s": QUICK_SECONDS}) for point in points]
+        quickly = {"duration_s": QUICK_SECONDS, "decode_duration_s": QUICK_SECONDS}
+        points = [point.model_copy(update=quickly) for point in points]
     return Comparison(
         experiment.name,
         points,
@@ -157,6 +161,7 @@ def compare_experiment(
         experiment.tune,
         experiment.oracle_seeds_by_phase,
         experiment.name,
+        experiment.spread_members,
     )
 
 
@@ -188,6 +193,7 @@ def run_comparison(
         comparison.policies,
         comparison.tuned,
         comparison.oracle_seeds,
+        comparison.spread,
     )
     seeds = {"workloads": comparison.points[0].seeds}
     inputs = inputs_of(prepared.jobs)

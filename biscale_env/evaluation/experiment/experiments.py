@@ -31,7 +31,11 @@ class Experiment(Config):
         policies: entries ``[label=]name``, each in the syntax of :mod:`biscale_env.policies`;
             ``all`` for the default ones of the phase, ``ablations``, ``beliefs``.
         tune: choose the free parameters of every policy on tuning workloads.
+        folds: which half of a trace tunes, ``forward`` the first, ``backward`` the second; a
+            generated workload has one fold only.
         seeds: workload seeds.
+        spread_members: ensemble members that every chosen setting is run in, for the range of its
+            energy ratio; 0 for none.
         oracle_seeds: workloads for which the optimum is computed, the first few; a number, or one
             per phase (the decode search is slow).
     """
@@ -49,7 +53,9 @@ class Experiment(Config):
     members: tuple[int, ...] = (-1,)
     policies: tuple[str, ...] = ("all",)
     tune: bool = True
+    folds: tuple[Literal["forward", "backward"], ...] = Field(default=("forward",), min_length=1)
     seeds: int = Field(default=5, gt=0)
+    spread_members: int = Field(default=0, ge=0)
     oracle_seeds: int | dict[Literal["prefill", "decode"], int] = 2
 
     @property
@@ -61,31 +67,42 @@ class Experiment(Config):
         }
 
     def scenarios(self, traces: dict[str, str] | None = None) -> list[Scenario]:
-        """All operating points; a delay that varies becomes part of the scenario's name.
+        """All operating points; what varies besides load and SLO becomes part of its name.
 
         Args:
             traces: paths to use instead of named traces, by trace name.
         """
         made = []
-        for base, load, slo, delay in itertools.product(
-            self.workloads, self.loads, self.slos, self.delays_s
+        for base, load, slo, delay, fold in itertools.product(
+            self.workloads, self.loads, self.slos, self.delays_s, self.folds
         ):
             scenario = load_scenario(base)
-            words = "of the model" if delay is None else f"{1e3 * delay:g} ms"
-            name = base if len(self.delays_s) == 1 else f"{base}, delay {words}"
+            if scenario.trace is None and fold != self.folds[0]:
+                continue
             path = (traces or {}).get(scenario.trace or "", scenario.trace)
             changes = {
-                "name": name,
+                "name": self._name(base, delay, fold),
+                "workload": base,
                 "trace": path,
                 "load": load,
                 "slo": slo,
                 "delay_s": delay,
+                "fold": fold,
                 "members": self.members,
                 "seeds": self.seeds,
                 **self._instance_changes(),
             }
             made.append(scenario.changed(**changes))
         return made
+
+    def _name(self, base: str, delay_s: float | None, fold: str) -> str:
+        """Name of a scenario in tables: its workload, and what varies besides."""
+        words = [base]
+        if len(self.delays_s) > 1:
+            words.append(f"delay {'of the model' if delay_s is None else f'{1e3 * delay_s:g} ms'}")
+        if fold == "backward":
+            words.append("halves exchanged")
+        return ", ".join(words)
 
     def _instance_changes(self) -> dict[str, str]:
         given = {"gpu": self.gpu, "llm": self.llm, "model": self.model}

@@ -48,7 +48,7 @@ def compare_policies(
     """
     named = policies if isinstance(policies, Mapping) else {name: name for name in policies}
     case = resolve(scenario, phase)
-    seeds = tuple(range(scenario.seeds))
+    seeds = scenario.workload_seeds
     traces = [case.workload(seed) for seed in seeds]
     made = {label: _made(policy, case.plant) for label, policy in named.items()}
     config = {"scenario": scenario.model_dump(), "phase": phase, "policies": sorted(named)}

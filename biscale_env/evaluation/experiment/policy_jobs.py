@@ -20,6 +20,7 @@ def plan(
     policies: Sequence[NamedPolicy],
     tuned: bool = False,
     oracle_seeds: int | None = None,
+    spread: int = 0,
 ) -> list[ComparisonJob]:
     """Jobs of one scenario and phase.
 
@@ -27,21 +28,33 @@ def plan(
         scenario: operating point.
         case: the same, resolved for the phase.
         policies: what is compared.
-        tuned: choose free parameters on tuning workloads.
+        tuned: choose free parameters on tuning workloads, and run every setting on the judged ones
+            too, for a comparison at equal attainment.
         oracle_seeds: workloads for which the optimum is computed, the first few; None for all.
+        spread: number of ensemble members that the setting chosen in the nominal plant is run in.
 
     Raises:
         BiscaleError: a mistake in a policy's parameters.
     """
     jobs: list[ComparisonJob] = []
-    seeds = tuple(range(scenario.seeds))
+    seeds = scenario.workload_seeds
     for label, build in policies:
         if build not in PLANNED:
             build_policy(build, case.plant, [], scenario.members[0])
         mine = seeds[:oracle_seeds] if build == ORACLE else seeds
         variant = variant_of(build, case.phase, tuned)
         jobs += [
-            ComparisonJob(scenario, case.phase, label, build, member, mine, variant=variant)
+            ComparisonJob(
+                scenario,
+                case.phase,
+                label,
+                build,
+                member,
+                mine,
+                variant=variant,
+                curve=tuned,
+                spread=spread if member == -1 else 0,
+            )
             for member in scenario.members
             if mine
         ]

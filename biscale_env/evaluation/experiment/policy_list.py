@@ -15,6 +15,7 @@ from biscale_env.policies.policy_source import (
     PHASES,
     PLANNED,
     STATIC_BEST,
+    STATIC_HINDSIGHT,
     SUFFIXES,
     split_name,
 )
@@ -37,6 +38,8 @@ class NamedPolicy(NamedTuple):
 
 
 REFERENCE = NamedPolicy("max", "max")
+HINDSIGHT = NamedPolicy(STATIC_HINDSIGHT, STATIC_HINDSIGHT)
+IN_EVERY_TABLE = (REFERENCE, HINDSIGHT)  # what every claim is made against
 
 
 def split_list(text: str) -> list[str]:
@@ -97,7 +100,7 @@ def able_phases(build: str) -> tuple[str, ...]:
 
 
 def choose(entries: Iterable[str] | None, phases: Sequence[str]) -> dict[str, list[NamedPolicy]]:
-    """The policies of each phase, ``max`` first.
+    """The policies of each phase, ``max`` and the best static clock in hindsight first.
 
     A policy for the other phase only is passed over, so that one list can serve both.
 
@@ -109,7 +112,7 @@ def choose(entries: Iterable[str] | None, phases: Sequence[str]) -> dict[str, li
         BiscaleError: a name that is not known, a checkpoint for a phase that is not compared, two
             policies with one label.
     """
-    chosen = {phase: [REFERENCE] for phase in phases}
+    chosen = {phase: list(IN_EVERY_TABLE) for phase in phases}
     for entry in list(entries or ()) or ["all"]:
         for phase, policies in _of_entry(entry, phases).items():
             chosen[phase] += policies

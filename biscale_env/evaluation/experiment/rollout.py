@@ -5,7 +5,7 @@ Any policy, any plant, several workloads in lock-step, everything it did on reco
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,20 @@ from biscale_env.contract import Policy
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.batch import Batch, RequestTable
 from biscale_env.envs.plant import Plant
+from biscale_env.evaluation.experiment.window_meter import (
+    WindowMeter,
+    WindowTotals,
+    judged_windows,
+    window_edges,
+)
 from biscale_env.evaluation.runs.record import Column
 from biscale_env.traces import Trace
 
 CHUNK_STEPS = 2048  # decisions kept raw before they are packed into columns
 # single decisions timed after the run: between this many and twice as many, spread over all of it
 PROBE_DECISIONS = 200
+Watcher = Callable[[NDArray[Any], NDArray[np.float32], NDArray[np.bool_]], None]
+"""Called after every step with the states, the actions and which rows were active."""
 STEP_COLUMNS = {  # timeline column: (state field, factor)
     "time_s": ("step_start_s", 1.0),
     "duration_s": ("step_duration_s", 1.0),
@@ -44,11 +52,13 @@ class Rollout:
         requests: columns of :data:`biscale_env.evaluation.runs.record.REQUEST_COLUMNS`.
         timeline: columns of :data:`biscale_env.evaluation.runs.record.TIMELINE_COLUMNS`.
         totals: energy, durations, counts, reward and decision times.
+        windows: totals per window of time where they were asked for.
     """
 
     requests: dict[str, Column]
     timeline: dict[str, Column]
     totals: dict[str, float]
+    windows: WindowTotals | None = None
 
 
 @dataclass
@@ -143,6 +153,7 @@ def rollout(
     progress: Callable[[float], None] | None = None,
     time_probe: bool = True,
     keep_steps: bool = True,
+    keep_windows: bool = False,
 ) -> list[Rollout]:
     """Run a policy over whole workloads, each to its last token.
 
@@ -154,6 +165,7 @@ def rollout(
         progress: called now and then with the fraction of time that is done.
         time_probe: time single decisions afterwards.
         keep_steps: record every decision; without, the timelines are empty and tuning is quicker.
+        keep_windows: total up energy and requests per window of time.
 
     Raises:
         BiscaleError: the policy answers with another number of actions than it has observations.
@@ -164,22 +176,33 @@ def rollout(
     batch.reset(rows, rows, np.full(n, member))
     batch.params["drain"] = 1
     recorder, samples, failures = _Recorder(n), _Samples(), solver_failures(policy)
-    reward = _run_to_the_end(
-        policy, batch, recorder if keep_steps else None, samples if time_probe else None, progress
-    )
+    meter = WindowMeter([window_edges(w.duration_s) for w in workloads]) if keep_windows else None
+    watchers: list[Watcher] = [recorder.add] if keep_steps else []
+    watchers += [meter.add] if meter is not None else []
+    reward = _run_to_the_end(policy, batch, watchers, samples if time_probe else None, progress)
     # counted before the probe asks again
     shared = {"solver_failures": (solver_failures(policy) - failures) / n}
     median_s, p99_s = time_decisions(policy, np.array(samples.kept))
     shared |= {"decision_time_median_s": median_s, "decision_time_p99_s": p99_s}
-    return [
+    runs = [
         _collect(batch, recorder.row(i), i, {"reward": float(reward[i])} | shared) for i in range(n)
     ]
+    if meter is None:
+        return runs
+    return [replace(run, windows=_windows(run, plant, meter, i)) for i, run in enumerate(runs)]
+
+
+def _windows(run: Rollout, plant: Plant, meter: WindowMeter, row: int) -> WindowTotals:
+    energy_j = meter.energy_j(row, run.totals["energy_j"])
+    return judged_windows(
+        run.requests, plant, run.totals["duration_s"], meter.edges_s[row], energy_j
+    )
 
 
 def _run_to_the_end(
     policy: Policy,
     batch: Batch,
-    recorder: _Recorder | None,
+    watchers: Sequence[Watcher],
     samples: _Samples | None,
     progress: Callable[[float], None] | None,
 ) -> NDArray[np.float64]:
@@ -198,8 +221,8 @@ def _run_to_the_end(
         )
         flat = one_action_each(actions, n)
         batch.step(flat)
-        if recorder is not None:
-            recorder.add(batch.states, flat, active)
+        for watch in watchers:
+            watch(batch.states, flat, active)
         reward += batch.reward  # a finished row rests at zero
         if samples is not None:
             samples.offer(step, observation[int(np.argmax(active))])

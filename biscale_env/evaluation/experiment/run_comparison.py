@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import pandas as pd
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,14 +20,13 @@ from rich.progress import (
 )
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.core.files import write_whole
-from biscale_env.evaluation.experiment.compare import ComparisonJob, JobOutcome, run_jobs
+from biscale_env.evaluation.experiment.compare import ComparisonJob, run_jobs
+from biscale_env.evaluation.experiment.outcome_tables import keep_outcome
 from biscale_env.evaluation.experiment.policy_jobs import plan
 from biscale_env.evaluation.experiment.policy_list import NamedPolicy
 from biscale_env.evaluation.experiment.scenarios import Infeasible, Scenario, resolve
 from biscale_env.evaluation.report.page import write_report
 from biscale_env.evaluation.report.tables import print_table
-from biscale_env.evaluation.runs import run_files
 from biscale_env.evaluation.runs.results import scenario_label
 from biscale_env.evaluation.runs.run_view import load_run
 from biscale_env.evaluation.runs.rundir import RunDirectory
@@ -48,6 +46,7 @@ def prepare(
     policies: Mapping[str, Sequence[NamedPolicy]],
     tuned: bool,
     oracle_seeds: Mapping[str, int] | None,
+    spread: int = 0,
 ) -> Prepared:
     """Resolve every point and phase.
 
@@ -59,6 +58,7 @@ def prepare(
         policies: policies of each phase.
         tuned: choose free parameters on tuning workloads.
         oracle_seeds: workloads per phase for which the optimum is computed; None for all.
+        spread: ensemble members that every chosen setting is run in.
 
     Raises:
         BiscaleError: no point can be served, or a mistake in a policy's parameters.
@@ -72,7 +72,7 @@ def prepare(
             infeasible.append(error)
             continue
         limit = None if oracle_seeds is None else oracle_seeds[phase]
-        jobs += plan(point, case, policies[phase], tuned, limit)
+        jobs += plan(point, case, policies[phase], tuned, limit, spread)
     if not jobs:
         raise infeasible[0]
     return Prepared(jobs, infeasible)
@@ -103,7 +103,7 @@ def run_all(
         ):
             task = progress.add_task("runs", total=len(jobs), completed=done)
             for outcome in outcomes:
-                _keep(run, outcome)
+                keep_outcome(run, outcome)
                 done += 1
                 name = f"{outcome.job.phase} {outcome.job.policy}"
                 progress.update(task, completed=done, description=name)
@@ -124,50 +124,6 @@ _COLUMNS: Final = (
     TimeElapsedColumn(),
     TimeRemainingColumn(),
 )
-
-
-def _keep(run: RunDirectory, outcome: JobOutcome) -> None:
-    for record in outcome.records:
-        run.add(record, keep_timeline=record.workload_seed == 0)
-    keep_tuning(run.path, outcome)
-
-
-def keep_tuning(folder: Path, outcome: JobOutcome) -> None:
-    """Append what tuning tried to ``tuning.csv``.
-
-    The energy-attainment curve of each controller on the tuning workloads.
-    """
-    if outcome.tuned is None or outcome.reference is None:
-        return
-    job, path = outcome.job, folder / run_files.TUNING
-    key = {
-        "scenario": job.scenario.name,
-        "slo": job.scenario.slo_name,
-        "load": job.scenario.load,
-        "phase": job.phase,
-    }
-    found = {
-        "target": outcome.tuned.target,
-        "reached": outcome.tuned.reached,
-        "reference_j": outcome.reference.energy_j,
-    }
-    rows = [
-        key
-        | found
-        | {
-            "policy": job.policy,
-            "ensemble_member": job.member,
-            "setting": ", ".join(f"{k}={v}" for k, v in s.params.items()),
-            "energy_j": s.energy_j,
-            "attainment": s.attainment,
-            "chosen": s is outcome.tuned.chosen,
-        }
-        for s in outcome.tuned.tried
-    ]
-    frame = pd.DataFrame(rows)
-    if path.is_file():
-        frame = pd.concat([run_files.read_csv(path), frame], ignore_index=True)
-    write_whole(path, frame.to_csv(index=False))
 
 
 def conclude(folder: Path) -> None:

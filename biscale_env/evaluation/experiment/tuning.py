@@ -1,37 +1,20 @@
 """Free parameters are chosen on tuning workloads only; tables are made on others."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-import numpy as np
-
-from biscale_env.contract import Policy
 from biscale_env.core.errors import BiscaleError
-from biscale_env.envs.capacity import run_static
-from biscale_env.envs.plant import Plant
-from biscale_env.evaluation.experiment.rollout import rollout
 from biscale_env.evaluation.experiment.scenarios import Case
+from biscale_env.evaluation.experiment.settings_search import (
+    Build,
+    Setting,
+    search,
+    static_settings,
+)
 from biscale_env.traces import Trace
 
-STATIC_STEP_MHZ = 15.0  # every clock of the grid is tried
-# of every policy alike, the best static clock included; as many as tables show
-TUNE_SEEDS = (0, 1, 2, 3, 4)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One setting of free parameters and what it did on the tuning workloads.
-
-    Attributes:
-        params: the setting.
-        energy_j: energy over all tuning workloads, J.
-        attainment: fraction of their requests within the SLO.
-    """
-
-    params: Mapping[str, Any]
-    energy_j: float
-    attainment: float
+LEAST_TUNE_SEEDS: Final = 3  # fewer workloads choose what suited one of them (assumed)
 
 
 @dataclass(frozen=True)
@@ -67,16 +50,26 @@ def choose(settings: Sequence[Setting], target: float) -> TunedPolicy:
     )
 
 
-def static_setting(case: Case, freq_mhz: float, workloads: Sequence[Trace], member: int) -> Setting:
-    """Energy and attainment of one constant clock on the given workloads."""
-    runs = [run_static(case.plant, w, freq_mhz, member) for w in workloads]
-    latency = np.concatenate([r.latency_s for r in runs])
-    energy = sum(r.energy_j for r in runs)
-    return Setting({"freq_mhz": freq_mhz}, energy, case.plant.slo.attained(latency, case.phase))
+def tune_seeds(case: Case) -> range:
+    """Tuning workloads of every policy alike, the best static clock too: as many as are judged."""
+    return range(max(LEAST_TUNE_SEEDS, case.scenario.seeds))
+
+
+def tuning_workloads(case: Case, seeds: Sequence[int] | None = None) -> list[Trace]:
+    """The workloads that free parameters are chosen on.
+
+    Args:
+        case: scenario and phase.
+        seeds: their seeds; None for :func:`tune_seeds`.
+    """
+    return [case.tuning_workload(seed) for seed in (tune_seeds(case) if seeds is None else seeds)]
 
 
 def best_static(
-    case: Case, member: int = -1, target: float | None = None, seeds: Sequence[int] = TUNE_SEEDS
+    case: Case,
+    member: int = -1,
+    target: float | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> TunedPolicy:
     """The best constant clock, found offline on the tuning workloads.
 
@@ -84,59 +77,38 @@ def best_static(
         case: scenario and phase.
         member: ensemble member.
         target: attainment to reach; None is the SLO's own.
-        seeds: tuning workloads.
+        seeds: tuning workloads; None for as many as are judged.
     """
-    workloads = [case.tuning_workload(seed) for seed in seeds]
-    top, step = case.plant.clocks.freq_max_mhz, STATIC_STEP_MHZ
-    clocks = np.arange(top, case.plant.clocks.freq_min_mhz - 1e-9, -step)
-    tried = [static_setting(case, float(f), workloads, member) for f in clocks]
+    tried = static_settings(case.plant, tuning_workloads(case, seeds), member)
     return choose(tried, case.plant.slo.attainment if target is None else target)
 
 
 def tune(
-    build: Callable[[Mapping[str, Any], Plant, Sequence[Trace]], Policy],
+    build: Build,
     case: Case,
     grid: Sequence[Mapping[str, Any]],
     member: int = -1,
     target: float | None = None,
-    seeds: Sequence[int] = TUNE_SEEDS,
+    seeds: Sequence[int] | None = None,
 ) -> TunedPolicy:
-    """Try every setting of a policy on the tuning workloads.
+    """Search the settings of a policy on the tuning workloads.
 
     The one of least energy among those that reach the target is chosen.
 
     Args:
         build: makes the policy from a setting, the plant and the workloads.
         case: scenario and phase.
-        grid: settings.
+        grid: settings that are tried whatever comes out; between them the search refines.
         member: ensemble member.
         target: attainment to reach; None is the SLO's own.
-        seeds: tuning workloads.
+        seeds: tuning workloads; None for as many as are judged.
     """
-    workloads = [case.tuning_workload(seed) for seed in seeds]
-    tried = []
-    for params in grid:
-        runs = rollout(
-            build(params, case.plant, workloads),
-            case.plant,
-            workloads,
-            member,
-            time_probe=False,
-            keep_steps=False,
-        )
-        finished = sum(r.totals["n_finished"] for r in runs)
-        missed = sum(r.totals["n_violations"] for r in runs)
-        tried.append(
-            Setting(
-                dict(params),
-                sum(r.totals["energy_j"] for r in runs),
-                1.0 - missed / max(finished, 1.0),
-            )
-        )
-    return choose(tried, case.plant.slo.attainment if target is None else target)
+    asked = case.plant.slo.attainment if target is None else target
+    workloads = tuning_workloads(case, seeds)
+    return choose(search(build, case.plant, workloads, grid, asked, member), asked)
 
 
-def max_clock(case: Case, member: int = -1, seeds: Sequence[int] = TUNE_SEEDS) -> Setting:
+def max_clock(case: Case, member: int = -1, seeds: Sequence[int] | None = None) -> Setting:
     """What max clock does on the tuning workloads.
 
     The reference of every curve, and what bounds the target (`targets.tuning_target`).
@@ -144,8 +116,8 @@ def max_clock(case: Case, member: int = -1, seeds: Sequence[int] = TUNE_SEEDS) -
     Args:
         case: scenario and phase.
         member: ensemble member.
-        seeds: tuning workloads.
+        seeds: tuning workloads; None for as many as are judged.
     """
-    return static_setting(
-        case, case.plant.clocks.freq_max_mhz, [case.tuning_workload(seed) for seed in seeds], member
-    )
+    top = case.plant.clocks.freq_max_mhz
+    (found,) = static_settings(case.plant, tuning_workloads(case, seeds), member, (top,))
+    return found

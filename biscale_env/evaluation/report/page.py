@@ -17,11 +17,12 @@ from plotly.offline import get_plotlyjs
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import write_whole
-from biscale_env.evaluation.report import tables
+from biscale_env.evaluation.report import tables, verdicts, words
 from biscale_env.evaluation.report.figure_style import at_point, without_variants
 from biscale_env.evaluation.report.figures import NAMES, figure
 from biscale_env.evaluation.report.palette import dark_twins, styles
 from biscale_env.evaluation.runs import run_files
+from biscale_env.evaluation.runs.record import is_bound
 from biscale_env.evaluation.runs.run_view import Run
 
 FIGURE_BUDGET_BYTES: Final = 2_800_000
@@ -126,9 +127,10 @@ def point_views(run: Run) -> list[dict[str, Any]]:
                 "id": f"point-{number}",
                 "title": point_title(point),
                 "facts": facts(run, point, first),
-                "verdict": tables.verdict(rows),
-                "infeasible": tables.infeasible(rows),
-                "metrics": tables.metrics_of(point["phase"]),
+                "verdict": verdicts.verdict(rows),
+                "infeasible": verdicts.infeasible(rows),
+                "metrics": words.metrics_of(point["phase"]),
+                "curves": verdicts.compared_at_equal_attainment(rows),
                 "rows": [
                     table_row({str(k): v for k, v in row.items()})
                     for row in rows.to_dict("records")
@@ -150,8 +152,10 @@ def facts(run: Run, point: dict[str, Any], first: dict[str, Any]) -> list[str]:
     """Facts of a scenario that a reader needs before the numbers."""
     rows = at_point(run.results, point)
     workloads, members = rows["workload_seed"].nunique(), rows["ensemble_member"].nunique()
-    found = [tables.requirement(first), f"{rows['rate_rps'].mean():.3g} requests/s"]
-    if not pd.isna(point["load"]):
+    found = [words.requirement(first), f"{rows['rate_rps'].mean():.3g} requests/s"]
+    if caption := tables.load_caption(rows):
+        found.append(caption.removesuffix("."))
+    elif not pd.isna(point["load"]):
         found.append(f"{100 * point['load']:.0f} % of the capacity at max clock")
     found.append(
         f"{int(rows.groupby('policy')['n_requests'].sum().max()):,} requests per controller"
@@ -168,30 +172,32 @@ def table_row(row: dict[str, Any]) -> dict[str, Any]:
     """One row of the table with intervals and the length of its energy bar."""
     ratio = float(row["energy_ratio"])
     times = (row["decision_time_median_s"], row["decision_time_p99_s"])
-    decision = " / ".join(tables.duration(time) for time in times)
+    decision = " / ".join(words.duration(time) for time in times)
     latencies = [
         {
-            "text": tables.number(1e3 * float(row[f"{metric}_p{q}_s"])),
-            "interval": tables.interval(row, f"{metric}_p{q}_s", 1e3, 0),
+            "text": words.number(1e3 * float(row[f"{metric}_p{q}_s"])),
+            "interval": words.interval(row, f"{metric}_p{q}_s", 1e3, 0),
             "late": float(row[f"{metric}_p{q}_s"]) > row[f"slo_{metric}_s"],
         }
-        for metric in tables.metrics_of(row["phase"])
+        for metric in words.metrics_of(row["phase"])
         for q in (50, 90, 99)
     ]
     return {
         "label": row["label"],
         "policy": row["policy"],
-        "bound": tables.is_bound(row["policy"]),
-        "energy": tables.number(float(row["energy_per_output_token_j"])),
-        "ratio": tables.ratio_text(ratio),
-        "ratio_interval": tables.interval(row, "energy_ratio", 1.0, 3),
+        "bound": is_bound(row["policy"]),
+        "energy": words.number(float(row["energy_per_output_token_j"])),
+        "ratio": words.ratio_text(ratio),
+        "ratio_interval": words.interval(row, "energy_ratio", 1.0, 3),
         "bar": max(0.0, min(100.0, 100 * ratio)) if math.isfinite(ratio) else 0.0,
-        "attainment": tables.share(float(row["attainment"])),
-        "attainment_interval": tables.interval(row, "attainment", 100.0, 2),
+        "attainment": words.share(float(row["attainment"])),
+        "attainment_interval": words.interval(row, "attainment", 100.0, 2),
+        "equal": tables.equal_cells(row) if "equal_ratio" in row else {},
+        "members": tables.ends(row, "member_ratio") if "member_ratio_low" in row else "",
         "latencies": latencies,
         "decision": "–" if decision == "– / –" else decision,
         "failures": int(row["solver_failures"]),
-        "slo": tables.slo_words(row),
+        "slo": words.slo_words(row),
         "met": bool(row["target_met"]),
     }
 
@@ -238,7 +244,7 @@ def overview(run: Run) -> dict[str, Any]:
         row_cells = [
             _overview_cell(here.loc[label]) if label in here.index else None for label in labels
         ]
-        blocked = tables.infeasible(here)
+        blocked = verdicts.infeasible(here)
         rows.append(
             {
                 "id": f"point-{number}",
@@ -253,12 +259,12 @@ def overview(run: Run) -> dict[str, Any]:
 def _overview_cell(row: Any) -> dict[str, Any]:
     ratio = float(row["energy_ratio"])
     text = (
-        tables.ratio_text(ratio)
+        words.ratio_text(ratio)
         if math.isfinite(ratio)
-        else tables.number(float(row["energy_per_output_token_j"]))
+        else words.number(float(row["energy_per_output_token_j"]))
     )
     return {
         "text": text,
         "met": bool(row["target_met"]),
-        "attainment": tables.share(float(row["attainment"])),
+        "attainment": words.share(float(row["attainment"])),
     }

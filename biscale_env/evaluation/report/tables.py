@@ -8,10 +8,20 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from biscale_env.evaluation.report.verdicts import compared_at_equal_attainment, verdict
+from biscale_env.evaluation.report.words import (
+    MISSING,
+    duration,
+    interval,
+    metrics_of,
+    number,
+    ratio_text,
+    share,
+    slo_words,
+)
 from biscale_env.evaluation.runs.record import REFERENCE_POLICY, SCENARIO_COLUMNS, is_bound
 from biscale_env.evaluation.runs.results import scenario_label, summarise
 
-MISSING: Final = "–"
 _BOUND_MARK: Final = " (hindsight)"
 
 
@@ -23,12 +33,16 @@ def as_summary(frame: pd.DataFrame) -> pd.DataFrame:
 def ordered(summary: pd.DataFrame) -> pd.DataFrame:
     """Rows of one operating point as they are read.
 
-    Max clock, those that hold the target by energy, others, bounds.
+    Max clock, those that hold the target by energy, others, bounds. Where there are curves, energy
+    is that at equal attainment, and it counts whether a curve reaches it.
     """
-    rank = (~summary["target_met"].astype(bool)).astype(int) + 1
+    curves = compared_at_equal_attainment(summary)
+    held = summary["equal_ratio"].notna() if curves else summary["target_met"].astype(bool)
+    rank = (~held).astype(int) + 1
     rank = rank.mask(summary["policy"].map(is_bound), 3)
     rank = rank.mask(summary["policy"].eq(REFERENCE_POLICY) & summary["variant"].eq(""), 0)
-    by = ["_rank", "energy_ratio", "energy_per_output_token_j", "label"]
+    first = ["equal_ratio"] if curves else []
+    by = ["_rank", *first, "energy_ratio", "energy_per_output_token_j", "label"]
     return summary.assign(_rank=rank).sort_values(by, kind="stable").drop(columns="_rank")
 
 
@@ -40,71 +54,22 @@ def points_of(summary: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [(scenario_label(group.iloc[0].to_dict()), ordered(group)) for _, group in groups]
 
 
-def number(value: float, digits: int = 3) -> str:
-    """A number with some significant digits, no exponent; a dash when there is none."""
-    if not math.isfinite(value):
-        return MISSING
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
-    return f"{value:.{decimals}f}"
+def cells(row: Mapping[str, Any], curves: bool = False) -> dict[str, str]:
+    """Formatted cells of one summary row, by column heading.
 
-
-def ratio_text(ratio: float) -> str:
-    """An energy ratio with three decimals; a dash when there is none."""
-    return f"{ratio:.3f}" if math.isfinite(ratio) else MISSING
-
-
-def duration(seconds: float) -> str:
-    """A short time with its unit: 2.1 ms, 9.0 µs."""
-    if not math.isfinite(seconds):
-        return MISSING
-    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if abs(seconds) * scale >= 1.0 or unit == "µs":
-            return f"{number(seconds * scale, 2)} {unit}"
-    return MISSING
-
-
-def interval(row: Mapping[str, Any], name: str, scale: float, decimals: int) -> str:
-    """Confidence interval of a column as ``low–high``.
-
-    Empty when there is none or it has no width.
+    Args:
+        row: the row.
+        curves: whether policies are compared at equal attainment.
     """
-    low, high = (float(row.get(f"{name}_ci_{side}", math.nan)) for side in ("low", "high"))
-    if not (math.isfinite(low) and math.isfinite(high)) or low == high:
-        return ""
-    return f"{low * scale:.{decimals}f}–{high * scale:.{decimals}f}"
-
-
-def share(value: float) -> str:
-    """A share as a percentage with two decimals, never rounded up to 100 %."""
-    return f"{math.floor(1e4 * value + 1e-9) / 100:.2f}" if math.isfinite(value) else MISSING
-
-
-def slo_words(row: Mapping[str, Any]) -> str:
-    """``met``, ``as max`` (missed, but by no more than max clock and the allowance) or ``missed``.
-
-    A ``?`` stands behind it when the interval of the attainment holds the requirement.
-    """
-    low, high = (float(row.get(f"attainment_ci_{side}", math.nan)) for side in ("low", "high"))
-    if row["slo_met"]:
-        word, asked = "met", float(row["slo_attainment"])
-    else:
-        word, asked = ("as max" if row["target_met"] else "missed"), float(row["target"])
-    return word + ("?" if low < asked <= high else "")
-
-
-def metrics_of(phase: str) -> tuple[str, ...]:
-    """Which latencies a phase has."""
-    return {"prefill": ("ttft",), "decode": ("tpot",)}.get(phase, ("ttft", "tpot"))
-
-
-def cells(row: Mapping[str, Any]) -> dict[str, str]:
-    """Formatted cells of one summary row, by column heading."""
     found = {
         "controller": str(row["label"]) + (_BOUND_MARK if is_bound(str(row["policy"])) else ""),
+        **(equal_cells(row) if curves else {}),
         "J/output token": number(float(row["energy_per_output_token_j"])),
         "vs max": ratio_text(float(row["energy_ratio"])),
         "SLO attainment, %": share(float(row["attainment"])),
     }
+    if "member_ratio_low" in row:
+        found["vs max over members"] = ends(row, "member_ratio")
     for metric in metrics_of(str(row["phase"])):
         for q in (50, 90, 99):
             found[f"{metric.upper()} P{q}, ms"] = number(1e3 * float(row[f"{metric}_p{q}_s"]))
@@ -115,89 +80,76 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def requirement(row: Mapping[str, Any]) -> str:
-    """The SLO in words."""
-    bounds = [
-        f"{metric.upper()} ≤ {1e3 * row[f'slo_{metric}_s']:.4g} ms"
-        for metric in metrics_of(str(row["phase"]))
-    ]
-    joint = " jointly" if row["slo_statistic"] == "joint" and len(bounds) > 1 else ""
-    return f"{' and '.join(bounds)} for {100 * row['slo_attainment']:.4g} % of requests{joint}"
+def equal_cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """Energy at the SLO's attainment against max clock and the best static clock in hindsight.
 
-
-def infeasible(rows: pd.DataFrame) -> bool:
-    """Whether max clock itself was run and misses the SLO here."""
-    return bool(rows["feasible"].fillna(True).eq(False).any())
-
-
-def verdict(rows: pd.DataFrame) -> str:
-    """One sentence on one operating point.
-
-    Who saves most while meeting the SLO, and what the bound is.
+    With 95 % intervals. A dash where no setting reaches it; ``≥`` where even the least setting lies
+    above it, so that the policy gives more than was asked.
     """
-    able = rows[rows["target_met"].astype(bool) & ~rows["policy"].map(is_bound)]
-    if infeasible(rows):
-        return _verdict_beside_max(rows, able)
-    if able.empty:
-        return "No controller meets the SLO here."
-    if able["policy"].eq(REFERENCE_POLICY).all() and len(rows) > 1:
-        return (
-            "Only max clock meets the SLO here: no controller saves energy and keeps the promise."
-        )
-    first = able.sort_values(["energy_ratio", "energy_per_output_token_j"]).iloc[0].to_dict()
-    energy = number(first["energy_per_output_token_j"])
-    text = f"Least energy while meeting the SLO: {first['label']}, {energy} J per token"
-    if math.isfinite(first["energy_ratio"]):
-        text += f", {_change(first['energy_ratio'])} max clock"
-    bound = rows[rows["policy"].map(is_bound) & rows["slo_met"].astype(bool)]
-    if len(bound) and math.isfinite(bound["energy_ratio"].min()):
-        text += f"; with the future known {_change(bound['energy_ratio'].min())} max clock"
-    return text + "."
+    return {
+        "at SLO vs max": equal_text(row, "equal_ratio"),
+        "at SLO vs best static": equal_text(row, "static_ratio"),
+    }
 
 
-def _verdict_beside_max(rows: pd.DataFrame, able: pd.DataFrame) -> str:
-    """Where max clock itself misses the SLO.
-
-    Who saves most without losing more than the allowance to it.
-    """
-    reached = rows.loc[rows["policy"].eq(REFERENCE_POLICY), "attainment"].iloc[0]
-    text = (
-        f"Infeasible: max clock itself reaches only {share(float(reached))} % where the SLO asks "
-        f"for {requirement(_plain(rows.iloc[0]))}; "
-        f"controllers are judged by {share(float(rows['target'].iloc[0]))} % here"
-    )
-    others = able[~able["policy"].eq(REFERENCE_POLICY)].sort_values(
-        ["energy_ratio", "energy_per_output_token_j"]
-    )
-    if others.empty:
-        return f"{text}, and none holds it."
-    first = others.iloc[0]
-    change = _change(first["energy_ratio"])
-    return f"{text}; least energy among those that hold it: {first['label']}, {change} max clock."
+def equal_text(row: Mapping[str, Any], name: str) -> str:
+    """One ratio at equal attainment with its interval."""
+    ratio = float(row[name])
+    if not math.isfinite(ratio):
+        return MISSING
+    above = ABOVE_MARK if row.get(f"{name}_state") == "above" and row["policy"] != "max" else ""
+    within = interval(row, name, 1.0, 3)
+    return f"{ratio:.3f}{above}" + (f" [{within}]" if within else "")
 
 
-def _change(ratio: float) -> str:
-    percent = 100 * (1 - ratio)
+def ends(row: Mapping[str, Any], name: str) -> str:
+    """``low–high`` of a range; a dash where there is none."""
+    low, high = float(row[f"{name}_low"]), float(row[f"{name}_high"])
+    return f"{low:.3f}–{high:.3f}" if math.isfinite(low) else MISSING
+
+
+def load_caption(rows: pd.DataFrame) -> str:
+    """What the load is a share of, in requests per second; empty where nobody said."""
+    first = rows.iloc[0]
+    if "capacity_rps" not in rows or math.isnan(first["load"]):
+        return ""
+    own, tune = float(first["capacity_rps"]), float(first["tune_capacity_rps"])
+    load = f"{100 * first['load']:.0f} %"
+    text = f"Load: {load} of the {number(own)} requests/s that max clock serves within the SLO"
+    if not first["one_trace"]:
+        return f"{text}."
     return (
-        f"{percent:.1f} % below"
-        if percent >= 0.05
-        else f"{-percent:.1f} % above"
-        if percent <= -0.05
-        else "equal to"
+        f"{text} on the evaluated part of the trace; tuned at {load} of the {number(tune)} "
+        "requests/s that it serves on the tuning part."
     )
 
 
+ABOVE_MARK: Final = " ↑"
 _LEFT: Final = ("controller", "SLO")
 _SHORT: Final = {
     "J/output token": "J per\ntoken",
     "SLO attainment, %": "in SLO\n%",
     "vs max": "vs\nmax",
+    "at SLO vs max": "at SLO\nvs max",
+    "at SLO vs best static": "at SLO vs\nbest static",
+    "vs max over members": "over\nmembers",
     "decision latency": "deci-\nsion",
     "decision latency P99": "its\nP99",
     "fallbacks": "fell\nback",
 } | {
     f"{metric} P{q}, ms": f"{metric}\nP{q} ms" for metric in ("TTFT", "TPOT") for q in (50, 90, 99)
 }
+_EQUAL_NOTE: Final = (
+    "at SLO: energy interpolated to the SLO's attainment; –: no setting reaches it; ↑: every "
+    "setting attains more"
+)
+_ROOM_FOR_CURVES: Final = (  # columns that the console gives up for those of curves
+    "TTFT P50, ms",
+    "TTFT P90, ms",
+    "TPOT P50, ms",
+    "TPOT P90, ms",
+    "decision latency P99",
+)
 
 
 def _plain(row: "pd.Series[Any]") -> dict[str, Any]:
@@ -206,7 +158,8 @@ def _plain(row: "pd.Series[Any]") -> dict[str, Any]:
 
 def _table(rows: pd.DataFrame) -> list[dict[str, str]]:
     """Cells of all rows; the column of fallbacks only where a solver had to be replaced."""
-    shown = [cells(_plain(row)) for _, row in rows.iterrows()]
+    curves = compared_at_equal_attainment(rows)
+    shown = [cells(_plain(row), curves) for _, row in rows.iterrows()]
     if all(row["fallbacks"] == "0" for row in shown):
         for row in shown:
             del row["fallbacks"]
@@ -230,7 +183,8 @@ def summary_markdown(frame: pd.DataFrame) -> str:
             "| " + " | ".join(row[head].replace("|", "\\|") for head in heads) + " |"
             for row in table
         ]
-        parts.append("\n".join([*lines, "", verdict(rows)]))
+        caption = load_caption(rows)
+        parts.append("\n".join([*lines, "", *([caption, ""] if caption else []), verdict(rows)]))
     return "\n\n".join(parts) + ("\n" if parts else "")
 
 
@@ -243,7 +197,9 @@ def print_table(frame: pd.DataFrame, console: Console | None = None) -> None:
     """
     out = console or Console()
     for title, rows in points_of(as_summary(frame)):
-        shown = _table(rows)
+        shown, curves = _table(rows), compared_at_equal_attainment(rows)
+        if curves:
+            shown = [{k: v for k, v in row.items() if k not in _ROOM_FOR_CURVES} for row in shown]
         table = Table(
             title=title, title_justify="left", title_style="bold", header_style="dim", box=None
         )
@@ -259,6 +215,10 @@ def print_table(frame: pd.DataFrame, console: Console | None = None) -> None:
             row["SLO"] = f"[{'green' if met else 'red'}]{row['SLO']}[/]"
             table.add_row(*row.values(), style="" if met else "dim")
         out.print(table)
+        if caption := load_caption(rows):
+            out.print(caption, style="dim", highlight=False)
+        if curves:
+            out.print(_EQUAL_NOTE, style="dim", highlight=False)
         if rows["policy"].map(is_bound).any():
             out.print(
                 "* a plan made with the whole future known and no actuation delay; no controller",

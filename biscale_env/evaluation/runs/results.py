@@ -132,6 +132,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
         for name, bound in (("slo_met", "slo_attainment"), ("target_met", "target")):
             row[name] = bool(row["attainment"] >= float(group[bound].iloc[0]) * (1 - 1e-12))
         row |= {name: group[name].iloc[0] for name in _COMMON}
+        row |= {name: group[name].iloc[0] for name in _LABELS if name in group}
         row |= {name: round(float(group[name].sum())) for name in _SUMMED}
         rows.append(row)
     summary = pd.DataFrame(rows)
@@ -168,6 +169,8 @@ _COMMON: Final = (
     "rate_rps",
     "n_gpus",
 )
+_LABELS: Final = ("workload", "fold", "idle", "capacity_rps", "tune_capacity_rps", "one_trace")
+"""Labels (``experiment.compare.record_of``) that the runs of a point share."""
 _SUMMED: Final = ("n_violations", "solver_failures", "preemptions")
 _RANGED: Final = ("energy_ratio", "energy_per_output_token_j", "attainment")
 _SIDES: Final = (("low", "min"), ("high", "max"))

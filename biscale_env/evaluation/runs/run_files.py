@@ -28,7 +28,11 @@ INFEASIBLE: Final = "infeasible.csv"
 REPORT: Final = "report.html"
 TUNING: Final = "tuning.csv"
 LOCK: Final = ".lock"
+CURVES: Final = "curves.parquet"
+MEMBERS: Final = "members.parquet"
 TABLES: Final = (REQUESTS, TIMELINES, BLOCKS)
+JOB_TABLES: Final = (CURVES, MEMBERS)
+"""Only of policies that were tuned, or run in members of the ensemble."""
 
 _RUN_AGAIN: Final = f"delete it and {RESULTS}, and --resume runs again what they held"
 _ADVICE: Final = {
@@ -148,8 +152,8 @@ def check_readable(folder: Path) -> None:
     for name in (TUNING, INFEASIBLE):
         read_csv(folder / name)
     parts = [part for part in (folder / PARTS).glob("*") if not part.name.startswith(".")]
-    tables = [folder / name for name in (RESULTS, *TABLES)]
-    tables += [part / name for part in parts for name in (RESULTS, *TABLES)]
+    tables = [folder / name for name in (RESULTS, *TABLES, *JOB_TABLES)]
+    tables += [part / name for part in parts for name in (RESULTS, *TABLES, *JOB_TABLES)]
     for path in tables:
         if path.is_file() or (path.name == RESULTS and path.parent in parts):
             with reading(path):
@@ -191,6 +195,13 @@ def run_table(run: str, columns: Mapping[str, ArrayLike], names: Sequence[str]) 
             np.asarray(columns[name], dtype=np.float64 if name in _WIDE else np.float32)
         )
     return pa.table(arrays)
+
+
+def frame_table(run: str, frame: pd.DataFrame) -> pa.Table:
+    """Arrow table of a frame with the id of the run it goes with in front."""
+    ids = pa.array([run] * len(frame), pa.string()).dictionary_encode()
+    table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata()
+    return table.add_column(0, "run_id", ids)
 
 
 def row_groups(file: pq.ParquetFile) -> dict[str, int]:

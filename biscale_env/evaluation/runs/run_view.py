@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from biscale_env.config.slo import Slo
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.runs import results, run_files
+from biscale_env.evaluation.runs.member_columns import add_member_range
 from biscale_env.evaluation.runs.record import INFEASIBLE_COLUMNS, SCENARIO_COLUMNS
 from biscale_env.evaluation.stats.intervals import add_intervals
 from biscale_env.evaluation.stats.metrics import judge, judged_latency_s
@@ -69,6 +70,23 @@ class Run:
     def blocks(self) -> pd.DataFrame:
         """Totals per run and block of 30 s."""
         return self._all(run_files.BLOCKS)
+
+    @cached_property
+    def curves(self) -> pd.DataFrame:
+        """Settings of tuned policies on the judged workloads, a row per setting and window.
+
+        Columns ``run_id`` (the policy's first run), ``setting`` (text), ``window``, ``energy_j,
+        n_met, n_counted, output_tokens``. Empty without tuning.
+        """
+        return self._all(run_files.CURVES)
+
+    @cached_property
+    def member_runs(self) -> pd.DataFrame:
+        """Chosen settings in members of the ensemble: ``run_id, member, energy_j, attainment``.
+
+        Empty where none were asked for.
+        """
+        return self._all(run_files.MEMBERS)
 
     @cached_property
     def tuning(self) -> pd.DataFrame:
@@ -151,11 +169,10 @@ class Run:
     @cached_property
     def _summary(self) -> pd.DataFrame:
         summary = results.summarise(self.results)
-        return (
-            add_intervals(summary, self.results, self.blocks, self.latencies)
-            if len(summary)
-            else summary
-        )
+        if not len(summary):
+            return summary
+        summary = add_intervals(summary, self.results, self.blocks, self.latencies)
+        return add_member_range(summary, self.results, self.member_runs)
 
     def summary(self) -> pd.DataFrame:
         """One row per operating point and policy, with 95 % intervals."""

@@ -2,7 +2,8 @@
 
 Layout. ``config.yaml`` (resolved), ``provenance.json``, ``parts/<run_id>/`` (one folder per
 finished run), and once merged ``results.parquet``, ``requests.parquet``, ``timelines.parquet``,
-``blocks.parquet`` (one row group per run) and ``summary.csv``; ``infeasible.csv`` where a point
+``blocks.parquet`` (one row group per run), ``curves.parquet`` and ``members.parquet`` (of a tuned
+policy, with the first of its runs) and ``summary.csv``; ``infeasible.csv`` where a point
 cannot be served at all. A part folder appears in one rename, so it is whole or absent; merged files
 are written beside and then renamed, and parts go only when all of them are in place. One writer
 holds ``.lock``.
@@ -43,6 +44,7 @@ _WRITTEN: Final = (
     run_files.PROVENANCE,
     run_files.RESULTS,
     *run_files.TABLES,
+    *run_files.JOB_TABLES,
     run_files.SUMMARY,
     run_files.INFEASIBLE,
     run_files.TUNING,
@@ -217,7 +219,12 @@ class RunDirectory:
         return run_id(key) in self._done
 
     def add(
-        self, record: RunRecord, *, keep_timeline: bool = True, keep_requests: bool = True
+        self,
+        record: RunRecord,
+        *,
+        keep_timeline: bool = True,
+        keep_requests: bool = True,
+        further: Mapping[str, pd.DataFrame] | None = None,
     ) -> dict[str, Any]:
         """Keep one finished run on disk and return its row.
 
@@ -228,6 +235,8 @@ class RunDirectory:
             keep_timeline: store its decisions too; large comparisons keep those of one workload
                 only.
             keep_requests: store its requests too.
+            further: tables that belong to the whole policy and go with this run of it, by the file
+                name of ``run_files.JOB_TABLES``; empty ones are left out.
 
         Raises:
             OSError: it cannot be written; then nothing of it is there.
@@ -241,6 +250,10 @@ class RunDirectory:
                 self._write_part(
                     folder, record, row, keep_timeline=keep_timeline, keep_requests=keep_requests
                 )
+                for name, frame in (further or {}).items():
+                    if len(frame):
+                        table = run_files.frame_table(run, frame)
+                        pq.write_table(table, folder / name, compression="zstd")
             shutil.rmtree(target, ignore_errors=True)
             folder.replace(target)
         finally:
@@ -295,7 +308,7 @@ class RunDirectory:
         if not frames:
             return None
         rows = pd.concat(frames, ignore_index=True).drop_duplicates("run_id", keep="last")
-        for name in run_files.TABLES:
+        for name in (*run_files.TABLES, *run_files.JOB_TABLES):
             run_files.merge_tables(
                 self.path / name, [part / name for part in parts if (part / name).is_file()]
             )

@@ -1,0 +1,107 @@
+"""What a job leaves on disk besides its runs: tuning, curve, members."""
+
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+
+from biscale_env.core.files import write_whole
+from biscale_env.evaluation.experiment.compare import ComparisonJob, JobOutcome
+from biscale_env.evaluation.experiment.settings_search import Setting
+from biscale_env.evaluation.experiment.window_meter import WindowTotals
+from biscale_env.evaluation.runs import run_files
+from biscale_env.evaluation.runs.rundir import RunDirectory
+
+JOB_COLUMNS: Final = ("scenario", "slo", "load", "phase", "policy", "ensemble_member")
+"""Columns of ``tuning.csv`` that name a job."""
+
+
+def keep_outcome(run: RunDirectory, outcome: JobOutcome) -> None:
+    """Put a finished job on disk; its runs last, since they say that it is finished.
+
+    A job that is killed in between runs again and replaces what it left.
+    """
+    keep_tuning(run.path, outcome)
+    tables = {run_files.CURVES: curve_frame(outcome), run_files.MEMBERS: member_frame(outcome)}
+    first = outcome.job.seeds[0]
+    for record in reversed(outcome.records):
+        seed = record.workload_seed
+        run.add(record, keep_timeline=seed == first, further=tables if seed == first else None)
+
+
+def _job_key(job: ComparisonJob) -> dict[str, Any]:
+    return {
+        "scenario": job.scenario.name,
+        "slo": job.scenario.slo_name,
+        "load": job.scenario.load,
+        "phase": job.phase,
+        "policy": job.policy,
+        "ensemble_member": job.member,
+    }
+
+
+def keep_tuning(folder: Path, outcome: JobOutcome) -> None:
+    """Put what tuning tried into ``tuning.csv``.
+
+    The energy-attainment curve of each controller on the tuning workloads. Rows that the same job
+    left before are replaced.
+    """
+    if outcome.tuned is None or outcome.reference is None:
+        return
+    job, path = outcome.job, folder / run_files.TUNING
+    found = {
+        "target": outcome.tuned.target,
+        "reached": outcome.tuned.reached,
+        "reference_j": outcome.reference.energy_j,
+        "training_seed": job.training_seed,
+    }
+    rows = [
+        _job_key(job)
+        | found
+        | {
+            "setting": s.words,
+            "energy_j": s.energy_j,
+            "attainment": s.attainment,
+            "chosen": s is outcome.tuned.chosen,
+        }
+        for s in outcome.tuned.tried
+    ]
+    frame = pd.DataFrame(rows)
+    if path.is_file():
+        old = run_files.read_csv(path)
+        names = [n for n in (*JOB_COLUMNS, "training_seed") if n in old]
+        mine = np.all([old[name].eq(rows[0][name]) for name in names], axis=0)
+        frame = pd.concat([old[~mine], frame], ignore_index=True)
+    write_whole(path, frame.to_csv(index=False))
+
+
+def curve_frame(outcome: JobOutcome) -> pd.DataFrame:
+    """One row per setting and window of the judged workloads, the chosen setting first.
+
+    Subsamples of one trace share its windows, so their totals are added; generated workloads have
+    windows of their own, one after another.
+    """
+    one_trace = bool(outcome.records and outcome.records[0].labels.get("one_trace"))
+    frames = [
+        pd.DataFrame({"setting": one.words, "window": np.arange(totals.energy_j.size)})
+        .assign(**totals._asdict())
+        .astype({"window": np.float64})
+        for one in outcome.curve
+        for totals in [joined_windows(one, one_trace)]
+    ]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def joined_windows(one: Setting, one_trace: bool) -> WindowTotals:
+    """Windows of all workloads of a setting: added up, or one after another."""
+    columns = zip(*one.windows, strict=True)
+    if one_trace:
+        return WindowTotals(*(np.sum(column, axis=0) for column in columns))
+    return WindowTotals(*(np.concatenate(column) for column in columns))
+
+
+def member_frame(outcome: JobOutcome) -> pd.DataFrame:
+    """One row per member of the ensemble that the chosen setting was run in."""
+    frame = pd.DataFrame([run._asdict() for run in outcome.members])
+    return frame.astype(np.float64) if len(frame) else frame

@@ -1,0 +1,120 @@
+"""Totals per window of time of runs whose steps are not kept.
+
+A curve is many runs of which only a few numbers per window are wanted; keeping every step would
+take four times as long. So energy is read where a step crosses the end of a window, and requests
+are judged afterwards.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biscale_env.envs.plant import Plant
+from biscale_env.evaluation.stats.metrics import judge
+
+Floats = NDArray[np.float64]
+
+WINDOW_S: Final = 120.0
+"""Least length of a window: longer than bursts and their after-effects (assumed)."""
+
+
+class WindowTotals(NamedTuple):
+    """Totals per window, each of shape (n_windows,).
+
+    Attributes:
+        energy_j: energy spent in the window, J; what the last tokens need after the end of the
+            workload is in the last one.
+        n_met: requests that arrive in it and meet the SLO.
+        n_counted: requests that arrive in it.
+        output_tokens: tokens that these ask for.
+    """
+
+    energy_j: Floats
+    n_met: Floats
+    n_counted: Floats
+    output_tokens: Floats
+
+
+def window_edges(duration_s: float, window_s: float = WINDOW_S) -> Floats:
+    """Inner edges of the windows of a workload, s; the last window takes the rest.
+
+    The same for every policy, since only the workload counts and not how long a run took.
+    """
+    count = max(1, int(duration_s / window_s))
+    return window_s * np.arange(1, count, dtype=np.float64)
+
+
+@dataclass
+class WindowMeter:
+    """Reads energy where steps of a batch cross edges of windows.
+
+    Attributes:
+        edges_s: inner edges per row.
+    """
+
+    edges_s: list[Floats]
+    _points: list[list[tuple[float, float]]] = field(init=False)
+    _next_s: Floats = field(init=False)
+    _before_s: Floats = field(init=False)
+    _before_j: Floats = field(init=False)
+
+    def __post_init__(self) -> None:
+        n = len(self.edges_s)
+        self._points = [[(0.0, 0.0)] for _ in range(n)]
+        self._next_s = np.array([edges[0] if edges.size else np.inf for edges in self.edges_s])
+        self._before_s, self._before_j = np.zeros(n), np.zeros(n)
+
+    def add(
+        self, states: NDArray[Any], actions: NDArray[np.float32], active: NDArray[np.bool_]
+    ) -> None:
+        """Look at the states after a step; a row that has ended stands still."""
+        time_s, energy_j = states["time_s"], states["energy_j"]
+        crossed = time_s >= self._next_s
+        if crossed.any():
+            for i in np.flatnonzero(crossed):
+                now = float(time_s[i]), float(energy_j[i])
+                self._points[i] += [(float(self._before_s[i]), float(self._before_j[i])), now]
+                later = self.edges_s[i][self.edges_s[i] > now[0]]
+                self._next_s[i] = later[0] if later.size else np.inf
+        self._before_s[:], self._before_j[:] = time_s, energy_j
+
+    def energy_j(self, row: int, total_j: float) -> Floats:
+        """Energy per window of a row that has ended; a step is divided in proportion to time."""
+        last = float(self._before_s[row]), float(self._before_j[row])
+        times, sums = np.array([*self._points[row], last]).T
+        inner = np.interp(self.edges_s[row], times, sums)
+        return np.diff(np.concatenate(([0.0], inner, [total_j])))
+
+
+def judged_windows(
+    requests: dict[str, NDArray[Any]],
+    plant: Plant,
+    duration_s: float,
+    edges_s: Floats,
+    energy_j: Floats,
+) -> WindowTotals:
+    """Totals of a run whose requests and energy per window are known.
+
+    Args:
+        requests: columns of a rollout's requests.
+        plant: phase, and the SLO that they are judged by.
+        duration_s: length of the run, s.
+        edges_s: inner edges of the windows.
+        energy_j: energy per window.
+    """
+    verdict = judge(requests, plant.slo, plant.phase, duration_s)
+    window = np.searchsorted(edges_s, requests["arrival_s"], side="right")
+    counted = verdict["counted"]
+
+    def per_window(weight: NDArray[Any]) -> Floats:
+        found = np.bincount(window, weights=weight, minlength=edges_s.size + 1)
+        return np.asarray(found, dtype=np.float64)
+
+    return WindowTotals(
+        energy_j,
+        per_window(counted & verdict["met"]),
+        per_window(counted),
+        per_window(requests["output_tokens"]),
+    )

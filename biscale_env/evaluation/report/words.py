@@ -1,0 +1,74 @@
+"""Numbers and SLOs in the words of tables and reports."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+MISSING: Final = "–"
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number with some significant digits, no exponent; a dash when there is none."""
+    if not math.isfinite(value):
+        return MISSING
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:.{decimals}f}"
+
+
+def ratio_text(ratio: float) -> str:
+    """An energy ratio with three decimals; a dash when there is none."""
+    return f"{ratio:.3f}" if math.isfinite(ratio) else MISSING
+
+
+def duration(seconds: float) -> str:
+    """A short time with its unit: 2.1 ms, 9.0 µs."""
+    if not math.isfinite(seconds):
+        return MISSING
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if abs(seconds) * scale >= 1.0 or unit == "µs":
+            return f"{number(seconds * scale, 2)} {unit}"
+    return MISSING
+
+
+def interval(row: Mapping[str, Any], name: str, scale: float, decimals: int) -> str:
+    """Confidence interval of a column as ``low–high``.
+
+    Empty when there is none or it has no width.
+    """
+    low, high = (float(row.get(f"{name}_ci_{side}", math.nan)) for side in ("low", "high"))
+    if not (math.isfinite(low) and math.isfinite(high)) or low == high:
+        return ""
+    return f"{low * scale:.{decimals}f}–{high * scale:.{decimals}f}"
+
+
+def share(value: float) -> str:
+    """A share as a percentage with two decimals, never rounded up to 100 %."""
+    return f"{math.floor(1e4 * value + 1e-9) / 100:.2f}" if math.isfinite(value) else MISSING
+
+
+def slo_words(row: Mapping[str, Any]) -> str:
+    """``met``, ``as max`` (missed, but by no more than max clock and the allowance) or ``missed``.
+
+    A ``?`` stands behind it when the interval of the attainment holds the requirement.
+    """
+    low, high = (float(row.get(f"attainment_ci_{side}", math.nan)) for side in ("low", "high"))
+    if row["slo_met"]:
+        word, asked = "met", float(row["slo_attainment"])
+    else:
+        word, asked = ("as max" if row["target_met"] else "missed"), float(row["target"])
+    return word + ("?" if low < asked <= high else "")
+
+
+def metrics_of(phase: str) -> tuple[str, ...]:
+    """Which latencies a phase has."""
+    return {"prefill": ("ttft",), "decode": ("tpot",)}.get(phase, ("ttft", "tpot"))
+
+
+def requirement(row: Mapping[str, Any]) -> str:
+    """The SLO in words."""
+    bounds = [
+        f"{metric.upper()} ≤ {1e3 * row[f'slo_{metric}_s']:.4g} ms"
+        for metric in metrics_of(str(row["phase"]))
+    ]
+    joint = " jointly" if row["slo_statistic"] == "joint" and len(bounds) > 1 else ""
+    return f"{' and '.join(bounds)} for {100 * row['slo_attainment']:.4g} % of requests{joint}"
