@@ -15,11 +15,13 @@ from biscale_env.cli.instance_options import (
     TpDegree,
     instance_changes,
 )
+from biscale_env.cli.trace_options import reads_trace
 
 if TYPE_CHECKING:
     from biscale_env.envs.capacity import Capacity
     from biscale_env.envs.plant import Plant
     from biscale_env.traces import Trace
+    from biscale_env.traces.reading_options import ReadingOptions
 
 
 def register(app: typer.Typer) -> None:
@@ -27,6 +29,7 @@ def register(app: typer.Typer) -> None:
     app.command("capacity")(capacity)
 
 
+@reads_trace
 def capacity(
     phase: Annotated[str, typer.Argument(help="prefill or decode")],
     *,
@@ -54,6 +57,7 @@ def capacity(
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    reading: "ReadingOptions",
 ) -> None:
     """Bisect for the highest load within the SLO.
 
@@ -72,7 +76,7 @@ def capacity(
     if parts and not trace:
         raise BiscaleError("--parts are those of a trace: give one with --trace")
     if trace:
-        whole = load_named(trace)
+        whole = load_named(trace, reading)
         samples = list(whole.split(0.5)) if parts else [whole]
         found = [find_capacity(plant, sample, freq, member=member) for sample in samples]
     else:

@@ -3,7 +3,7 @@
 A table, a run directory, a report.
 """
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,7 @@ from biscale_env.cli.comparison_options import (
     PolicyList,
     Resume,
     SeedCount,
+    no_per_cent,
     policy_entries,
 )
 from biscale_env.cli.instance_options import (
@@ -25,6 +26,10 @@ from biscale_env.cli.instance_options import (
     ModelName,
     instance_changes,
 )
+from biscale_env.cli.trace_options import only_given, reads_trace
+
+if TYPE_CHECKING:
+    from biscale_env.traces.reading_options import ReadingOptions
 
 TraceName = Annotated[
     str | None,
@@ -44,7 +49,11 @@ SloName = Annotated[
 ]
 Load = Annotated[
     float | None,
-    typer.Option("--load", help="Fraction of one instance's capacity at max clock. [default: 0.5]"),
+    typer.Option(
+        "--load",
+        help="Fraction of one instance's capacity at max clock. [default: 0.5]",
+        callback=no_per_cent,
+    ),
 ]
 GpuCount = Annotated[int | None, typer.Option("--tp", help="GPUs per instance. [default: 4]")]
 DtypeName = Annotated[str | None, typer.Option("--dtype", help="bf16 or fp8. [default: bf16]")]
@@ -60,6 +69,7 @@ def register(app: typer.Typer) -> None:
     app.command("compare")(compare)
 
 
+@reads_trace
 def compare(
     *,
     trace: TraceName = None,
@@ -83,6 +93,7 @@ def compare(
     quick: Quick = False,
     resume: Resume = False,
     jobs: Jobs = None,
+    reading: "ReadingOptions",
 ) -> None:
     """Compare controllers on one scenario, or on all points of an experiment.
 
@@ -92,7 +103,13 @@ def compare(
 
     changes = instance_changes(
         instance, gpu=gpu, llm=llm, model=model, slo=slo, tp=tp, dtype=dtype
-    ) | {"trace": trace, "load": load, "seeds": seeds, "delay_s": delay}
+    ) | {
+        "trace": trace,
+        "load": load,
+        "seeds": seeds,
+        "delay_s": delay,
+        "reading": only_given(reading),
+    }
     names = policy_entries(policies, policy)
     if experiment is None:
         asked = comparison.compare_scenario(scenario, changes, names, phase, tune, quick)

@@ -39,6 +39,17 @@ Resume = Annotated[
 Jobs = Annotated[int | None, typer.Option("--jobs", help="Processes; default: all cores.")]
 
 
+def no_per_cent(load: float | None) -> float | None:
+    """The value of ``--load``, unless it looks like per cent.
+
+    Raises:
+        BiscaleError: asks whether the hundredth was meant.
+    """
+    from biscale_env.config.load_share import checked_load
+
+    return None if load is None else checked_load(load)
+
+
 def policy_entries(policies: str | None, policy: list[str] | None) -> list[str]:
     """Entries of the comma-separated list and of the repeated option, in this order."""
     from biscale_env.evaluation.experiment.policy_list import split_list

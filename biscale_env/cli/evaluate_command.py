@@ -113,7 +113,10 @@ def evaluate(
 
 
 def _fraction(text: str) -> float:
+    from biscale_env.config.load_share import checked_load
+
     try:
-        return float(text)
+        load = float(text)
     except ValueError:
         raise BiscaleError(f"--loads takes numbers such as 0.5,0.75, got '{text}'") from None
+    return checked_load(load)

@@ -15,12 +15,14 @@ from biscale_env.cli.instance_options import (
     SloName,
     instance_changes,
 )
+from biscale_env.cli.trace_options import reads_trace
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import write_whole
 
 if TYPE_CHECKING:
     from biscale_env.envs.cluster.cluster_settings import ClusterSettings
     from biscale_env.traces import Trace
+    from biscale_env.traces.reading_options import ReadingOptions
     from controllers.placement.ilp import CapacityTable, Plan
 
 # a generated workload only gives the shape: loads are made by choosing and superposing its requests
@@ -33,6 +35,7 @@ def register(app: typer.Typer) -> None:
     app.command("place")(place)
 
 
+@reads_trace
 def place(
     *,
     rate: Annotated[float, typer.Option(help="Load to serve, requests/s.")],
@@ -60,6 +63,7 @@ def place(
     jobs: Annotated[
         int | None, typer.Option(help="Processes for the capacity table. [default: all cores]")
     ] = None,
+    reading: "ReadingOptions",
 ) -> None:
     """Choose instances, TP and base clocks for a load.
 
@@ -77,7 +81,7 @@ def place(
     own = {"tp", "max_seqs"}  # chosen by the placement, and given per phase
     settings = ClusterSettings.of(gpus=gpus, **{k: v for k, v in given.items() if k not in own})
     load_slo(settings.slo)
-    workload = _workload(trace, rate, window)
+    workload = _workload(trace, rate, window, reading)
     capacities = _table(settings, workload, jobs or os.cpu_count() or 1)
     if table:
         _print_table(capacities)
@@ -87,7 +91,9 @@ def place(
         _write(plans[1], out)
 
 
-def _workload(trace: str | None, rate: float, window_s: float) -> "Trace":
+def _workload(
+    trace: str | None, rate: float, window_s: float, reading: "ReadingOptions"
+) -> "Trace":
     """First window of the trace, or a generated one.
 
     The capacity search makes other loads of it.
@@ -102,7 +108,7 @@ def _workload(trace: str | None, rate: float, window_s: float) -> "Trace":
     if trace is None:
         shape_rps = float(np.clip(rate, 2 * MIN_REQUESTS / window_s, MOST_SHAPE_RPS))
         return generate(DEFAULT_PROFILE, rate_rps=shape_rps, duration_s=window_s, seed=0)
-    loaded = load_named(trace)
+    loaded = load_named(trace, reading)
     if loaded.duration_s < window_s:
         raise BiscaleError(
             f"{loaded.name} lasts {loaded.duration_s:g} s, less than the window of {window_s:g} s: "

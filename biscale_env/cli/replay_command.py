@@ -20,6 +20,7 @@ from biscale_env.cli.hw_options import (
     parse_groups,
 )
 from biscale_env.cli.instance_options import GpuName, LlmName
+from biscale_env.cli.trace_options import reads_trace
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from biscale_env.hardware.replay.closed_loop import ReplaySettings
     from biscale_env.hardware.replay.measured_run import MeasuredRun
     from biscale_env.traces import Trace
+    from biscale_env.traces.reading_options import ReadingOptions
 
 
 def register(app: typer.Typer) -> None:
@@ -35,6 +37,7 @@ def register(app: typer.Typer) -> None:
     app.command("validate")(validate_command)
 
 
+@reads_trace
 def replay_command(
     *,
     trace: Annotated[str, typer.Option(help="Trace: file or name.")],
@@ -96,6 +99,7 @@ def replay_command(
         float,
         typer.Option(help="Wait so many seconds at most for engines that are still starting."),
     ] = 0.0,
+    reading: "ReadingOptions",
 ) -> None:
     """Replay a trace against a running engine while a policy controls the clocks.
 
@@ -131,7 +135,7 @@ def replay_command(
         vocabulary=vocabulary,
         stall_s=stall,
     )
-    load = measured_run.trace_to_replay(trace, duration, rate, seed)
+    load = measured_run.trace_to_replay(trace, duration, rate, seed, reading)
     measured_run.must_be_free(out)
     wait_for_engines([url for url in (prefill, decode) if url], wait)
     done = _with_progress(settings, load, out)

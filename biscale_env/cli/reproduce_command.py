@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from biscale_env.cli.instance_options import GpuName, LlmName, ModelName
+from biscale_env.cli.trace_options import reads_trace
 from biscale_env.core.errors import BiscaleError
 from biscale_env.reproduce.day_defaults import DAY_ALPHA, DAY_RPS
 
 if TYPE_CHECKING:
     from biscale_env.reproduce.paper import PaperExperiment
     from biscale_env.traces import Trace
+    from biscale_env.traces.reading_options import ReadingOptions
 
 commands = typer.Typer(help="Reproduce published experiments.", no_args_is_help=True)
 
@@ -24,6 +26,7 @@ def register(app: typer.Typer) -> None:
 
 
 @commands.command("paper")
+@reads_trace
 def paper(
     *,
     quick: Annotated[
@@ -48,6 +51,7 @@ def paper(
     llm: LlmName = None,
     model: ModelName = None,
     jobs: Annotated[int | None, typer.Option(help="Processes. [default: all cores]")] = None,
+    reading: "ReadingOptions",
 ) -> None:
     """BiScale's headline experiment.
 
@@ -68,7 +72,7 @@ def paper(
     experiment = experiment.model_copy(
         update={key: value for key, value in given.items() if value is not None}
     )
-    arrivals, about = arrivals_of(experiment, trace)
+    arrivals, about = arrivals_of(experiment, trace, reading)
     _check_length(experiment, arrivals)
     started = time.perf_counter()
     with Progress() as progress:

@@ -6,20 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from biscale_env.cli.trace_options import reads_trace
 from biscale_env.cli.traces_generate_command import generate_command
+from biscale_env.core.errors import BiscaleError
 
 if TYPE_CHECKING:
     from biscale_env.config.loader import Config
-    from biscale_env.traces import Trace, TraceStatistics
+    from biscale_env.traces import TraceStatistics
+    from biscale_env.traces.reading_options import ReadingOptions
 
 group = typer.Typer(no_args_is_help=True, help="Request traces: list, fetch, describe, generate.")
-
-TimeColumn = Annotated[
-    str | None, typer.Option(help="Column of the arrival time, where the header is not known.")
-]
-PromptColumn = Annotated[str | None, typer.Option(help="Column of the prompt length.")]
-OutputColumn = Annotated[str | None, typer.Option(help="Column of the output length.")]
-TimeUnit = Annotated[str | None, typer.Option(help="Unit of a numeric time: s, ms, us or ns.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -124,14 +120,33 @@ def _to_yaml(profile: "Config") -> str:
     )
 
 
-def _load(name: str, **options: Any) -> "Trace":
-    from biscale_env.traces import load_named, read_trace
+@group.command("convert")
+@reads_trace
+def convert_command(
+    trace: Annotated[str, typer.Argument(help="Trace file, or name of a trace.")],
+    out: Annotated[
+        Path, typer.Argument(help="File to write: .parquet, .csv, or .jsonl (Mooncake).")
+    ],
+    *,
+    reading: "ReadingOptions",
+) -> None:
+    """Write a trace of any known format in our own schema.
 
-    given = {key: value for key, value in options.items() if value}
-    return read_trace(name, **given) if given else load_named(name)
+    Its columns: arrival_s, prompt_tokens, output_tokens.
+    """
+    from biscale_env.traces import load_named, write_trace
+
+    if Path(trace).is_file() and out.exists() and out.samefile(trace):
+        raise BiscaleError(f"{out} is the trace itself: choose another file to write")
+    data = load_named(trace, reading)
+    write_trace(data, out)
+    typer.echo(
+        f"{out}: {len(data)} requests in {data.duration_s:g} s, {data.rate_rps:.4g} requests/s"
+    )
 
 
 @group.command("describe")
+@reads_trace
 def describe_command(
     trace: Annotated[str, typer.Argument(help="Name of a trace (see `list`), or a file.")],
     *,
@@ -147,27 +162,18 @@ def describe_command(
         str | None, typer.Option(help="Length profile that a workload profile names.")
     ] = None,
     source: Annotated[str | None, typer.Option(help="Citation to put into the profile.")] = None,
-    time_column: TimeColumn = None,
-    prompt_column: PromptColumn = None,
-    output_column: OutputColumn = None,
-    time_unit: TimeUnit = None,
-    sort: Annotated[bool, typer.Option(help="Accept unsorted times and sort them.")] = False,
+    reading: "ReadingOptions",
 ) -> None:
     """Show what a trace is like: rate, burstiness, lengths."""
     from rich.console import Console
 
     from biscale_env.traces import describe
+    from biscale_env.traces.catalog import load_with_notes
     from biscale_env.traces.synthetic.envelopes import fit_envelope
     from biscale_env.traces.synthetic.profile_fit import fit_lengths, fit_workload
 
-    data = _load(
-        trace,
-        time_column=time_column,
-        prompt_column=prompt_column,
-        output_column=output_column,
-        time_unit=time_unit,
-        sort=sort,
-    )
+    loaded = load_with_notes(trace, reading)
+    data = loaded.trace
     title, citation = name or data.name, source or f"fitted to {Path(trace).name}"
     if as_profile == "lengths":
         typer.echo(_to_yaml(fit_lengths(data, title, citation)), nl=False)
@@ -176,7 +182,10 @@ def describe_command(
     elif as_profile == "rates":
         typer.echo(_to_yaml(fit_envelope(data, title, citation)), nl=False)
     elif as_json:
-        typer.echo(json.dumps(describe(data).as_dict(), indent=2))
+        told = describe(data).as_dict()
+        if loaded.recognised is not None:
+            told["recognised"] = loaded.recognised.as_dict()
+        typer.echo(json.dumps(told, indent=2))
     else:
         Console(markup=False).print(_statistics_table(describe(data)))
 

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from biscale_env.config import Slo
+from biscale_env.config.load_share import checked_load
 from biscale_env.config.loader import nearest, validate
 from biscale_env.core.errors import BiscaleError, OptionError
 from biscale_env.envs.capacity import find_capacity, profile_capacity
@@ -149,6 +150,8 @@ class WorkloadOptions:
             raise BiscaleError(f"profile must be the name of a profile, got {self.profile!r}")
         if self.load is not None and not 0 < self.load < np.inf:
             raise BiscaleError(f"load must be a positive fraction of the capacity, got {self.load}")
+        if self.load is not None:
+            checked_load(self.load)
         if whole(self.n_workloads, "n_workloads") < 1:
             raise BiscaleError(f"n_workloads must be at least 1, got {self.n_workloads}")
 

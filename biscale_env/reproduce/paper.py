@@ -14,6 +14,7 @@ from biscale_env.config.loader import Config, load_named
 from biscale_env.traces import Trace, generate, with_lengths
 from biscale_env.traces import load_named as load_trace
 from biscale_env.traces.download import cached_path, load_downloads
+from biscale_env.traces.reading_options import ReadingOptions
 from biscale_env.traces.synthetic.profiles import load_workload, profile_names
 
 TUNE_SEED = 1_000_003  # workloads for tuning are made from here on, those for tables from 0
@@ -156,18 +157,23 @@ def member_indices(count: int, available: int) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, available - 1, min(count, available))})
 
 
-def arrivals_of(experiment: PaperExperiment, trace: str | Path | None = None) -> tuple[Trace, str]:
+def arrivals_of(
+    experiment: PaperExperiment,
+    trace: str | Path | None = None,
+    reading: ReadingOptions | None = None,
+) -> tuple[Trace, str]:
     """Trace behind workload B, and a sentence that says what it is.
 
     Args:
         experiment: the experiment.
         trace: a trace file or name to use instead.
+        reading: how it is read.
 
     Raises:
         BiscaleError: a trace that is at hand, or given here, cannot be read.
     """
     if trace is not None:
-        loaded = load_trace(str(trace))
+        loaded = load_trace(str(trace), reading)
         return loaded, f"arrivals of {loaded.name}"
     if not _at_hand(experiment.trace):
         made = generate(experiment.fallback, duration_s=experiment.trace_s, seed=0)
@@ -176,7 +182,7 @@ def arrivals_of(experiment: PaperExperiment, trace: str | Path | None = None) ->
             "not at hand "
             f"(biscale traces fetch {experiment.trace})"
         )
-    return load_trace(experiment.trace), f"arrivals of {experiment.trace}"
+    return load_trace(experiment.trace, reading), f"arrivals of {experiment.trace}"
 
 
 def _at_hand(name: str) -> bool:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.traces.download import cached_path, load_downloads
-from biscale_env.traces.readers import read_trace
+from biscale_env.traces.readers import LoadedTrace, load_file
+from biscale_env.traces.reading_options import ReadingOptions
 from biscale_env.traces.synthetic.profiles import load_workload, profile_names
 from biscale_env.traces.synthetic.synthesize import generate
 from biscale_env.traces.trace import Trace
@@ -45,26 +46,50 @@ def list_traces() -> list[CatalogEntry]:
     return generated + public
 
 
-def load_named(name: str) -> Trace:
+def load_named(name: str, options: ReadingOptions | None = None) -> Trace:
     """Load a trace by its name, or from a file.
 
     Args:
         name: a shipped workload (generated with its own rate, duration and seed), a fetched public
-            trace, a workload profile (``.yaml``), or a trace file with a known header.
+            trace, a workload profile (``.yaml``), or a trace file.
+        options: how a file is read, and which part of the trace.
 
     Raises:
         BiscaleError: no such name or file, a public trace that was not fetched yet, or a bad file.
     """
+    return load_with_notes(name, options).trace
+
+
+def load_with_notes(name: str, options: ReadingOptions | None = None) -> LoadedTrace:
+    """Load a trace as `load_named`, with what was recognised in its file.
+
+    Raises:
+        BiscaleError: as `load_named`, or options of files for a trace that is generated.
+    """
+    options = options or ReadingOptions()
     if name in profile_names() or Path(name).suffix in {".yaml", ".yml"}:
-        return generate(name)
+        return LoadedTrace(_generated(name, options))
     if name in load_downloads().files:
         path = cached_path(name)
         if path is None:
             raise BiscaleError(
                 f"trace '{name}' is not in the cache yet: run 'biscale traces fetch {name}' first"
             )
-        return read_trace(path, name=name)
+        return load_file(path, name, options)
     if Path(name).is_file() or Path(name).suffix:
-        return read_trace(name)
+        return load_file(name, None, options)
     known = ", ".join(entry.name for entry in list_traces())
     raise BiscaleError(f"there is no trace '{name}'; known: {known}, or the path of a file")
+
+
+def _generated(name: str, options: ReadingOptions) -> Trace:
+    if not options.for_files.is_default:
+        raise BiscaleError(
+            f"'{name}' is a generated trace, so the options of files (--time-column, --time-unit, "
+            "--sort, --drop-failed, ...) do not apply; only --from and --to do"
+        )
+    made = generate(name)
+    if options.is_default:
+        return made
+    first_s, last_s = options.part_s(None, name)
+    return made.window(first_s, last_s)

@@ -42,6 +42,7 @@ def check_times(
     after_s: float = -np.inf,
     is_sorted: bool = True,
     is_relative: bool = False,
+    advice: str = "",
 ) -> None:
     """Refuse NaN, infinite, negative or unsorted times.
 
@@ -53,6 +54,7 @@ def check_times(
         is_sorted: whether unsorted times are refused.
         is_relative: times are counted from the first row, so that a negative one only shows that
             they are unsorted.
+        advice: what the user may do about unsorted times, in words.
 
     Raises:
         BiscaleError: names the first offending row.
@@ -73,7 +75,7 @@ def check_times(
         i = int(np.argmax(steps_s < 0))
         raise BiscaleError(
             f"{where(i)}: {field} lies {-steps_s[i]:.9g} s before the row above; times must be "
-            "sorted"
+            f"sorted{advice}"
         )
 
 

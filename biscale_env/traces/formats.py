@@ -26,16 +26,11 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from biscale_env.core.errors import BiscaleError, BiscaleWarning
-from biscale_env.traces.layouts import FileFormat, file_format
-from biscale_env.traces.raw_columns import (
-    RawColumns,
-    csv_batches,
-    jsonl_batches,
-    parquet_batches,
-)
+from biscale_env.traces.json_rows import json_batches
+from biscale_env.traces.raw_columns import RawColumns, csv_batches, parquet_batches
+from biscale_env.traces.text_files import HEAD_BYTES, UTF16, FileFormat, text_format
 
 ENTRY_POINTS: Final = "biscale.trace_formats"
-HEAD_BYTES: Final = 4096  # of a file that a format may look at
 
 RowBatches = Generator[RawColumns, None, None]
 
@@ -73,12 +68,12 @@ class TraceFormat:
 
 
 def _is(kind: FileFormat) -> Callable[[Path, bytes], bool]:
-    return lambda path, head: file_format(path, head) == kind
+    return lambda path, head: text_format(path, head) == kind
 
 
 BUILT_IN: Final = (
     TraceFormat(_is("csv"), csv_batches, "csv"),
-    TraceFormat(_is("jsonl"), jsonl_batches, "jsonl"),
+    TraceFormat(_is("jsonl"), json_batches, "jsonl"),
     TraceFormat(_is("parquet"), parquet_batches, "parquet"),
 )
 
@@ -123,7 +118,7 @@ def format_of(path: Path) -> TraceFormat:
         raise BiscaleError(f"there is no trace file {path}")
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
-    if not head.strip():
+    if not head.strip() or head in UTF16:
         raise BiscaleError(f"{path} is empty; a trace needs a header and at least one request")
     for form in installed_formats():
         try:

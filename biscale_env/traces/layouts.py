@@ -1,42 +1,45 @@
-"""Which columns of a file hold the time and the lengths.
+"""Which columns of a file hold the time and the lengths: the known layouts, found by the header."""
 
-The known layouts and their detection from the header.
-"""
-
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from biscale_env.core.errors import BiscaleError
 
 TimeUnit = Literal["s", "ms", "us", "ns"]
-FileFormat = Literal["csv", "jsonl", "parquet"]
 
-NS_PER_UNIT: dict[str, int] = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1000, "ns": 1}
-SUFFIXES: dict[str, FileFormat] = {
-    ".csv": "csv",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-}
+NS_PER_UNIT: Final[dict[str, int]] = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1000, "ns": 1}
 META_KEY = "biscale_duration_s"  # Parquet metadata that `write_trace` leaves
-COMPRESSED = {".gz", ".bz2"}
+UNIT_KEY = "time_unit"  # key that `write_trace` adds to JSON lines whose times are fractions of ms
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of the three columns, and the unit of the time column where that holds numbers.
+    """Names of the three columns, and what is known about the time.
 
-    Dates carry their own.
+    Attributes:
+        time: column of the arrival time; where it holds dates, they carry their own unit.
+        prompt: column of the prompt length.
+        output: column of the output length.
+        unit: unit of a numeric time as the format's authors document it; None where nobody does,
+            so that the numbers have to decide.
+        title: name of the format, for the user.
+        rival: unit of another format with the same columns, which the numbers have to rule out.
+        keeps_zero: times count from the file's own zero, as written; others count from the first
+            request.
+        is_named: the user named the time column; its zero is kept where the file starts there.
     """
 
     time: str
     prompt: str
     output: str
-    unit: TimeUnit = "s"
+    unit: TimeUnit | None = "s"
+    title: str = "named columns"
+    rival: TimeUnit | None = None
+    keeps_zero: bool = False
+    is_named: bool = False
 
     @property
     def columns(self) -> tuple[str, str, str]:
@@ -44,26 +47,72 @@ class Layout:
         return self.time, self.prompt, self.output
 
 
-LAYOUTS: dict[str, Layout] = {
-    "azure": Layout("TIMESTAMP", "ContextTokens", "GeneratedTokens"),
-    "mooncake": Layout("timestamp", "input_length", "output_length", "ms"),
-    "biscale": Layout("arrival_s", "prompt_tokens", "output_tokens"),
+@dataclass(frozen=True)
+class KnownLayout:
+    """A layout, and the further columns of which a file must have one to be of this kind."""
+
+    layout: Layout
+    marks: tuple[str, ...] = ()
+
+
+_MOONCAKE: Final = ("timestamp", "input_length", "output_length")
+# Units as documented: Mooncake, FAST25-release/README; Qwen-Bailian, README of
+# qwen-bailian-usagetraces-anon; BurstGPT, README ("seconds from 0:00:00 on the first day");
+# splitwise-sim and Vidur, their trace generators; ServeGen, README (seconds); vLLM, `start_times`
+# of `vllm bench serve --save-detailed` (perf_counter).
+KNOWN: Final[dict[str, KnownLayout]] = {
+    "biscale": KnownLayout(
+        Layout("arrival_s", "prompt_tokens", "output_tokens", title="biscale-env", keeps_zero=True)
+    ),
+    "azure": KnownLayout(
+        Layout("TIMESTAMP", "ContextTokens", "GeneratedTokens", None, "Azure 2023/2024")
+    ),
+    "qwen-bailian": KnownLayout(
+        Layout(*_MOONCAKE, "s", "Qwen-Bailian", rival="ms"), ("chat_id", "parent_chat_id", "turn")
+    ),
+    "mooncake": KnownLayout(Layout(*_MOONCAKE, "ms", "Mooncake", rival="s")),
+    "burstgpt": KnownLayout(
+        Layout("Timestamp", "Request tokens", "Response tokens", "s", "BurstGPT")
+    ),
+    "splitwise-sim": KnownLayout(
+        Layout("arrival_timestamp", "prompt_size", "token_size", "s", "splitwise-sim")
+    ),
+    "vidur": KnownLayout(
+        Layout("arrived_at", "num_prefill_tokens", "num_decode_tokens", "s", "Vidur")
+    ),
+    "servegen": KnownLayout(
+        Layout("timestamp", "input_tokens", "output_tokens", "s", "ServeGen"),
+        ("request_id", "client_id", "reason_tokens", "answer_tokens"),
+    ),
+    "vllm-bench": KnownLayout(
+        Layout("start_times", "input_lens", "output_lens", "s", "vllm bench serve")
+    ),
 }
+# other spellings, each list in the order of preference; the numbers decide about the unit
+TIMES: Final = (
+    "arrival_s", "arrival_ms", "arrival_us", "arrival_ns", "arrival_time", "arrival_timestamp",
+    "arrived_at", "timestamp", "request_timestamp", "request_time", "start_time", "start_times",
+    "arrival", "arrival_time_s", "arrival_time_ms", "timestamp_s", "timestamp_ms", "timestamp_us",
+    "timestamp_ns", "request_start_ns", "start_time_s", "start_time_ms", "created_at", "ts",
+)  # fmt: skip
+PROMPTS: Final = (
+    "prompt_tokens", "input_tokens", "input_length", "input_len", "input_lens", "prompt_length",
+    "prompt_len", "prompt_size", "num_prefill_tokens", "num_prompt_tokens", "num_input_tokens",
+    "context_tokens", "request_tokens", "input_sequence_length", "isl",
+)  # fmt: skip
+OUTPUTS: Final = (
+    "output_tokens", "completion_tokens", "output_length", "output_len", "output_lens",
+    "generated_tokens", "response_tokens", "num_decode_tokens", "num_output_tokens",
+    "num_generated_tokens", "token_size", "output_size", "completion_length", "completion_len",
+    "generation_tokens", "output_sequence_length", "osl",
+)  # fmt: skip
+OPTIONS: Final = "--time-column, --prompt-column and --output-column"
+SHOWN: Final = ("azure", "mooncake", "biscale")  # in the message about a header that fits none
 
 
-def file_format(path: Path, head: bytes) -> FileFormat:
-    """Format of a file by its suffix, else by its first bytes.
-
-    ``.gz`` and ``.bz2`` are looked through.
-    """
-    suffixes = [s.lower() for s in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED:
-        suffixes.pop()
-    if suffixes and suffixes[-1] in SUFFIXES:
-        return SUFFIXES[suffixes[-1]]
-    if head.startswith(b"PAR1"):
-        return "parquet"
-    return "jsonl" if head.lstrip().startswith(b"{") else "csv"
+def plain(name: str) -> str:
+    """A column name without case, spaces and punctuation: all that spellings differ in."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def find_layout(
@@ -72,11 +121,12 @@ def find_layout(
     time_column: str | None = None,
     prompt_column: str | None = None,
     output_column: str | None = None,
-    time_unit: TimeUnit | None = None,
+    **_: object,
 ) -> Layout:
     """Choose the columns.
 
-    Those that were named, the rest from the first known layout whose columns the file has.
+    Those that were named, the rest from the first known layout whose columns the file has (in any
+    case, with any punctuation), else from the usual spellings.
 
     Args:
         path: file, for errors.
@@ -84,28 +134,20 @@ def find_layout(
         time_column: name of the arrival time column.
         prompt_column: name of the prompt length column.
         output_column: name of the output length column.
-        time_unit: unit of a numeric time column; default that of the layout, seconds for named
-            columns.
 
     Raises:
-        BiscaleError: a column is not there, an unknown unit, or the header fits no known layout.
+        BiscaleError: a column is not there, or the header fits no known layout.
     """
-    if time_unit is not None and time_unit not in NS_PER_UNIT:
-        raise BiscaleError(f"unknown time unit '{time_unit}'; known: {', '.join(NS_PER_UNIT)}")
-    for known in LAYOUTS.values():
-        unit = time_unit or (known.unit if time_column in (None, known.time) else "s")
-        time, prompt, output = (
-            time_column or known.time,
-            prompt_column or known.prompt,
-            output_column or known.output,
-        )
-        layout = Layout(time, prompt, output, unit)
-        if set(layout.columns) <= set(header):
-            break
-    else:
-        raise BiscaleError(
-            f"{path}, line 1: {_header_fault(header, (time_column, prompt_column, output_column))}"
-        )
+    named = (time_column, prompt_column, output_column)
+    own_names = {plain(name): name for name in reversed(header)} | {name: name for name in header}
+    for name in named:
+        if name and name not in header:
+            raise BiscaleError(
+                f"{path}, line 1: there is no column '{name}'; the columns are {_few(header)}"
+            )
+    layout = _known_layout(own_names, named) or _usual_layout(own_names, named)
+    if layout is None:
+        raise BiscaleError(f"{path}, line 1: {_header_fault(header, own_names)}")
     if len(set(layout.columns)) < 3 or any(header.count(c) > 1 for c in layout.columns):
         raise BiscaleError(
             f"{path}, line 1: time, prompt and output must be three different columns, each named "
@@ -114,12 +156,61 @@ def find_layout(
     return layout
 
 
-def _header_fault(header: Sequence[str], named: Sequence[str | None]) -> str:
-    for name in named:
-        if name and name not in header:
-            return f"there is no column '{name}'; the columns are {', '.join(header)}"
-    expected = " or ".join(",".join(known.columns) for known in LAYOUTS.values())
+def _known_layout(
+    own_names: dict[str, str], named: tuple[str | None, str | None, str | None]
+) -> Layout | None:
+    def own(name: str) -> str | None:
+        return own_names.get(name) or own_names.get(plain(name))
+
+    for known in KNOWN.values():
+        found = [n or own(column) for n, column in zip(named, known.layout.columns, strict=True)]
+        if None in found or (known.marks and not any(own(mark) for mark in known.marks)):
+            continue
+        time, prompt, output = (str(name) for name in found)
+        base = known.layout
+        if named[0] and plain(named[0]) != plain(base.time):
+            return Layout(time, prompt, output, None, is_named=True)
+        return Layout(time, prompt, output, base.unit, base.title, base.rival, base.keeps_zero)
+    return None
+
+
+def _usual_layout(
+    own_names: dict[str, str], named: tuple[str | None, str | None, str | None]
+) -> Layout | None:
+    found = [
+        name or next((own_names[plain(n)] for n in usual if plain(n) in own_names), None)
+        for name, usual in zip(named, (TIMES, PROMPTS, OUTPUTS), strict=True)
+    ]
+    if None in found:
+        return None
+    time, prompt, output = (str(name) for name in found)
+    title = "named columns" if all(named) else f"columns {time}, {prompt}, {output}"
+    return Layout(time, prompt, output, None, title, is_named=named[0] is not None)
+
+
+def _few(header: Sequence[str]) -> str:
+    shown = ", ".join(str(name) for name in header)
+    return shown if len(shown) <= 160 else f"{shown[:160]}..."
+
+
+def _header_fault(header: Sequence[str], own_names: dict[str, str]) -> str:
+    lengths = [
+        next((own_names[plain(n)] for n in usual if plain(n) in own_names), None)
+        for usual in (PROMPTS, OUTPUTS)
+    ]
+    times = [n for n in TIMES if plain(n) in own_names]
+    text = ",".join(str(name) for name in header)
+    if all(lengths) and not times:
+        return (
+            f"the columns {_few(header)} hold lengths but no arrival time: name its column with "
+            "--time-column, or make arrivals with 'biscale traces generate --lengths'"
+        )
+    if header and all(re.fullmatch(r"[-+\d.:TZ eE]*", str(name)) for name in header):
+        text = f"{text[:80]}' (a row, no header?)" if text else text + "'"
+    else:
+        text = f"{text[:120]}'"
+    expected = " or ".join(",".join(KNOWN[name].layout.columns) for name in SHOWN)
     return (
-        f"wrong header '{','.join(header)[:120]}'; expected {expected}, or name the time, prompt "
-        "and output columns"
+        f"wrong header '{text}; expected {expected} or another known format, or name the columns "
+        f"with {OPTIONS}"
     )

@@ -1,6 +1,7 @@
-"""Reading request traces: Azure, Mooncake, any file with named columns, and installed formats."""
+"""Reading request traces as they are found: every known format, and files with named columns."""
 
 import contextlib
+import lzma
 import zlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
@@ -11,29 +12,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.traces.checks import check_lengths, check_times
+from biscale_env.traces.arrivals_of_rows import RequestRows, checked_rows
 from biscale_env.traces.formats import RowBatches, TraceFormat, format_of, read_batches
-from biscale_env.traces.layouts import NS_PER_UNIT
-from biscale_env.traces.raw_columns import count_lines, parquet_duration_s
+from biscale_env.traces.json_rows import count_lines
+from biscale_env.traces.raw_columns import parquet_duration_s
+from biscale_env.traces.reading_options import ReadingOptions
+from biscale_env.traces.recognised import Recognised
+from biscale_env.traces.time_units import mean_rate_rps
 from biscale_env.traces.trace import Trace
 
-UNIX_TIME_S = 1e8
+Joined = tuple[NDArray[np.float64], NDArray[np.int32], NDArray[np.int32]]
 
 
 @dataclass(frozen=True)
-class _Rows:
-    arrival_s: NDArray[np.float64]
-    prompt_tokens: NDArray[np.int32]
-    output_tokens: NDArray[np.int32]
-    zero_outputs: int
+class LoadedTrace:
+    """A trace, and what was recognised in its file.
 
-    def part(self, rows: slice) -> "_Rows":
-        return _Rows(
-            self.arrival_s[rows],
-            self.prompt_tokens[rows],
-            self.output_tokens[rows],
-            self.zero_outputs,
-        )
+    Attributes:
+        trace: the requests.
+        recognised: None for a trace that was generated.
+    """
+
+    trace: Trace
+    recognised: Recognised | None = None
 
 
 @contextlib.contextmanager
@@ -41,9 +42,9 @@ def _readable(path: Path) -> Iterator[None]:
     """Whatever a file that cannot be read raises becomes one sentence."""
     try:
         yield
-    except (EOFError, zlib.error):
+    except (EOFError, zlib.error, lzma.LZMAError):
         raise BiscaleError(f"{path} is a damaged archive") from None
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise BiscaleError(f"{path} is not UTF-8 text and no Parquet file") from None
     except OSError as error:
         raise BiscaleError(f"cannot read {path}: {error.strerror or error}") from None
@@ -54,45 +55,22 @@ def _format(path: Path) -> TraceFormat:
         return format_of(path)
 
 
-def _batches(form: TraceFormat, path: Path, columns: dict[str, Any]) -> RowBatches:
+def _batches(form: TraceFormat, path: Path, options: ReadingOptions) -> RowBatches:
+    names = ("time_column", "prompt_column", "output_column", "time_unit")
+    columns = {name: getattr(options, name) for name in names}
     with _readable(path), contextlib.closing(read_batches(form, path, columns)) as batches:
         yield from batches
 
 
 def _rows(
-    form: TraceFormat, path: Path, columns: dict[str, Any], is_sorted: bool = True
-) -> Generator[_Rows, None, None]:
-    """Checked batches.
-
-    Dates and Unix times are counted from the first request, other numbers are kept.
-    """
-    origin: Any = None
-    is_relative = False
-    last_s = -np.inf
-    for batch in _batches(form, path, columns):
-        if not batch.time.size:
-            continue
-        layout = batch.layout
-        is_date = batch.time.dtype.kind == "i"
-        scale = 1 if is_date else NS_PER_UNIT[layout.unit]
-        if origin is None:
-            is_relative = is_date or bool(batch.time[0] * (scale / 1e9) >= UNIX_TIME_S)
-            origin = batch.time[0] if is_relative else 0
-        arrival_s = (batch.time - origin) / (1_000_000_000 / scale)
-        check_times(arrival_s, batch.where, layout.time, last_s, is_sorted, is_relative)
-        check_lengths(batch.prompt, layout.prompt, batch.where)
-        check_lengths(batch.output, layout.output, batch.where, minimum=0)
-        zeros = int(np.count_nonzero(batch.output == 0))
-        yield _Rows(
-            arrival_s,
-            batch.prompt.astype(np.int32),
-            np.maximum(batch.output, 1).astype(np.int32),
-            zeros,
-        )
-        last_s = float(arrival_s[-1])
+    form: TraceFormat, path: Path, options: ReadingOptions, about: Recognised
+) -> Generator[RequestRows, None, None]:
+    raw = _batches(form, path, options)
+    with contextlib.closing(raw):
+        yield from checked_rows(path, raw, options, about)
 
 
-def _join(rows: list[_Rows]) -> tuple[NDArray[np.float64], NDArray[np.int32], NDArray[np.int32]]:
+def _join(rows: list[RequestRows]) -> Joined:
     return (
         np.concatenate([r.arrival_s for r in rows]),
         np.concatenate([r.prompt_tokens for r in rows]),
@@ -100,70 +78,126 @@ def _join(rows: list[_Rows]) -> tuple[NDArray[np.float64], NDArray[np.int32], ND
     )
 
 
-def _trace(
-    rows: list[_Rows], path: Path, name: str | None, first_line: int, sort: bool = False
-) -> Trace:
-    arrival_s, prompt, output = _join(rows)
-    if sort:
-        order = np.argsort(arrival_s, kind="stable")
-        arrival_s, prompt, output = (
-            arrival_s[order] - min(0.0, arrival_s.min()),
-            prompt[order],
-            output[order],
-        )
-    zeros = sum(r.zero_outputs for r in rows)
-    source = str(path) + (f"; {zeros} outputs of 0 tokens read as 1" if zeros else "")
-    for column in (arrival_s, prompt, output):
-        column.setflags(write=False)
-    return Trace(
-        name or path.name.split(".")[0], arrival_s, prompt, output, source, first_line=first_line
-    )
+def _options(options: ReadingOptions | None, given: dict[str, Any]) -> ReadingOptions:
+    if not given:
+        return options or ReadingOptions()
+    from biscale_env.config.loader import validate
 
-
-def _first_line(path: Path, form: TraceFormat, n_rows: int) -> int:
-    """Line of the first request where every line behind it holds one request, else 0."""
-    if form.name == "jsonl":
-        return 1 if count_lines(path) == n_rows else 0
-    return 2 if form.name == "csv" else 0
+    base = (options or ReadingOptions()).model_dump()
+    return validate(base | given, ReadingOptions, "options of a trace")
 
 
 def read_trace(
-    path: str | Path, name: str | None = None, sort: bool = False, **columns: Any
+    path: str | Path,
+    name: str | None = None,
+    options: ReadingOptions | None = None,
+    **given: Any,
 ) -> Trace:
-    """Read a trace file; its format follows from the suffix (else the first bytes) and the header.
+    """Read a trace file; its format follows from what is in it.
 
-    Formats of installed packages go first, see :mod:`biscale_env.traces.formats`. Dates and Unix
-    times are counted from the first request, other times are kept. An output of 0 tokens is read as
+    Formats of installed packages go first, see :mod:`biscale_env.traces.formats`. Times count from
+    the first request, but for our own schema, whose zero is kept. An output of 0 tokens is read as
     1, since prefill itself makes the first token; how many there were stands in ``source``.
+    `load_file` says what was recognised.
 
     Args:
-        path: CSV, JSON-lines (either may be ``.gz`` or ``.bz2``) or Parquet file.
+        path: CSV, JSON (either may be compressed: gzip, bzip2, Zstandard, xz, lz4) or Parquet.
         name: name of the trace, default the file's.
-        sort: accept unsorted times and sort them, instead of refusing the file.
-        columns: ``time_column``, ``prompt_column``, ``output_column``, ``time_unit`` (s, ms, us,
-            ns) of other headers.
+        options: how to read it.
+        given: single options of :class:`~biscale_env.traces.reading_options.ReadingOptions`:
+            ``time_column``, ``prompt_column``, ``output_column``, ``time_unit`` (s, ms, us, ns) of
+            other headers, ``sort``, ``start``, ``stop``, ``drop_failed``.
 
     Raises:
         BiscaleError: one sentence that names the file, the line and the field.
     """
-    path = Path(path)
-    form = _format(path)
-    rows = list(_rows(form, path, columns, is_sorted=not sort))
+    return load_file(path, name, options, **given).trace
+
+
+def load_file(
+    path: str | Path,
+    name: str | None = None,
+    options: ReadingOptions | None = None,
+    **given: Any,
+) -> LoadedTrace:
+    """Read a trace file as `read_trace`, with what was recognised in it.
+
+    Raises:
+        BiscaleError: as `read_trace`.
+    """
+    path, options = Path(path), _options(options, given)
+    form, about = _format(path), Recognised(str(path))
+    rows = [part for part in _rows(form, path, options, about) if part.arrival_s.size]
     if not rows:
-        raise BiscaleError(f"{path} holds a header but no request")
-    trace = _trace(
-        rows,
-        path,
-        name,
-        0 if sort else _first_line(path, form, sum(len(r.arrival_s) for r in rows)),
-        sort,
+        raise BiscaleError(_nothing(path, options, about))
+    trace = _trace(rows, path, name, options, about)
+    duration_s = parquet_duration_s(path) if form.name == "parquet" and not about.part else 0.0
+    first_line = _first_line(path, form, rows, options, about)
+    trace = replace(trace, duration_s=max(duration_s, trace.duration_s), first_line=first_line)
+    late_s = 0.0 if about.part else float(trace.arrival_s[0])
+    about.tell(mean_rate_rps(trace.arrival_s), late_s)
+    return LoadedTrace(trace, about)
+
+
+def _nothing(path: Path, options: ReadingOptions, about: Recognised) -> str:
+    if about.rows_dropped:
+        return f"{path}: no request is left without the {about.rows_dropped} rows that failed"
+    if about.part:
+        return f"{path} has no request in the {about.part}"
+    return f"{path} holds a header but no request"
+
+
+def _trace(
+    rows: list[RequestRows],
+    path: Path,
+    name: str | None,
+    options: ReadingOptions,
+    about: Recognised,
+) -> Trace:
+    arrival_s, prompt, output = _join(rows)
+    first_s, last_s = rows[0].part_s
+    if options.sort:
+        order = np.argsort(arrival_s, kind="stable")
+        arrival_s, prompt, output = arrival_s[order], prompt[order], output[order]
+        if not rows[0].keeps_zero:
+            about.offset_s += arrival_s[0]
+            arrival_s = arrival_s - arrival_s[0]
+        inside = slice(*np.searchsorted(arrival_s, (first_s, last_s)))
+        arrival_s, prompt, output = arrival_s[inside], prompt[inside], output[inside]
+        if not arrival_s.size:
+            raise BiscaleError(_nothing(path, options, about))
+    about.requests = int(arrival_s.size)
+    source = str(path) + (
+        f"; {about.zero_outputs} outputs of 0 tokens read as 1" if about.zero_outputs else ""
     )
-    duration_s = parquet_duration_s(path) if form.name == "parquet" else 0.0
-    return replace(trace, duration_s=max(duration_s, trace.duration_s))
+    arrival_s = arrival_s - first_s
+    for column in (arrival_s, prompt, output):
+        column.setflags(write=False)
+    observed_s = last_s - first_s if rows[-1].is_cut else 0.0
+    return Trace(name or path.name.split(".")[0], arrival_s, prompt, output, source, observed_s)
+
+
+def _first_line(
+    path: Path,
+    form: TraceFormat,
+    rows: list[RequestRows],
+    options: ReadingOptions,
+    about: Recognised,
+) -> int:
+    """Line of the first request where every line behind it holds one request, else 0."""
+    if options.sort or about.rows_dropped:
+        return 0
+    if form.name == "jsonl" and not about.part:
+        return 1 if count_lines(path) == about.requests else 0
+    return rows[0].first_line if form.name == "csv" else 0
 
 
 def iter_trace(
-    path: str | Path, window_s: float, name: str | None = None, **columns: Any
+    path: str | Path,
+    window_s: float,
+    name: str | None = None,
+    options: ReadingOptions | None = None,
+    **given: Any,
 ) -> Iterator[Trace]:
     """Read a long file as successive windows, holding one window (and one read buffer) in memory.
 
@@ -175,19 +209,22 @@ def iter_trace(
         path: CSV, JSON-lines or Parquet file, sorted by time.
         window_s: length of a window, s.
         name: name of the trace, default the file's.
-        columns: as in `read_trace`.
+        options: how to read it; ``sort`` has no use here.
+        given: as in `read_trace`.
 
     Raises:
         BiscaleError: as `read_trace`, when the faulty row is reached.
     """
     if not 0 < window_s < np.inf:
         raise BiscaleError(f"a window must last a positive time, got {window_s:g} s")
-    path = Path(path)
+    path, options = Path(path), _options(options, given).model_copy(update={"sort": False})
     name = name or path.name.split(".")[0]
-    held: list[_Rows] = []
+    about = Recognised(str(path))
+    held: list[RequestRows] = []
     k = 0
-    with contextlib.closing(_rows(_format(path), path, columns)) as batches:
-        for rows in batches:
+    with contextlib.closing(_rows(_format(path), path, options, about)) as batches:
+        for found in batches:
+            rows = found.after(found.part_s[0])
             held.append(rows)
             while held[-1].arrival_s.size and held[-1].arrival_s[-1] >= (k + 1) * window_s:
                 cut = int(np.searchsorted(held[-1].arrival_s, (k + 1) * window_s))
@@ -195,13 +232,13 @@ def iter_trace(
                 yield _window(first, name, path, k, window_s, window_s)
                 held = [held[-1].part(slice(cut, None))]
                 k += 1
-    if not held:
-        raise BiscaleError(f"{path} holds a header but no request")
+    if not any(rows.arrival_s.size for rows in held) and k == 0:
+        raise BiscaleError(_nothing(path, options, about))
     yield _window(held, name, path, k, window_s, float(held[-1].arrival_s[-1]) - k * window_s)
 
 
 def _window(
-    rows: list[_Rows], name: str, path: Path, k: int, window_s: float, duration_s: float
+    rows: list[RequestRows], name: str, path: Path, k: int, window_s: float, duration_s: float
 ) -> Trace:
     arrival_s, prompt, output = _join(rows)
     title = f"{name}[{k * window_s:g}:{k * window_s + duration_s:g}s]"

@@ -13,7 +13,7 @@ import pyarrow.parquet
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import open_whole
-from biscale_env.traces.layouts import LAYOUTS, META_KEY
+from biscale_env.traces.layouts import KNOWN, META_KEY, UNIT_KEY
 from biscale_env.traces.trace import Trace
 
 MS_DECIMALS = 6
@@ -21,25 +21,28 @@ MS_DECIMALS = 6
 
 def _write_csv(trace: Trace, path: Path) -> None:
     columns = (trace.arrival_s, trace.prompt_tokens, trace.output_tokens)
-    pd.DataFrame(dict(zip(LAYOUTS["biscale"].columns, columns, strict=True))).to_csv(
+    pd.DataFrame(dict(zip(KNOWN["biscale"].layout.columns, columns, strict=True))).to_csv(
         path, index=False
     )
 
 
 def _write_jsonl(trace: Trace, path: Path) -> None:
-    names = LAYOUTS["mooncake"].columns
+    names = KNOWN["mooncake"].layout.columns
     columns = (
         np.round(trace.arrival_s * 1e3, MS_DECIMALS),
         trace.prompt_tokens,
         trace.output_tokens,
     )
     frame = pd.DataFrame(dict(zip(names, columns, strict=True)))
+    if len(frame) and (frame[names[0]].iloc[0] or (frame[names[0]] % 1).any()):
+        # Mooncake has whole milliseconds from 0 on: anything else says what it is
+        frame[UNIT_KEY] = "ms"
     frame.to_json(path, orient="records", lines=True, double_precision=MS_DECIMALS)
 
 
 def _write_parquet(trace: Trace, path: Path) -> None:
     columns = (trace.arrival_s, trace.prompt_tokens, trace.output_tokens)
-    table = pa.table(dict(zip(LAYOUTS["biscale"].columns, columns, strict=True)))
+    table = pa.table(dict(zip(KNOWN["biscale"].layout.columns, columns, strict=True)))
     meta = {META_KEY: repr(float(trace.duration_s))}
     pa.parquet.write_table(table.replace_schema_metadata(meta), path)
 
@@ -54,7 +57,8 @@ WRITERS: dict[str, Callable[[Trace, Path], None]] = {
 def write_trace(trace: Trace, path: str | Path) -> Path:
     """Write a trace, replacing an existing file in one step.
 
-    CSV and Parquet keep times exactly, Mooncake JSON lines to the nanosecond. Only Parquet also
+    CSV and Parquet keep times exactly, Mooncake JSON lines to the nanosecond (with a further key
+    ``time_unit`` where the milliseconds are not whole). Only Parquet also
     keeps the observed duration; from the others it is read back as the last arrival.
 
     Args:

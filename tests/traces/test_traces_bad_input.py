@@ -111,7 +111,8 @@ MOON = '{"timestamp": 0, "input_length": 5, "output_length": 2, "hash_ids": [1]}
 JSON_CASES = {
     "not json": (MOON + "nonsense\n", "line 2: malformed row: not a JSON object"),
     "cut off": (MOON + '{"timestamp": 5, "input_le', "line 2: malformed row: not a JSON object"),
-    "a list": ("[" + MOON.strip() + "]\n", "line 1: malformed row: not a JSON object"),
+    "a list of numbers": ("[1, 2]\n", "item 1: malformed row: not a JSON object"),
+    "a list cut off": ("[" + MOON.strip() + ",\n", "item 2: malformed row: not a JSON object"),
     "key missing": (
         MOON + '{"timestamp": 5, "input_length": 5}\n',
         "line 2: output_length is missing",

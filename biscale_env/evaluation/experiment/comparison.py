@@ -22,7 +22,7 @@ DEFAULT_LOAD: Final = 0.5
 DEFAULT_SECONDS: Final = 600.0
 QUICK_SECONDS: Final = 120.0
 RUNS: Final = Path("runs")
-FREE_IN_EXPERIMENTS: Final = frozenset({"trace", "seeds", "load", "gpu", "llm", "model"})
+FREE_IN_EXPERIMENTS: Final = frozenset({"trace", "reading", "seeds", "load", "gpu", "llm", "model"})
 
 
 @dataclass(frozen=True)

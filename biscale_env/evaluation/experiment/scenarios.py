@@ -8,9 +8,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from biscale_env.config import Slo, WithInstance, load_slo
+from biscale_env.config.load_share import checked_load
 from biscale_env.config.loader import load_named
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.capacity import Capacity, find_capacity, profile_capacity, slowest_alone_s
@@ -18,6 +19,7 @@ from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.envs.workloads import capacity_sample, generated
 from biscale_env.traces import Trace
 from biscale_env.traces import load_named as load_named_trace
+from biscale_env.traces.reading_options import ReadingOptions
 
 TUNE_SEED = 1_000_003  # workloads for tuning are generated from here on, those for tables from 0
 
@@ -48,6 +50,7 @@ class Scenario(WithInstance):
         name: short name used in tables.
         workload: what several scenarios of other folds have in common; empty is the name itself.
         trace: name or path of a trace; without one, workloads are generated from ``profile``.
+        reading: how a trace's file is read, and which part of it.
         profile: generator profile.
         load: fraction of the capacity of one instance at max clock; in the evaluated part of that
             part's own, in the tuning part of that one's own.
@@ -69,6 +72,7 @@ class Scenario(WithInstance):
     name: str
     workload: str = ""
     trace: str | None = None
+    reading: ReadingOptions | None = None
     profile: str = "azure-conv-like"
     load: float = Field(default=0.75, gt=0)
     delay_s: float | None = Field(default=None, ge=0)
@@ -79,6 +83,8 @@ class Scenario(WithInstance):
     seeds: int = Field(default=3, gt=0)
     first_seed: int = Field(default=0, ge=0)
     members: tuple[int, ...] = (-1,)
+
+    _no_per_cent = field_validator("load")(checked_load)
 
     @property
     def workload_seeds(self) -> tuple[int, ...]:
@@ -174,8 +180,8 @@ def _stamp(*names: str | None) -> Stamp:
 
 
 @lru_cache(maxsize=8)
-def _trace(name: str, stamp: Stamp) -> Trace:
-    return load_named_trace(name)
+def _trace(name: str, reading: ReadingOptions | None, stamp: Stamp) -> Trace:
+    return load_named_trace(name, reading)
 
 
 class Parts(NamedTuple):
@@ -201,7 +207,8 @@ def _parts(phase: str, scenario_key: str, slo: Slo, stamp: Stamp) -> Parts:
     if scenario.trace is None:
         found = profile_capacity(plant, scenario.profile)
         return Parts(None, None, found, found)
-    first, rest = _trace(scenario.trace, _stamp(scenario.trace)).split(scenario.tune_fraction)
+    read = _trace(scenario.trace, scenario.reading, _stamp(scenario.trace))
+    first, rest = read.split(scenario.tune_fraction)
     tune, part = (first, rest) if scenario.fold == "forward" else (rest, first)
     if scenario.duration_s is not None and scenario.duration_s < part.duration_s:
         part = part.window(0.0, scenario.duration_s)

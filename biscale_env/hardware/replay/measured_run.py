@@ -21,6 +21,7 @@ from biscale_env.hardware.replay.closed_loop import (
     ReplaySettings,
 )
 from biscale_env.traces import Trace, load_named, read_trace
+from biscale_env.traces.reading_options import ReadingOptions
 
 RAW = "raw"
 
@@ -95,14 +96,21 @@ def gpus_of_phases(
 
 
 def trace_to_replay(
-    name: str, duration_s: float | None, rate_rps: float | None, seed: int
+    name: str,
+    duration_s: float | None,
+    rate_rps: float | None,
+    seed: int,
+    reading: ReadingOptions | None = None,
 ) -> Trace:
     """The load: a trace by name or file, thinned to a mean rate, and its first seconds.
 
     Raises:
         BiscaleError: no such trace, or no request is left.
     """
-    trace = read_trace(Path(name)) if Path(name).exists() else load_named(name)
+    if Path(name).exists():
+        trace = read_trace(Path(name), options=reading)
+    else:
+        trace = load_named(name, reading)
     if rate_rps is not None:
         trace = trace.scaled_to(rate_rps, seed)
     if duration_s is not None:

@@ -1,0 +1,107 @@
+"""The options of reading a trace, the same in every command that takes one."""
+
+import functools
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+if TYPE_CHECKING:
+    from biscale_env.traces.reading_options import ReadingOptions
+
+PANEL: Final = "How the trace is read"
+LOGGER: Final = "biscale_env.traces"
+READING: Final = "reading"  # the parameter of a command that the options are handed over in
+
+
+def _option(name: str, help_: str) -> Any:
+    return typer.Option(name, help=help_, rich_help_panel=PANEL)
+
+
+_TEXTS: Final = {
+    "time_column": ("--time-column", "Column of the arrival time, where it is not recognised."),
+    "prompt_column": ("--prompt-column", "Column of the prompt length."),
+    "output_column": ("--output-column", "Column of the output length."),
+    "time_unit": ("--time-unit", "Unit of a numeric time: s, ms, us or ns."),
+    "start": ("--from", "Use requests from here on: 600, 15min, 2h, 1d, or a date."),
+    "stop": ("--to", "Use requests before this, written as for --from."),
+}
+_FLAGS: Final = {
+    "sort": ("--sort", "Accept unsorted times and sort them."),
+    "drop_failed": ("--drop-failed", "Leave out requests without an answer (or output)."),
+}
+
+
+def reads_trace(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of reading a trace.
+
+    The command has a parameter ``reading``, which the user does not see: it receives
+    :class:`~biscale_env.traces.reading_options.ReadingOptions`. What was recognised in a file is
+    told on stderr.
+    """
+
+    @functools.wraps(command)
+    def with_reading(**given: Any) -> None:
+        from biscale_env.config.loader import validate
+        from biscale_env.traces.reading_options import ReadingOptions
+
+        mine = {name: given.pop(name) for name in (*_TEXTS, *_FLAGS)}
+        reading = validate(mine, ReadingOptions, "options of the trace")
+        with told_on_stderr():
+            command(**given, **{READING: reading})
+
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != READING]
+    texts: dict[str, Any] = {
+        name: Annotated[str | None, _option(*words)] for name, words in _TEXTS.items()
+    }
+    flags: dict[str, Any] = {
+        name: Annotated[bool, _option(*words)] for name, words in _FLAGS.items()
+    }
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for kinds, default in ((texts, None), (flags, False))
+        for name, kind in kinds.items()
+    ]
+    with_reading.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+    hints = {name: hint for name, hint in command.__annotations__.items() if name != READING}
+    with_reading.__annotations__ = {**hints, **texts, **flags}
+    return with_reading
+
+
+class _Telling(logging.Handler):
+    """Prints every sentence once, in the process of the command only."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._process = os.getpid()
+        self._told: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sentence = record.getMessage()
+        if os.getpid() == self._process and sentence not in self._told:
+            self._told.add(sentence)
+            print(f"biscale: {sentence}", file=sys.stderr)
+
+
+@contextmanager
+def told_on_stderr() -> Iterator[None]:
+    """What readers recognise is printed on stderr meanwhile."""
+    logger, handler = logging.getLogger(LOGGER), _Telling()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def only_given(reading: "ReadingOptions") -> "ReadingOptions | None":
+    """The options, or None where none was given."""
+    return None if reading.is_default else reading
