@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import IO, TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -42,7 +42,7 @@ def reads_trace(command: Callable[..., None]) -> Callable[..., None]:
 
     The command has a parameter ``reading``, which the user does not see: it receives
     :class:`~biscale_env.traces.reading_options.ReadingOptions`. What was recognised in a file is
-    told on stderr.
+    told on stdout, or on stderr where the output is for a program (``--json``).
     """
 
     @functools.wraps(command)
@@ -52,7 +52,9 @@ def reads_trace(command: Callable[..., None]) -> Callable[..., None]:
 
         mine = {name: given.pop(name) for name in (*_TEXTS, *_FLAGS)}
         reading = validate(mine, ReadingOptions, "options of the trace")
-        with told_on_stderr():
+        # what another program reads on stdout stays clean
+        machine = given.get("as_json") or given.get("as_profile")
+        with told_on(sys.stderr if machine else sys.stdout):
             command(**given, **{READING: reading})
 
     own = [p for p in inspect.signature(command).parameters.values() if p.name != READING]
@@ -76,8 +78,9 @@ def reads_trace(command: Callable[..., None]) -> Callable[..., None]:
 class _Telling(logging.Handler):
     """Prints every sentence once, in the process of the command only."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: IO[str]) -> None:
         super().__init__(logging.INFO)
+        self._stream = stream
         self._process = os.getpid()
         self._told: set[str] = set()
 
@@ -85,13 +88,13 @@ class _Telling(logging.Handler):
         sentence = record.getMessage()
         if os.getpid() == self._process and sentence not in self._told:
             self._told.add(sentence)
-            print(f"biscale: {sentence}", file=sys.stderr)
+            print(sentence, file=self._stream)
 
 
 @contextmanager
-def told_on_stderr() -> Iterator[None]:
-    """What readers recognise is printed on stderr meanwhile."""
-    logger, handler = logging.getLogger(LOGGER), _Telling()
+def told_on(stream: IO[str]) -> Iterator[None]:
+    """What readers recognise is printed on a stream meanwhile."""
+    logger, handler = logging.getLogger(LOGGER), _Telling(stream)
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
