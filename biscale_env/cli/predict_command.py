@@ -15,6 +15,7 @@ from biscale_env.cli.instance_options import (
 )
 
 if TYPE_CHECKING:
+    from biscale_env.config import InstanceSpec
     from biscale_env.models import IterationModel
     from biscale_env.models.predict import Prediction
 
@@ -30,12 +31,15 @@ Clock = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
-def _model(phase: str, file: Path | None, **options: str | int | None) -> "IterationModel":
+def _model(
+    phase: str, file: Path | None, **options: str | int | None
+) -> tuple["IterationModel", "InstanceSpec"]:
     from biscale_env.config import InstanceSpec
     from biscale_env.models import instance_model
 
     given = instance_changes(file, **options)  # what cannot be is said by the loader of the model
-    return instance_model(phase, InstanceSpec().model_copy(update=given))
+    instance = InstanceSpec().model_copy(update=given)
+    return instance_model(phase, instance), instance
 
 
 def _band(p: "Prediction", key: str, scale: float, digits: int) -> str:
@@ -48,9 +52,10 @@ def _band(p: "Prediction", key: str, scale: float, digits: int) -> str:
 def _text(p: "Prediction") -> str:
     domain = "the validity domain of the fit"
     where = f"inside {domain}" if p.inside_box else f"OUTSIDE {domain}: an extrapolation"
+    chunks = f" in {p.iterations} batches" if p.iterations > 1 else ""
     return "\n".join(
         [
-            f"{p.phase} {p.dtype} TP {p.tp} on {p.model}, {p.tokens} tokens, {where}",
+            f"{p.phase} {p.dtype} TP {p.tp} on {p.model}, {p.tokens} tokens{chunks}, {where}",
             f"  latency          {p.latency_s * 1e3:9.2f} ms{_band(p, 'latency_s', 1e3, 2)}",
             f"  power per GPU    {p.power_w:9.1f} W{_band(p, 'power_w', 1.0, 1)}",
             f"  energy, {p.tp} GPUs   {p.energy_j:9.2f} J{_band(p, 'energy_j', 1.0, 2)}",
@@ -58,7 +63,7 @@ def _text(p: "Prediction") -> str:
             f"  effective clock  {p.freq_effective_mhz:9.0f} MHz"
             f"{_band(p, 'freq_effective_mhz', 1.0, 0)}",
             f"  requested clock  {p.freq_requested_mhz:9.0f} MHz",
-            f"  best clock       {p.freq_best_mhz:9.0f} MHz (least energy for this iteration)",
+            f"  best clock       {p.freq_best_mhz:9.0f} MHz (least energy for this work)",
         ]
     )
 
@@ -69,9 +74,16 @@ def _show(p: "Prediction", as_json: bool) -> None:
 
 def prefill(
     *,
-    tokens: Annotated[int, typer.Option(help="New prompt tokens of the whole batch.")],
-    requests: Annotated[int, typer.Option(help="Prompts in the batch, of equal length.")] = 1,
+    tokens: Annotated[int, typer.Option(help="New prompt tokens of all requests.")],
+    requests: Annotated[int, typer.Option(help="Prompts, of equal length.")] = 1,
     prefix: Annotated[int, typer.Option(help="Tokens per prompt that are cached already.")] = 0,
+    budget: Annotated[
+        int | None,
+        typer.Option("--token-budget", min=1, help="New tokens per batch. [default: 2048]"),
+    ] = None,
+    one_batch: Annotated[
+        bool, typer.Option("--one-batch", help="All tokens in one batch, whatever the budget.")
+    ] = False,
     tp: Tp = None,
     dtype: Dtype = None,
     clock: Clock = None,
@@ -81,11 +93,21 @@ def prefill(
     instance: InstanceFile = None,
     as_json: Json = False,
 ) -> None:
-    """Predict one prefill batch."""
-    from biscale_env.models.predict import predict_prefill
+    """Predict prompts as the engine runs them: in batches of its token budget."""
+    from biscale_env.models.predict import check_prefill, predict, predict_prefill
+    from biscale_env.sim.prefill_plan import equal_prompts, prefill_batches
 
-    fitted = _model("prefill", instance, gpu=gpu, llm=llm, model=model, tp=tp, dtype=dtype)
-    _show(predict_prefill(fitted, tokens, requests, prefix, _clock(fitted, clock)), as_json)
+    fitted, spec = _model(
+        "prefill", instance, gpu=gpu, llm=llm, model=model, tp=tp, dtype=dtype, token_budget=budget
+    )
+    freq = _clock(fitted, clock)
+    if one_batch:
+        _show(predict_prefill(fitted, tokens, requests, prefix, freq), as_json)
+        return
+    check_prefill(fitted, tokens, requests, prefix)
+    prompts = equal_prompts(tokens, requests)
+    works = prefill_batches(prompts, spec.token_budget, spec.max_seqs, prefix)
+    _show(predict(fitted, works, freq), as_json)
 
 
 def decode(
@@ -104,7 +126,7 @@ def decode(
     """Predict one decode iteration."""
     from biscale_env.models.predict import predict_decode
 
-    fitted = _model("decode", instance, gpu=gpu, llm=llm, model=model, tp=tp, dtype=dtype)
+    fitted, _ = _model("decode", instance, gpu=gpu, llm=llm, model=model, tp=tp, dtype=dtype)
     _show(predict_decode(fitted, batch, context, _clock(fitted, clock)), as_json)
 
 

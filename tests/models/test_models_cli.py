@@ -78,8 +78,35 @@ def test_text_names_units_and_box():
     assert "inside the validity domain" in inside
     assert " ms" in inside
     assert "MHz" in inside
-    outside = run("predict", "prefill", "--tokens", "40000").stdout
+    outside = run("predict", "prefill", "--tokens", "40000", "--one-batch").stdout
     assert "OUTSIDE the validity domain" in outside
+
+
+def test_prompts_run_in_batches_of_the_token_budget():
+    args = ("predict", "prefill", "--tokens", "5000", "--requests", "2", "--clock", "1200")
+    chunked = json.loads(run(*args, "--json").stdout)
+    whole = json.loads(run(*args, "--one-batch", "--json").stdout)
+    wide = json.loads(run(*args, "--token-budget", "8192", "--json").stdout)
+    assert (chunked["iterations"], whole["iterations"], wide["iterations"]) == (3, 1, 1)
+    assert wide == whole
+    assert chunked["latency_s"] > whole["latency_s"]
+    model = load_model("prefill", 4)
+    works = [(2048, 2048**2 / 2, 0, 1), (2048, 452 * (226 + 2048) + 1596 * 798, 0, 2)]
+    works.append((904, 904 * (452 + 1596), 0, 1))
+    assert chunked["latency_s"] == pytest.approx(
+        sum(float(model.latency_s(*w, 1200)) for w in works)
+    )
+    assert chunked["energy_j"] == pytest.approx(sum(float(model.energy_j(*w, 1200)) for w in works))
+    assert "5000 tokens in 3 batches" in run(*args).stdout
+
+
+def test_the_best_clock_of_several_batches_takes_the_least_energy():
+    args = ("predict", "prefill", "--tokens", "9000", "--json")
+    best = json.loads(run(*args).stdout)["freq_best_mhz"]
+    model = load_model("prefill", 4)
+    around = [best - model.gpu.freq_step_mhz, best, best + model.gpu.freq_step_mhz]
+    joules = [json.loads(run(*args, "--clock", str(f)).stdout)["energy_j"] for f in around]
+    assert min(joules) == joules[1]
 
 
 def test_requests_and_prefix_change_the_attention_work():
