@@ -53,7 +53,10 @@ def fetch_command(
         str | None, typer.Option(help="Fetch from this address (a mirror) instead.")
     ] = None,
 ) -> None:
-    """Download public Azure traces into the cache and check their SHA-256."""
+    """Download public traces (see `list`) into the cache.
+
+    Streamed, continued where broken off, checked by SHA-256 where that is known.
+    """
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -64,6 +67,7 @@ def fetch_command(
     )
 
     from biscale_env.traces import fetch
+    from biscale_env.traces.download import load_downloads
 
     columns = (
         TextColumn("{task.description}"),
@@ -81,7 +85,8 @@ def fetch_command(
             )
             size = path.stat().st_size
             bar.update(task, completed=size, total=size)
-        typer.echo(f"{name}: {path}")
+        unchecked = "" if load_downloads().files[name].sha256 else "; no digest to check is known"
+        typer.echo(f"{name}: {path}{unchecked}")
 
 
 def _statistics_table(s: "TraceStatistics") -> Any:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from biscale_env.traces.catalog import list_traces, load_named
     from biscale_env.traces.download import cache_dir, fetch
-    from biscale_env.traces.readers import iter_trace, read_trace
+    from biscale_env.traces.readers import LoadedTrace, iter_trace, load_file, read_trace
+    from biscale_env.traces.reading_options import ReadingOptions
+    from biscale_env.traces.recognised import Recognised
     from biscale_env.traces.synthetic.profiles import (
         Arrivals,
         LengthProfile,
@@ -24,15 +26,20 @@ if TYPE_CHECKING:
     from biscale_env.traces.synthetic.synthesize import generate, with_lengths
     from biscale_env.traces.trace import Trace
     from biscale_env.traces.trace_statistics import TraceStatistics, describe
+    from biscale_env.traces.trace_windows import TraceWindow, read_windows, windows_of
     from biscale_env.traces.writers import write_trace
 
 __all__ = [
     "Arrivals",
     "LengthProfile",
+    "LoadedTrace",
     "Modulation",
     "RateEnvelope",
+    "ReadingOptions",
+    "Recognised",
     "Trace",
     "TraceStatistics",
+    "TraceWindow",
     "WorkloadProfile",
     "cache_dir",
     "describe",
@@ -41,10 +48,13 @@ __all__ = [
     "iter_trace",
     "list_traces",
     "load_envelope",
+    "load_file",
     "load_lengths",
     "load_named",
     "load_workload",
     "read_trace",
+    "read_windows",
+    "windows_of",
     "with_lengths",
     "write_trace",
 ]
@@ -52,10 +62,13 @@ __all__ = [
 _HOMES = {
     "catalog": ("list_traces", "load_named"),
     "download": ("cache_dir", "fetch"),
-    "readers": ("iter_trace", "read_trace"),
+    "readers": ("LoadedTrace", "iter_trace", "load_file", "read_trace"),
+    "reading_options": ("ReadingOptions",),
+    "recognised": ("Recognised",),
     "trace": ("Trace",),
     "trace_statistics": ("TraceStatistics", "describe"),
     "synthetic.synthesize": ("generate", "with_lengths"),
+    "trace_windows": ("TraceWindow", "read_windows", "windows_of"),
     "writers": ("write_trace",),
 }
 

@@ -1,14 +1,13 @@
-"""Downloading the public Azure traces into the user's cache.
+"""Downloading public traces into the user's cache.
 
-Resumed where broken off, checked by SHA-256.
+Streamed, resumed where broken off, checked by SHA-256 where that is known.
 """
 
+import contextlib
 import hashlib
 import http.client
-import os
 import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import Field
@@ -17,13 +16,11 @@ from biscale_env.config import configs_dir, load_yaml
 from biscale_env.config.loader import Config
 from biscale_env.core import user_cache
 from biscale_env.core.errors import BiscaleError
+from biscale_env.traces.partial_file import PartialFile, Progress
+from biscale_env.traces.readers import iter_trace
 from biscale_env.traces.synthetic.profiles import DOWNLOADS, FOLDER
 
-CHUNK_BYTES = 1 << 20
-TIMEOUT_S = 30.0
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes at hand and the bytes in all."""
+READABLE_S = 1.0  # of a file without a known digest, the window that must be readable
 
 
 class Download(Config):
@@ -31,15 +28,15 @@ class Download(Config):
 
     Attributes:
         url: public address.
-        size_bytes: size of the file.
-        sha256: hex digest of the file.
+        size_bytes: size of the file; None where it is not known.
+        sha256: hex digest of the file; None where it is not known.
         requests: number of requests in it.
         citation: whom to cite, and the licence.
     """
 
     url: str
-    size_bytes: int = Field(gt=0)
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    size_bytes: int | None = Field(default=None, gt=0)
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     requests: int = Field(gt=0)
     citation: str
 
@@ -79,14 +76,16 @@ def _download(name: str) -> Download:
 def cached_path(name: str) -> Path | None:
     """Path of a downloaded trace in the cache, or None.
 
-    Its size is compared here, its digest when it was fetched.
+    Its size is compared here where it is known, its digest when it was fetched.
 
     Raises:
         BiscaleError: no such public trace.
     """
     download = _download(name)
     path = cache_dir() / download.filename
-    return path if path.is_file() and path.stat().st_size == download.size_bytes else None
+    if not path.is_file() or path.stat().st_size != (download.size_bytes or path.stat().st_size):
+        return None
+    return path
 
 
 def _digest(path: Path) -> str:
@@ -97,8 +96,9 @@ def _digest(path: Path) -> str:
 def fetch(name: str, base_url: str | None = None, progress: Progress | None = None) -> Path:
     """Download one public trace, unless the cache holds it already, and return its path.
 
-    The download grows beside its target and is moved there only once its SHA-256 is right; a
-    download that broke off is continued by the next call.
+    The download grows beside its target in pieces of a megabyte, and is moved there only once it is
+    whole and its SHA-256 is right (where that is known; else it must be readable as a trace). A
+    download that broke off is continued by the next call, if the server still has the same file.
 
     Args:
         name: name of the trace, as in ``configs/traces/downloads.yaml``.
@@ -108,21 +108,29 @@ def fetch(name: str, base_url: str | None = None, progress: Progress | None = No
 
     Raises:
         BiscaleError: unknown name, no connection, an HTTP error, a connection that broke off, a
-            wrong checksum (the file is deleted), or a cache that cannot be written.
+            wrong checksum (the file is deleted), or a cache that cannot be written or is too small.
     """
     download = _download(name)
     target = cache_dir() / download.filename
-    if cached_path(name) and _digest(target) == download.sha256:
+    if cached_path(name) and download.sha256 in (None, _digest(target)):
         return target
     url = f"{base_url.rstrip('/')}/{download.filename}" if base_url else download.url
     if not url.startswith(("https://", "http://")):
         raise BiscaleError(f"cannot fetch {url}: the address must start with https:// or http://")
-    part = target.with_name(target.name + ".part")
-    try:
+    part = PartialFile(target)
+    with _one_sentence(url, target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _receive(url, part, download.size_bytes, progress or (lambda done, total: None))
+        part.receive(url, download.size_bytes, progress or (lambda done, total: None))
         _check(url, part, download)
-        os.replace(part, target)
+        part.finish()
+    return target
+
+
+@contextlib.contextmanager
+def _one_sentence(url: str, folder: Path) -> Iterator[None]:
+    """Whatever a download raises becomes one sentence."""
+    try:
+        yield
     except urllib.error.HTTPError as error:
         raise BiscaleError(
             f"cannot fetch {url}: the server answered {error.code} {error.reason}"
@@ -135,58 +143,33 @@ def fetch(name: str, base_url: str | None = None, progress: Progress | None = No
         ) from None
     except OSError as error:
         raise BiscaleError(
-            f"cannot write to the cache {target.parent}: {error.strerror or error}"
+            f"cannot write to the cache {folder}: {error.strerror or error}"
         ) from None
-    return target
 
 
-def _receive(url: str, part: Path, size_bytes: int, progress: Progress) -> None:
-    """Fill ``part`` up, from where it ends if the server can do so.
-
-    Bytes beyond the expected size are not stored.
-    """
-    done = part.stat().st_size if part.exists() else 0
-    if done == size_bytes:
-        return
-    if done > size_bytes:
-        part.unlink()
-        done = 0
-    request = urllib.request.Request(url, headers={"User-Agent": "biscale-env"})
-    if done:
-        request.add_header("Range", f"bytes={done}-")
-    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-        continues = response.status == http.HTTPStatus.PARTIAL_CONTENT
-        done = done if continues else 0
-        with part.open("ab" if continues else "wb") as file:
-            progress(done, size_bytes)
-            for chunk in _chunks(response):
-                file.write(chunk)
-                done += len(chunk)
-                progress(done, size_bytes)
-                if done > size_bytes:
-                    break
-
-
-def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """What arrives, up to the end or to where the connection broke off."""
-    try:
-        while chunk := response.read(CHUNK_BYTES):
-            yield chunk
-    except http.client.IncompleteRead as error:
-        yield error.partial
-
-
-def _check(url: str, part: Path, download: Download) -> None:
-    size = part.stat().st_size
-    if size < download.size_bytes:
+def _check(url: str, part: PartialFile, download: Download) -> None:
+    size, total = part.path.stat().st_size, download.size_bytes or part.total_bytes
+    if total is not None and size < total:
         raise BiscaleError(
-            f"the download of {url} broke off after {size} of {download.size_bytes} bytes; run it "
-            "again to continue"
+            f"the download of {url} broke off after {size} of {total} bytes; run it again to "
+            "continue"
         )
-    digest = _digest(part)
+    if download.sha256 is None:
+        _check_readable(url, part)
+        return
+    digest = _digest(part.path)
     if digest != download.sha256:
-        part.unlink()
+        part.delete()
         raise BiscaleError(
             f"{url} is not the expected file: SHA-256 {digest} instead of {download.sha256}; "
             "deleted"
         )
+
+
+def _check_readable(url: str, part: PartialFile) -> None:
+    """Refuse what is no trace, such as a page of a proxy."""
+    try:
+        next(iter_trace(part.path, READABLE_S))
+    except BiscaleError as error:
+        part.delete()
+        raise BiscaleError(f"{url} is no trace ({error}); deleted") from None

@@ -70,7 +70,30 @@ def _rows(
         yield from checked_rows(path, raw, options, about)
 
 
-def _join(rows: list[RequestRows]) -> Joined:
+def stream_rows(
+    path: Path, options: ReadingOptions | None, about: Recognised
+) -> Generator[RequestRows, None, None]:
+    """Requests of a sorted file, piece by piece.
+
+    Times count from the start of the part that was asked for.
+
+    Args:
+        path: the file.
+        options: how to read it; ``sort`` has no use here.
+        about: what was recognised, filled meanwhile.
+
+    Raises:
+        BiscaleError: as `read_trace`, when the faulty row is reached.
+    """
+    options = (options or ReadingOptions()).model_copy(update={"sort": False})
+    with contextlib.closing(_rows(_format(path), path, options, about)) as pieces:
+        for piece in pieces:
+            if piece.arrival_s.size:
+                yield piece.after(piece.part_s[0])
+
+
+def join_rows(rows: list[RequestRows]) -> Joined:
+    """Times, prompt and output lengths of consecutive pieces."""
     return (
         np.concatenate([r.arrival_s for r in rows]),
         np.concatenate([r.prompt_tokens for r in rows]),
@@ -154,7 +177,7 @@ def _trace(
     options: ReadingOptions,
     about: Recognised,
 ) -> Trace:
-    arrival_s, prompt, output = _join(rows)
+    arrival_s, prompt, output = join_rows(rows)
     first_s, last_s = rows[0].part_s
     if options.sort:
         order = np.argsort(arrival_s, kind="stable")
@@ -217,14 +240,13 @@ def iter_trace(
     """
     if not 0 < window_s < np.inf:
         raise BiscaleError(f"a window must last a positive time, got {window_s:g} s")
-    path, options = Path(path), _options(options, given).model_copy(update={"sort": False})
+    path, options = Path(path), _options(options, given)
     name = name or path.name.split(".")[0]
     about = Recognised(str(path))
     held: list[RequestRows] = []
     k = 0
-    with contextlib.closing(_rows(_format(path), path, options, about)) as batches:
-        for found in batches:
-            rows = found.after(found.part_s[0])
+    with contextlib.closing(stream_rows(path, options, about)) as pieces:
+        for rows in pieces:
             held.append(rows)
             while held[-1].arrival_s.size and held[-1].arrival_s[-1] >= (k + 1) * window_s:
                 cut = int(np.searchsorted(held[-1].arrival_s, (k + 1) * window_s))
@@ -232,7 +254,7 @@ def iter_trace(
                 yield _window(first, name, path, k, window_s, window_s)
                 held = [held[-1].part(slice(cut, None))]
                 k += 1
-    if not any(rows.arrival_s.size for rows in held) and k == 0:
+    if not held:
         raise BiscaleError(_nothing(path, options, about))
     yield _window(held, name, path, k, window_s, float(held[-1].arrival_s[-1]) - k * window_s)
 
@@ -240,7 +262,7 @@ def iter_trace(
 def _window(
     rows: list[RequestRows], name: str, path: Path, k: int, window_s: float, duration_s: float
 ) -> Trace:
-    arrival_s, prompt, output = _join(rows)
+    arrival_s, prompt, output = join_rows(rows)
     title = f"{name}[{k * window_s:g}:{k * window_s + duration_s:g}s]"
     relative_s = np.clip(arrival_s - k * window_s, 0.0, duration_s)
     return Trace(title, relative_s, prompt, output, str(path), duration_s=duration_s)

@@ -47,9 +47,10 @@ def test_list_names_every_trace(biscale):
         "poisson-fixed",
         "azure-conv-2023",
         "azure-code-2024",
+        "mooncake-conversation",
     ):
         assert name in out
-    assert out.count("│ fetch ") == 4
+    assert out.count("│ fetch ") == 7
     assert "cache" in out
 
 
