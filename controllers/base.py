@@ -79,6 +79,7 @@ class PolicyContext:
         max_seqs: requests per batch.
         kv_capacity_tokens: KV cache of the instance, tokens.
         member: which coefficients of ``model`` it takes for true; -1 nominal.
+        parked_power_w: power of one GPU while the instance waits, W; None: that of its clock.
     """
 
     phase: str
@@ -90,6 +91,7 @@ class PolicyContext:
     max_seqs: int
     kv_capacity_tokens: int
     member: int = -1
+    parked_power_w: float | None = None
 
 
 def context_of(plant: Any, member: int = -1) -> PolicyContext:
@@ -109,6 +111,7 @@ def context_of(plant: Any, member: int = -1) -> PolicyContext:
         max_seqs=plant.settings.max_seqs,
         kv_capacity_tokens=plant.kv_capacity_tokens,
         member=member,
+        parked_power_w=plant.parked_power_w(member),
     )
 
 

@@ -26,7 +26,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.training.mixture import WorkloadGroup
-from biscale_env.models.physics import idle_power_w
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -87,8 +86,7 @@ def marginal_cost(group: WorkloadGroup, member: int, freq_ghz: float) -> tuple[f
         freq_ghz: the clock, GHz.
     """
     model, work = group.plant.model, MARGINAL_WORK[group.plant.phase]
-    c = model.member(member)
-    idle_w = float(c.n_gpus * idle_power_w(c, freq_ghz))
+    idle_w = group.plant.waiting_power_w(member, freq_ghz * 1e3)
     joules = [float(model.energy_j(*w, freq_ghz * 1e3, member)) for w in work]
     seconds = [float(model.latency_s(*w, freq_ghz * 1e3, member)) for w in work]
     above_idle = joules[1] - joules[0] - idle_w * (seconds[1] - seconds[0])

@@ -8,6 +8,7 @@ import typer
 from biscale_env.cli.instance_options import (
     DtypeName,
     GpuName,
+    IdlePower,
     InstanceFile,
     LlmName,
     ModelName,
@@ -44,6 +45,7 @@ def capacity(
     llm: LlmName = None,
     model: ModelName = None,
     instance: InstanceFile = None,
+    idle: IdlePower = None,
     clock: Annotated[
         float | None, typer.Option(help="SM clock in MHz; default: the highest.")
     ] = None,
@@ -70,7 +72,9 @@ def capacity(
     from biscale_env.envs.workloads import capacity_sample
     from biscale_env.traces import load_named
 
-    given = instance_changes(instance, gpu=gpu, llm=llm, model=model, slo=slo, tp=tp, dtype=dtype)
+    given = instance_changes(
+        instance, gpu=gpu, llm=llm, model=model, slo=slo, tp=tp, dtype=dtype, idle=idle
+    )
     plant = Plant(PlantSettings.of(phase, drain=True, **given))
     freq = plant.gpu.freq_max_mhz if clock is None else plant.gpu.check_clock(clock)
     if parts and not trace:

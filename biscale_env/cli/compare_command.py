@@ -21,6 +21,7 @@ from biscale_env.cli.comparison_options import (
 )
 from biscale_env.cli.instance_options import (
     GpuName,
+    IdlePower,
     InstanceFile,
     LlmName,
     ModelName,
@@ -88,6 +89,7 @@ def compare(
     llm: LlmName = None,
     model: ModelName = None,
     instance: InstanceFile = None,
+    idle: IdlePower = None,
     out: OutFolder = None,
     tune: Tune = False,
     quick: Quick = False,
@@ -102,7 +104,7 @@ def compare(
     from biscale_env.evaluation.experiment import comparison
 
     changes = instance_changes(
-        instance, gpu=gpu, llm=llm, model=model, slo=slo, tp=tp, dtype=dtype
+        instance, gpu=gpu, llm=llm, model=model, slo=slo, tp=tp, dtype=dtype, idle=idle
     ) | {
         "trace": trace,
         "load": load,

@@ -18,6 +18,7 @@ from biscale_env.cli.comparison_options import (
 )
 from biscale_env.cli.instance_options import (
     GpuName,
+    IdlePower,
     InstanceFile,
     LlmName,
     ModelName,
@@ -83,6 +84,7 @@ def evaluate(
     llm: LlmName = None,
     model: ModelName = None,
     instance: InstanceFile = None,
+    idle: IdlePower = None,
     out: OutFolder = None,
     phase: PhaseName = None,
     table: TableFile = None,
@@ -104,7 +106,9 @@ def evaluate(
         policy_entries(policies, policy),
         [_fraction(text) for text in loads.split(",")] if loads else (),
         phase,
-        instance_changes(instance, gpu=gpu, llm=llm, model=model, seeds=seeds, delay_s=delay),
+        instance_changes(
+            instance, gpu=gpu, llm=llm, model=model, idle=idle, seeds=seeds, delay_s=delay
+        ),
         robustness,
         tuned,
         oracle_seeds,

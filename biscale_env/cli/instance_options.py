@@ -36,6 +36,14 @@ SloName = Annotated[
 ]
 TpDegree = Annotated[int | None, typer.Option("--tp", help="GPUs per instance. [default: 4]")]
 DtypeName = Annotated[str | None, typer.Option("--dtype", help="bf16 or fp8. [default: bf16]")]
+IdlePower = Annotated[
+    str | None,
+    typer.Option(
+        "--idle",
+        help="What an instance without work draws: last-clock (idle power at the clock it has) or "
+        "parked (one power whatever the clock, then a ramp). [default: last-clock]",
+    ),
+]
 
 
 def instance_changes(file: Path | None, **options: Any) -> dict[str, Any]:

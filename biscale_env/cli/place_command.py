@@ -9,6 +9,7 @@ import typer
 from biscale_env.cli.instance_options import (
     DtypeName,
     GpuName,
+    IdlePower,
     InstanceFile,
     LlmName,
     ModelName,
@@ -52,6 +53,7 @@ def place(
     llm: LlmName = None,
     model: ModelName = None,
     instance: InstanceFile = None,
+    idle: IdlePower = None,
     alpha: Annotated[
         float, typer.Option(help="Headroom of BiScale's placement over the load.")
     ] = 0.1,
@@ -77,7 +79,9 @@ def place(
     from biscale_env.config import load_slo
     from biscale_env.envs.cluster.cluster_settings import ClusterSettings
 
-    given = instance_changes(instance, gpu=gpu, llm=llm, model=model, slo=slo, dtype=dtype)
+    given = instance_changes(
+        instance, gpu=gpu, llm=llm, model=model, slo=slo, dtype=dtype, idle=idle
+    )
     own = {"tp", "max_seqs"}  # chosen by the placement, and given per phase
     settings = ClusterSettings.of(gpus=gpus, **{k: v for k, v in given.items() if k not in own})
     load_slo(settings.slo)

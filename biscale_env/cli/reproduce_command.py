@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from biscale_env.cli.instance_options import GpuName, LlmName, ModelName
+from biscale_env.cli.instance_options import GpuName, IdlePower, LlmName, ModelName
 from biscale_env.cli.trace_options import reads_trace
 from biscale_env.core.errors import BiscaleError
 from biscale_env.reproduce.day_defaults import DAY_ALPHA, DAY_RPS
@@ -50,6 +50,7 @@ def paper(
     gpu: GpuName = None,
     llm: LlmName = None,
     model: ModelName = None,
+    idle: IdlePower = None,
     jobs: Annotated[int | None, typer.Option(help="Processes. [default: all cores]")] = None,
     reading: "ReadingOptions",
 ) -> None:
@@ -59,7 +60,8 @@ def paper(
     """
     from rich.progress import Progress
 
-    from biscale_env.reproduce.paper import arrivals_of, load_paper
+    from biscale_env.config.loader import validate
+    from biscale_env.reproduce.paper import PaperExperiment, arrivals_of, load_paper
     from biscale_env.reproduce.paper_jobs import run_experiment
     from biscale_env.reproduce.paper_report import write_report
 
@@ -68,10 +70,9 @@ def paper(
     if members is not None and members < 0:
         raise BiscaleError(f"--members must not be negative, got {members}")
     experiment = load_paper(config or ("paper-quick" if quick else "paper"))
-    given = {"members": members, "gpu": gpu, "llm": llm, "model": model}
-    experiment = experiment.model_copy(
-        update={key: value for key, value in given.items() if value is not None}
-    )
+    given = {"members": members, "gpu": gpu, "llm": llm, "model": model, "idle": idle}
+    changes = {key: value for key, value in given.items() if value is not None}
+    experiment = validate(experiment.model_dump() | changes, PaperExperiment, "reproduce paper")
     arrivals, about = arrivals_of(experiment, trace, reading)
     _check_length(experiment, arrivals)
     started = time.perf_counter()
@@ -120,6 +121,7 @@ def day(
     gpu: GpuName = None,
     llm: LlmName = None,
     model: ModelName = None,
+    idle: IdlePower = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for day.md and its figure. [default: runs/day]")
     ] = None,
@@ -138,7 +140,7 @@ def day(
         raise BiscaleError(
             f"--hours must be at least one window of 5 min and at most a year, got {hours:g}"
         )
-    named = {"gpu": gpu, "llm": llm, "model": model}
+    named = {"gpu": gpu, "llm": llm, "model": model, "idle": idle}
     settings: dict[str, Any] = {k: v for k, v in named.items() if v is not None}
     settings |= {"gpus": gpus, "dtype": dtype, "slo": slo}
     plan = DayPlan(settings, rate, count * WINDOW_S, lengths, alpha)

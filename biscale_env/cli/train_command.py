@@ -9,6 +9,7 @@ import typer
 
 from biscale_env.cli.instance_options import (
     GpuName,
+    IdlePower,
     InstanceFile,
     LlmName,
     ModelName,
@@ -54,6 +55,7 @@ def train(
     llm: LlmName = None,
     model: ModelName = None,
     instance: InstanceFile = None,
+    idle: IdlePower = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory; default: runs/train-<time>-<phase>-<algo>.")
     ] = None,
@@ -75,7 +77,7 @@ def train(
         raise BiscaleError("--resume needs the directory of the run: give it with --out")
     base = load_config(config, phase, algo)
     given = instance_changes(
-        instance, gpu=gpu, llm=llm, model=model, total_timesteps=steps, seed=seed
+        instance, gpu=gpu, llm=llm, model=model, idle=idle, total_timesteps=steps, seed=seed
     )
     base = validate(base.model_dump() | given, AgentConfig, "train")
     instance_hardware(base.instance)  # a wrong name is said before a directory is made

@@ -7,7 +7,7 @@ YAML file.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Final, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
@@ -17,7 +17,11 @@ from biscale_env.config.loader import Config, configs_dir, load_yaml, validate
 from biscale_env.core.files import write_whole
 
 DEFAULT_MODEL: Final = "h100-llama70b"
+# Assumed: the middle of the 10 to 100 ms that a clock change takes on Hopper (arXiv 2502.20075), as
+# the nominal actuation delay. How long a driver takes from a parked clock is not published.
+PARKED_RAMP_S: Final = 0.05
 MAX_SEQS_LIMIT: Final = 4096  # requests of a batch that the simulator has room for
+IdleRule = Literal["last-clock", "parked"]
 _FILES: Final = {"gpu": "gpus", "llm": "llms", "model": "models", "slo": "slos"}
 
 
@@ -40,6 +44,13 @@ class InstanceSpec(Config):
             this cap, then limits a decode batch.
         kv_watermark: fraction of KV kept free on admission; 0.01 as in vLLM.
         slo: name of an SLO (``configs/slos``) or a YAML file.
+        idle: what the instance draws while nothing runs. ``last-clock``: the idle power at the
+            clock it has. ``parked``: ``parked_power_w`` whatever the clock, as where the driver
+            (``CUDA_DISABLE_PERF_BOOST``, from driver 580 on) or a parking policy lowers it; the
+            first ``parked_ramp_s`` of work after a wait then run at the GPU's lowest clock.
+        parked_power_w: power of one GPU while parked, W; None: the fitted model's idle power at the
+            lowest clock.
+        parked_ramp_s: how long work runs at the lowest clock after a wait, s.
     """
 
     gpu: str | None = None
@@ -51,6 +62,9 @@ class InstanceSpec(Config):
     max_seqs: int = Field(default=512, gt=0, le=MAX_SEQS_LIMIT)
     kv_watermark: float = Field(default=0.01, ge=0, lt=1)
     slo: str = "biscale"
+    idle: IdleRule = "last-clock"
+    parked_power_w: float | None = Field(default=None, ge=0)
+    parked_ramp_s: float = Field(default=PARKED_RAMP_S, ge=0)
 
     @classmethod
     def of(cls, **values: Any) -> "InstanceSpec":
@@ -147,6 +161,11 @@ class WithInstance(Config):
     def slo(self) -> str:
         """Name of the SLO, or its YAML file."""
         return self.instance.slo
+
+    @property
+    def idle(self) -> IdleRule:
+        """What an idle instance draws: ``last-clock`` or ``parked``."""
+        return self.instance.idle
 
     @property
     def token_budget(self) -> int:

@@ -279,8 +279,8 @@ def _code() -> str:
 def capacity_key(plant: Plant, how: SearchSettings, work: str) -> str:
     """Hash of all that a capacity depends on.
 
-    The code, the coefficients with GPU and LLM, the engine limits, the bounds of the SLO, the
-    search and the workload. Not: actuation delay, reward, and names.
+    The code, the coefficients with GPU and LLM, the engine limits, the ramp of a parked instance,
+    the bounds of the SLO, the search and the workload. Not: actuation delay, reward, and names.
 
     Args:
         plant: phase, hardware and engine settings.
@@ -289,6 +289,8 @@ def capacity_key(plant: Plant, how: SearchSettings, work: str) -> str:
     """
     s, slo = plant.settings.instance, plant.slo
     limits = [s.tp, s.dtype, s.token_budget, s.max_seqs, s.kv_watermark]
+    if s.idle == "parked":  # its ramp delays requests; what it draws does not
+        limits.append(s.parked_ramp_s)
     bound = [slo.bound_s(plant.phase), slo.attainment]
     search = [how.freq_mhz, how.seeds, how.member, how.tolerance]
     parts = [_code(), plant.phase, plant.model.digest, limits, bound, search, work]

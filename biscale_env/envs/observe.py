@@ -16,7 +16,7 @@ from biscale_env.contract.observation import (
 )
 from biscale_env.core.jit import inlined
 from biscale_env.sim.arrivals import N_WINDOWS, decay_rates, rate_scale
-from biscale_env.sim.clock import time_to_apply_s
+from biscale_env.sim.clock import running_ghz, time_to_apply_s
 from biscale_env.sim.prefill import form_batch
 from biscale_env.sim.state import (
     RATE_WINDOWS_S,
@@ -118,7 +118,7 @@ def observe_rates(st: Any, out: Floats, at: RateIndices) -> None:
 @inlined
 def observe_clock(st: Any, p: Any, out: Floats, at: ClockIndices) -> None:
     """Clock and last iteration."""
-    out[at.freq_current] = st.freq_ghz * 1e3
+    out[at.freq_current] = running_ghz(st, p) * 1e3
     out[at.freq_pending] = st.requested_ghz * 1e3
     out[at.time_to_apply] = time_to_apply_s(st, p)
     out[at.actuation_delay] = p.delay_s

@@ -14,6 +14,8 @@ from biscale_env.config.loader import validate
 from biscale_env.contract import ClockRange, ObservationSpec, spec_for
 from biscale_env.core.errors import BiscaleError
 from biscale_env.models import IterationModel, instance_model
+from biscale_env.models.physics import idle_power_w
+from biscale_env.sim.clock import waiting_power_w
 from biscale_env.sim.state import PARAMS_DTYPE
 from biscale_env.traces import Trace
 
@@ -125,10 +127,25 @@ class Plant:
         fixed = self.settings.actuation_delay_s
         return float(self.model.delay_s(member)) if fixed is None else fixed
 
+    def parked_power_w(self, member: int) -> float | None:
+        """Power of a GPU of a parked instance in a plant of this member, W; None: never parked."""
+        limits = self.settings.instance
+        if limits.idle != "parked":
+            return None
+        if limits.parked_power_w is not None:
+            return limits.parked_power_w
+        return float(idle_power_w(self.model.member(member), self.clocks.freq_min_mhz / 1e3))
+
+    def waiting_power_w(self, member: int, freq_mhz: float) -> float:
+        """Power of the whole instance while it waits with this clock in effect, W."""
+        c, p = self.model.member(member), self.params(member, 0.0).view(np.recarray)[()]
+        return c.n_gpus * waiting_power_w(c, p, freq_mhz / 1e3)
+
     def params(self, member: int, end_s: float) -> np.ndarray:
         """Engine parameters of one instance as a structured record (shape ())."""
         s, limits = self.settings, self.settings.instance
         record = np.zeros((), dtype=PARAMS_DTYPE)
+        parked_w = self.parked_power_w(member)
         values = {
             "token_budget": limits.token_budget,
             "max_seqs": limits.max_seqs,
@@ -142,6 +159,9 @@ class Plant:
             "slo_s": self.slo.bound_s(self.phase),
             "end_s": end_s,
             "drain": int(s.drain),
+            "parked": int(parked_w is not None),
+            "parked_w": parked_w or 0.0,
+            "parked_ramp_s": limits.parked_ramp_s,
             "energy_ref_j": self.energy_ref_j,
             "violation_weight": s.violation_weight,
         }

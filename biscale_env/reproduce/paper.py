@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from biscale_env.config.hardware import Dtype
+from biscale_env.config.instance import IdleRule
 from biscale_env.config.loader import Config, load_named
 from biscale_env.traces import Trace, generate, with_lengths
 from biscale_env.traces import load_named as load_trace
@@ -81,6 +82,7 @@ class PaperExperiment(Config):
         gpu: GPU, name or YAML file; None: that of the fitted model.
         llm: LLM, likewise.
         model: fitted model; None: the default one.
+        idle: what an instance that waits draws, ``last-clock`` or ``parked``.
         slo: name of the SLO.
         profile: generator of workload A.
         trace: trace of workload B's arrivals, used when it is at hand.
@@ -105,6 +107,7 @@ class PaperExperiment(Config):
     gpu: str | None = None
     llm: str | None = None
     model: str | None = None
+    idle: IdleRule = "last-clock"
     slo: str = "biscale"
     profile: str = "gamma-sharegpt-like"
     trace: str = "azure-conv-2023"
@@ -138,7 +141,7 @@ class PaperExperiment(Config):
         """Cluster settings that the experiment gives."""
         named = {"gpu": self.gpu, "llm": self.llm, "model": self.model}
         given = {key: value for key, value in named.items() if value is not None}
-        return {"gpus": self.gpus, "slo": self.slo, **given}
+        return {"gpus": self.gpus, "slo": self.slo, "idle": self.idle, **given}
 
     def point(self, name: str) -> OperatingPoint:
         """An operating point by name."""

@@ -25,6 +25,13 @@ from biscale_env.reproduce.paper_tables import (
 )
 from biscale_env.reproduce.paper_verdict import TITLES, one, tier2_table, verdict
 
+WAITING = {
+    "last-clock": "An instance that waits draws idle power at the clock it was last given, "
+    "DistServe's at the highest.",
+    "parked": "An instance that waits is parked: it draws the idle power of the lowest clock under "
+    "every policy, and runs at that clock for a moment when work arrives.",
+}
+
 
 def write_report(
     frame: pd.DataFrame, experiment: PaperExperiment, about: str, folder: Path
@@ -340,8 +347,7 @@ def _method(experiment: PaperExperiment) -> str:
         "- Capacity, to which the loads of workload B refer, is what DistServe's placement serves "
         "at max clock within the SLO in that very "
         "plant.\n"
-        "- An instance that waits draws idle power at the clock it was last given, DistServe's at "
-        "the highest.\n"
+        f"- {WAITING[experiment.idle]}\n"
         "- Energy counts until the end of the trace, latencies until the last token; stage "
         "energies hold the GPUs in that stage, the total "
         "holds all GPUs, spare ones at 72 W (idle without a context) unless varied."

@@ -4,6 +4,11 @@ Shared by both phases.
 
 The clock follows the rules of :mod:`biscale_env.core.clockqueue`: a requested clock takes effect
 ``delay_s`` later, one change is in flight at a time, and the newest request waits.
+
+What an idle instance draws has two rules. *Last clock*: the idle power at the clock in effect.
+*Parked*: one power whatever the clock, from the first instant of every wait; when work arrives the
+instance runs at the lowest clock for ``parked_ramp_s``, and only then at the clock in effect
+(which requests go on to change meanwhile). So parking is charged in full however short the wait.
 """
 
 from typing import Any, NamedTuple
@@ -59,6 +64,30 @@ def request_clock(st: Any, p: Any, freq_ghz: float) -> None:
 def apply_clock(st: Any, p: Any) -> None:
     """The clock in flight takes effect."""
     set_clock(st, take_effect(clock_of(st), p.delay_s))
+
+
+@inlined
+def waiting_power_w(c: Any, p: Any, freq_ghz: float) -> float:
+    """Power per GPU of an instance that waits with this clock in effect, W."""
+    if p.parked == 1:
+        return float(p.parked_w)
+    return float(idle_power_w(c, freq_ghz))
+
+
+@inlined
+def running_ghz(st: Any, p: Any) -> float:
+    """Clock at which work runs now: the one in effect, or the lowest while the ramp lasts, GHz."""
+    if st.time_s < st.ramp_until_s:
+        return float(p.freq_min_ghz)
+    return float(st.freq_ghz)
+
+
+@inlined
+def next_change_s(st: Any) -> float:
+    """When the clock that work runs at may change next, s; inf: not before the next request."""
+    if st.time_s < st.ramp_until_s:
+        return min(st.apply_at_s, st.ramp_until_s)
+    return float(st.apply_at_s)
 
 
 @inlined
@@ -122,29 +151,35 @@ def run_work(
 ) -> None:
     """Run one iteration to its end.
 
-    A clock that takes effect meanwhile changes the speed of what is left of it.
+    A clock that takes effect meanwhile changes the speed of what is left of it, and so does the end
+    of the ramp of an instance that was parked.
     """
     start = st.time_s
-    pace = under_cap(c, p, tokens, attn_work, cached, n_seq, st.freq_ghz)
+    pace = under_cap(c, p, tokens, attn_work, cached, n_seq, running_ghz(st, p))
     work = WorkDone(1.0, 0.0, 0.0)
-    while st.time_s + work.remaining * pace[1] > st.apply_at_s:
-        work = work_until(st, work, pace, st.apply_at_s)
-        apply_clock(st, p)
-        pace = under_cap(c, p, tokens, attn_work, cached, n_seq, st.freq_ghz)
+    change_s = next_change_s(st)
+    while st.time_s + work.remaining * pace[1] > change_s:
+        work = work_until(st, work, pace, change_s)
+        if st.apply_at_s <= change_s:
+            apply_clock(st, p)
+        pace = under_cap(c, p, tokens, attn_work, cached, n_seq, running_ghz(st, p))
+        change_s = next_change_s(st)
     finish_work(st, c, start, work, pace)
 
 
 @inlined
 def run_idle(st: Any, c: Any, p: Any, until_s: float) -> None:
-    """Wait at the clock in effect until ``until_s``, drawing idle power."""
+    """Wait until ``until_s``, drawing idle power; a parked instance begins its ramp then."""
     start = st.time_s
     joules = 0.0
     while st.apply_at_s < until_s:
-        joules += idle_power_w(c, st.freq_ghz) * max(st.apply_at_s - st.time_s, 0.0)
+        joules += waiting_power_w(c, p, st.freq_ghz) * max(st.apply_at_s - st.time_s, 0.0)
         st.time_s = max(st.apply_at_s, st.time_s)
         apply_clock(st, p)
-    joules += idle_power_w(c, st.freq_ghz) * (until_s - st.time_s)
+    joules += waiting_power_w(c, p, st.freq_ghz) * (until_s - st.time_s)
     st.time_s = until_s
+    if p.parked == 1 and until_s > start:
+        st.ramp_until_s = until_s + p.parked_ramp_s
     joules *= c.n_gpus
     st.energy_j += joules
     st.energy_idle_j += joules
@@ -154,14 +189,14 @@ def run_idle(st: Any, c: Any, p: Any, until_s: float) -> None:
 
 
 @inlined
-def begin_step(st: Any) -> None:
+def begin_step(st: Any, p: Any) -> None:
     """Clear the per-step sums."""
     st.step_start_s = st.time_s
     st.step_duration_s = 0.0
     st.step_idle_s = 0.0
     st.step_energy_j = 0.0
     st.step_energy_idle_j = 0.0
-    st.step_freq_start_ghz = st.freq_ghz
+    st.step_freq_start_ghz = running_ghz(st, p)
     st.step_freq_mean_ghz = 0.0
     st.step_iterations = 0
     st.step_finished = 0
@@ -177,12 +212,13 @@ def end_step(st: Any) -> None:
 
 @inlined
 def start_clock(st: Any, freq_ghz: float) -> None:
-    """Begin an episode at a settled clock."""
+    """Begin an episode at a settled clock, without a ramp."""
     set_clock(st, settled_at(freq_ghz))
+    st.ramp_until_s = 0.0
     st.n_switches = 0
 
 
 @inlined
 def time_to_apply_s(st: Any, p: Any) -> float:
-    """Time until the newest requested clock is in effect, s (0 when it is)."""
-    return wait_s(clock_of(st), st.time_s, p.delay_s)
+    """Time until work runs at the newest requested clock, s (0 when it does)."""
+    return max(wait_s(clock_of(st), st.time_s, p.delay_s), st.ramp_until_s - st.time_s)

@@ -31,6 +31,9 @@ PARAMS_DTYPE = np.dtype(
         ("slo_s", np.float64),  # TTFT bound in prefill, TPOT bound in decode
         ("end_s", np.float64),  # length of the episode
         ("drain", np.int64),  # 1: run on until every request is finished
+        ("parked", np.int64),  # 1: an idle instance is parked, see sim/clock.py
+        ("parked_w", np.float64),  # power of one GPU of a parked instance
+        ("parked_ramp_s", np.float64),  # from the arrival of work to the end of the lowest clock
         ("energy_ref_j", np.float64),  # one unit of the reward's energy term
         ("violation_weight", np.float64),  # reward taken off per SLO-violating request
     ]
@@ -41,6 +44,7 @@ CLOCK_FIELDS = [
     ("inflight_ghz", np.float64),  # clock in flight
     ("apply_at_s", np.float64),  # when it takes effect; inf: nothing in flight
     ("requested_ghz", np.float64),  # newest request
+    ("ramp_until_s", np.float64),  # until then a woken instance runs at the lowest clock
     ("n_switches", np.int64),  # clock changes that took effect
 ]
 

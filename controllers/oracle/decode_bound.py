@@ -6,7 +6,7 @@ An exact dynamic programme is out of reach: the state is the multiset of running
 relaxes the run to a fluid.
 
 *One iteration.* :mod:`controllers.oracle.decode_cuts` finds certified triples (mu, nu, kappa):
-whatever the policy and the delay, the energy above P0 (the idle power at the lowest clock) is at
+whatever the policy and the delay, the energy above P0 (the least power of a waiting instance) is at
 least mu (busy time) + nu (tokens made) + kappa (cached tokens read), over any period.
 
 *The run.* Time is divided into windows (an iteration across a border is divided in proportion).
@@ -38,7 +38,6 @@ from scipy.sparse import coo_matrix
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.batch import RequestTable
 from biscale_env.envs.plant import Plant
-from biscale_env.models.physics import idle_power_w
 from biscale_env.traces import Trace
 from controllers.oracle.decode_cuts import Iterations, find_cuts
 from controllers.oracle.plan_replay import member_of
@@ -187,11 +186,9 @@ class DecodeFluid:
         self.most = arrival_curve(self.pool, self.borders_s, rows.shortest_s)
         finite = np.where(np.isfinite(self.borders_s), self.borders_s, 1e12)
         self.busy_s = coverage(self.pool.arrival_s, tokens * rows.shortest_s, finite)
-        coefficients = plant.model.member(k)
-        start_w = rows.n_gpus * float(idle_power_w(coefficients, plant.clocks.freq_max_mhz / 1e3))
-        self.before_j = start_w * float(
-            self.pool.arrival_s[0]
-        )  # idle at the highest clock before the first decision
+        # waiting at the highest clock before the first decision
+        start_w = plant.waiting_power_w(k, plant.clocks.freq_max_mhz)
+        self.before_j = start_w * float(self.pool.arrival_s[0])
         self.floor_w = rows.floor_w
         self.floor_j = rows.floor_w * (end_s - float(self.pool.arrival_s[0]))
 

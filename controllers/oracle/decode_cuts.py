@@ -3,8 +3,8 @@
 The cuts of :mod:`controllers.oracle.decode_bound`.
 
 With ``n`` running requests, ``C`` cached tokens and clock ``f`` it takes ``T(n, C, f)`` and uses
-``E(n, C, f)``; let ``e = E - P0 T`` be its energy above ``P0``, the idle power at the lowest clock.
-A *cut* ``(mu, nu, kappa)`` with
+``E(n, C, f)``; let ``e = E - P0 T`` be its energy above ``P0``, the least power of a waiting
+instance (idle at the lowest clock, or parked). A *cut* ``(mu, nu, kappa)`` with
 
     e(n, C, f) >= mu T(n, C, f) + nu n + kappa C   for every n <= max_seqs, every C that fits, every
     clock                     (1)
@@ -28,7 +28,7 @@ from scipy.optimize import linprog
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.batch import RequestTable
 from biscale_env.envs.plant import Plant
-from biscale_env.models.physics import idle_power_w, iteration_energy_j, latency_s
+from biscale_env.models.physics import iteration_energy_j, latency_s
 
 Floats = NDArray[np.float64]
 N_SIZES, N_CLOCKS, CONTEXTS = (
@@ -50,7 +50,7 @@ class Iterations:
         self.c = plant.model.member(member)
         self.clocks_ghz = clocks = plant.clocks.grid_mhz / 1e3
         self.n_gpus = float(self.c.n_gpus)
-        self.floor_w = self.n_gpus * float(idle_power_w(self.c, clocks[0]))
+        self.floor_w = plant.waiting_power_w(member, plant.clocks.freq_min_mhz)
         self.capacity = float(plant.kv_capacity_tokens)
         size = np.arange(1.0, min(plant.settings.max_seqs, len(pool.prompt)) + 1.0)
         least = size * (float(pool.prompt.min()) + 1.0)

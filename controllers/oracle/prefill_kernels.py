@@ -7,13 +7,16 @@ cost so far. Positions are worked off in the order of their tokens, which every 
 position is complete when its turn comes. The labels of a position lie in cells of the time grid,
 the cheapest one per cell. When the queue is empty the instance idles to the next arrival: all ways
 to get there meet in one label at that exact time, which resets every discretisation error.
+
+A parked instance runs at the lowest clock until its ramp is over. An idle label knows to the digit
+when that is, and an exact label remembers it; the bound without delay is asked for only where the
+ramp is over before the first batch is (see :mod:`controllers.oracle.prefill_problem`).
 """
 
 import numpy as np
 
 from biscale_env.core.jit import compiled, inlined
-from biscale_env.models.physics import idle_power_w
-from biscale_env.sim.clock import under_cap
+from biscale_env.sim.clock import under_cap, waiting_power_w
 from biscale_env.sim.prefill import form_batch
 from controllers.oracle.prefill_records import (
     CELLS_ANY_DELAY,
@@ -39,16 +42,21 @@ from controllers.records import Records
 def clock_options(w: PlannedWorkload, grid_ghz: Floats, options: Records, work: Work) -> int:
     """Durations and energies of a batch at each clock, fastest first.
 
-    All clocks above the power cap are one.
+    All clocks above the power cap are one. The first ``work.ramp_s`` run at the lowest clock.
     """
     count = 0
+    slow = under_cap(w.c, w.p, work.tokens, work.attn, 0.0, work.n_seq, w.p.freq_min_ghz)
+    ramped = min(work.ramp_s / slow[1], 1.0)
     for k in range(grid_ghz.size):
         freq, d, joules = under_cap(w.c, w.p, work.tokens, work.attn, 0.0, work.n_seq, grid_ghz[k])
+        if ramped > 0.0:
+            d = ramped * slow[1] + (1.0 - ramped) * d
+            joules = ramped * slow[2] + (1.0 - ramped) * joules
         o = options[count]
         o.d = d
         o.d_max = d
         o.e = joules * w.c.n_gpus / w.p.energy_ref_j
-        o.idle_w = idle_power_w(w.c, grid_ghz[k]) * w.c.n_gpus / w.p.energy_ref_j
+        o.idle_w = waiting_power_w(w.c, w.p, grid_ghz[k]) * w.c.n_gpus / w.p.energy_ref_j
         o.clock = k
         count += 1
         if freq < grid_ghz[k]:
@@ -169,6 +177,7 @@ def put(
     if x.cost == EMPTY or label.cost < x.cost:
         x.cost = label.cost
         x.time_s = label.low_s
+        x.ramp_until_s = label.ramp_until_s
         x.parent = label.parent
         x.clock = clock
         slots[s].lo = min(slots[s].lo, k)
@@ -240,7 +249,7 @@ def go(
     late_s = w.arrival_s[to.new_head] if to.empty and to.new_head < w.arrival_s.size else np.inf
     cost = start.cost + o.e
     if to.empty and low < late_s:
-        end = Departure(low, start.high_s + o.d_max, cost, start.parent)
+        end = Departure(low, start.high_s + o.d_max, cost, start.parent, 0.0)
         go_idle(run, w, labels, o, end, to, late_s)
     if not to.empty:
         late_s = low
@@ -260,7 +269,8 @@ def go(
     first = int(np.floor(low / run.cell_s))
     final = first if run.mode == EXACT else int(np.floor(high / run.cell_s - 1e-9))
     for cell in range(first, max(final, first) + 1):
-        put(run, labels, to.slot, cell, Departure(low, high, cost, start.parent), o.clock)
+        label = Departure(low, high, cost, start.parent, start.ramp_until_s)
+        put(run, labels, to.slot, cell, label, o.clock)
     return min(best, excess)
 
 
@@ -277,18 +287,21 @@ def expand(
 
     ``at`` is (first request, tokens of it done, requests that have arrived). ``scratch.batch``
     remembers the last batch of this position: known, its tail, head and tokens behind it, number of
-    options, slot, unused, full.
+    options, slot, whether they hold part of a ramp, full.
     """
     head, done, tail = at
     batch = scratch.batch
-    if batch[0] == 0 or (batch[1] != tail and batch[7] == 0):
+    ramp_s = max(start.ramp_until_s - start.low_s, 0.0)
+    same_ramp = ramp_s == 0.0 and batch[6] == 0
+    if batch[0] == 0 or (batch[1] != tail and batch[7] == 0) or not same_ramp:
         tokens, attn, n_seq, new_head, new_done = form_batch(
             w.prompt, head, done, tail, w.p.token_budget, w.p.max_seqs
         )
         batch[0] = 1
         batch[2] = new_head
         batch[3] = new_done
-        batch[4] = list_options(run, w, scratch, Work(tokens, attn, n_seq))
+        batch[4] = list_options(run, w, scratch, Work(tokens, attn, n_seq, ramp_s))
+        batch[6] = 1 if ramp_s > 0.0 else 0
         more = new_head < w.prompt.size
         batch[5] = find_slot(run, w, labels, new_head, new_done) if more else 0
         batch[7] = 1 if tokens == w.p.token_budget or n_seq == w.p.max_seqs else 0
@@ -339,9 +352,10 @@ def expand_slot(
         x.cost = EMPTY
         if cost == EMPTY or run.status != OK:
             continue
-        low_s = x.time_s
+        low_s, ramp_until_s = x.time_s, x.ramp_until_s
         high_s = low_s
         if run.mode != EXACT:
+            ramp_until_s = 0.0
             low_s = max((slot.base + k) * run.cell_s, arrival_s[head])
             high_s = (slot.base + k + 1) * run.cell_s
         if cost - run.floor_w * low_s > best + run.margin:
@@ -352,7 +366,7 @@ def expand_slot(
             tail += 1
         while True:
             begin = max(low_s, arrival_s[tail - 1])
-            start = Departure(begin, high_s, cost, label)
+            start = Departure(begin, high_s, cost, label, ramp_until_s)
             expand(run, w, labels, scratch, (head, done, tail), start)
             full = tail == arrival_s.size or scratch.batch[7] == 1
             if run.status != OK or full or not arrival_s[tail] < high_s:
@@ -411,7 +425,10 @@ def prefill_oracle(
             while tail < w.arrival_s.size and w.arrival_s[tail] <= now:
                 tail += 1
             best = x.cost - run.floor_w * now
-            start = Departure(now, now, x.cost, label)
+            # in the bound for every delay a batch may be any mix of clocks, this one among them
+            ramp_s = w.p.parked_ramp_s if w.p.parked == 1 and run.mode != CELLS_ANY_DELAY else 0.0
+            waited = head > 0 or now > 0.0
+            start = Departure(now, now, x.cost, label, now + ramp_s if waited else 0.0)
             expand(run, w, labels, scratch, (head, 0, tail), start)
         while labels.first[head] >= 0 and run.status == OK:
             s = next_slot(labels, head)

@@ -4,7 +4,7 @@ What could have been done, had the whole workload been known.
 
 Plant of the oracle. The workload is known, clocks change at once, a decision is due at every batch;
 everything else (first come first served batches under the token budget, no waiting on purpose,
-idling at the clock of the last batch, power cap, all supported clocks) is the simulator's own,
+idling under the plant's idle rule, power cap, all supported clocks) is the simulator's own,
 through its own functions. The objective is the environment's: energy in reference energies plus
 ``price`` (the SLO-violation penalty, a dual variable) per request that violates the SLO; it is the
 plant's ``violation_weight``, or is found so that the required fraction of requests is within it.
@@ -27,9 +27,9 @@ optimum:
   period saves idle power, which a plant without delay cannot do since the clock changes only at a
   batch start. Here a batch may take any duration at the
   energy on the lower convex hull over the clocks (every mix, in any order, lies on or above it),
-  and waiting costs the idle power of the lowest clock. No delay, constant or random, and no
-  decision interval can do
-  better: a lower bound for every policy in every delayed plant.
+  and waiting costs the idle power of the lowest clock (parked: the parked power). No delay,
+  constant or random, and no decision interval can do better: a lower bound for every policy in
+  every delayed plant.
 
 Pruning. In plans a label is dropped when it is dearer, energy counted above the lowest idle power,
 by ``margin`` reference energies than an earlier label of the same position. Being later rarely

@@ -9,7 +9,7 @@ from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.batch import RequestTable
 from biscale_env.envs.plant import Plant
 from biscale_env.models import COEFFICIENT_DTYPE
-from biscale_env.models.physics import idle_power_w, latency_s
+from biscale_env.models.physics import latency_s
 from biscale_env.traces import Trace
 from controllers.oracle import prefill_records as records
 from controllers.oracle.plan_replay import member_of, oracle_plant
@@ -77,10 +77,13 @@ class PrefillProblem:
         longest = tokens[-1] * float(self.pool.prompt.max())
         low_ghz, most = self.params["freq_min_ghz"], self.params["max_seqs"]
         self.slowest_s = float(latency_s(coefficients, tokens[-1], longest, 0.0, most, low_ghz))
-        floor_w = idle_power_w(coefficients, self.params["freq_min_ghz"]) * coefficients.n_gpus
-        self.floor_w = float(floor_w) / plant.energy_ref_j
-        start_w = idle_power_w(coefficients, self.params["freq_max_ghz"]) * coefficients.n_gpus
-        self.energy_before_j = float(start_w) * float(self.pool.arrival_s[0])
+        shortest_s = float(latency_s(coefficients, 1.0, 0.0, 0.0, 1.0, low_ghz))
+        self.long_ramp = bool(self.params["parked"] and self.params["parked_ramp_s"] > shortest_s)
+        lowest_mhz, highest_mhz = plant.clocks.freq_min_mhz, plant.clocks.freq_max_mhz
+        floor_w = plant.waiting_power_w(self.member, lowest_mhz)
+        self.floor_w = floor_w / plant.energy_ref_j
+        start_w = plant.waiting_power_w(self.member, highest_mhz)
+        self.energy_before_j = start_w * float(self.pool.arrival_s[0])
         self.earliest_s = self._earliest()
         self._cells: NDArray[Any] | None = None
 
@@ -115,13 +118,17 @@ class PrefillProblem:
         The plan is empty in the bounding modes.
 
         Args:
-            mode: ``EXACT`` or one of the bounds.
+            mode: ``EXACT`` or one of the bounds. Where a ramp may outlast a batch, the bound
+                without delay, which does not follow what is left of it, becomes that for every
+                delay.
             price: cost of a violation, reference energies.
             cell_s: width of the time cells, s.
             margin: pruning, reference energies; infinite for none, and then a bound gives up on a
                 workload that is far too much.
             stride: plan with every so-many-th clock of the plan's grid, counted from the highest.
         """
+        if mode == records.CELLS and self.long_ramp:
+            mode = records.CELLS_ANY_DELAY
         n = len(self.pool.prompt)
         run = np.zeros((), records.RUN_DTYPE)
         run["mode"], run["cell_s"], run["price"], run["margin"] = mode, cell_s, price, margin

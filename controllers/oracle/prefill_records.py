@@ -32,7 +32,7 @@ class Programme:
         cell_s: width of a time cell, s.
         price: penalty of an SLO violation, in reference energies.
         margin: a label dearer by this than an earlier one of the same position is dropped.
-        floor_w: idle power of the instance at the lowest clock, in reference energies per second.
+        floor_w: least power of a waiting instance, in reference energies per second.
         status: OK or what ran out.
         free_slot: first free slot.
         n_labels: labels kept for the way back.
@@ -85,7 +85,13 @@ RUN_DTYPE = record_dtype(Programme)
 SLOT_DTYPE = record_dtype(Slot)
 OPTION_DTYPE = record_dtype(ClockOption)
 CELL_DTYPE = np.dtype(
-    [("cost", np.float64), ("time_s", np.float64), ("parent", np.int32), ("clock", np.int32)]
+    [
+        ("cost", np.float64),
+        ("time_s", np.float64),
+        ("ramp_until_s", np.float64),
+        ("parent", np.int32),
+        ("clock", np.int32),
+    ]
 )
 IDLE_DTYPE = np.dtype([("cost", np.float64), ("parent", np.int32), ("clock", np.int32)])
 LABEL_DTYPE = np.dtype([("parent", np.int32), ("clock", np.int16)])
@@ -145,20 +151,25 @@ class Scratch(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A batch: new tokens, attention token-pairs, requests."""
+    """A batch: new tokens, attention token-pairs, requests, time of it at the lowest clock."""
 
     tokens: int
     attn: float
     n_seq: int
+    ramp_s: float
 
 
 class Departure(NamedTuple):
-    """A label about to start its batch, between ``low_s`` and ``high_s``, at a cost so far."""
+    """A label about to start its batch, between ``low_s`` and ``high_s``, at a cost so far.
+
+    Until ``ramp_until_s`` the instance runs at the lowest clock.
+    """
 
     low_s: float
     high_s: float
     cost: float
     parent: int
+    ramp_until_s: float
 
 
 class Arrival(NamedTuple):

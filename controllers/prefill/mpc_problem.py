@@ -250,10 +250,12 @@ class MpcProblem:
         self.cheapest_ghz = (
             float(context.model.optimal_freq_mhz(*work, member=context.member)) * 1e-3
         )
-        idle_w = self.coefficients.n_gpus * float(
-            idle_power_w(self.coefficients, self.cheapest_ghz)
+        parked_w = context.parked_power_w
+        self.parked = parked_w is not None
+        waiting_w = (
+            idle_power_w(self.coefficients, self.cheapest_ghz) if parked_w is None else parked_w
         )
-        self.credit_w = options.idle_credit * idle_w
+        self.credit_w = options.idle_credit * self.coefficients.n_gpus * float(waiting_w)
         constants = (
             float(context.token_budget),
             self.cheapest_ghz,
@@ -267,6 +269,8 @@ class MpcProblem:
         """Stages (n, HORIZON) of physical observations (n, dim)."""
         out = np.zeros((len(x), HORIZON), dtype=STAGE_DTYPE)
         read_stages(self.coef, x, self._settings, out)
+        if self.parked:  # no clock changes what the wait behind the queue costs
+            out["idle_s"] = 0.0
         return out
 
     def durations_s(self, stages: Records, freq_ghz: Floats) -> Floats:

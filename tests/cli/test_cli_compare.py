@@ -180,6 +180,7 @@ MISTAKES = {
     "unknown scenario": (["--scenario", "azure-con"], "azure-con"),
     "the reference renamed": (["--policies", "max=static:1200"], "'max'"),
     "two of one name": (["--policies", "a=static:900,a=static:1200"], "'a'"),
+    "unknown idle rule": (["--idle", "off"], "'last-clock' or 'parked'"),
     "resume of nothing": (["--resume"], "resume"),
 }
 
@@ -281,6 +282,24 @@ def test_capacity_of_both_halves_as_comparisons_take_them(call, tmp_path):
     code, out, err = call("capacity", "prefill", "--parts")
     assert code == 2
     assert "--parts are those of a trace" in err
+
+
+def test_an_idle_rule_is_an_option(call, tmp_path, scenario):
+    """Parked, max clock uses less; the run says so; both rules stand in one results table."""
+    spent = {}
+    for rule in ("last-clock", "parked"):
+        code, _, err = call("compare", *TINY, scenario, "--phase", "prefill", "--idle", rule,
+                            "--out", rule)  # fmt: skip
+        assert code == 0, err
+        frame = pd.read_parquet(tmp_path / rule / "results.parquet")
+        assert set(frame.idle) == {rule}
+        spent[rule] = frame[frame.policy == "max"].energy_idle_j.sum()
+        config = yaml.safe_load((tmp_path / rule / "config.yaml").read_text())
+        assert config["points"][0]["instance"]["idle"] == rule
+    assert spent["parked"] < 0.9 * spent["last-clock"]
+    code, out, err = call("capacity", "prefill", "--idle", "parked", "--json")
+    assert code == 0, err
+    assert json.loads(out)["capacity_rps"] > 0
 
 
 def test_a_trace_without_capacity_is_named_infeasible(call, tmp_path):

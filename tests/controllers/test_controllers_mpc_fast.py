@@ -234,3 +234,20 @@ def test_counts_and_no_failures():
     assert policy.stats()["solver_failures"] == 0
     assert policy.stats()["iterations"] > 0
     assert MpcOptions() == policy.problem.options
+
+
+def test_a_parked_instance_has_no_clock_to_wait_at():
+    """The clock that one waits at costs nothing, and a second of waiting the parked power."""
+    o = queue([(2048, 0.9)], arrival_rate_60s=0.2)
+    power_w = 85.0
+
+    def clock(idle, **options):
+        settings = {"parked_power_w": power_w} if idle == "parked" else {}
+        return clock_of(make_policy("mpc", context("prefill", idle=idle, **settings), **options), o)
+
+    assert clock("last-clock", idle_clock=1.0) < clock("last-clock")
+    assert clock("parked", idle_clock=1.0) == clock("parked") == clock("last-clock")
+    problem = MpcProblem(
+        context("prefill", idle="parked", parked_power_w=power_w), MpcOptions(idle_credit=0.5)
+    )
+    assert problem.credit_w == 0.5 * 4 * power_w

@@ -59,9 +59,14 @@ FEW_CUTS = {"N_SIZES": 3, "N_CLOCKS": 2, "CONTEXTS": (1.0,)}  # as valid as more
     st.sampled_from([0.0, 0.05, 2.0]),
     st.booleans(),
     st.sampled_from([0.05, 10.0]),
+    st.sampled_from(
+        [{}, {"idle": "parked"}, {"idle": "parked", "parked_power_w": 10.0, "parked_ramp_s": 0.01}]
+    ),
 )
-def test_no_sequence_of_clocks_beats_the_bound(trace, tpot_s, delay_s, price, drain, window_s):
-    plant = plant_of("decode", tpot_s, actuation_delay_s=delay_s, drain=drain, max_seqs=2)
+def test_no_sequence_of_clocks_beats_the_bound(
+    trace, tpot_s, delay_s, price, drain, window_s, rule
+):
+    plant = plant_of("decode", tpot_s, actuation_delay_s=delay_s, drain=drain, max_seqs=2, **rule)
     best = brute_force(plant, trace, LEVELS_MHZ, price)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in FEW_CUTS.items():
@@ -72,9 +77,11 @@ def test_no_sequence_of_clocks_beats_the_bound(trace, tpot_s, delay_s, price, dr
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.3])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_nobody_beats_the_bound(seed, delay_s):
-    trace = generate("azure-conv-like", rate_rps=4.0 + 8.0 * seed, duration_s=40.0, seed=seed)
-    plant = plant_of("decode", actuation_delay_s=delay_s, drain=True)
+@pytest.mark.parametrize("idle", ["last-clock", "parked"])
+def test_nobody_beats_the_bound(idle, seed, delay_s):
+    rate_rps = 4.0 + 8.0 * seed if idle == "last-clock" else 0.5 + seed
+    trace = generate("azure-conv-like", rate_rps=rate_rps, duration_s=40.0, seed=seed)
+    plant = plant_of("decode", actuation_delay_s=delay_s, drain=True, idle=idle)
     bound, fluid = solve_decode_bound(plant, trace), DecodeFluid(plant, trace)
     for name in ("max", "random", "static:510", "static:810", "static:1200", "slack"):
         cost, violations = run_policy(plant, trace, make_policy(name, context_of(plant)))

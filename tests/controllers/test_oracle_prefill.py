@@ -41,12 +41,24 @@ def traces(most):
     )
 
 
+# ramps that end within any batch, within most, and after several; parked above and below idle power
+IDLE_RULES = st.sampled_from(
+    [
+        {},
+        {"idle": "parked"},
+        {"idle": "parked", "parked_ramp_s": 0.0, "parked_power_w": 85.0},
+        {"idle": "parked", "parked_ramp_s": 0.03, "parked_power_w": 300.0},
+        {"idle": "parked", "parked_ramp_s": 0.5},
+    ]
+)
+
+
 def plants(delays_s=(0.0,)):
-    """Prefill plants with tight and wide SLOs and limits that bind."""
+    """Prefill plants with tight and wide SLOs, limits that bind, and every idle rule."""
     return st.builds(
-        plant_of,
-        st.just("prefill"),
+        lambda bound_s, rule, **settings: plant_of("prefill", bound_s, **rule, **settings),
         st.sampled_from([0.1, 0.25, 0.6]),
+        IDLE_RULES,
         drain=st.booleans(),
         token_budget=st.sampled_from([1024, 2048]),
         max_seqs=st.sampled_from([1, 2, 256]),
@@ -250,15 +262,16 @@ def test_an_impossible_attainment_is_named():
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.2])
-def test_nobody_beats_the_oracle(seed, delay_s):
+@pytest.mark.parametrize("idle", ["last-clock", "parked"])
+def test_nobody_beats_the_oracle(idle, seed, delay_s):
     trace = generate("azure-conv-like", rate_rps=1.5 + seed, duration_s=60.0, seed=seed)
-    plant = plant_of("prefill", actuation_delay_s=delay_s, drain=seed % 2 == 0)
+    plant = plant_of("prefill", actuation_delay_s=delay_s, drain=seed % 2 == 0, idle=idle)
     oracle = solve_prefill_oracle(plant, trace)
     assert oracle.lower_bound_any_delay <= oracle.lower_bound <= oracle.upper_bound
     names = [
         n
         for n in policy_names("prefill")
-        if n in ("max", "random", "ecofreq", "throttllem", "dynamollm", "agft")
+        if n in ("max", "random", "mpc", "mpc-plus", "ecofreq", "throttllem", "dynamollm", "agft")
     ]
     names += ["static:810", "static:1110", "static:1395", "static:1605"]
     for name in names:
@@ -296,6 +309,19 @@ def test_no_delayed_controller_that_attains_the_target_uses_less_than_the_bound(
     assert oracle.energy_bound_any_delay_j > 0.8 * min(
         spent_j.values()
     )  # a bound of nothing would pass the rest
+
+
+def test_what_a_parked_instance_saves_by_its_clock_is_less():
+    """With idle power the same for all, a low clock is worth its batches alone."""
+    trace = generate("azure-conv-like", rate_rps=1.0, duration_s=120.0, seed=1)
+    ratio = {}
+    for idle in ("last-clock", "parked"):
+        plant = plant_of("prefill", drain=True, actuation_delay_s=0.0, idle=idle)
+        top = replay(plant, trace, np.array([1980.0]))
+        best = solve_prefill_oracle(plant, trace, top.attainment)
+        assert best.replay.energy_j < top.energy_j
+        ratio[idle] = best.replay.energy_j / top.energy_j
+    assert ratio["last-clock"] + 0.05 < ratio["parked"] < 1.0
 
 
 def test_the_policy_repeats_the_plan(workload):

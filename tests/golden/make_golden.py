@@ -40,6 +40,11 @@ CASES: dict[str, dict[str, Any]] = {
         "rate": 20.0,
         "settings": {"slo_s": 0.05, "kv_capacity": 6000, "max_seqs": 8, "end_s": 20.0},
     },
+    "prefill-parked": {
+        "phase": "prefill",
+        "rate": 4.0,
+        "settings": {"parked": 1, "parked_w": 100.0, "parked_ramp_s": 0.05, "end_s": 20.0},
+    },
 }
 
 
@@ -65,6 +70,8 @@ def inputs(name: str) -> dict[str, Any]:
     """Everything that a trajectory follows from."""
     case = CASES[name]
     settings = asdict(Settings(**case["settings"]))
+    if not settings["parked"]:  # not known to the files that were made before it
+        settings = {k: v for k, v in settings.items() if not k.startswith("parked")}
     actions = [float(np.float32(np.sin(0.7 * k) if k % 5 else 1.0)) for k in range(STEPS)]
     return {
         "phase": case["phase"],

@@ -119,7 +119,7 @@ def test_a_clock_that_lands_in_the_middle_of_an_iteration_changes_what_is_left_o
     assert engine.arrival_s[0] + fast < landed < engine.finish_s[0]
     reference = np.zeros(1, PREFILL_DTYPE)
     st = reference[0]
-    kernels.prefill_start(st, 1.98)
+    kernels.prefill_start(st, engine.params, 1.98)
     st["time_s"], st["end"] = engine.arrival_s[0], 1
     table, batch = np.array([[landed, 0.81]]), np.zeros(5)
     while st["head"] < 1:
@@ -256,3 +256,8 @@ def test_the_history_knows_the_clock_on_its_way(tmp_path):
     freq_ghz, table, n = history.look(now)
     assert (freq_ghz, n, table[0, 1]) == (1.98, 1, 0.9)
     assert table[0, 0] == pytest.approx(now + 5.0)
+
+
+def test_an_emulated_engine_cannot_be_parked(state):
+    with pytest.raises(BiscaleError, match="last-clock"):
+        instance("prefill", state, idle="parked")

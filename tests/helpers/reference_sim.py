@@ -35,6 +35,9 @@ class Settings:
     drain: int = 0
     energy_ref_j: float = 100.0
     violation_weight: float = 30.0
+    parked: int = 0
+    parked_w: float = 0.0
+    parked_ramp_s: float = 0.0
 
 
 @dataclass
@@ -152,6 +155,7 @@ class Instance:
     step_segments: list[Segment] = field(default_factory=list)
     step_violations: int = 0
     step_finished: int = 0
+    awake_s: float = 0.0  # a parked instance that got work runs at the lowest clock until then
 
     def __post_init__(self) -> None:
         self.clock = Actuator(self.p.delay_s, self.p.freq_max_ghz)
@@ -175,34 +179,47 @@ class Instance:
         self.step_segments.append(segment)
         self.now_s = until_s
 
+    @property
+    def pace_ghz(self) -> float:
+        """Clock that work runs at now."""
+        return self.clock.applied if self.now_s >= self.awake_s else self.p.freq_min_ghz
+
     def run(self, work: Work) -> None:
         """One iteration: progress accrues at the rate of the clock in effect."""
         begin_s, progress, energy_j = self.now_s, 0.0, 0.0
         while True:
-            f = clock_under_cap(self.c, work, self.clock.applied, self.p.freq_min_ghz)
+            f = clock_under_cap(self.c, work, self.pace_ghz, self.p.freq_min_ghz)
             whole_s = physics.latency_s(self.c, work.tokens, work.attn, work.cached, work.n_seq, f)
             power = physics.power_w(self.c, work.tokens, work.attn, work.cached, work.n_seq, f)
             end_s = self.now_s + (1.0 - progress) * whole_s
-            if self.clock.next_s >= end_s:
+            landing_s = self.clock.next_s
+            if self.now_s < self.awake_s:
+                landing_s = min(landing_s, self.awake_s)
+            if landing_s >= end_s:
                 energy_j += power * (end_s - self.now_s)
                 self.spend(end_s, power, f, True)
                 break
-            landing_s = self.clock.next_s
             progress += (landing_s - self.now_s) / whole_s
             energy_j += power * (landing_s - self.now_s)
             self.spend(landing_s, power, f, True)
-            self.clock.take_effect()
+            if self.clock.next_s <= landing_s:
+                self.clock.take_effect()
         self.iterations += 1
         self.last_time_s = self.now_s - begin_s
         self.last_power_w = energy_j / self.last_time_s
 
     def idle(self, until_s: float) -> None:
+        if self.p.parked and until_s > self.now_s:
+            self.awake_s = until_s + self.p.parked_ramp_s
         while self.clock.next_s < until_s:
             f = self.clock.applied
-            self.spend(self.clock.next_s, physics.idle_power_w(self.c, f), f, False)
+            self.spend(self.clock.next_s, self.waiting_w(f), f, False)
             self.clock.take_effect()
         f = self.clock.applied
-        self.spend(until_s, physics.idle_power_w(self.c, f), f, False)
+        self.spend(until_s, self.waiting_w(f), f, False)
+
+    def waiting_w(self, freq_ghz: float) -> float:
+        return self.p.parked_w if self.p.parked else physics.idle_power_w(self.c, freq_ghz)
 
     def take_arrivals(self) -> None:
         while self.todo and self.todo[0].arrival_s <= self.now_s:
@@ -289,9 +306,10 @@ class Instance:
         for w in RATE_WINDOWS_S:
             seen[f"arrival_rate_{w:g}s"] = mean_rate(w, None)
         seen["token_rate_10s"] = mean_rate(10.0, "prompt")
-        seen["freq_current"] = self.clock.applied * 1e3
+        seen["freq_current"] = self.pace_ghz * 1e3
         seen["freq_pending"] = self.clock.newest * 1e3
-        seen["time_to_apply"] = self.clock.remaining_s(self.now_s)
+        ramp_s = max(self.awake_s - self.now_s, 0.0)
+        seen["time_to_apply"] = max(self.clock.remaining_s(self.now_s), ramp_s)
         seen["actuation_delay"] = self.p.delay_s
         seen["last_time"] = self.last_time_s
         seen["last_power"] = self.last_power_w

@@ -144,6 +144,15 @@ def run_out(batch: Batch, actions: list[float], limit: int = 20_000) -> list[np.
 times = some.one_of(some.just(0.0), some.floats(0.0, 4.0))
 actions = some.lists(some.floats(-1.0, 1.0, width=32), min_size=1, max_size=12)
 delays = some.one_of(some.just(0.0), some.sampled_from([0.003, 0.05, 0.3]))
+# fields of Settings: half of the plants wait at their last clock, half are parked
+idle_rules = some.one_of(
+    some.just({"parked": 0}),
+    some.builds(
+        lambda power_w, ramp_s: {"parked": 1, "parked_w": power_w, "parked_ramp_s": ramp_s},
+        some.sampled_from([0.0, 85.0, 150.0]),
+        some.sampled_from([0.0, 0.002, 0.05, 0.4]),
+    ),
+)
 
 
 @some.composite
@@ -177,6 +186,7 @@ def prefill_cases(draw: Any) -> tuple[Settings, Trace]:
         slo_s=draw(some.sampled_from([0.05, 0.6])),
         end_s=end_s,
         drain=draw(some.integers(0, 1)),
+        **draw(idle_rules),
     )
     if settings.token_budget == 7:
         rows = [(t, 1 + n % 60, o) for t, n, o in rows]
@@ -203,5 +213,6 @@ def decode_cases(draw: Any) -> tuple[Settings, Trace]:
         slo_s=draw(some.sampled_from([0.02, 0.1])),
         end_s=end_s,
         drain=draw(some.integers(0, 1)),
+        **draw(idle_rules),
     )
     return settings, workload(rows, end_s)

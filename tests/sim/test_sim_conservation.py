@@ -61,8 +61,10 @@ def test_every_request_ends_once_and_energy_is_the_integral_of_power(
     assert last["energy_j"] == pytest.approx(joules, rel=1e-9)
     assert last["energy_idle_j"] <= last["energy_j"]
     idle_s = last["time_s"] - last["busy_s"]
-    cold = c.n_gpus * physics.idle_power_w(c, 0.51) * idle_s
-    hot = c.n_gpus * physics.idle_power_w(c, 1.98) * idle_s
+    at_w = [physics.idle_power_w(c, f) for f in (0.51, 1.98)]
+    if settings.parked:
+        at_w = [settings.parked_w] * 2
+    cold, hot = (c.n_gpus * power_w * idle_s for power_w in at_w)
     assert cold * (1 - 1e-9) - 1e-9 <= last["energy_idle_j"] <= hot * (1 + 1e-9) + 1e-9
     assert last["time_s"] >= min(settings.end_s, trace.duration_s)
 
@@ -125,6 +127,7 @@ def test_slower_clock_never_serves_sooner(
     """
     phase, (settings, trace) = case
     settings.drain, settings.delay_s, settings.max_seqs = 1, 0.0, 1
+    settings.parked_ramp_s = 0.0  # who is fast waits more often, and would ramp more often
     ends = []
     for f in (freq_ghz, 1.98):
         batch = compiled(phase, COEFFICIENTS, settings, trace)

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from biscale_env.config import DEFAULT_MODEL, InstanceSpec, Slo, load_slo
 from biscale_env.config.hardware import Dtype
+from biscale_env.config.instance import PARKED_RAMP_S, IdleRule
 from biscale_env.config.loader import Config, validate
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.plant import Plant, PlantSettings
@@ -69,6 +70,11 @@ class ClusterSettings(Config):
             fitted range.
         kv_watermark: fraction of KV kept free on admission.
         actuation_delay_s: delay of a clock change; None takes that of the ensemble member.
+        idle: what an instance without work draws, ``last-clock`` or ``parked``; see
+            :class:`biscale_env.config.InstanceSpec`.
+        parked_power_w: power of one GPU of a parked instance, W; None: the model's at the lowest
+            clock.
+        parked_ramp_s: how long a parked instance runs at the lowest clock when work arrives, s.
         ensemble_member: -1 nominal, or a member of the ensemble; all instances live in the same
             member.
         prefill_router: how requests are spread over prefill instances.
@@ -97,6 +103,9 @@ class ClusterSettings(Config):
     decode_max_seqs: int = Field(default=512, gt=0, le=4096)
     kv_watermark: float = Field(default=0.01, ge=0, lt=1)
     actuation_delay_s: float | None = Field(default=None, ge=0)
+    idle: IdleRule = "last-clock"
+    parked_power_w: float | None = Field(default=None, ge=0)
+    parked_ramp_s: float = Field(default=PARKED_RAMP_S, ge=0)
     ensemble_member: int = -1
     prefill_router: Router = "shortest"
     decode_router: Router = "shortest"
@@ -132,6 +141,9 @@ class ClusterSettings(Config):
             max_seqs=self.prefill_max_seqs if phase == "prefill" else self.decode_max_seqs,
             kv_watermark=self.kv_watermark,
             slo=self.slo,
+            idle=self.idle,
+            parked_power_w=self.parked_power_w,
+            parked_ramp_s=self.parked_ramp_s,
         )
 
 

@@ -102,6 +102,7 @@ def record_of(
         "workload": job.scenario.workload or job.scenario.name,
         "fold": job.scenario.fold,
         "one_trace": case.part is not None,
+        "idle": plant.settings.idle,
         **job.labels,
         **extra,
     }

@@ -22,7 +22,9 @@ DEFAULT_LOAD: Final = 0.5
 DEFAULT_SECONDS: Final = 600.0
 QUICK_SECONDS: Final = 120.0
 RUNS: Final = Path("runs")
-FREE_IN_EXPERIMENTS: Final = frozenset({"trace", "reading", "seeds", "load", "gpu", "llm", "model"})
+FREE_IN_EXPERIMENTS: Final = frozenset(
+    {"trace", "reading", "seeds", "load", "gpu", "llm", "model", "idle"}
+)
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def compare_experiment(
 
     Args:
         name: name or YAML file.
-        changes: keys that may be other here: trace, seeds, load, gpu, llm, model.
+        changes: keys that may be other here: trace, seeds, load, gpu, llm, model, idle.
         policies: entries instead of the experiment's; none for its own.
         phase: one of its phases only.
         quick: two minutes, one seed.
@@ -141,7 +143,9 @@ def compare_experiment(
     if frozen_keys := set(given) - FREE_IN_EXPERIMENTS:
         key = min(frozen_keys).removesuffix("_s")
         raise BiscaleError(f"--experiment is frozen: leave out --{key}")
-    update: dict[str, Any] = {key: given[key] for key in ("gpu", "llm", "model") if key in given}
+    update: dict[str, Any] = {
+        key: given[key] for key in ("gpu", "llm", "model", "idle") if key in given
+    }
     if phase is not None:
         update["phases"] = checked_phases(phase)
     if "seeds" in given or quick:

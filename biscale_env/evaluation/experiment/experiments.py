@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from biscale_env.config.instance import IdleRule
 from biscale_env.config.loader import Config, list_names, load_named
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.experiment.scenarios import Scenario, load_scenario
@@ -26,6 +27,7 @@ class Experiment(Config):
         gpu: GPU of every instance, name or YAML file; None takes the workload's.
         llm: LLM, likewise.
         model: fitted model, likewise.
+        idle: what an instance without work draws, ``last-clock`` or ``parked``, likewise.
         delays_s: actuation delays; a null entry takes that of the ensemble member.
         members: ensemble members.
         policies: entries ``[label=]name``, each in the syntax of :mod:`biscale_env.policies`;
@@ -49,6 +51,7 @@ class Experiment(Config):
     gpu: str | None = None
     llm: str | None = None
     model: str | None = None
+    idle: IdleRule | None = None
     delays_s: tuple[float | None, ...] = (0.05,)
     members: tuple[int, ...] = (-1,)
     policies: tuple[str, ...] = ("all",)
@@ -105,7 +108,7 @@ class Experiment(Config):
         return ", ".join(words)
 
     def _instance_changes(self) -> dict[str, str]:
-        given = {"gpu": self.gpu, "llm": self.llm, "model": self.model}
+        given = {"gpu": self.gpu, "llm": self.llm, "model": self.model, "idle": self.idle}
         return {key: value for key, value in given.items() if value is not None}
 
 

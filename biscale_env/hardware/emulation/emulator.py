@@ -128,6 +128,11 @@ class Instance:
             raise BiscaleError(
                 f"the machine has {len(state.gpus)} fake GPUs, there is no GPU {max(gpus)}"
             )
+        if plant.settings.idle != "last-clock":
+            raise BiscaleError(
+                f"an emulated engine waits at its last clock, but the instance says idle "
+                f"'{plant.settings.idle}': use last-clock"
+            )
         self.plant, self.state, self.gpus, self.sender = plant, state, list(gpus), sender
         self.coefficients = plant.model.member(member)
         self.coefs: Any = np.array([tuple(self.coefficients)], dtype=COEFFICIENT_DTYPE)[0]
@@ -325,7 +330,7 @@ class _Prefill:
         self.e = engine
         engine._states = np.zeros(1, PREFILL_DTYPE)
         self.batch = np.zeros(5)
-        kernels.prefill_start(engine.st, engine.clock.freq_ghz)
+        kernels.prefill_start(engine.st, engine.params, engine.clock.freq_ghz)
         self.form()
 
     def busy(self) -> bool:
@@ -375,7 +380,7 @@ class _Decode:
         self.running_now = running_requests(
             (), engine.plant.settings.max_seqs, engine.plant.kv_capacity_tokens
         )
-        kernels.decode_start(engine.st, self.running_now, engine.clock.freq_ghz)
+        kernels.decode_start(engine.st, engine.params, self.running_now, engine.clock.freq_ghz)
         self.form()
 
     def busy(self) -> bool:

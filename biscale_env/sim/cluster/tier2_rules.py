@@ -23,7 +23,7 @@ from biscale_env.laws.throttllem_law import (
     project_decode,
     throttllem_level,
 )
-from biscale_env.sim.clock import time_to_apply_s, under_cap
+from biscale_env.sim.clock import running_ghz, time_to_apply_s, under_cap
 from biscale_env.sim.cluster.layout import (
     ECOFREQ,
     EXTERNAL,
@@ -204,14 +204,14 @@ def spend_clock_delay(pool: Prefills, i: int, levels_ghz: Floats, n: int) -> Non
     as if it were just met.
     """
     st, p, plans = pool.states[i], pool.params[i], pool.plans
-    highest = levels_ghz[-1]
-    if not st.freq_ghz < highest:
+    highest, now_ghz = levels_ghz[-1], running_ghz(st, p)
+    if not now_ghz < highest:
         return
     wait = time_to_apply_s(st, p) if st.requested_ghz == highest else p.delay_s
     tokens, attn_work, n_seq, _, _ = form_batch(
         pool.queue.prompt[i], st.head, st.head_done, st.tail, p.token_budget, p.max_seqs
     )
-    slow = under_cap(pool.coefs[i], p, tokens, attn_work, 0.0, n_seq, st.freq_ghz)[1]
+    slow = under_cap(pool.coefs[i], p, tokens, attn_work, 0.0, n_seq, now_ghz)[1]
     late = min(wait, slow) * (1.0 - plans.latency_s[i, 0, levels_ghz.size - 1] / slow)
     done_s = 0.0
     for k in range(n):
