@@ -20,6 +20,7 @@ import pandas as pd
 from agents.training.curves import draw, learning_curves
 from biscale_env.contract import DECODE_SPEC, PREFILL_SPEC
 from biscale_env.evaluation.report.agent_table import HEAD, markdown, point_rows, summary
+from biscale_env.evaluation.report.fold_table import matrix_markdown, winners_markdown
 from biscale_env.evaluation.report.robustness_table import robustness_markdown
 from biscale_env.evaluation.report.tables import summary_markdown
 from biscale_env.evaluation.runs.results import scenario_label
@@ -100,10 +101,16 @@ def compare(folder: str) -> None:
 
 
 def cell(row: pd.Series) -> str:
-    """Energy ratio of one controller at one point, with attainment (never rounded up).
+    """Energy ratio of one controller at one point.
 
-    Struck through where the target is missed.
+    At equal attainment where there are curves (a dash where none of its settings reaches it); else
+    as it is, with attainment (never rounded up), struck through where the target is missed.
     """
+    if "equal_ratio" in row and row["equal_state"]:
+        if not math.isfinite(row["equal_ratio"]):
+            return "–"
+        half = 0.5 * (row["equal_ratio_ci_high"] - row["equal_ratio_ci_low"])
+        return f"{row['equal_ratio']:.3f}" + (f" ±{1e3 * half:.0f}" if half >= 5e-4 else "")
     attainment = math.floor(1e4 * row["attainment"] + 1e-9) / 100
     half = 0.5 * (row["energy_ratio_ci_high"] - row["energy_ratio_ci_low"])
     spread = f" ±{1e3 * half:.0f}" if row["policy"] != "max" and math.isfinite(half) else ""
@@ -220,8 +227,9 @@ def experiment(name: str, folder: str) -> None:
     The matrix of `main` goes into the README too.
     """
     run = load_run(folder)
-    summary, results = pd.read_csv(Path(folder) / "summary.csv"), run.results.copy()
-    columns = [c for c in summary if c.endswith(("_ci_low", "_ci_high"))]
+    summary, results = run.summary(), run.results.copy()
+    equal = ("equal_", "static_ratio", "member_ratio")
+    columns = [c for c in summary if c.endswith(("_ci_low", "_ci_high")) or c.startswith(equal)]
     keys = [
         "phase",
         "scenario",
@@ -234,14 +242,16 @@ def experiment(name: str, folder: str) -> None:
         "target",
         "target_met",
     ]
-    intervals = summary[[*keys, *columns]].round(4).to_csv(index=False)
+    intervals = summary[list(dict.fromkeys([*keys, *columns]))].round(4).to_csv(index=False)
     (ROOT / "docs" / f"experiment-{name}.csv").write_text(intervals)
     varied = [c for c in ("scenario", "slo", "load") if summary[c].nunique() > 1] or ["scenario"]
     for frame in (summary, results):
         frame["point"] = frame[varied].astype(str).agg(", ".join, axis=1)
     (ROOT / "docs" / f"experiment-{name}.md").write_text(
         f"# Experiment `{name}`\n\nMade by `biscale compare --experiment {name}`; 95 % intervals"
-        f" are in `experiment-{name}.csv`.\n\n"
+        f" are in `experiment-{name}.csv`. What the columns mean and how settings were chosen:"
+        " [How we compare](how-we-compare.md).\n\n"
+        + both_ways(summary)
         + summary_markdown(summary)
         + "".join(
             f"\n**{scenario_label(point)}**: infeasible, since {point['reason']}.\n"
@@ -255,7 +265,22 @@ def experiment(name: str, folder: str) -> None:
     replace_block(
         ROOT / ("README.md" if name == "main" else "docs/results.md"),
         name,
-        matrix(summary, results, "point"),
+        matrix_markdown(summary) if name == "main" else matrix(summary, results, "point"),
+    )
+
+
+def both_ways(summary: pd.DataFrame) -> str:
+    """Both folds and their mean, and who wins; empty where only one was run."""
+    if "fold" not in summary or summary["fold"].nunique() < 2:
+        return ""
+    return (
+        "## Least energy at the SLO's attainment\n\n"
+        + winners_markdown(summary)
+        + "\n\n## Relative to max clock, mean (second half judged / first half judged)\n\n"
+        + matrix_markdown(summary)
+        + "\n\n## Relative to the best static clock in hindsight\n\n"
+        + matrix_markdown(summary, "static_ratio")
+        + "\n\n## Every operating point\n\n"
     )
 
 

@@ -376,7 +376,13 @@ def test_a_directory_of_an_older_version_without_digests_is_resumed(tmp_path):
 
 def further():
     """Tables that a tuned policy leaves with the first of its runs."""
-    curve = {"setting": ["margin=0.1"], "window": [0.0], "energy_j": [1.0], "n_met": [3.0]}
+    curve = {
+        "setting": ["margin=0.1"],
+        "window": [0.0],
+        "day": [0.0],
+        "energy_j": [1.0],
+        "n_met": [3.0],
+    }
     curve |= {"n_counted": [3.0], "output_tokens": [31.0]}
     members = {"member": [0.0], "energy_j": [1.0], "attainment": [1.0]}
     return {

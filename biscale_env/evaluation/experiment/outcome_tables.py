@@ -80,16 +80,19 @@ def curve_frame(outcome: JobOutcome) -> pd.DataFrame:
     """One row per setting and window of the judged workloads, the chosen setting first.
 
     Subsamples of one trace share its windows, so their totals are added; generated workloads have
-    windows of their own, one after another.
+    windows of their own, one after another, and ``day`` says of which workload.
     """
     one_trace = bool(outcome.records and outcome.records[0].labels.get("one_trace"))
-    frames = [
-        pd.DataFrame({"setting": one.words, "window": np.arange(totals.energy_j.size)})
-        .assign(**totals._asdict())
-        .astype({"window": np.float64})
-        for one in outcome.curve
-        for totals in [joined_windows(one, one_trace)]
-    ]
+    frames = []
+    for one in outcome.curve:
+        totals = joined_windows(one, one_trace)
+        n_windows = totals.energy_j.size
+        n_days = 1 if one_trace else len(one.windows)
+        frame = pd.DataFrame(
+            {"setting": one.words, "window": np.arange(n_windows, dtype=np.float64)}
+        )
+        frame["day"] = np.repeat(np.arange(n_days, dtype=np.float64), n_windows // n_days)
+        frames.append(frame.assign(**totals._asdict()))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 

@@ -6,18 +6,16 @@ are judged afterwards.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from biscale_env.envs.plant import Plant
 from biscale_env.evaluation.stats.metrics import judge
+from biscale_env.evaluation.stats.windows import window_of, window_starts
 
 Floats = NDArray[np.float64]
-
-WINDOW_S: Final = 120.0
-"""Least length of a window: longer than bursts and their after-effects (assumed)."""
 
 
 class WindowTotals(NamedTuple):
@@ -37,13 +35,12 @@ class WindowTotals(NamedTuple):
     output_tokens: Floats
 
 
-def window_edges(duration_s: float, window_s: float = WINDOW_S) -> Floats:
-    """Inner edges of the windows of a workload, s; the last window takes the rest.
+def window_edges(duration_s: float) -> Floats:
+    """Inner edges of the windows of a workload, s.
 
     The same for every policy, since only the workload counts and not how long a run took.
     """
-    count = max(1, int(duration_s / window_s))
-    return window_s * np.arange(1, count, dtype=np.float64)
+    return window_starts(duration_s)[1:]
 
 
 @dataclass
@@ -105,7 +102,7 @@ def judged_windows(
         energy_j: energy per window.
     """
     verdict = judge(requests, plant.slo, plant.phase, duration_s)
-    window = np.searchsorted(edges_s, requests["arrival_s"], side="right")
+    window = window_of(requests["arrival_s"], np.concatenate(([0.0], edges_s)))
     counted = verdict["counted"]
 
     def per_window(weight: NDArray[Any]) -> Floats:

@@ -97,7 +97,7 @@ def equal_text(row: Mapping[str, Any], name: str) -> str:
     ratio = float(row[name])
     if not math.isfinite(ratio):
         return MISSING
-    above = ABOVE_MARK if row.get(f"{name}_state") == "above" and row["policy"] != "max" else ""
+    above = ABOVE_MARK if row.get("equal_state") == "above" and row["policy"] != "max" else ""
     within = interval(row, name, 1.0, 3)
     return f"{ratio:.3f}{above}" + (f" [{within}]" if within else "")
 
@@ -148,12 +148,24 @@ _ROOM_FOR_CURVES: Final = (  # columns that the console gives up for those of cu
     "TTFT P90, ms",
     "TPOT P50, ms",
     "TPOT P90, ms",
+    "decision latency",
     "decision latency P99",
+    "fallbacks",
 )
 
 
 def _plain(row: "pd.Series[Any]") -> dict[str, Any]:
     return {str(name): value for name, value in row.to_dict().items()}
+
+
+def _narrow(row: Mapping[str, str]) -> dict[str, str]:
+    """Cells for a console of 80 columns: fewer of them, and an interval below its number."""
+    return {
+        head: text.removesuffix("]").replace(" [", "\n").replace("–", "–\n" if over else "–")
+        for head, text in row.items()
+        for over in [head == "vs max over members" and text != MISSING]
+        if head not in _ROOM_FOR_CURVES
+    }
 
 
 def _table(rows: pd.DataFrame) -> list[dict[str, str]]:
@@ -199,7 +211,7 @@ def print_table(frame: pd.DataFrame, console: Console | None = None) -> None:
     for title, rows in points_of(as_summary(frame)):
         shown, curves = _table(rows), compared_at_equal_attainment(rows)
         if curves:
-            shown = [{k: v for k, v in row.items() if k not in _ROOM_FOR_CURVES} for row in shown]
+            shown = [_narrow(row) for row in shown]
         table = Table(
             title=title, title_justify="left", title_style="bold", header_style="dim", box=None
         )
@@ -209,6 +221,7 @@ def print_table(frame: pd.DataFrame, console: Console | None = None) -> None:
                 _SHORT.get(head, head),
                 justify="left" if head in _LEFT else "right",
                 no_wrap=head != "controller",
+                overflow="fold",
             )
         for row, met in zip(shown, rows["target_met"], strict=True):
             row["controller"] = row["controller"].replace(_BOUND_MARK, "*")

@@ -72,7 +72,7 @@ def _verdict_of_curves(rows: pd.DataFrame) -> str:
     """Where policies are compared at equal attainment."""
     own = rows[_is_controller(rows) & ~rows["policy"].isin([REFERENCE_POLICY, STATIC_BEST])]
     able = own[own["equal_ratio"].notna()].sort_values("equal_ratio")
-    late = own.loc[own["equal_ratio_state"].eq(NOT_REACHED), "policy"].tolist()
+    late = own.loc[own["equal_state"].eq(NOT_REACHED), "policy"].tolist()
     if able.empty:
         return "No controller reaches the attainment that is asked for here."
     first = able.iloc[0]

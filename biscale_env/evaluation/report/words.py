@@ -36,9 +36,10 @@ def interval(row: Mapping[str, Any], name: str, scale: float, decimals: int) -> 
     Empty when there is none or it has no width.
     """
     low, high = (float(row.get(f"{name}_ci_{side}", math.nan)) for side in ("low", "high"))
-    if not (math.isfinite(low) and math.isfinite(high)) or low == high:
+    if not (math.isfinite(low) and math.isfinite(high)):
         return ""
-    return f"{low * scale:.{decimals}f}–{high * scale:.{decimals}f}"
+    ends = [f"{end * scale:.{decimals}f}" for end in (low, high)]
+    return "" if ends[0] == ends[1] else "–".join(ends)
 
 
 def share(value: float) -> str:

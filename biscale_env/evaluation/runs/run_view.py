@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from biscale_env.config.slo import Slo
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.runs import results, run_files
+from biscale_env.evaluation.runs.equal_columns import add_equal_attainment
 from biscale_env.evaluation.runs.member_columns import add_member_range
 from biscale_env.evaluation.runs.record import INFEASIBLE_COLUMNS, SCENARIO_COLUMNS
 from biscale_env.evaluation.stats.intervals import add_intervals
@@ -75,7 +76,7 @@ class Run:
     def curves(self) -> pd.DataFrame:
         """Settings of tuned policies on the judged workloads, a row per setting and window.
 
-        Columns ``run_id`` (the policy's first run), ``setting`` (text), ``window``, ``energy_j,
+        Columns ``run_id`` (the policy's first run), ``setting`` (text), ``window, day, energy_j,
         n_met, n_counted, output_tokens``. Empty without tuning.
         """
         return self._all(run_files.CURVES)
@@ -172,6 +173,7 @@ class Run:
         if not len(summary):
             return summary
         summary = add_intervals(summary, self.results, self.blocks, self.latencies)
+        summary = add_equal_attainment(summary, self.results, self.curves)
         return add_member_range(summary, self.results, self.member_runs)
 
     def summary(self) -> pd.DataFrame:

@@ -148,11 +148,14 @@ def ratio_interval_at(
         raise BiscaleError(
             f"curves and weights must be of the same windows, got {sorted(n_windows)} of them"
         )
-    estimate = energy_at(curve_a, target) / energy_at(curve_b, target)
+    energy = energy_at(curve_a, target), energy_at(curve_b, target)
+    estimate = energy[0] / energy[1]
     if math.isnan(estimate) or np.isnan(drawn).any():
         return EnergyRatio(estimate, math.nan, math.nan, math.nan)
     resampled = [_read(c.attainments(drawn), c.energies(drawn), target) for c in (curve_a, curve_b)]
-    ratios = resampled[0] / resampled[1]
+    # linear in both, as `resampled_ratios`: with few and alike windows weights lie far from 1, and
+    # both energies, which follow the load, may together come near 0
+    ratios = estimate * (1.0 + resampled[0] / energy[0] - resampled[1] / energy[1])
     interval = percentile_interval(estimate, ratios, level)
     return EnergyRatio(*interval, not_reached=float(np.mean(np.isnan(ratios))))
 
