@@ -198,13 +198,20 @@ def _tell_results(console: "Console", done: "MeasuredRun") -> None:
             row["policy"],
             str(len(done.raw.requests)),
             str(row["failed_requests"]),
-            f"{row[f'{metric}_p50_s'] * 1e3:.1f} ms",
-            f"{row[f'{metric}_p99_s'] * 1e3:.1f} ms",
-            f"{row['attainment']:.2%}",
+            _or_unknown(row[f"{metric}_p50_s"], "{:.1f} ms", 1e3),
+            _or_unknown(row[f"{metric}_p99_s"], "{:.1f} ms", 1e3),
+            _or_unknown(row["attainment"], "{:.2%}"),
             f"{row['energy_j']:,.0f} J",
             f"{row['energy_per_output_token_j']:.3f} J",
         )
     console.print(table)
+    for row in rows:
+        if row["phase"] == "decode" and row["unknown_tpot_requests"]:
+            count = f"{row['unknown_tpot_requests']} of {len(done.raw.requests)} streams"
+            console.print(
+                f"[yellow]{count} came in one piece: their TPOT is unknown and not judged; "
+                "something between engine and client buffers them[/]"
+            )
     for row in rows:
         told = (
             f"{row['phase']}: record to command P99 {row['record_to_command_p99_s'] * 1e3:.2f} ms, "
@@ -217,6 +224,11 @@ def _tell_results(console: "Console", done: "MeasuredRun") -> None:
                 f"(P99 {row['hook_p99_s'] * 1e6:.0f} us)"
             )
         console.print(told, highlight=False)
+
+
+def _or_unknown(value: float, form: str, scale: float = 1.0) -> str:
+    """A number, unless it is not known."""
+    return "unknown" if value != value else form.format(scale * value)
 
 
 def validate_command(

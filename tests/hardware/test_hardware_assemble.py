@@ -9,6 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.evaluation.report.page import write_report
+from biscale_env.evaluation.report.words import slo_words
+from biscale_env.evaluation.runs.run_view import load_run
+from biscale_env.evaluation.runs.rundir import RunDirectory
 from biscale_env.evaluation.stats.metrics import results_row
 from biscale_env.hardware.loop.control import Decision
 from biscale_env.hardware.loop.wire import ClockChange
@@ -205,6 +209,64 @@ def test_decode_has_the_requests_that_were_sent_to_it():
     assert load_of(columns).tolist() == [False, True]
     row = row_of(raw_of(requests), "decode")
     assert row["tpot_p50_s"] == pytest.approx((0.05 + (row["duration_s"] - 2.6) / 10) / 2)
+
+
+def test_what_never_got_to_decode_has_missed_there_too():
+    """8 of 11 prefills answered 503: neither phase may show an attainment of 1."""
+    requests = [served(k, 0.5 * k) for k in range(3)]
+    requests += [refused(k, 0.5 * k) for k in range(3, 11)]
+    raw = raw_of([*requests, refused(11, 6.0, output_tokens=1)])
+    row = row_of(raw, "decode")
+    assert (row["attainment"], row["n_counted"]) == (pytest.approx(3 / 11), 11)
+    assert (row["n_finished"], row["n_violations"], row["failed_requests"]) == (3, 8, 9)
+    assert row["tpot_p99_s"] == pytest.approx(0.02)  # of those that have one
+    assert row["duration_s"] == pytest.approx(5.0)  # the last that counts was due then
+    assert row_of(raw, "prefill")["attainment"] == 3 / 12
+    columns = run_record(raw, "decode", 1980.0).requests
+    assert columns["arrival_s"].tolist() == sorted(columns["arrival_s"].tolist())
+    assert load_of(columns).sum() == 3  # the twin does not serve them
+
+
+@pytest.mark.parametrize("tpot", [0.0, 5e-5])  # in one read, or in a few at once
+def test_a_stream_in_one_piece_has_no_tpot(tpot):
+    known, unknown = served(0, 0.0), served(1, 1.0, tpot=tpot)
+    assert known.tpot_s == pytest.approx(0.02)
+    assert math.isnan(unknown.tpot_s)
+    assert not served(2, 0.0, output=1).in_one_piece  # has no interval anyway
+    row = row_of(raw_of([known, unknown]), "decode")
+    assert (row["unknown_tpot_requests"], row["n_requests"], row["n_counted"]) == (1, 2, 1)
+    assert (row["attainment"], row["n_finished"], row["n_violations"]) == (1.0, 2, 0)
+    assert row["tpot_p50_s"] == row["tpot_p99_s"] == pytest.approx(0.02)
+    assert row["output_tokens"] == 22  # delivered they were
+    alone = row_of(raw_of([unknown]), "decode")
+    assert math.isnan(alone["attainment"])
+    assert math.isnan(alone["tpot_p50_s"])
+    assert (alone["slo_met"], alone["unknown_tpot_requests"]) == (False, 1)
+    failed = served(1, 1.0, tpot=tpot, error="x")
+    row = row_of(raw_of([known, failed]), "decode")
+    assert (row["attainment"], row["unknown_tpot_requests"]) == (0.5, 0)
+
+
+def test_a_run_of_unknown_tpots_is_no_success_in_its_report(tmp_path):
+    raw = raw_of([served(k, 0.5 * k, tpot=0.0) for k in range(4)])
+    with RunDirectory(tmp_path, {}) as run:
+        run.add(run_record(raw, "decode", 1980.0))
+    (row,) = load_run(tmp_path).summary().to_dict("records")
+    assert math.isnan(row["attainment"])
+    assert not row["slo_met"]
+    assert slo_words(row) == "unknown"
+    text = write_report(load_run(tmp_path)).read_text()
+    assert "unknown" in text
+    assert "100.00" not in text
+
+
+def test_the_twin_judges_the_requests_that_the_measurement_judges():
+    requests = [served(0, 0.0), served(1, 1.0, tpot=0.0), refused(2, 1.5), served(3, 2.0)]
+    raw = raw_of(requests, decisions=[decision(1, 0.0, 1980.0)])
+    rows = {a.quantity: a for a in compare(raw, 1980.0) if a.phase == "decode"}
+    assert rows["attainment"].measured == rows["attainment"].simulated == pytest.approx(2 / 3)
+    twin = simulated_record(raw, run_record(raw, "decode", 1980.0))
+    assert results_row(twin)["n_counted"] == 3
 
 
 def test_energy_and_duration_reach_to_the_last_answer():

@@ -155,6 +155,14 @@ def test_tpot_counts_tokens_not_chunks(engine):
     assert record.ttft_s == pytest.approx(record.first_chunk_s - record.scheduled_s)
 
 
+def test_a_buffered_stream_has_no_tpot(engine):
+    engine.per_chunk = 20
+    _, (record,) = replay(trace(1, output=20), engine)
+    assert (record.completion_tokens, record.error) == (20, "")
+    assert record.in_one_piece
+    assert math.isnan(record.tpot_s)
+
+
 def test_the_hand_over_between_prefill_and_decode(engine):
     prefill = Engine()
     try:

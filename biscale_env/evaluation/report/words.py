@@ -50,9 +50,13 @@ def share(value: float) -> str:
 def slo_words(row: Mapping[str, Any]) -> str:
     """``met``, ``as max`` (missed, but by no more than max clock and the allowance) or ``missed``.
 
+    ``unknown`` where no request could be judged.
+
     A ``?`` stands behind it when the interval of the attainment holds the requirement.
     """
     low, high = (float(row.get(f"attainment_ci_{side}", math.nan)) for side in ("low", "high"))
+    if math.isnan(float(row.get("attainment", 0.0))):
+        return "unknown"
     if row["slo_met"]:
         word, asked = "met", float(row["slo_attainment"])
     else:

@@ -145,8 +145,10 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 def _pooled_columns(group: pd.DataFrame) -> dict[str, float]:
     """Attainment over the requests of all runs; energy over that of the reference, where paired."""
     weight = group["n_counted"].to_numpy(dtype=np.float64)
+    # a run without a judged request has no weight; if all are such, what they say (1, or not known)
+    weight = weight if weight.sum() > 0 else np.ones_like(weight)
     pooled = {
-        name: float(np.average(group[name], weights=weight)) if weight.sum() > 0 else 1.0
+        name: float(np.average(group[name][weight > 0], weights=weight[weight > 0]))
         for name in ("attainment", "attainment_ttft", "attainment_tpot")
     }
     own = group["energy_per_output_token_j"]

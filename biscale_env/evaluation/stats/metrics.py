@@ -273,6 +273,8 @@ def results_row(record: RunRecord, warmup_s: float = 0.0) -> dict[str, Any]:
     counted = verdict["counted"]
     done = finished(record) & (np.asarray(record.requests["arrival_s"]) >= warmup_s)
     attained = attainments(verdict, record.slo, record.phase)
+    if np.any(done) and not np.any(counted):  # served, but no latency is known
+        attained = dict.fromkeys(attained, math.nan)
     totals = record.totals
     return {
         "run_id": record.run_id,

@@ -15,6 +15,7 @@ from biscale_env.hardware.replay.raw_log import Raw
 from biscale_env.hardware.replay.recorder import EnergyCurve
 
 Floats = NDArray[np.float64]
+TOKEN_COLUMNS = ("prompt_tokens", "output_tokens")
 
 
 def request_columns(raw: Raw, phase: str) -> dict[str, NDArray[Any]]:
@@ -24,7 +25,8 @@ def request_columns(raw: Raw, phase: str) -> dict[str, NDArray[Any]]:
     that lags behind must not make the engine look fast (coordinated omission). A request that
     failed has not finished in any phase, whatever it had got by then. Decode has the requests of
     two tokens or more that were sent to it; one without a single token back counts from when it was
-    sent.
+    sent. One whose tokens all came in one piece has finished, but when its first token was made is
+    not known (NaN), and so neither is its TPOT.
 
     Returns:
         The columns of a run record, and beside them ``sent_s`` (when the engine had the request),
@@ -46,7 +48,9 @@ def request_columns(raw: Raw, phase: str) -> dict[str, NDArray[Any]]:
         first = finish = np.where(failed, np.nan, done)
     else:
         done = chunk
-        arrival = sent = first = np.where(np.isfinite(chunk), chunk, column("decode_sent_s"))
+        arrival = sent = np.where(np.isfinite(chunk), chunk, column("decode_sent_s"))
+        in_one_piece = np.array([r.in_one_piece for r in chosen], dtype=bool)
+        first = np.where(in_one_piece, np.nan, arrival)
         incomplete = np.array([bool(r.error) for r in chosen], dtype=bool)
         finish = np.where(incomplete, np.nan, column("last_chunk_s"))
     order = np.argsort(arrival, kind="stable")
@@ -62,6 +66,29 @@ def request_columns(raw: Raw, phase: str) -> dict[str, NDArray[Any]]:
         "answered": np.isfinite(done),
     }
     return {name: values[order] for name, values in columns.items()}
+
+
+def with_lost(raw: Raw, phase: str, columns: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The requests of a phase, and in decode those too that failed before they got there.
+
+    A request without an answer has missed its SLO in every phase. They count from the times of the
+    trace; nothing else about them is known.
+    """
+    if phase != "decode":
+        return columns
+    lost = [
+        r
+        for r in raw.requests
+        if r.failed and r.output_tokens > 1 and not math.isfinite(r.decode_sent_s)
+    ]
+    when = np.array([r.scheduled_s for r in lost], dtype=np.float64) - raw.start_s
+    more: dict[str, Any] = dict.fromkeys(columns, np.full(len(lost), np.nan))
+    more |= {name: np.array([getattr(r, name) for r in lost], int) for name in TOKEN_COLUMNS}
+    more |= {"arrival_s": when, "sent_s": when}
+    more |= {"failed": np.ones(len(lost), bool), "answered": np.zeros(len(lost), bool)}
+    both = {name: np.concatenate([columns[name], more[name]]) for name in columns}
+    order = np.argsort(both["arrival_s"], kind="stable")
+    return {name: values[order] for name, values in both.items()}
 
 
 def clock_steps(raw: Raw, phase: str, top_mhz: float) -> tuple[Floats, Floats]:
@@ -161,7 +188,7 @@ def run_record(raw: Raw, phase: str, top_mhz: float) -> RunRecord:
         BiscaleError: not one request was answered.
     """
     settings, instance = raw.facts["settings"], raw.instance
-    requests = request_columns(raw, phase)
+    requests = with_lost(raw, phase, request_columns(raw, phase))
     last = requests["first_token_s" if phase == "prefill" else "finish_s"]
     if not np.isfinite(last).any():
         why = next((r.error for r in raw.requests if r.error), "none was sent")
@@ -217,4 +244,7 @@ def labels_of(raw: Raw, phase: str) -> dict[str, str | float | int | bool]:
         "hook_p50_s": _quantile(hook_s, 0.5),
         "hook_p99_s": _quantile(hook_s, 0.99),
         "failed_requests": sum(r.failed for r in raw.requests),
+        "unknown_tpot_requests": sum(
+            r.in_one_piece and not r.failed and r.output_tokens > 1 for r in raw.requests
+        ),
     }

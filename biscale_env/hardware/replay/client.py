@@ -32,6 +32,9 @@ SPIN_S = 0.002
 LOST_AFTER = 8  # requests in a row without a connection: the engine is gone
 INTERRUPTED_ERROR = "cut off: the replay ended before the answer"
 GONE_ERROR = "cut off: the engine is gone"
+# Reads of one piece lie microseconds apart; the fastest decode iterations take some milliseconds
+# (assumed: no engine makes two tokens within this)
+PIECE_S = 1e-3
 KEEP_ALIVE_S = 2.0
 """How long an idle connection is used again: uvicorn, under vLLM and SGLang, closes it after 5 s,
 and a request written into a connection that is just being closed is lost."""
@@ -115,10 +118,25 @@ class RequestRecord(msgspec.Struct):
         return self.first_chunk_s - self.scheduled_s
 
     @property
+    def in_one_piece(self) -> bool:
+        """Whether all tokens came at once, so that nothing is known about the time between them.
+
+        Something on the way has buffered the stream. Its piece may be read in several parts, an
+        instant apart.
+        """
+        came = math.isfinite(self.first_chunk_s) and self.completion_tokens > 1
+        return came and self.last_chunk_s - self.first_chunk_s < PIECE_S
+
+    @property
     def tpot_s(self) -> float:
-        """Time per output token by the server's count, s; NaN for fewer than two tokens."""
+        """Time per output token by the server's count, s.
+
+        NaN for fewer than two tokens, and for a stream that came in one piece.
+        """
         made = self.completion_tokens
-        return (self.last_chunk_s - self.first_chunk_s) / (made - 1) if made > 1 else math.nan
+        if made < 2 or self.in_one_piece:
+            return math.nan
+        return (self.last_chunk_s - self.first_chunk_s) / (made - 1)
 
 
 class EngineGone(BiscaleError):

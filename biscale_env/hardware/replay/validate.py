@@ -14,7 +14,7 @@ from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.evaluation.runs.record import Column, RunRecord
 from biscale_env.evaluation.stats.metrics import results_row
 from biscale_env.hardware.loop.recorded_policy import RecordedPolicy
-from biscale_env.hardware.replay.assemble import delays_s, run_record
+from biscale_env.hardware.replay.assemble import TOKEN_COLUMNS, delays_s, run_record
 from biscale_env.hardware.replay.raw_log import Raw
 from biscale_env.traces import Trace
 
@@ -22,7 +22,6 @@ Floats = NDArray[np.float64]
 # a simulated iteration may begin this much before the real one whose decision it takes
 LATENESS_S = 0.005
 TOLERANCES = {"energy_j": 0.02, "p99": 0.05}
-TOKEN_COLUMNS = ("prompt_tokens", "output_tokens")
 QUANTITIES = {
     phase: (
         *(f"{metric}_{q}_s" for q in ("p50", "p90", "p99")),
