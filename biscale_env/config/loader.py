@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -61,6 +61,9 @@ def list_names(kind: str) -> list[str]:
     return sorted(p.stem for p in (configs_dir() / kind).glob("*.yaml"))
 
 
+LONGEST_VALUE: Final = 200  # characters of a wrong value that a message repeats
+
+
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     first = error.errors()[0]
     config = model if issubclass(model, Config) else None
@@ -71,7 +74,9 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
         near = nearest(str(first["loc"][-1]), known)
         tail = f"; the nearest known key is '{near}'" if near else ""
         return f"unknown key '{where}'{tail}"
-    return f"'{where}' = {first.get('input')!r}: {first['msg'].lower()}"
+    given = repr(first.get("input"))
+    told = f"'{where}' = {given}" if len(given) <= LONGEST_VALUE else f"'{where}'"
+    return f"{told}: {first['msg'].lower()}"
 
 
 def validate(data: Any, model: type[M], where: str) -> M:

@@ -182,3 +182,11 @@ def test_configuration_is_frozen() -> None:
     with pytest.raises(BiscaleError, match="impossible"):
         load_gpu().check_clock(2000.0)
     assert load_gpu().check_clock(1200) == 1200.0
+
+
+def test_a_mistake_that_concerns_a_whole_file_does_not_repeat_the_file(tmp_path: Path) -> None:
+    text = (configs_dir() / "gpus" / "h100-sxm.yaml").read_text()
+    (tmp_path / "x.yaml").write_text(text.replace("freq_min_mhz: 510", "freq_min_mhz: 5100"))
+    with pytest.raises(BiscaleError, match="freq_min_mhz must lie below freq_max_mhz") as error:
+        load_gpu(str(tmp_path / "x.yaml"))
+    assert len(str(error.value)) < 300
