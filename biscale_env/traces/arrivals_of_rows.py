@@ -15,6 +15,8 @@ from biscale_env.traces.reading_options import ReadingOptions
 from biscale_env.traces.recognised import Recognised
 from biscale_env.traces.time_units import UnitChoice, choose_unit, known_unit
 
+WHOLE_S = (0.0, float("inf"))
+
 
 @dataclass(frozen=True)
 class RequestRows:
@@ -33,7 +35,7 @@ class RequestRows:
     arrival_s: NDArray[np.float64]
     prompt_tokens: NDArray[np.int32]
     output_tokens: NDArray[np.int32]
-    part_s: tuple[float, float] = (0.0, float("inf"))
+    part_s: tuple[float, float] = WHOLE_S
     is_cut: bool = False
     keeps_zero: bool = False
     first_line: int = 0
@@ -83,7 +85,7 @@ def checked_rows(
     if options.time_unit is not None:
         known_unit(options.time_unit)
     clock: _FileTime | None = None
-    part_s = (0.0, np.inf)
+    part_s = WHOLE_S
     last_s = -np.inf
     for raw in batches:
         batch = _kept(raw, options, about)
@@ -91,12 +93,13 @@ def checked_rows(
             continue
         if clock is None:
             clock = _clock(path, batch, options, about)
-            part_s = options.part_s(about.origin_unix_s, str(path))
-            _tell_part(part_s, about)
+            if not options.sort:  # else the earliest request is not known yet
+                part_s = options.part_s(about.origin_unix_s, str(path))
+                tell_part(part_s, about)
         arrival_s = _seconds(batch, clock, last_s, options)
         _check_answers(batch)
         last_s = float(arrival_s[-1])
-        rows = _cut(batch, arrival_s, clock, part_s, options.sort)
+        rows = _cut(batch, arrival_s, clock, part_s)
         about.zero_outputs += int(np.count_nonzero(rows[1] == 0))
         about.requests += rows[0].arrival_s.size
         yield rows[0]
@@ -181,11 +184,10 @@ def _cut(
     arrival_s: NDArray[np.float64],
     clock: _FileTime,
     part_s: tuple[float, float],
-    sort: bool,
 ) -> tuple[RequestRows, NDArray[np.float64]]:
     """The rows inside the part, and their outputs as they stand in the file."""
     first, stop = 0, arrival_s.size
-    if not sort:
+    if part_s != WHOLE_S:  # and so the times are sorted
         first, stop = (int(i) for i in np.searchsorted(arrival_s, part_s))
     inside = slice(first, stop)
     line = batch.where.first_row if isinstance(batch.where, RowNumber) else 0
@@ -195,16 +197,17 @@ def _cut(
         batch.prompt[inside].astype(np.int32),
         np.maximum(output, 1).astype(np.int32),
         part_s,
-        bool(stop < arrival_s.size) or bool(sort and (arrival_s >= part_s[1]).any()),
+        bool(stop < arrival_s.size),
         clock.keeps_zero,
         line + first if line else 0,
     )
     return rows, output
 
 
-def _tell_part(part_s: tuple[float, float], about: Recognised) -> None:
+def tell_part(part_s: tuple[float, float], about: Recognised) -> None:
+    """Note the part that is read, unless it is the whole."""
     first_s, last_s = part_s
-    if part_s == (0.0, float("inf")):
+    if part_s == WHOLE_S:
         return
     end = "its end" if last_s == float("inf") else f"{last_s:g} s"
     about.part = f"part from {first_s:g} s to {end} of the trace, times count from {first_s:g} s"

@@ -210,7 +210,7 @@ def _line_batches(path: Path, first: Row, columns: dict[str, Any]) -> Iterator[R
         return
     done = 0
     try:
-        for record in growing(lambda block: _json_records(path, kinds, block)):
+        for record in growing(lambda block, _: _json_records(path, kinds, block)):
             where = _JsonLineName(path, done)
             done += record.num_rows
             if dated is None:

@@ -208,7 +208,9 @@ def csv_batches(path: Path, **columns: Any) -> Iterator[RawColumns]:
     types = {layout.prompt: pa.float64(), layout.output: pa.float64(), layout.time: pa.float64()}
     types[layout.time] = date_type(sample or "") or pa.float64()
     try:
-        records = _without_blank_end(growing(lambda *a: _csv_records(path, look, types, *a)))
+        records = _without_blank_end(
+            growing(lambda block, again: _csv_records(path, look, types, block, again))
+        )
         for record in records:
             yield raw_batch(record, layout, RowNumber(path, line, "line"))
             line += record.num_rows
@@ -217,7 +219,7 @@ def csv_batches(path: Path, **columns: Any) -> Iterator[RawColumns]:
 
 
 def _csv_records(
-    path: Path, look: _CsvLook, types: dict[str, pa.DataType], block_bytes: int
+    path: Path, look: _CsvLook, types: dict[str, pa.DataType], block_bytes: int, again: bool
 ) -> Iterator[pa.RecordBatch]:
     with path.open("rb") as file:
         encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf8"
@@ -230,7 +232,10 @@ def _csv_records(
             encoding=encoding,
         ),
         pa.csv.ParseOptions(
-            delimiter=look.delimiter, ignore_empty_lines=False, newlines_in_values=look.quoted
+            delimiter=look.delimiter,
+            ignore_empty_lines=False,
+            newlines_in_values=look.quoted or again,
+            invalid_row_handler=lambda row: "error" if row.text.strip() else "skip",
         ),
         pa.csv.ConvertOptions(
             include_columns=list(types), column_types=types, decimal_point=look.decimal
@@ -240,22 +245,24 @@ def _csv_records(
         yield from stream
 
 
-def growing(read: Callable[[int], Iterator[pa.RecordBatch]]) -> Iterator[pa.RecordBatch]:
+def growing(read: Callable[[int, bool], Iterator[pa.RecordBatch]]) -> Iterator[pa.RecordBatch]:
     """Read in blocks that grow where a row does not fit into one.
 
     Arrow refuses a row that is longer than a block; what was read before it is not given twice.
 
     Args:
-        read: opens the file and reads it in blocks of so many bytes.
+        read: opens the file and reads it in blocks of so many bytes; the second argument asks for
+            a second try, after a row that could not be read: a field may hold line ends.
 
     Raises:
         pyarrow.ArrowInvalid: the file cannot be read, or a row is longer than a gigabyte.
     """
     block_bytes, done = BLOCK_BYTES, 0
+    fault: pa.ArrowInvalid | None = None
     while True:
         skip = done
         try:
-            for record in read(block_bytes):
+            for record in read(block_bytes, fault is not None):
                 fresh = record.slice(min(skip, record.num_rows))
                 skip -= record.num_rows - fresh.num_rows
                 done += fresh.num_rows
@@ -263,9 +270,12 @@ def growing(read: Callable[[int], Iterator[pa.RecordBatch]]) -> Iterator[pa.Reco
                     yield fresh
             return
         except pa.ArrowInvalid as error:
-            if STRADDLES not in str(error) or block_bytes >= MOST_BLOCK_BYTES:
-                raise
-            block_bytes = min(16 * block_bytes, MOST_BLOCK_BYTES)
+            if STRADDLES in str(error) and block_bytes < MOST_BLOCK_BYTES:
+                block_bytes = min(16 * block_bytes, MOST_BLOCK_BYTES)
+            elif fault is None:
+                fault = error
+            else:  # no better the second time
+                raise fault from None
 
 
 def _without_blank_end(

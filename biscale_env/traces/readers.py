@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.traces.arrivals_of_rows import RequestRows, checked_rows
+from biscale_env.traces.arrivals_of_rows import RequestRows, checked_rows, tell_part
 from biscale_env.traces.formats import RowBatches, TraceFormat, format_of, read_batches
 from biscale_env.traces.json_rows import count_lines
 from biscale_env.traces.raw_columns import parquet_duration_s
@@ -178,13 +178,14 @@ def _trace(
     about: Recognised,
 ) -> Trace:
     arrival_s, prompt, output = join_rows(rows)
-    first_s, last_s = rows[0].part_s
+    (first_s, last_s), is_cut = rows[0].part_s, rows[-1].is_cut
     if options.sort:
         order = np.argsort(arrival_s, kind="stable")
         arrival_s, prompt, output = arrival_s[order], prompt[order], output[order]
-        if not rows[0].keeps_zero:
-            about.offset_s += arrival_s[0]
-            arrival_s = arrival_s - arrival_s[0]
+        shift_s = 0.0 if rows[0].keeps_zero else float(arrival_s[0])
+        first_s, last_s = _from_the_earliest(shift_s, options, about)
+        arrival_s = arrival_s - shift_s
+        is_cut = bool(arrival_s[-1] >= last_s)
         inside = slice(*np.searchsorted(arrival_s, (first_s, last_s)))
         arrival_s, prompt, output = arrival_s[inside], prompt[inside], output[inside]
         if not arrival_s.size:
@@ -193,11 +194,25 @@ def _trace(
     source = str(path) + (
         f"; {about.zero_outputs} outputs of 0 tokens read as 1" if about.zero_outputs else ""
     )
+    source += f"; {about.part}" if about.part else ""
     arrival_s = arrival_s - first_s
     for column in (arrival_s, prompt, output):
         column.setflags(write=False)
-    observed_s = last_s - first_s if rows[-1].is_cut else 0.0
+    observed_s = last_s - first_s if is_cut else 0.0
     return Trace(name or path.name.split(".")[0], arrival_s, prompt, output, source, observed_s)
+
+
+def _from_the_earliest(
+    shift_s: float, options: ReadingOptions, about: Recognised
+) -> tuple[float, float]:
+    """The part of a file that was sorted: its start is the earliest request, not the first row."""
+    if about.origin_unix_s is None:
+        about.offset_s += shift_s
+    else:
+        about.origin_unix_s += shift_s
+    part_s = options.part_s(about.origin_unix_s, about.file)
+    tell_part(part_s, about)
+    return part_s
 
 
 def _first_line(

@@ -65,16 +65,16 @@ class ReadingOptions(Config):
         """
         first = moment_s(self.start, "--from", origin_unix_s, name) if self.start else 0.0
         last = moment_s(self.stop, "--to", origin_unix_s, name) if self.stop else float("inf")
-        if first < 0 or not first < last:
+        if not first < last:
             raise BiscaleError(
                 f"{name}: --from {self.start or 0} to --to {self.stop or 'the end'} is no part of "
-                "the trace: --from must not lie before its start, and --to must lie behind --from"
+                "the trace: --to must lie behind --from and behind the trace's start"
             )
         return first, last
 
 
 def moment_s(text: str, option: str, origin_unix_s: float | None, name: str) -> float:
-    """A time of the command line, s after the trace's start.
+    """A time of the command line, s after the trace's start; a date before that is the start.
 
     Raises:
         BiscaleError: neither a number with a unit nor a date, or a date where there are none.
@@ -95,4 +95,4 @@ def moment_s(text: str, option: str, origin_unix_s: float | None, name: str) -> 
             f"start such as 600, 15min, 2h or 1d, not '{text}'"
         )
     when = when if when.tzinfo else when.replace(tzinfo=UTC)
-    return when.timestamp() - origin_unix_s
+    return max(when.timestamp() - origin_unix_s, 0.0)

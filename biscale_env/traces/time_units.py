@@ -63,17 +63,19 @@ def choose_unit(
     if given is not None:
         unit = known_unit(given)
         return UnitChoice(unit, "as told", _is_unix(times, unit))
-    if layout.unit is not None and layout.rival is None:
+    if layout.keeps_zero and layout.unit is not None:  # the unit is in the name of the column
         return UnitChoice(layout.unit, "as documented", _is_unix(times, layout.unit))
-    if layout.unit is not None and layout.rival is not None:
-        return _against_rival(path, layout, times, layout.unit, layout.rival)
     for unit, pattern in SUFFIXES.items():
-        if re.search(pattern, layout.time.lower()):
+        if layout.unit is None and re.search(pattern, layout.time.lower()):
             return UnitChoice(unit, "as its column says", _is_unix(times, unit))
     dated = [unit for unit in SUFFIXES if _is_dated(times, unit)]
     if dated:
         return UnitChoice(dated[0], "since the numbers are Unix times", True)
-    return _by_rate(path, layout, times)
+    if layout.unit is None:
+        return _by_rate(path, layout, times)
+    if layout.rival is not None:
+        return _against_rival(path, layout, times, layout.unit, layout.rival)
+    return UnitChoice(layout.unit, "as documented", _is_unix(times, layout.unit))
 
 
 def known_unit(name: str) -> TimeUnit:
@@ -120,9 +122,6 @@ def _against_rival(
     fine = times[np.isfinite(times)]
     whole = bool((fine == np.floor(fine)).all())
     fits_own = whole == (own == "ms")
-    dated = [unit for unit in (own, rival) if _is_dated(fine, unit)]
-    if dated:
-        return UnitChoice(dated[0], "since the numbers are Unix times", True)
     rates = {unit: mean_rate_rps(fine, unit) for unit in (own, rival)}
     likely = [unit for unit in (own, rival) if is_plausible(rates[unit])]
     # a sparse sample makes any rate small; only a rate that is too high speaks against a unit

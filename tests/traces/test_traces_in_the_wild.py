@@ -62,6 +62,7 @@ WRITTEN = {
     "no newline at the end": AZURE.rstrip("\n"),
     "one blank line at the end": AZURE + "\n",
     "many blank lines at the end": AZURE + "\n\n\r\n\n",
+    "spaces at the end": AZURE + "   \n",
     "empty fields at the end": AZURE + ",,\n,,\n",
     "blank lines and a comment first": "\n# exported\n" + AZURE,
     "separator named": "sep=;\n" + AZURE.replace(",", ";"),
@@ -211,6 +212,7 @@ QWEN = {"chat_id": 5, "parent_chat_id": -1, "type": "text", "turn": 1, "hash_ids
         # Unix times
         ([mooncake(1_700_000_000_000), mooncake(1_700_000_002_500)], "ms", [0, 2.5]),
         ([mooncake(1_700_000_000), mooncake(1_700_000_002)], "s", [0, 2]),
+        ([mooncake(1_700_000_000_000_000), mooncake(1_700_000_002_500_000)], "us", [0, 2.5]),
         ([mooncake("2024-05-11T07:00:00Z"), mooncake("2024-05-11T07:00:02.5Z")], "dates", [0, 2.5]),
     ],
 )
@@ -247,6 +249,7 @@ def test_two_plausible_units_are_refused(tmp_path, rows):
         ("timestamp", [1.7e9, 1.7e9 + 0.25, 1.7e9 + 1.5], "s"),
         ("timestamp", [1.7e12, 1.7e12 + 250, 1.7e12 + 1500], "ms"),
         ("timestamp", [1.7e15, 1.7e15 + 250e3, 1.7e15 + 1500e3], "us"),
+        ("arrived_at", [1.7e12, 1.7e12 + 250, 1.7e12 + 1500], "ms"),
         ("created_at", [2**40 * 1_600_000, 2**40 * 1_600_000 + 0.25e9], "ns"),
     ],
 )
@@ -422,6 +425,7 @@ def test_objects_that_hold_rows_or_columns(tmp_path):
         ("2", "6", [0.0, 2.0], 4.0),
         ("1.5", None, [0.5, 2.5, 4.5], 4.5),
         (None, "4s", [0.0, 2.0], 4.0),
+        ("2024-05-01", "2024-05-11 07:00:04", [0.0, 2.0], 4.0),
         ("2024-05-11 07:00:02", "2024-05-11T07:00:06", [0.0, 2.0], 4.0),
     ],
 )
@@ -442,11 +446,58 @@ def test_a_part_counts_from_its_start(tmp_path, start, stop, times, duration_s, 
         )
 
 
+def test_a_part_of_an_unsorted_file_counts_from_its_earliest_request(tmp_path):
+    text = "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(
+        f"2024-05-11 07:00:0{k},{k + 1},5\n" for k in (6, 2, 8, 4)
+    )
+    path = written(tmp_path, text)
+    late = "2024-05-11 07:00:03.5"
+    for part in ({"start": "1.5", "stop": "4.5"}, {"start": late, "stop": "4.5"}):
+        loaded = load_file(path, sort=True, **part)
+        assert numbers(loaded.trace) == ([0.5, 2.5], [5, 7], [5, 5])
+        assert loaded.recognised.offset_s == 0.0
+    whole = load_file(path, sort=True)
+    assert whole.recognised.origin_unix_s == 1715410802.0  # 07:00:02
+
+
+def test_line_ends_in_a_field_late_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("biscale_env.traces.raw_columns.BLOCK_BYTES", 2000)
+    rows = [f"{k},{k + 1},5,plain" for k in range(1000)]
+    rows[700] = '700,701,5,"two\nlines"'
+    text = "arrived_at,num_prefill_tokens,num_decode_tokens,note\n" + "\n".join(rows)
+    assert read_trace(written(tmp_path, text)).prompt_tokens.tolist() == list(range(1, 1001))
+    bad = text.replace("900,901,5,plain", "900,x,5,plain")
+    with pytest.raises(BiscaleError, match="num_prefill_tokens: 'x' is not a number"):
+        read_trace(written(tmp_path, bad))
+
+
+def test_json_lines_with_marks_nulls_and_words(tmp_path):
+    rows = [mooncake(0), mooncake(500, o=None), mooncake(900)]
+    path = written(tmp_path, lines(*rows), "t.jsonl")
+    with pytest.raises(BiscaleError, match="line 2: output_length is missing"):
+        read_trace(path)
+    assert numbers(read_trace(path, drop_failed=True)) == ([0, 0.9], [64, 64], [8, 8])
+    plain = lines(mooncake(0), mooncake(500))
+    for text in (b"\xef\xbb\xbf" + plain.encode(), plain.encode("utf-16")):
+        assert read_trace(written(tmp_path, text, "m.jsonl")).arrival_s.tolist() == [0, 0.5]
+    for word in ('"8"', "NaN", "true", "[8]"):
+        bad = plain + plain.splitlines()[1].replace(": 8", f": {word}")
+        with pytest.raises(BiscaleError, match=r"line 3: .*(not a JSON|not a number|missing)"):
+            read_trace(written(tmp_path, bad, "w.jsonl"))
+
+
+def test_twice_named_columns_matter_only_where_they_are_used(tmp_path):
+    text = AZURE.replace("Tokens\n", "Tokens,note,note\n", 1)
+    text = "\n".join(row if k == 0 else row + ",a,b" for k, row in enumerate(text.splitlines()))
+    assert numbers(read_trace(written(tmp_path, text))) == EXPECTED
+
+
 def test_parts_that_are_none(tmp_path):
     path = written(tmp_path, "arrived_at,num_prefill_tokens,num_decode_tokens\n0,5,5\n9,5,5\n")
     for options, words in (
         ({"start": "2h"}, "has no request in the part from 7200 s to its end"),
         ({"start": "9", "stop": "3"}, "is no part of the trace"),
+        ({"stop": "0"}, "is no part of the trace"),
         ({"start": "soon"}, "--from takes a time after the start such as 600"),
         ({"stop": "2024-01-01"}, "times of this trace are no dates"),
     ):
