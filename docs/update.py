@@ -302,20 +302,23 @@ def agents(folders: str) -> None:
 
     Whole into docs/, the main columns into the README.
     """
-    results = pd.concat(
-        [load_run(folder).results for folder in folders.split(",")], ignore_index=True
-    )
+    runs = [load_run(folder) for folder in folders.split(",")]
+    results = pd.concat([run.results for run in runs], ignore_index=True)
+    windows = pd.concat([run.windows for run in runs], ignore_index=True)
     shipped, parts = shipped_seeds(), []
     (ROOT / "docs" / "agents-table.md").write_text(
         "# Learned agents on workloads not used in training\n\nMade by the commands in"
-        " [agents.md](agents.md).\n\n" + markdown(results, shipped)
+        " [agents.md](agents.md).\n\n" + markdown(results, windows, shipped)
     )
     keep = [HEAD.index(name) for name in IN_README]
     for phase in dict.fromkeys(results["phase"]):
-        rows = [[row[i] for i in keep] for row in point_rows(results, phase, shipped.get(phase))]
+        whole = point_rows(results, windows, phase, shipped.get(phase))
+        rows = [[row[i] for i in keep] for row in whole]
         lines = ["| " + " | ".join(IN_README) + " |", "|---|" + "---:|" * (len(IN_README) - 1)]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
-        parts.append(f"**{phase}**\n\n" + "\n".join(lines) + f"\n\n{summary(results, phase)}")
+        parts.append(
+            f"**{phase}**\n\n" + "\n".join(lines) + f"\n\n{summary(results, windows, phase)}"
+        )
     replace_block(ROOT / "README.md", "agents", "\n\n".join(parts))
 
 
@@ -359,9 +362,9 @@ def algorithms(folder: str) -> None:
 
 def robustness(folder: str) -> None:
     """The shipped agents in distribution, shifted and on unseen workloads."""
-    replace_block(
-        ROOT / "docs" / "agents.md", "robustness", robustness_markdown(load_run(folder).results)
-    )
+    run = load_run(folder)
+    table = robustness_markdown(run.results, run.windows)
+    replace_block(ROOT / "docs" / "agents.md", "robustness", table)
 
 
 def main(arguments: list[str]) -> None:

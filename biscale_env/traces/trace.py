@@ -167,7 +167,7 @@ class Trace:
                 f"{self.name}: a seed must be a whole number of at least 0, got {seed}"
             )
         multiple = rate_rps / self.rate_rps
-        copies = int(np.ceil(multiple))
+        copies = _copies(multiple)
         if copies * len(self) > MAX_REQUESTS:
             raise BiscaleError(
                 f"{self.name}: {rate_rps:g} requests/s is {multiple:.3g} times its own rate: over "
@@ -176,7 +176,7 @@ class Trace:
         times, rows = [], []
         for copy, child in enumerate(np.random.SeedSequence(seed).spawn(copies)):
             rng = np.random.default_rng(child)
-            offset_s = rng.uniform(0.0, self.duration_s) if copy else 0.0
+            offset_s = _offset_s(rng, copy, self.duration_s)
             kept = np.flatnonzero(rng.random(len(self)) < multiple - copy)
             shifted = self.arrival_s[kept] + offset_s
             times.append(np.where(shifted > self.duration_s, shifted - self.duration_s, shifted))
@@ -187,6 +187,23 @@ class Trace:
             all_rows[order], all_times[order], self.duration_s, f"{self.name}@{rate_rps:.4g}rps"
         )
         return replace(scaled, source=f"{self.source}; {multiple:.4g} x its rate, seed {seed}")
+
+    def copies_at(self, rate_rps: float, seed: int) -> tuple[tuple[float, float], ...]:
+        """What :meth:`scaled_to` puts together: offset (s) and share of the requests of each copy.
+
+        Args:
+            rate_rps: wanted mean rate, requests per s.
+            seed: as there.
+        """
+        multiple = rate_rps / self.rate_rps
+        children = np.random.SeedSequence(seed).spawn(_copies(multiple))
+        return tuple(
+            (
+                _offset_s(np.random.default_rng(child), copy, self.duration_s),
+                min(multiple - copy, 1.0) / multiple,
+            )
+            for copy, child in enumerate(children)
+        )
 
     def check_fits(self, max_tokens: int, with_output: bool = True) -> "Trace":
         """Return the trace if every request fits into a KV cache (or context) of ``max_tokens``.
@@ -219,6 +236,16 @@ class Trace:
     ) -> "Trace":
         prompt, output = self.prompt_tokens[index], self.output_tokens[index]
         return Trace(name, arrival_s, prompt, output, self.source, duration_s=duration_s)
+
+
+def _copies(multiple: float) -> int:
+    """Copies of a trace, the last of them in part, that a multiple of its rate needs."""
+    return int(np.ceil(multiple))
+
+
+def _offset_s(rng: np.random.Generator, copy: int, duration_s: float) -> float:
+    """By how much a copy is shifted circularly, s; the first one keeps its times."""
+    return float(rng.uniform(0.0, duration_s)) if copy else 0.0
 
 
 def _own(values: Any, dtype: type[np.generic]) -> NDArray[Any]:

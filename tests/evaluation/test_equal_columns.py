@@ -14,7 +14,7 @@ from biscale_env.evaluation.report.fold_table import (
     winners_markdown,
 )
 from biscale_env.evaluation.report.page import write_report
-from biscale_env.evaluation.runs.equal_columns import curve_of, days_of
+from biscale_env.evaluation.runs.equal_columns import curve_of
 from biscale_env.evaluation.runs.run_view import load_run
 
 
@@ -69,13 +69,11 @@ def test_the_range_over_members_is_relative_to_max_clock_in_the_same_member(summ
     assert at(summary, "max")["member_ratio_high"] == 1.0
 
 
-def test_curve_and_days_of_kept_rows():
+def test_curve_of_kept_rows():
     rows = curve([(1.0, 0.99), (0.5, 0.98)])
-    rows["day"] = [0.0] * 4 + [1.0] * 4 + [0.0] * 4 + [1.0] * 4
     found = curve_of(rows)
     assert found.energy_j.shape == (2, 8)
     assert found.energy_j[1].sum() == pytest.approx(8 * 50.0)
-    assert days_of(rows).tolist() == [0.0] * 4 + [1.0] * 4
 
 
 def test_rows_that_reach_come_first_by_energy_at_equal_attainment(summary):

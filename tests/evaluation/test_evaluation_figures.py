@@ -30,9 +30,9 @@ def run(tmp_path_factory):
             for policy in POLICIES:
                 for seed in (0, 1):
                     directory.add(
-                        plausible(phase, policy, seed, duration_s=120.0), keep_timeline=seed == 0
+                        plausible(phase, policy, seed, duration_s=480.0), keep_timeline=seed == 0
                     )
-        directory.add(plausible("prefill", "mpc", 0, duration_s=120.0, variant="margin=0.1"))
+        directory.add(plausible("prefill", "mpc", 0, duration_s=480.0, variant="margin=0.1"))
     return load_run(path)
 
 
@@ -202,7 +202,7 @@ def test_clock_strips_show_every_policy_in_reading_order(run):
     assert np.asarray(strips.z).shape == (len(POLICIES), figures_time.STRIP_BINS)
     static = list(strips.y).index("static-best")
     assert np.asarray(strips.z)[static] == pytest.approx(1410.0)
-    record = plausible("prefill", "max", 0, duration_s=120.0)
+    record = plausible("prefill", "max", 0, duration_s=480.0)
     low, high = fig.layout.xaxis.range
     inside = (record.requests["arrival_s"] >= low) & (record.requests["arrival_s"] < high)
     assert sum(arrivals.y[:-1]) == pytest.approx(
@@ -216,7 +216,7 @@ def test_timeline_members_the_clock_and_the_energy_of_the_window(run, number):
     start, end = fig.layout.xaxis.range
     assert end - start == pytest.approx(60)
     phase = run.points()[number]["phase"]
-    record = plausible(phase, "max", 0, duration_s=120.0)
+    record = plausible(phase, "max", 0, duration_s=480.0)
     power = next(t for t in fig.data if t.name == "max" and t.yaxis == "y2")
     expected = energy_between(record.timeline, start, end)
     assert np.sum(power.y) * 60 / figures_time.TIMELINE_BINS * 4 == pytest.approx(

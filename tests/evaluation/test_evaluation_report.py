@@ -234,7 +234,12 @@ def test_verdict_on_the_slo_says_when_the_sample_cannot_tell():
     assert tables.slo_words(row) == "met?"
     assert tables.slo_words(row | {"attainment_ci_low": 0.991}) == "met"
     missed = row | {"slo_met": False, "target_met": False, "attainment_ci_low": float("nan")}
-    assert tables.slo_words(missed) == "missed"
+    assert tables.slo_words(missed) == "missed?"  # too few windows for an interval
+    assert tables.slo_words(missed | {"attainment_ci_low": 0.97, "attainment_ci_high": 0.98}) == (
+        "missed"
+    )
+    without = {name: value for name, value in row.items() if "_ci_" not in name}
+    assert tables.slo_words(without) == "met"  # a frame without any intervals
     beside = row | {"slo_met": False, "target": 0.98}
     assert tables.slo_words(beside) == "as max"
     assert tables.slo_words(beside | {"attainment_ci_low": 0.97}) == "as max?"

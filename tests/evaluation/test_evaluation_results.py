@@ -119,7 +119,7 @@ def test_intervals_hold_the_estimates_and_the_reference_is_exact(tmp_path):
     with RunDirectory(tmp_path, {}) as run:
         for policy in POLICIES:
             for seed in (0, 1):
-                run.add(plausible("prefill", policy, seed))
+                run.add(plausible("prefill", policy, seed, duration_s=900.0))
     opened = load_run(tmp_path)
     summary = opened.summary()
     assert (summary["attainment_ci_low"] <= summary["attainment"]).all()

@@ -16,10 +16,11 @@ from evaluation_synthetic import POLICIES, SLO, plausible, requests_of, tiny
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.runs import run_files
-from biscale_env.evaluation.runs.blocks import block_totals
+from biscale_env.evaluation.runs.blocks import window_totals
 from biscale_env.evaluation.runs.run_view import load_run, slo_of
 from biscale_env.evaluation.runs.rundir import RunDirectory
 from biscale_env.evaluation.stats.metrics import results_row
+from biscale_env.traces import Trace
 
 CONFIG = {"scenario": {"load": 0.75, "policies": ("max", "mpc")}, "slo": SLO, "seeds": np.arange(2)}
 
@@ -86,7 +87,11 @@ def test_directory_holds_exactly_the_promised_files(tmp_path):
 
 def test_requests_and_timelines_may_be_left_out(tmp_path):
     with RunDirectory(tmp_path, {}) as run:
-        run.add(tiny(), keep_timeline=False, keep_requests=False)
+        run.add(
+            plausible("prefill", duration_s=400.0, workload_s=400.0),
+            keep_timeline=False,
+            keep_requests=False,
+        )
     opened = load_run(tmp_path)
     run_id = opened.results["run_id"].iloc[0]
     assert opened.timeline_of(run_id) is None
@@ -169,7 +174,7 @@ def test_merge_that_fails_half_way_leaves_the_old_files_whole(tmp_path, monkeypa
     run.merge()
     assert load_run(tmp_path).results["workload_seed"].tolist() == [0, 1]
     assert len(load_run(tmp_path).summary()) == 1
-    assert len(load_run(tmp_path).blocks["run_id"].unique()) == 2
+    assert len(load_run(tmp_path).windows["run_id"].unique()) == 2
 
 
 def test_adding_a_run_again_replaces_it(tmp_path):
@@ -268,16 +273,63 @@ def test_bad_places_are_refused_and_left_alone(tmp_path):
     ]
 
 
-def test_blocks_add_up_to_the_run():
-    record = plausible("prefill", "mpc", 3, duration_s=100.0)
-    blocks, row = block_totals(record), results_row(record)
-    assert blocks["energy_j"].sum() == pytest.approx(row["energy_j"])
-    assert blocks["n_counted"].sum() == row["n_counted"]
-    assert (blocks["n_counted"] - blocks["n_met"]).sum() == row["n_violations"]
-    assert blocks["block"].size == 6  # 160 s of run in blocks of 30 s
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("copies", [((0.0, 1.0),), ((0.0, 0.4), (77.0, 0.4), (290.0, 0.2))])
+def test_windows_add_up_to_the_run(phase, copies):
+    record = plausible(phase, "mpc", 3, duration_s=400.0, workload_s=400.0, copies=copies)
+    windows, row = window_totals(record), results_row(record)
+    assert windows["energy_j"].sum() == pytest.approx(row["energy_j"])
+    assert windows["n_counted"].sum() == pytest.approx(row["n_counted"])
+    assert (windows["n_counted"] - windows["n_met"]).sum() == pytest.approx(row["n_violations"])
+    assert windows["output_tokens"].sum() == pytest.approx(row["output_tokens"])
+    assert windows["begin_s"] == pytest.approx([0.0, 400 / 3, 800 / 3])  # the run ends at 460 s
+    assert windows["copies"] == pytest.approx(np.full(3, 1.0 if len(copies) == 1 else 1 / 0.36))
 
 
-def test_blocks_split_energy_by_time_and_spread_what_the_timeline_lacks():
+def test_a_copy_is_given_back_to_the_windows_of_its_trace():
+    """Half of the requests stem from 180 s earlier: one and a half windows, around the end."""
+    arrival = np.array([60.0, 180.0, 300.0, 420.0])
+    requests = requests_of(arrival, arrival + 0.1, arrival + 0.1, np.ones(4))
+    requests = {name: values[:1] for name, values in requests.items()}
+    record = tiny(
+        requests=requests,
+        totals={"energy_j": 600.0, "duration_s": 480.0},
+        workload_s=480.0,
+        copies=((0.0, 0.5), (180.0, 0.5)),
+    )
+    windows = window_totals(record)
+    # 180 s before window 0 (of four of 120 s) is from the middle of window 2 to that of window 3
+    assert windows["n_counted"] == pytest.approx([0.5, 0.0, 0.25, 0.25])
+    assert windows["copies"] == pytest.approx(np.full(4, 2.0))
+
+
+def test_a_workload_knows_the_copies_of_its_trace():
+    """What the trace says it puts together is what it puts together."""
+    arrival = np.arange(100.0)
+    trace = Trace("t", arrival, np.full(100, 5), np.full(100, 5), "made", duration_s=100.0)
+    copies = trace.copies_at(2.5, 7)
+    assert [share for _, share in copies] == pytest.approx([0.4, 0.4, 0.2])
+    scaled = trace.scaled_to(2.5, 7)
+    shifts = np.array([offset_s % 1.0 for offset_s, _ in copies])
+    apart = np.abs(scaled.arrival_s[:, None] % 1.0 - shifts)
+    of_copy = np.argmin(np.minimum(apart, 1 - apart), axis=1)
+    assert np.min(np.minimum(apart, 1 - apart), axis=1).max() < 1e-9
+    assert np.bincount(of_copy)[:2].tolist() == [100, 100]
+    assert trace.copies_at(0.4, 7) == ((0.0, 1.0),)
+
+
+def test_without_a_known_length_windows_end_with_the_arrivals():
+    """Whatever the policy needs until the last token: windows are the same for all."""
+    arrival = np.array([0.0, 130.0, 250.0, 355.0])
+    for end_s in (356.0, 900.0):
+        requests = requests_of(arrival, arrival + 0.1, arrival + 0.1, np.ones(4))
+        record = tiny(requests=requests, totals={"energy_j": 600.0, "duration_s": end_s})
+        windows = window_totals(record)
+        assert windows["begin_s"].tolist() == [0.0, 120.0]
+        assert windows["n_counted"].tolist() == [1, 3]
+
+
+def test_windows_split_energy_by_time_and_spread_what_the_timeline_lacks():
     requests = requests_of([1.0, 31.0], [1.1, 32.5], [1.1, 32.5], [5, 5])
     timeline = {name: np.zeros(1) for name in tiny().timeline} | {
         "time_s": np.array([15.0]),
@@ -286,12 +338,15 @@ def test_blocks_split_energy_by_time_and_spread_what_the_timeline_lacks():
         "energy_j": np.array([300.0]),
     }
     record = tiny(
-        requests=requests, timeline=timeline, totals={"energy_j": 345.0, "duration_s": 45.0}
+        requests=requests,
+        timeline=timeline,
+        totals={"energy_j": 345.0, "duration_s": 45.0},
+        workload_s=45.0,
     )
-    blocks = block_totals(record)
-    assert blocks["energy_j"] == pytest.approx([150 + 30, 150 + 15])
-    assert blocks["n_counted"].tolist() == [1, 1]
-    assert blocks["n_met"].tolist() == [1, 0]
+    windows = window_totals(record, 20.0)  # two windows of 22.5 s
+    assert windows["energy_j"] == pytest.approx([75 + 22.5, 225 + 22.5])
+    assert windows["n_counted"].tolist() == [1, 1]
+    assert windows["n_met"].tolist() == [1, 0]
 
 
 def test_a_second_writer_is_refused_and_leaves_the_first_ones_part_alone(tmp_path):

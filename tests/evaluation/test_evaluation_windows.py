@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.evaluation.stats import few_windows
 from biscale_env.evaluation.stats import windows as w
 from biscale_env.evaluation.stats.bootstrap import LEVEL
 
@@ -109,7 +110,7 @@ def test_correlated_windows_widen_the_interval():
 def test_autocorrelation_is_corrected_for_the_bias_of_short_series():
     rng = np.random.default_rng(4)
     for truth in (0.3, 0.6):
-        series = w._ar1(15, truth, 3000, rng)
+        series = few_windows._ar1(15, truth, 3000, rng)
         found = np.mean([w.autocorrelation(one) for one in series])
         raw = np.mean(
             [np.sum(d[1:] * d[:-1]) / np.sum(d * d) for d in series - series.mean(1)[:, None]]
@@ -142,7 +143,7 @@ def test_bootstrap_variance_is_that_of_the_resampling():
     for n, length in ((5, 1), (15, 3), (17, 4)):
         values = rng.normal(size=n)
         counts = w._block_counts(n, length, 40_000, rng)
-        closed = w._bootstrap_variance(values[None], length)[0]
+        closed = few_windows._bootstrap_variance(values[None], length)[0]
         assert np.var(counts @ values) == pytest.approx(closed, rel=0.04)
 
 

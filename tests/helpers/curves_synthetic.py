@@ -33,6 +33,7 @@ def curve(settings, wobble=0.0, seed=0):
                 "n_met": 1000.0 * attained,
                 "n_counted": 1000.0,
                 "output_tokens": 5000.0,
+                "copies": 1.0,
             }
         )
         for k, (energy, attained) in enumerate(settings)

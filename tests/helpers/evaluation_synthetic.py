@@ -1,8 +1,10 @@
 """Synthetic but plausible run records for the tests of evaluation; nothing here is a result."""
 
 import numpy as np
+import pandas as pd
 
 from biscale_env.config.slo import Slo
+from biscale_env.evaluation.runs.blocks import window_totals
 from biscale_env.evaluation.runs.record import RunRecord
 
 SLO = Slo(name="biscale", ttft_s=0.6, tpot_s=0.1, attainment=0.99)
@@ -72,6 +74,13 @@ def tiny(phase="prefill", policy="max", requests=None, timeline=None, totals=Non
     fields |= {"dtype": "bf16", "n_gpus": 4} | changes
     return RunRecord(
         phase=phase, policy=policy, requests=requests, timeline=timeline, totals=totals, **fields
+    )
+
+
+def windows_frame(records):
+    """Totals per run and window of time, as a run directory keeps them."""
+    return pd.concat(
+        [pd.DataFrame(window_totals(record)).assign(run_id=record.run_id) for record in records]
     )
 
 

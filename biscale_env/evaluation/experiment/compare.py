@@ -124,6 +124,8 @@ def record_of(
         training_seed=job.training_seed,
         variant=job.variant,
         labels=labels,
+        workload_s=trace.duration_s,
+        copies=((0.0, 1.0),) if case.part is None else case.part.copies_at(case.rate_rps, seed),
     )
 
 

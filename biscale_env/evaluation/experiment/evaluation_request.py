@@ -149,12 +149,13 @@ def run_evaluation(
         run_all(run, planned, n_jobs, infeasible)
     conclude(folder)
     if table is not None:
-        results = load_run(folder).results
+        run_kept = load_run(folder)
+        results, windows = run_kept.results, run_kept.windows
         by_split = request.robustness is not None
         text = (
-            robustness_markdown(results)
+            robustness_markdown(results, windows)
             if by_split
-            else agent_table.markdown(results, shipped_seeds())
+            else agent_table.markdown(results, windows, shipped_seeds())
         )
         write_whole(table, text)
         print(f"table:         {table}")

@@ -1,5 +1,6 @@
 """What a job leaves on disk besides its runs: tuning, curve, members."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -8,9 +9,9 @@ import pandas as pd
 
 from biscale_env.core.files import write_whole
 from biscale_env.evaluation.experiment.compare import ComparisonJob, JobOutcome
-from biscale_env.evaluation.experiment.settings_search import Setting
 from biscale_env.evaluation.experiment.window_meter import WindowTotals
 from biscale_env.evaluation.runs import run_files
+from biscale_env.evaluation.runs.blocks import effective_copies, origin_of
 from biscale_env.evaluation.runs.rundir import RunDirectory
 
 JOB_COLUMNS: Final = ("scenario", "slo", "load", "phase", "policy", "ensemble_member")
@@ -80,25 +81,32 @@ def curve_frame(outcome: JobOutcome) -> pd.DataFrame:
     """One row per setting and window of the judged workloads, the chosen setting first.
 
     Subsamples of one trace share its windows, so their totals are added; generated workloads have
-    windows of their own, one after another, and ``day`` says of which workload.
+    windows of their own, one after another, and ``day`` says of which workload. Windows are those
+    of the original trace, also where a workload is several copies of it (``copies``).
     """
     one_trace = bool(outcome.records and outcome.records[0].labels.get("one_trace"))
+    made_of = [(record.copies, record.workload_s) for record in outcome.records]
+    copies = float(np.mean([effective_copies(each) for each, _ in made_of])) if made_of else 1.0
     frames = []
     for one in outcome.curve:
-        totals = joined_windows(one, one_trace)
+        of_trace = [
+            WindowTotals(*(values @ origin_of(*made, values.size) for values in in_run))
+            for in_run, made in zip(one.windows, made_of, strict=True)
+        ]
+        totals = joined_windows(of_trace, one_trace)
         n_windows = totals.energy_j.size
         n_days = 1 if one_trace else len(one.windows)
         frame = pd.DataFrame(
             {"setting": one.words, "window": np.arange(n_windows, dtype=np.float64)}
         )
         frame["day"] = np.repeat(np.arange(n_days, dtype=np.float64), n_windows // n_days)
-        frames.append(frame.assign(**totals._asdict()))
+        frames.append(frame.assign(**totals._asdict(), copies=copies))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def joined_windows(one: Setting, one_trace: bool) -> WindowTotals:
+def joined_windows(each: Sequence[WindowTotals], one_trace: bool) -> WindowTotals:
     """Windows of all workloads of a setting: added up, or one after another."""
-    columns = zip(*one.windows, strict=True)
+    columns = zip(*each, strict=True)
     if one_trace:
         return WindowTotals(*(np.sum(column, axis=0) for column in columns))
     return WindowTotals(*(np.concatenate(column) for column in columns))

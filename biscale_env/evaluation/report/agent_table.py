@@ -3,20 +3,18 @@
 Per operating point, against BiScale's own controller, the best static clock and the oracle.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from biscale_env.evaluation.stats.bootstrap import (
-    Interval,
-    crossed_bootstrap,
-    iqm,
-    paired_difference,
-)
+from biscale_env.evaluation.stats.bootstrap import Interval, iqm
+from biscale_env.evaluation.stats.paired_windows import PairedWindows
+from biscale_env.evaluation.stats.scores import crossed_interval
 from biscale_env.evaluation.stats.targets import judged_target
+from biscale_env.evaluation.stats.windows import resampled_ratios
 from biscale_env.policies.policy_source import AGENT, BISCALE_OWN, ORACLE, STATIC_BEST
 
 SEED = 20240229
@@ -38,15 +36,20 @@ HEAD = (
 
 
 class Shown(NamedTuple):
-    """A policy at a point: energy ratio, pooled attainment, whether that reaches the target."""
+    """A policy at a point: energy ratio, pooled attainment, whether that reaches the target.
+
+    ``unsure``: the interval of the attainment holds the target, or cannot be told.
+    """
 
     ratio: float
     attained: float
     met: bool
+    unsure: bool = False
 
     def __str__(self) -> str:
         """Energy with the attainment (never rounded up); struck through where it falls short."""
-        text = f"{self.ratio:.3f} ({np.floor(1e4 * self.attained + 1e-9) / 100:.2f})"
+        attained = f"{np.floor(1e4 * self.attained + 1e-9) / 100:.2f}" + "?" * self.unsure
+        text = f"{self.ratio:.3f} ({attained})"
         return text if self.met else f"~~{text}~~"
 
 
@@ -63,32 +66,27 @@ def target(rows: pd.DataFrame) -> float:
     )
 
 
-def shown(rows: pd.DataFrame, asked: float) -> Shown | None:
+def shown(rows: pd.DataFrame, asked: float, point: PairedWindows | None = None) -> Shown | None:
     """A policy's rows at one point, all workloads and seeds pooled; None without rows.
 
     Args:
         rows: its rows.
         asked: attainment that every policy is judged by.
+        point: the operating point, for the interval of the attainment.
     """
     if rows.empty:
         return None
     attained = attainment(rows)
-    return Shown(float(rows["energy_ratio"].mean()), attained, attained >= asked - 1e-12)
+    unsure = False
+    if point is not None:
+        at = point.attainment(rows)
+        unsure = not (asked <= at.low or at.high < asked)
+    return Shown(float(rows["energy_ratio"].mean()), attained, attained >= asked - 1e-12, unsure)
 
 
 def per_workload(rows: pd.DataFrame) -> pd.Series:
     """Energy ratio per workload seed and ensemble member, training seeds averaged."""
     return rows.groupby(["workload_seed", "ensemble_member"])["energy_ratio"].mean()
-
-
-def saving(mine: pd.DataFrame, other: pd.DataFrame) -> Interval:
-    """Mean paired difference of energy ratios, the first minus the second.
-
-    With Student's 95 % interval over workloads.
-    """
-    a, b = per_workload(mine), per_workload(other)
-    common = a.index.intersection(b.index)
-    return paired_difference(a[common].to_numpy(), b[common].to_numpy())
 
 
 def by_seed(rows: pd.DataFrame) -> NDArray[np.float64]:
@@ -143,20 +141,23 @@ def _seeds(rows: pd.DataFrame, asked: float) -> tuple[str, str]:
     return f"{means.mean():.3f} [{means.min():.3f}, {means.max():.3f}]", f"{met} of {len(means)}"
 
 
-def point_row(rows: pd.DataFrame, phase: str, shipped: int | None) -> list[str]:
+def point_row(
+    rows: pd.DataFrame, windows: pd.DataFrame, phase: str, shipped: int | None
+) -> list[str]:
     """Cells of one operating point, without phase, scenario and load."""
+    point = PairedWindows(rows, windows)
     own, parts = BISCALE_OWN[phase], split(rows, shipped)
     nothing, asked = rows.iloc[:0], target(rows)
     cells = [
-        str(shown(parts.get(name, nothing), asked) or "-")
+        str(shown(parts.get(name, nothing), asked, point) or "-")
         for name in ("max", STATIC_BEST, own, AGENT)
     ]
     against = [
-        percent(saving(parts[AGENT], parts[name])) if name in parts else "-"
+        percent(point.energy_difference(parts[AGENT], parts[name])) if name in parts else "-"
         for name in (own, STATIC_BEST)
     ]
     closed = gap_closed(parts, own)
-    oracle = str(shown(parts.get(ORACLE, nothing), asked) or "-")
+    oracle = str(shown(parts.get(ORACLE, nothing), asked, point) or "-")
     return [
         *cells,
         *against,
@@ -166,52 +167,94 @@ def point_row(rows: pd.DataFrame, phase: str, shipped: int | None) -> list[str]:
     ]
 
 
-def point_rows(results: pd.DataFrame, phase: str, shipped: int | None = None) -> list[list[str]]:
+def point_rows(
+    results: pd.DataFrame, windows: pd.DataFrame, phase: str, shipped: int | None = None
+) -> list[list[str]]:
     """One row of text per operating point of a phase."""
     mine = results[results["phase"] == phase]
     return [
-        [str(scenario), f"{load:.0%}", *point_row(rows, phase, shipped)]
+        [str(scenario), f"{load:.0%}", *point_row(rows, windows, phase, shipped)]
         for (_, scenario, load), rows in mine.groupby(POINT, sort=False)
     ]
 
 
-def scores(results: pd.DataFrame, phase: str) -> dict[str, Any]:
-    """IQM of the scores over training seeds x workloads.
+class _Scored(NamedTuple):
+    """Scores of one policy at one point: per training seed, and that under resampling."""
+
+    nominal: NDArray[np.float64]
+    resampled: NDArray[np.float64]
+
+
+def scores(results: pd.DataFrame, windows: pd.DataFrame, phase: str) -> dict[str, Any]:
+    """IQM of the scores over operating points x training seeds.
 
     A score is 0 at max clock and 1 at the oracle; without an oracle it is the saving against max
     clock. Points that max clock itself cannot serve within the SLO, or without BiScale's own
     controller, are left out (``points`` says how many are left; with none there is nothing else).
-    Training seeds are resampled together for all points, and workloads within each; ``better`` is
-    the probability that a run saves more than BiScale's own controller on the same workload.
+    Windows of time are resampled within each point, training seeds together for all points;
+    ``better`` is the probability that an agent saves more than BiScale's own controller in a window
+    of time.
     """
-    rng, mine, own, better = np.random.default_rng(SEED), [], [], []
+    found: dict[str, list[_Scored]] = {"agent": [], "own": [], "better": []}
     for _, rows in results[results["phase"] == phase].groupby(POINT, sort=False):
         parts = split(rows, None)
         served = attainment(parts.get("max", rows.iloc[:0]))
         there = not parts["seeds"].empty and BISCALE_OWN[phase] in parts
         if not there or not served >= float(rows["slo_attainment"].iloc[0]):
             continue
-        a, b = by_seed(parts["seeds"]), by_seed(parts[BISCALE_OWN[phase]])
         room = 1.0 - float(parts[ORACLE]["energy_ratio"].mean()) if ORACLE in parts else 1.0
-        mine.append((1.0 - a) / room)
-        own.append((1.0 - b) / room)
-        better.append((a < b) + 0.5 * (a == b))
-    if not mine:
+        point, own = PairedWindows(rows, windows), parts[BISCALE_OWN[phase]]
+        seeds = [mine for _, mine in parts["seeds"].groupby("training_seed")]
+        found["agent"].append(_scored(point, seeds, room))
+        found["own"].append(_scored(point, [own], room))
+        found["better"].append(_better(point, seeds, own))
+    if not found["agent"]:
         return {"points": 0}
+    rng = np.random.default_rng(SEED)
+    intervals = {
+        name: crossed_interval(
+            np.stack([one.nominal for one in each]),
+            np.stack([one.resampled for one in each], axis=1),
+            rng,
+            _mean if name == "better" else iqm,
+        )
+        for name, each in found.items()
+    }
     return {
-        "agent": crossed_bootstrap(mine, rng, iqm),
-        "own": crossed_bootstrap(own, rng, iqm),
-        "better": crossed_bootstrap(better, rng),
-        "points": len(mine),
+        **intervals,
+        "points": len(found["agent"]),
         "oracle": ORACLE in set(results["policy"]),
     }
 
 
-def markdown(results: pd.DataFrame, shipped: Mapping[str, int] | None = None) -> str:
+def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean over the last axis."""
+    return np.asarray(np.mean(values, axis=-1))
+
+
+def _scored(point: PairedWindows, seeds: Sequence[pd.DataFrame], room: float) -> _Scored:
+    """Score of each training seed's runs at a point, all workloads together."""
+    each = [point.resampled_energy_ratio(mine) for mine in seeds]
+    nominal = np.array([ratio for ratio, _ in each])
+    resampled = np.stack([moved for _, moved in each], axis=1)
+    return _Scored((1.0 - nominal) / room, (1.0 - resampled) / room)
+
+
+def _better(point: PairedWindows, seeds: Sequence[pd.DataFrame], own: pd.DataFrame) -> _Scored:
+    """Fraction of windows in which each training seed saves more than BiScale's own controller."""
+    less = np.stack([point.uses_less(mine, own) for mine in seeds])
+    usable = np.isfinite(less).astype(np.float64)
+    return _Scored(*resampled_ratios(np.nan_to_num(less), usable, point.weights))
+
+
+def markdown(
+    results: pd.DataFrame, windows: pd.DataFrame, shipped: Mapping[str, int] | None = None
+) -> str:
     """The whole table and the scores below it, phase by phase.
 
     Args:
         results: completed results frame.
+        windows: totals per run and window of time (``Run.windows``).
         shipped: per phase the training seed that is shown as ``agent``; without it all seeds are.
     """
     parts = []
@@ -224,15 +267,15 @@ def markdown(results: pd.DataFrame, shipped: Mapping[str, int] | None = None) ->
         ]
         lines += [
             "| " + " | ".join(row) + " |"
-            for row in point_rows(results, phase, (shipped or {}).get(phase))
+            for row in point_rows(results, windows, phase, (shipped or {}).get(phase))
         ]
-        parts.append("\n".join([*lines, "", summary(results, phase)]))
+        parts.append("\n".join([*lines, "", summary(results, windows, phase)]))
     return "\n\n".join(parts) + "\n"
 
 
-def summary(results: pd.DataFrame, phase: str) -> str:
+def summary(results: pd.DataFrame, windows: pd.DataFrame, phase: str) -> str:
     """The scores of a phase in one sentence."""
-    s = scores(results, phase)
+    s = scores(results, windows, phase)
     if not s["points"]:
         return (
             f"{phase}: no scores, since there is no point that max clock serves with the agent and "
@@ -247,10 +290,12 @@ def summary(results: pd.DataFrame, phase: str) -> str:
         f"{phase}: {what} {_with_interval(s['agent'])} (all training seeds), "
         f"{_with_interval(s['own'])} ({BISCALE_OWN[phase]}), "
         f"over the {s['points']} points that max clock serves; "
-        "probability that an agent saves more on a random workload of them: "
+        "probability that an agent saves more in a random window of time of them: "
         f"{_with_interval(s['better'])}."
     )
 
 
 def _with_interval(interval: Interval) -> str:
+    if not np.isfinite(interval.low):
+        return f"{interval.estimate:.3f}"
     return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"

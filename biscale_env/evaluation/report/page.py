@@ -35,7 +35,7 @@ _CAPTIONS: Final = {
     "energy": (
         "Energy against attainment",
         "Lower is less energy, further right is more requests within the SLO. Bars: 95 % intervals "
-        "from blocks of 30 s of the workload.",
+        "over windows of time: another stretch like this one, the plant as it is.",
     ),
     "tuning": (
         "What tuning could choose from",

@@ -2,7 +2,8 @@
 
 import pandas as pd
 
-from biscale_env.evaluation.report.agent_table import percent, saving, shown, target
+from biscale_env.evaluation.report.agent_table import percent, shown, target
+from biscale_env.evaluation.stats.paired_windows import PairedWindows
 from biscale_env.policies.policy_source import AGENT, BISCALE_OWN, STATIC_BEST
 
 BETWEEN = ": "  # between split and condition in the scenario's name of the results
@@ -18,10 +19,14 @@ HEAD = (
 )
 
 
-def robustness_markdown(results: pd.DataFrame) -> str:
+def robustness_markdown(results: pd.DataFrame, windows: pd.DataFrame) -> str:
     """One row per phase, split and condition.
 
     Max clock, best static, BiScale's own, the agent and the paired difference.
+
+    Args:
+        results: completed results frame.
+        windows: totals per run and window of time (``Run.windows``).
     """
     lines = ["| " + " | ".join(HEAD) + " |", "|---|---|---|" + "---:|" * (len(HEAD) - 3)]
     for (phase, scenario), rows in results.groupby(["phase", "scenario"], sort=False):
@@ -31,7 +36,9 @@ def robustness_markdown(results: pd.DataFrame) -> str:
         parts = {policy: rows[rows["policy"] == policy] for policy in policies}
         if parts[AGENT].empty:  # a run that was broken off
             continue
-        cells = [str(shown(parts[policy], target(rows)) or "-") for policy in policies]
-        cells.append(percent(saving(parts[AGENT], parts[own])))
+        point = PairedWindows(rows, windows)
+        cells = [str(shown(parts[policy], target(rows), point) or "-") for policy in policies]
+        difference = point.energy_difference(parts[AGENT], parts[own])
+        cells.append(percent(difference))
         lines.append("| " + " | ".join([str(phase), split, name, *cells]) + " |")
     return "\n".join(lines) + "\n"

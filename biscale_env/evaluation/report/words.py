@@ -52,16 +52,21 @@ def slo_words(row: Mapping[str, Any]) -> str:
 
     ``unknown`` where no request could be judged.
 
-    A ``?`` stands behind it when the interval of the attainment holds the requirement.
+    A ``?`` stands behind it when the interval of the attainment holds the requirement, or where
+    there are too few windows of time for one.
     """
-    low, high = (float(row.get(f"attainment_ci_{side}", math.nan)) for side in ("low", "high"))
+    low, high = (float(row.get(f"attainment_ci_{side}", absent)) for side, absent in _ENDS)
     if math.isnan(float(row.get("attainment", 0.0))):
         return "unknown"
     if row["slo_met"]:
         word, asked = "met", float(row["slo_attainment"])
     else:
         word, asked = ("as max" if row["target_met"] else "missed"), float(row["target"])
-    return word + ("?" if low < asked <= high else "")
+    return word + ("?" if low < asked <= high or math.isnan(low) else "")
+
+
+_ENDS: Final = (("low", math.inf), ("high", -math.inf))
+"""Where a frame has no intervals at all, words stand without a question mark."""
 
 
 def metrics_of(phase: str) -> tuple[str, ...]:

@@ -12,14 +12,12 @@ from numpy.typing import NDArray
 
 from biscale_env.evaluation.runs.member_columns import Key, row_keys
 from biscale_env.evaluation.runs.record import REFERENCE_POLICY
-from biscale_env.evaluation.stats.bootstrap import N_RESAMPLES
 from biscale_env.evaluation.stats.equal_attainment import (
     AttainmentCurve,
     ratio_interval_at,
     standing,
 )
-from biscale_env.evaluation.stats.intervals import SEED
-from biscale_env.evaluation.stats.windows import window_weights
+from biscale_env.evaluation.stats.paired_windows import point_weights
 from biscale_env.policies.policy_source import STATIC_BEST, STATIC_HINDSIGHT
 
 TOTALS: Final = ("energy_j", "n_met", "n_counted", "output_tokens")
@@ -46,13 +44,13 @@ def add_equal_attainment(
         return summary
     names = dict(zip(results["run_id"], row_keys(results), strict=True))
     found: dict[Key, AttainmentCurve] = {}
-    days: dict[Key, NDArray[np.float64]] = {}
+    windows: dict[Key, pd.DataFrame] = {}
     for run, rows in curves.groupby("run_id", sort=False):
         key = names[str(run)]
         if key not in found:
-            found[key], days[key[:-2]] = curve_of(rows), days_of(rows)
+            found[key], windows[key[:-2]] = curve_of(rows), rows.head(int(rows["window"].max()) + 1)
     targets = dict(zip(row_keys(results), results["target"], strict=True))
-    weights = {point: _weights(point, found, labels) for point, labels in days.items()}
+    weights = {point: _weights(point, found, rows) for point, rows in windows.items()}
     added = [
         _ratios(key, found, float(targets[key]), weights.get(key[:-2])) for key in row_keys(summary)
     ]
@@ -67,27 +65,28 @@ def curve_of(rows: pd.DataFrame) -> AttainmentCurve:
     )
 
 
-def days_of(rows: pd.DataFrame) -> NDArray[np.float64]:
-    """Label of each window: workloads generated independently of each other are days apart."""
-    n_windows = int(rows["window"].max()) + 1
-    return rows["day"].to_numpy(dtype=np.float64)[:n_windows]
-
-
 def _weights(
-    point: Key, curves: dict[Key, AttainmentCurve], days: NDArray[np.float64]
+    point: Key, curves: dict[Key, AttainmentCurve], windows: pd.DataFrame
 ) -> NDArray[np.float64]:
     """Weights of the windows of a point, the same for all of its policies.
 
-    The load, and every policy's energy beside max clock's, say how alike neighbours are.
+    The load, and the policies' mean energy beside max clock's, say how alike neighbours are.
+    Workloads generated independently of each other are days apart.
+
+    Args:
+        point: the operating point.
+        curves: all curves.
+        windows: ``day`` and ``copies`` of each window.
     """
     top = curves.get((*point, REFERENCE_POLICY, ""))
     mine = [curve for key, curve in curves.items() if key[:-2] == point]
     series = [mine[0].n_counted[0]]
     if top is not None:
         base = np.where(top.energy_j[0] > 0, top.energy_j[0], np.nan)
-        series += [curve.energy_j[0] / base for curve in mine if curve is not top]
-    rng = np.random.default_rng(SEED)
-    return window_weights(days.size, rng, N_RESAMPLES, days=days, series=series)
+        others = [curve.energy_j[0] / base for curve in mine if curve is not top]
+        series += [np.mean(others, axis=0)] if others else []
+    copies = float(windows["copies"].mean()) if "copies" in windows else 1.0
+    return point_weights(windows["day"].to_numpy(), series, copies)
 
 
 def _ratios(

@@ -132,7 +132,13 @@ class RunRecord:
             trained.
         variant: which setting of the policy's free parameters, e.g. ``margin=0.1``; empty is its
             default.
-        labels: further columns for the results table, e.g. ``{"delay_s": 0.05}``.
+        labels: further columns for the results table, e.g. ``{"delay_s": 0.05}``. ``one_trace``:
+            the workload is a subsample of a trace, as those of the other workload seeds are;
+            ``day``: which day it is taken from, where there are several.
+        workload_s: observed time of the workload, the same for every policy, s; NaN: until the last
+            arrival.
+        copies: circular shift (s) and share of the requests of each copy of the original trace that
+            the workload is put together of; shares add up to 1.
     """
 
     phase: str
@@ -152,6 +158,8 @@ class RunRecord:
     training_seed: int = -1
     variant: str = ""
     labels: Mapping[str, str | float | int | bool] = field(default_factory=dict)
+    workload_s: float = math.nan
+    copies: tuple[tuple[float, float], ...] = ((0.0, 1.0),)
 
     def __post_init__(self) -> None:
         if self.phase not in PHASES:

@@ -22,7 +22,7 @@ PARTS: Final = "parts"
 RESULTS: Final = "results.parquet"
 REQUESTS: Final = "requests.parquet"
 TIMELINES: Final = "timelines.parquet"
-BLOCKS: Final = "blocks.parquet"
+WINDOWS: Final = "windows.parquet"
 SUMMARY: Final = "summary.csv"
 INFEASIBLE: Final = "infeasible.csv"
 REPORT: Final = "report.html"
@@ -30,7 +30,7 @@ TUNING: Final = "tuning.csv"
 LOCK: Final = ".lock"
 CURVES: Final = "curves.parquet"
 MEMBERS: Final = "members.parquet"
-TABLES: Final = (REQUESTS, TIMELINES, BLOCKS)
+TABLES: Final = (REQUESTS, TIMELINES, WINDOWS)
 JOB_TABLES: Final = (CURVES, MEMBERS)
 """Only of policies that were tuned, or run in members of the ensemble."""
 
@@ -41,7 +41,7 @@ _ADVICE: Final = {
     RESULTS: "delete it, and --resume runs again what it held",
     INFEASIBLE: "delete it, and --resume writes it again",
 }
-_WIDE: Final = frozenset({"arrival_s", "start_s", "first_token_s", "finish_s", "time_s"})
+_WIDE: Final = frozenset({"arrival_s", "start_s", "first_token_s", "finish_s", "time_s", "begin_s"})
 """Kept in float64: instants of a long run. Everything else fits float32 (7 digits)."""
 
 

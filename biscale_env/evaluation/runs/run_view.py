@@ -68,16 +68,16 @@ class Run:
         return self._all(run_files.TIMELINES)
 
     @cached_property
-    def blocks(self) -> pd.DataFrame:
-        """Totals per run and block of 30 s."""
-        return self._all(run_files.BLOCKS)
+    def windows(self) -> pd.DataFrame:
+        """Totals per run and window of time; see :mod:`biscale_env.evaluation.runs.blocks`."""
+        return self._all(run_files.WINDOWS)
 
     @cached_property
     def curves(self) -> pd.DataFrame:
         """Settings of tuned policies on the judged workloads, a row per setting and window.
 
         Columns ``run_id`` (the policy's first run), ``setting`` (text), ``window, day, energy_j,
-        n_met, n_counted, output_tokens``. Empty without tuning.
+        n_met, n_counted, output_tokens, copies``. Empty without tuning.
         """
         return self._all(run_files.CURVES)
 
@@ -172,7 +172,7 @@ class Run:
         summary = results.summarise(self.results)
         if not len(summary):
             return summary
-        summary = add_intervals(summary, self.results, self.blocks, self.latencies)
+        summary = add_intervals(summary, self.results, self.windows, self.latencies)
         summary = add_equal_attainment(summary, self.results, self.curves)
         return add_member_range(summary, self.results, self.member_runs)
 

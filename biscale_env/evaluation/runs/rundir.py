@@ -2,7 +2,7 @@
 
 Layout. ``config.yaml`` (resolved), ``provenance.json``, ``parts/<run_id>/`` (one folder per
 finished run), and once merged ``results.parquet``, ``requests.parquet``, ``timelines.parquet``,
-``blocks.parquet`` (one row group per run), ``curves.parquet`` and ``members.parquet`` (of a tuned
+``windows.parquet`` (one row group per run), ``curves.parquet`` and ``members.parquet`` (of a tuned
 policy, with the first of its runs) and ``summary.csv``; ``infeasible.csv`` where a point
 cannot be served at all. A part folder appears in one rename, so it is whole or absent; merged files
 are written beside and then renamed, and parts go only when all of them are in place. One writer
@@ -26,7 +26,7 @@ import yaml
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import debris, lock, naming, open_whole, write_whole
 from biscale_env.evaluation.runs import results, run_files
-from biscale_env.evaluation.runs.blocks import BLOCK_COLUMNS, block_totals
+from biscale_env.evaluation.runs.blocks import WINDOW_COLUMNS, window_totals
 from biscale_env.evaluation.runs.provenance import provenance
 from biscale_env.evaluation.runs.record import (
     INFEASIBLE_COLUMNS,
@@ -272,7 +272,7 @@ class RunDirectory:
     ) -> None:
         pd.DataFrame([row]).to_parquet(folder / run_files.RESULTS, index=False)
         tables: dict[str, tuple[Mapping[str, Any], Sequence[str]]] = {
-            run_files.BLOCKS: (block_totals(record), BLOCK_COLUMNS)
+            run_files.WINDOWS: (window_totals(record), WINDOW_COLUMNS)
         }
         if keep_requests:
             requests = {**record.requests, FAILED: failures(record.requests)}

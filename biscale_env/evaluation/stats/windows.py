@@ -18,6 +18,13 @@ and are no further evidence.
   that length; the factor is simulated (Shao and Politis 2013 on why the length of a block must
   count; for independent windows this is Student's interval). The autocorrelation itself is
   corrected for its bias in short series (Marriott and Pope 1954).
+- *Copies.* A load above the trace's own is made of shifted copies of it. They smooth the load, but
+  stay one stretch of time: each window of the original moves all its copies at once, so deviations
+  count as often as there are copies (first order; cross terms make it somewhat wider).
+- *Load.* Another stretch of time would have another mean load, and intervals include that, although
+  an experiment scales the load to a share of capacity: where a policy's saving depends on the load
+  they are on the safe side. Of a workload of several copies the load is even by construction; there
+  resamples keep the total load (linear calibration, Deville and Sarndal 1992).
 - *Days.* Four or more days (or independently generated workloads) are clusters: whole days are
   taken with replacement, the interval is Student's over days and speaks of days like them. Fewer
   are strata: blocks are taken within each, and the interval speaks of those days alone.
@@ -25,7 +32,6 @@ and are no further evidence.
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -34,6 +40,7 @@ from scipy import stats
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.stats.bootstrap import LEVEL, N_RESAMPLES, Interval, percentile_interval
+from biscale_env.evaluation.stats.few_windows import block_windows, expansion, student_factor
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -43,11 +50,8 @@ MIN_UNITS: Final = 3
 """Fewer windows (or days) than this give no interval."""
 MIN_CLUSTERS: Final = 4
 """From so many days on, days are what is resampled: with three, Student's factor is above 4."""
-MIN_BLOCKS: Final = 5
-"""A block is never longer than this fraction of the time (assumed; see the tests of coverage)."""
 _MAX_AUTOCORRELATION: Final = 0.9
 """Beyond it a few windows cannot tell a swing from a trend (assumed)."""
-_GAUSS: Final = float(stats.norm.ppf(0.5 + LEVEL / 2))
 
 
 # --- windows
@@ -103,24 +107,14 @@ def autocorrelation(series: ArrayLike, days: ArrayLike | None = None) -> float:
     return min(max(corrected, 0.0), _MAX_AUTOCORRELATION)
 
 
-def block_windows(n_windows: int, correlation: float = 0.0) -> int:
-    """Windows per block: as many as the autocorrelation asks, a fifth of all at most.
-
-    Args:
-        n_windows: windows of one day.
-        correlation: autocorrelation of neighbouring windows, in [0, 1).
-    """
-    strength = 4 * correlation**2 / (1 - correlation**2) ** 2
-    wanted = max(1.447 * (strength * n_windows) ** (1 / 3), n_windows ** (1 / 3))
-    return max(1, min(math.ceil(wanted - 1e-9), n_windows // MIN_BLOCKS))
-
-
 def window_weights(
     n_windows: int,
     rng: np.random.Generator,
     n_resamples: int = N_RESAMPLES,
     days: ArrayLike | None = None,
     series: Sequence[ArrayLike] = (),
+    copies: float = 1.0,
+    load: ArrayLike | None = None,
 ) -> Floats:
     """Weight of each window in each resample; give all policies of an operating point the same.
 
@@ -137,12 +131,17 @@ def window_weights(
             day if left out. Independently generated workloads are labels too.
         series: what to take the autocorrelation from, each of shape (n_windows,): the load, the
             energy ratio of each policy. The largest counts.
+        copies: of how many copies of the original trace, shifted against each other, the workload
+            is made in effect; totals must be given back to the windows of the original.
+        load: requests per window of one day; resamples then keep their total.
 
     Returns:
         Shape (n_resamples, n_windows); NaN where there are too few windows for an interval.
     """
     parts = _parts(n_windows, days)
     lengths = tuple(part.size for part in parts)
+    if not lengths:
+        return np.empty((n_resamples, 0))
     clusters = len(parts) >= MIN_CLUSTERS or (len(parts) > 1 and min(lengths) < MIN_UNITS)
     if (len(parts) if clusters else min(lengths)) < MIN_UNITS:
         return np.full((n_resamples, n_windows), np.nan)
@@ -152,17 +151,27 @@ def window_weights(
         day_of = np.empty(n_windows, dtype=np.int64)
         for day, part in enumerate(parts):
             day_of[part] = day
-        student = float(stats.t.ppf(0.5 + LEVEL / 2, n_days - 1))
-        factor = student * math.sqrt(n_days / (n_days - 1)) / _GAUSS
-        return 1 + factor * (taken[:, day_of].astype(np.float64) - 1)
+        return 1 + copies * student_factor(n_days) * (taken[:, day_of].astype(np.float64) - 1)
     correlation = max((autocorrelation(one, days) for one in series), default=0.0)
     correlation = round(correlation, 2)
-    counts = np.empty((n_resamples, n_windows))
+    moved = np.empty((n_resamples, n_windows))
     for part in parts:
-        counts[:, part] = _block_counts(
-            part.size, block_windows(part.size, correlation), n_resamples, rng
-        )
-    return 1 + _factor(lengths, correlation) * (counts - 1)
+        length = block_windows(part.size, correlation)
+        moved[:, part] = _block_counts(part.size, length, n_resamples, rng) - 1
+    kept = _direction(load) if load is not None and len(parts) == 1 else ()
+    if kept:
+        moved -= np.outer(moved @ np.asarray(kept), kept)
+    return 1 + copies * expansion(lengths, correlation, kept) * moved
+
+
+def _direction(load: ArrayLike) -> tuple[float, ...]:
+    """The load less its mean, of length 1; empty where it does not vary, or for three windows."""
+    values = np.asarray(load, dtype=np.float64)
+    deviation = values - float(values.mean())
+    length = float(np.linalg.norm(deviation))
+    if values.size <= MIN_UNITS or length <= 1e-9 * float(np.abs(values).sum()):
+        return ()
+    return tuple((deviation / length).tolist())
 
 
 def _parts(n_windows: int, days: ArrayLike | None) -> list[Ints]:
@@ -189,57 +198,6 @@ def _block_counts(n: int, length: int, n_resamples: int, rng: np.random.Generato
         .reshape(n_resamples, n)
         .astype(np.float64)
     )
-
-
-@lru_cache(maxsize=256)
-def _factor(lengths: tuple[int, ...], correlation: float) -> float:
-    """By how much the deviations must grow for the percentiles to cover a mean at 95 %.
-
-    Args:
-        lengths: windows of each stratum.
-        correlation: autocorrelation of neighbouring windows.
-    """
-    n_windows = sum(lengths)
-    n_samples = int(np.clip(4_000_000 // n_windows, 2_000, 40_000))
-    rng = np.random.default_rng(0)
-    error, variance = np.zeros(n_samples), np.zeros(n_samples)
-    for n in lengths:
-        sample = _ar1(n, correlation, n_samples, rng)
-        error += sample.sum(axis=1) / n_windows
-        variance += _bootstrap_variance(sample, block_windows(n, correlation)) / n_windows**2
-    needed = np.abs(error) / np.sqrt(np.maximum(variance, 1e-300))
-    return float(np.quantile(needed, LEVEL)) / _GAUSS
-
-
-def _ar1(n: int, correlation: float, n_samples: int, rng: np.random.Generator) -> Floats:
-    """Stationary Gaussian series, shape (n_samples, n)."""
-    series = rng.normal(size=(n_samples, n))
-    fresh = math.sqrt(1 - correlation**2)
-    if correlation > 0:
-        for t in range(1, n):
-            series[:, t] = correlation * series[:, t - 1] + fresh * series[:, t]
-    return series
-
-
-def _bootstrap_variance(series: Floats, length: int) -> Floats:
-    """Variance of the resampled sum of each series, shape (n_samples,), in closed form.
-
-    As :func:`_block_counts` takes blocks: independent, from every place, the last one cut.
-    """
-    n = series.shape[1]
-    deviation = series - series.mean(axis=1, keepdims=True)
-    whole, rest = divmod(n, length)
-    total = whole * _block_square(deviation, length)
-    return total + (_block_square(deviation, rest) if rest else 0.0)
-
-
-def _block_square(deviation: Floats, length: int) -> Floats:
-    """Mean square of the sums over all circular blocks of a length."""
-    wrapped = np.concatenate([deviation, deviation[:, : length - 1]], axis=1)
-    running = np.cumsum(wrapped, axis=1)
-    sums = running[:, length - 1 :].copy()
-    sums[:, 1:] -= running[:, :-length]
-    return np.asarray(np.mean(sums**2, axis=1))
 
 
 # --- intervals
