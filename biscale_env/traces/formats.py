@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from biscale_env.core.errors import BiscaleError, BiscaleWarning
+from biscale_env.traces.csv_rows import csv_batches
 from biscale_env.traces.json_rows import json_batches
-from biscale_env.traces.raw_columns import RawColumns, csv_batches, parquet_batches
+from biscale_env.traces.raw_columns import RawColumns, parquet_batches
 from biscale_env.traces.text_files import HEAD_BYTES, UTF16, FileFormat, text_format
 
 ENTRY_POINTS: Final = "biscale.trace_formats"

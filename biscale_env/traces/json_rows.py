@@ -6,6 +6,7 @@ JSON lines with plain keys go through Arrow, everything else row by row through 
 import contextlib
 import itertools
 import json
+import re
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -261,9 +262,12 @@ def _refuse_first_fault(path: Path, layout: Layout, dated: bool) -> None:
 
 
 def count_lines(path: Path) -> int:
-    """Lines of a text file, which may be compressed."""
-    with open_text(path) as file:
-        return sum(1 for _ in file)
+    """Lines of a text file, which may be compressed; one without an end counts too."""
+    count, last = 0, b"\n"
+    with open_bytes(path) as file:
+        while piece := file.read(READ_CHARS):
+            count, last = count + piece.count(b"\n"), piece[-1:]
+    return count + (last != b"\n")
 
 
 def _json_rows(path: Path) -> Generator[tuple[int, Row], None, None]:
@@ -295,21 +299,22 @@ class _JsonLineName:
 
 
 def _array_rows(path: Path) -> Iterator[Any]:
-    """Items of a JSON array, parsed one after the other as the file is read."""
+    """Items of a JSON array, parsed one after the other as the file is read.
+
+    Raises:
+        BiscaleError: an item cannot be parsed.
+    """
     decoder = json.JSONDecoder()
+    between = re.compile(r"[\s,]*")
     with open_text(path) as file:
-        text, wanted = file.read(READ_CHARS).lstrip()[1:], READ_CHARS
-        count = 0
+        text, at, count, wanted = file.read(READ_CHARS), 0, 0, READ_CHARS
+        at = text.index("[") + 1
         while True:
-            text = text.lstrip()
-            if count and text.startswith(","):
-                text = text[1:].lstrip()
-            if text.startswith("]"):
+            at = between.match(text, at).end()  # type: ignore[union-attr]
+            if text.startswith("]", at):
                 return
             try:
-                if not text:
-                    raise ValueError
-                item, end = decoder.raw_decode(text)
+                item, end = decoder.raw_decode(text, at)
                 if end == len(text):  # a number may go on in the next part
                     raise ValueError
             except ValueError:
@@ -318,7 +323,8 @@ def _array_rows(path: Path) -> Iterator[Any]:
                     raise BiscaleError(
                         f"{path}, item {count + 1}: malformed row: not a JSON object"
                     ) from None
-                text, wanted = text + more, 2 * wanted
+                # an item that is longer than what was read: read twice as much the next time
+                text, at, wanted = text[at:] + more, 0, 2 * wanted
                 continue
             yield item
-            count, wanted, text = count + 1, READ_CHARS, text[end:]
+            at, count, wanted = end, count + 1, READ_CHARS

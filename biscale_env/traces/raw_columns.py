@@ -1,34 +1,26 @@
-"""Batches of raw columns out of CSV and Parquet files, with little memory."""
+"""Raw columns: what every reader yields, and the readers of Parquet; others build on it."""
 
-import csv
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 from numpy.typing import ArrayLike, NDArray
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.traces.checks import Where
 from biscale_env.traces.layouts import META_KEY, Layout, find_layout
-from biscale_env.traces.text_files import open_bytes, open_text
 
 BLOCK_BYTES = 1 << 20
 MOST_BLOCK_BYTES = 1 << 30  # longest line that can be read
 BLOCK_ROWS = 1 << 18
-DELIMITERS = ",;\t|"
 ZONE = re.compile(r"(Z|[+-]\d\d(:?\d\d)?)$")
 DATE = re.compile(r"\d+-.*:")
-DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+$")
 STRADDLES = "straddl"  # in Arrow's message about a row that is longer than a block
-ARROW_ROW = re.compile(
-    r"(?:In CSV column #(?P<column>\d+): )?Row #(?P<row>\d+): (?P<what>.*)", re.DOTALL
-)
 
 
 @dataclass(frozen=True)
@@ -143,108 +135,6 @@ def _numbers(column: Any) -> NDArray[np.float64]:
     return np.asarray(column.cast(pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64)
 
 
-@dataclass(frozen=True)
-class _CsvLook:
-    """How a CSV file is written: its header and the line of that, its separators."""
-
-    header: list[str]
-    header_line: int
-    delimiter: str
-    sample: dict[str, str]
-    quoted: bool
-
-    @property
-    def decimal(self) -> str:
-        """The decimal point, a comma in some countries."""
-        if self.delimiter == ",":
-            return "."
-        return "," if any(DECIMAL_COMMA.match(v.strip()) for v in self.sample.values()) else "."
-
-
-def _look(path: Path) -> _CsvLook:
-    """Find the header: behind blank lines, comments and a line ``sep=;`` of spreadsheets."""
-    limit = csv.field_size_limit(MOST_BLOCK_BYTES)
-    try:
-        with open_text(path) as file:
-            line, text, delimiter = 0, "", ""
-            for text in file:
-                line += 1
-                told = re.fullmatch(r'"?sep=(.)"?', text.strip(), re.IGNORECASE)
-                delimiter = told[1] if told else delimiter
-                if text.strip() and not told and not text.startswith("#"):
-                    break
-            delimiter = delimiter or max(DELIMITERS, key=text.count)
-            header = next(csv.reader([text], delimiter=delimiter), [])
-            first = next(csv.reader(file, delimiter=delimiter), None)
-            text += "".join(first or [])
-            quoted = '"' in text or (first is not None and any("\n" in cell for cell in first))
-    finally:
-        csv.field_size_limit(limit)
-    names = [name.strip() for name in header]
-    sample = dict(zip(names, first or [], strict=False))
-    return _CsvLook(names, line, delimiter, sample, quoted)
-
-
-def csv_batches(path: Path, **columns: Any) -> Iterator[RawColumns]:
-    """Batches of a CSV file with a header line; separators are ``,``, ``;``, tab or ``|``.
-
-    Blank lines at the end are no rows. A row may be as long as a gigabyte.
-
-    Args:
-        path: file, may be compressed.
-        columns: options of `find_layout`.
-
-    Raises:
-        BiscaleError: empty file, wrong header, or a malformed row with its line.
-    """
-    look = _look(path)
-    layout = find_layout(path, look.header, **columns)
-    sample = look.sample.get(layout.time)
-    line = look.header_line + 1
-    if sample is not None and not sample.strip() and any(v.strip() for v in look.sample.values()):
-        raise BiscaleError(f"{path}, line {line}: {layout.time} is missing or not a finite number")
-    if sample is None and not look.sample:  # a header alone
-        return
-    types = {layout.prompt: pa.float64(), layout.output: pa.float64(), layout.time: pa.float64()}
-    types[layout.time] = date_type(sample or "") or pa.float64()
-    try:
-        records = _without_blank_end(
-            growing(lambda block, again: _csv_records(path, look, types, block, again))
-        )
-        for record in records:
-            yield raw_batch(record, layout, RowNumber(path, line, "line"))
-            line += record.num_rows
-    except pa.ArrowInvalid as error:
-        raise BiscaleError(_csv_fault(path, look.header, str(error))) from None
-
-
-def _csv_records(
-    path: Path, look: _CsvLook, types: dict[str, pa.DataType], block_bytes: int, again: bool
-) -> Iterator[pa.RecordBatch]:
-    with path.open("rb") as file:
-        encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf8"
-    options = (
-        pa.csv.ReadOptions(
-            use_threads=False,
-            block_size=block_bytes,
-            column_names=look.header,
-            skip_rows=look.header_line,
-            encoding=encoding,
-        ),
-        pa.csv.ParseOptions(
-            delimiter=look.delimiter,
-            ignore_empty_lines=False,
-            newlines_in_values=look.quoted or again,
-            invalid_row_handler=lambda row: "error" if row.text.strip() else "skip",
-        ),
-        pa.csv.ConvertOptions(
-            include_columns=list(types), column_types=types, decimal_point=look.decimal
-        ),
-    )
-    with open_bytes(path) as file, pa.csv.open_csv(file, *options) as stream:
-        yield from stream
-
-
 def growing(read: Callable[[int, bool], Iterator[pa.RecordBatch]]) -> Iterator[pa.RecordBatch]:
     """Read in blocks that grow where a row does not fit into one.
 
@@ -276,42 +166,6 @@ def growing(read: Callable[[int, bool], Iterator[pa.RecordBatch]]) -> Iterator[p
                 fault = error
             else:  # no better the second time
                 raise fault from None
-
-
-def _without_blank_end(
-    records: Iterable[pa.RecordBatch],
-) -> Iterator[pa.RecordBatch]:
-    """Records without the blank rows at the end of the file.
-
-    Blank rows inside the file stay: they are faults, and are named with their line.
-    """
-    held: list[pa.RecordBatch] = []
-    for record in records:
-        last = record.num_rows
-        while last and all(not column[last - 1].is_valid for column in record.columns):
-            last -= 1
-        if last:
-            yield from held
-            held = []
-            yield record.slice(0, last)
-        if last < record.num_rows:
-            held.append(record.slice(last))
-
-
-def _csv_fault(path: Path, header: list[str], message: str) -> str:
-    found = ARROW_ROW.search(message)
-    if not found:
-        return f"{path} is not a readable CSV file: {message.splitlines()[0]}"
-    column = found["column"]
-    field = (
-        f"{header[int(column)]}: "
-        if column is not None and int(column) < len(header)
-        else "malformed row: "
-    )
-    what = found["what"].splitlines()[0][:160]
-    value = re.search(r"invalid value ('.*')", what)
-    fault = f"{value[1]} is not a number or date of the expected form" if value else what
-    return f"{path}, line {found['row']}: {field}{fault}"
 
 
 def parquet_batches(path: Path, **columns: Any) -> Iterator[RawColumns]:

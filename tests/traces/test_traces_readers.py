@@ -2,9 +2,12 @@
 
 import gzip
 import json
+import time
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.csv
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -262,3 +265,20 @@ def test_real_azure_files(shared_data):
         BiscaleError, match=r"AzureLLMInferenceTrace_conv_2023.csv, line \d+: prompt_tokens"
     ):
         conv.check_fits(8192)
+
+
+def test_a_million_rows_are_read_in_two_seconds(tmp_path):
+    """Of computing time; it takes about a tenth of that."""
+    n = 1_000_000
+    rng = np.random.default_rng(0)
+    table = pa.table(
+        {
+            "TIMESTAMP": (np.cumsum(rng.exponential(0.05, n)) * 1e6).astype("datetime64[us]"),
+            "ContextTokens": rng.integers(1, 5000, n),
+            "GeneratedTokens": rng.integers(0, 500, n),
+        }
+    )
+    pa.csv.write_csv(table, tmp_path / "million.csv")
+    started = time.process_time()
+    assert len(read_trace(tmp_path / "million.csv")) == n
+    assert time.process_time() - started < 2.0
