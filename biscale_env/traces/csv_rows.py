@@ -22,6 +22,7 @@ from biscale_env.traces.raw_columns import (
 )
 from biscale_env.traces.text_files import UTF16, open_bytes, open_text
 
+FORMS: Final = " (1234.5, or 2024-05-10 08:00:00.25 with or without a zone)"
 DELIMITERS: Final = ",;\t|"
 DECIMAL_COMMA: Final = re.compile(r"[-+]?\d+,\d+$")
 ARROW_ROW: Final = re.compile(
@@ -163,5 +164,5 @@ def _csv_fault(path: Path, header: list[str], message: str) -> str:
     )
     what = found["what"].splitlines()[0][:160]
     value = re.search(r"invalid value ('.*')", what)
-    fault = f"{value[1]} is not a number or date of the expected form" if value else what
+    fault = f"{value[1]} is not a number or date of the expected form{FORMS}" if value else what
     return f"{path}, line {found['row']}: {field}{fault}"

@@ -68,7 +68,8 @@ KNOWN: Final[dict[str, KnownLayout]] = {
         Layout("TIMESTAMP", "ContextTokens", "GeneratedTokens", None, "Azure 2023/2024")
     ),
     "qwen-bailian": KnownLayout(
-        Layout(*_MOONCAKE, "s", "Qwen-Bailian", rival="ms"), ("chat_id", "parent_chat_id", "turn")
+        Layout(*_MOONCAKE, "s", "Qwen-Bailian", rival="ms"),
+        ("chat_id", "parent_chat_id", "turn", "type"),
     ),
     "mooncake": KnownLayout(Layout(*_MOONCAKE, "ms", "Mooncake", rival="s")),
     "burstgpt": KnownLayout(

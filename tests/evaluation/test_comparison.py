@@ -51,6 +51,12 @@ def test_an_experiment_is_frozen_but_for_a_few_keys():
     assert {point.seeds for point in asked.points} == {2}
     assert asked.tuned
     assert asked.oracle_seeds["prefill"] > 0
+    for key, value, words in (
+        ("trace", "azure-conv-like", "--trace"),
+        ("reading", {"start": "1h"}, "the options of reading a trace"),
+    ):
+        with pytest.raises(BiscaleError, match=f"frozen: leave out {words}"):
+            compare_experiment("slo", {key: value})
     with pytest.raises(BiscaleError, match="--experiment is frozen: leave out --delay"):
         compare_experiment("main", {"delay_s": 0.1})
 

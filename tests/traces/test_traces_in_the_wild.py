@@ -203,6 +203,7 @@ QWEN = {"chat_id": 5, "parent_chat_id": -1, "type": "text", "turn": 1, "hash_ids
         ([mooncake(0), mooncake(3000), mooncake(4500)], "ms", [0, 3, 4.5]),
         ([mooncake(0, hash_ids=[1]), mooncake(3000, hash_ids=[])], "ms", [0, 3]),
         ([mooncake(50.125, **QWEN), mooncake(51.5, **QWEN)], "s", [0, 1.375]),
+        ([mooncake(0.5, type="text"), mooncake(60.5, type="search")], "s", [0, 60]),
         # a handful of rows out of two hours: still the documented unit
         ([mooncake(50.125, **QWEN), mooncake(9000.25, **QWEN)], "s", [0, 8950.125]),
         # whole numbers and fractions the other way round: only the rate is left, and decides

@@ -22,9 +22,7 @@ DEFAULT_LOAD: Final = 0.5
 DEFAULT_SECONDS: Final = 600.0
 QUICK_SECONDS: Final = 120.0
 RUNS: Final = Path("runs")
-FREE_IN_EXPERIMENTS: Final = frozenset(
-    {"trace", "reading", "seeds", "load", "gpu", "llm", "model", "idle"}
-)
+FREE_IN_EXPERIMENTS: Final = frozenset({"seeds", "load", "gpu", "llm", "model", "idle"})
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def compare_experiment(
 
     Args:
         name: name or YAML file.
-        changes: keys that may be other here: trace, seeds, load, gpu, llm, model, idle.
+        changes: keys that may be other here: seeds, load, gpu, llm, model, idle.
         policies: entries instead of the experiment's; none for its own.
         phase: one of its phases only.
         quick: two minutes, one seed.
@@ -141,8 +139,9 @@ def compare_experiment(
     """
     given = {key: value for key, value in changes.items() if value is not None}
     if frozen_keys := set(given) - FREE_IN_EXPERIMENTS:
-        key = min(frozen_keys).removesuffix("_s")
-        raise BiscaleError(f"--experiment is frozen: leave out --{key}")
+        key = max(frozen_keys).removesuffix("_s")  # "trace" before "reading", which goes with it
+        what = "the options of reading a trace" if key == "reading" else f"--{key}"
+        raise BiscaleError(f"--experiment is frozen: leave out {what}")
     update: dict[str, Any] = {
         key: given[key] for key in ("gpu", "llm", "model", "idle") if key in given
     }
