@@ -142,9 +142,9 @@ def compare_experiment(
         key = max(frozen_keys).removesuffix("_s")  # "trace" before "reading", which goes with it
         what = "the options of reading a trace" if key == "reading" else f"--{key}"
         raise BiscaleError(f"--experiment is frozen: leave out {what}")
-    update: dict[str, Any] = {
-        key: given[key] for key in ("gpu", "llm", "model", "idle") if key in given
-    }
+    update: dict[str, Any] = {key: given[key] for key in ("gpu", "llm", "model") if key in given}
+    if "idle" in given:
+        update["idles"] = (given["idle"],)
     if phase is not None:
         update["phases"] = checked_phases(phase)
     if "seeds" in given or quick:

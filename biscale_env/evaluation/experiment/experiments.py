@@ -27,7 +27,8 @@ class Experiment(Config):
         gpu: GPU of every instance, name or YAML file; None takes the workload's.
         llm: LLM, likewise.
         model: fitted model, likewise.
-        idle: what an instance without work draws, ``last-clock`` or ``parked``, likewise.
+        idles: what an instance without work draws, ``last-clock`` or ``parked``: every policy is
+            tuned and judged under each; a null entry takes the workload's.
         delays_s: actuation delays; a null entry takes that of the ensemble member.
         members: ensemble members.
         policies: entries ``[label=]name``, each in the syntax of :mod:`biscale_env.policies`;
@@ -51,7 +52,7 @@ class Experiment(Config):
     gpu: str | None = None
     llm: str | None = None
     model: str | None = None
-    idle: IdleRule | None = None
+    idles: tuple[IdleRule | None, ...] = Field(default=(None,), min_length=1)
     delays_s: tuple[float | None, ...] = (0.05,)
     members: tuple[int, ...] = (-1,)
     policies: tuple[str, ...] = ("all",)
@@ -76,15 +77,15 @@ class Experiment(Config):
             traces: paths to use instead of named traces, by trace name.
         """
         made = []
-        for base, load, slo, delay, fold in itertools.product(
-            self.workloads, self.loads, self.slos, self.delays_s, self.folds
+        for base, idle, load, slo, delay, fold in itertools.product(
+            self.workloads, self.idles, self.loads, self.slos, self.delays_s, self.folds
         ):
             scenario = load_scenario(base)
             if scenario.trace is None and fold != self.folds[0]:
                 continue
             path = (traces or {}).get(scenario.trace or "", scenario.trace)
             changes = {
-                "name": self._name(base, delay, fold),
+                "name": self._name(base, delay, fold, idle),
                 "workload": base,
                 "trace": path,
                 "load": load,
@@ -94,21 +95,24 @@ class Experiment(Config):
                 "members": self.members,
                 "seeds": self.seeds,
                 **self._instance_changes(),
+                **({} if idle is None else {"idle": idle}),
             }
             made.append(scenario.changed(**changes))
         return made
 
-    def _name(self, base: str, delay_s: float | None, fold: str) -> str:
+    def _name(self, base: str, delay_s: float | None, fold: str, idle: str | None) -> str:
         """Name of a scenario in tables: its workload, and what varies besides."""
         words = [base]
         if len(self.delays_s) > 1:
             words.append(f"delay {'of the model' if delay_s is None else f'{1e3 * delay_s:g} ms'}")
         if fold == "backward":
             words.append("halves exchanged")
+        if len(self.idles) > 1 and idle == "parked":
+            words.append("parked")
         return ", ".join(words)
 
     def _instance_changes(self) -> dict[str, str]:
-        given = {"gpu": self.gpu, "llm": self.llm, "model": self.model, "idle": self.idle}
+        given = {"gpu": self.gpu, "llm": self.llm, "model": self.model}
         return {key: value for key, value in given.items() if value is not None}
 
 
