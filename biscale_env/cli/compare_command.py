@@ -62,7 +62,12 @@ Tune = Annotated[
     bool,
     typer.Option("--tune", help="Choose every policy's free parameters on tuning workloads first."),
 ]
-Quick = Annotated[bool, typer.Option("--quick", help="Two minutes of workload, one seed.")]
+Quick = Annotated[
+    bool,
+    typer.Option(
+        "--quick", help="Two minutes of workload (five of an experiment's traces), one seed."
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:

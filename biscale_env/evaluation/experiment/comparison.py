@@ -21,6 +21,7 @@ DEFAULT_SCENARIO: Final = "synthetic-default"
 DEFAULT_LOAD: Final = 0.5
 DEFAULT_SECONDS: Final = 600.0
 QUICK_SECONDS: Final = 120.0
+QUICK_TRACE_SECONDS: Final = 300.0
 RUNS: Final = Path("runs")
 FREE_IN_EXPERIMENTS: Final = frozenset({"seeds", "load", "gpu", "llm", "model", "idle"})
 
@@ -154,8 +155,7 @@ def compare_experiment(
     experiment = load_experiment(name).model_copy(update=update)
     points = experiment.scenarios()
     if quick:
-        quickly = {"duration_s": QUICK_SECONDS, "decode_duration_s": QUICK_SECONDS}
-        points = [point.model_copy(update=quickly) for point in points]
+        points = [point.model_copy(update=_quickly(point)) for point in points]
     return Comparison(
         experiment.name,
         points,
@@ -166,6 +166,12 @@ def compare_experiment(
         experiment.name,
         experiment.spread_members,
     )
+
+
+def _quickly(point: Scenario) -> dict[str, float]:
+    """Lengths for a first look; of a trace enough that a capacity can be searched in it."""
+    seconds = QUICK_SECONDS if point.trace is None else QUICK_TRACE_SECONDS
+    return {"duration_s": seconds, "decode_duration_s": seconds}
 
 
 def run_comparison(
