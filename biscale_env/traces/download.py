@@ -16,6 +16,7 @@ from biscale_env.config import configs_dir, load_yaml
 from biscale_env.config.loader import Config
 from biscale_env.core import user_cache
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import lock
 from biscale_env.traces.partial_file import PartialFile, Progress
 from biscale_env.traces.readers import iter_trace
 from biscale_env.traces.synthetic.profiles import DOWNLOADS, FOLDER
@@ -120,9 +121,11 @@ def fetch(name: str, base_url: str | None = None, progress: Progress | None = No
     part = PartialFile(target)
     with _one_sentence(url, target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-        part.receive(url, download.size_bytes, progress or (lambda done, total: None))
-        _check(url, part, download)
-        part.finish()
+        # beside the folder of traces, since a lock file stays
+        with lock(target.parent.with_name(f"fetch-{name}.lock"), what=f"the download of {name}"):
+            part.receive(url, download.size_bytes, progress or (lambda done, total: None))
+            _check(url, part, download)
+            part.finish()
     return target
 
 

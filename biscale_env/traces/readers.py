@@ -79,13 +79,18 @@ def stream_rows(
 
     Args:
         path: the file.
-        options: how to read it; ``sort`` has no use here.
+        options: how to read it, but for ``sort``.
         about: what was recognised, filled meanwhile.
 
     Raises:
         BiscaleError: as `read_trace`, when the faulty row is reached.
     """
-    options = (options or ReadingOptions()).model_copy(update={"sort": False})
+    options = options or ReadingOptions()
+    if options.sort:
+        raise BiscaleError(
+            f"{path} is read piece by piece, which cannot sort it: sort it once with 'biscale "
+            "traces convert --sort'"
+        )
     with contextlib.closing(_rows(_format(path), path, options, about)) as pieces:
         for piece in pieces:
             if piece.arrival_s.size:
@@ -154,7 +159,11 @@ def load_file(
     if not rows:
         raise BiscaleError(_nothing(path, options, about))
     trace = _trace(rows, path, name, options, about)
-    duration_s = parquet_duration_s(path) if form.name == "parquet" and not about.part else 0.0
+    duration_s = 0.0
+    if form.name == "parquet" and not (options.sort and about.part):
+        # what was observed to the end of the part
+        first_s, last_s = rows[0].part_s
+        duration_s = max(min(parquet_duration_s(path), last_s) - first_s, 0.0)
     first_line = _first_line(path, form, rows, options, about)
     trace = replace(trace, duration_s=max(duration_s, trace.duration_s), first_line=first_line)
     late_s = 0.0 if about.part else float(trace.arrival_s[0])
@@ -247,7 +256,7 @@ def iter_trace(
         path: CSV, JSON-lines or Parquet file, sorted by time.
         window_s: length of a window, s.
         name: name of the trace, default the file's.
-        options: how to read it; ``sort`` has no use here.
+        options: how to read it, but for ``sort``.
         given: as in `read_trace`.
 
     Raises:

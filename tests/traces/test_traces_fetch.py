@@ -9,6 +9,7 @@ import tracemalloc
 import pytest
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import lock
 from biscale_env.traces import cache_dir, fetch, list_traces, load_named, read_trace
 from biscale_env.traces.download import Download, Downloads, cached_path, load_downloads
 
@@ -277,6 +278,17 @@ def test_a_part_that_is_whole_or_too_long_already(server):
     (cache_dir() / "mooncake.jsonl.part-version").write_text('"v1"')
     (cache_dir() / "mooncake.jsonl.part").write_bytes(MOONCAKE + b"more")
     assert fetch(UNKNOWN, server.url).read_bytes() == MOONCAKE
+
+
+def test_two_downloads_of_one_file_do_not_meet(server):
+    with lock(cache_dir().with_name(f"fetch-{NAME}.lock")):
+        with pytest.raises(BiscaleError, match=f"the download of {NAME} is in use by another"):
+            fetch(NAME, server.url)
+        assert server.requests == []
+        server.content = MOONCAKE
+        assert fetch(UNKNOWN, server.url).read_bytes() == MOONCAKE  # another file may come
+    server.content = CONTENT
+    assert fetch(NAME, server.url).read_bytes() == CONTENT
 
 
 def test_a_page_in_place_of_the_file_is_deleted(server):

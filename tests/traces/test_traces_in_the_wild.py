@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from biscale_env.core.errors import BiscaleError, BiscaleWarning
-from biscale_env.traces import iter_trace, read_trace
+from biscale_env.traces import Trace, iter_trace, read_trace, write_trace
 from biscale_env.traces.readers import load_file
 
 AZURE = (
@@ -280,8 +280,6 @@ def test_implausible_rates_are_a_warning(tmp_path):
 
 
 def test_our_own_json_lines_say_their_unit(tmp_path):
-    from biscale_env.traces import Trace, write_trace
-
     trace = Trace("t", [0.1234567, 100.0, 250.5], [1, 2, 3], [4, 5, 6], "test")
     path = write_trace(trace, tmp_path / "t.jsonl")
     np.testing.assert_allclose(read_trace(path).arrival_s, trace.arrival_s, atol=1e-9)
@@ -459,6 +457,20 @@ def test_a_part_of_an_unsorted_file_counts_from_its_earliest_request(tmp_path):
         assert loaded.recognised.offset_s == 0.0
     whole = load_file(path, sort=True)
     assert whole.recognised.origin_unix_s == 1715410802.0  # 07:00:02
+
+
+def test_a_part_of_our_own_file_lasts_as_long_as_was_observed(tmp_path):
+    trace = Trace("t", [1.0, 4.0, 5.0], [1, 2, 3], [4, 5, 6], "test", duration_s=20.0)
+    path = write_trace(trace, tmp_path / "t.parquet")
+    for start, stop, duration_s in (("2", None, 18.0), ("2", "10", 8.0), ("2", "90", 18.0)):
+        part = read_trace(path, start=start, stop=stop)
+        assert (part.arrival_s.tolist(), part.duration_s) == ([2.0, 3.0], duration_s)
+
+
+def test_a_stream_cannot_be_sorted(tmp_path):
+    path = written(tmp_path, lines(mooncake(9), mooncake(3)), "t.jsonl")
+    with pytest.raises(BiscaleError, match="piece by piece, which cannot sort it"):
+        next(iter_trace(path, 1.0, sort=True))
 
 
 def test_line_ends_in_a_field_late_in_a_file(tmp_path, monkeypatch):
