@@ -1,13 +1,16 @@
 """The decode bound is a bound, the search finds what the simulator repeats."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle_helpers import brute_force, plant_of, run_policy, trace_of
+from oracle_helpers import ROW, brute_force, plant_of, run_policy, trace_of
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.envs.batch import RequestTable
+from biscale_env.envs.batch import Batch, RequestTable
+from biscale_env.evaluation.experiment.rollout import rollout
 from biscale_env.traces import generate
 from controllers.base import context_of
 from controllers.oracle import decode_cuts
@@ -18,12 +21,14 @@ from controllers.oracle.decode_bound import (
     solve_decode_bound,
 )
 from controllers.oracle.decode_cuts import Iterations
-from controllers.oracle.decode_search import DecodeRunner, search_decode_plan
+from controllers.oracle.decode_plans import DecodeRunner, WindowPlan
+from controllers.oracle.decode_search import search_decode_plan
 from controllers.oracle.make import make_oracle
 from controllers.oracle.plan_replay import OraclePolicy, oracle_plant, replay
 from controllers.registry import make_policy
 
 LEVELS_MHZ = (510.0, 1110.0, 1980.0)
+CASES = [(8.0, 0.03, "last-clock"), (15.0, 0.04, "last-clock"), (1.0, 0.025, "parked")]
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +187,100 @@ def test_the_search_is_at_least_as_good_as_every_static_clock(workload):
     assert plan.seconds > 0
 
 
+def rivals(n_clocks, step, slo_s, crowds):
+    """Plans of one rule from a grid: one clock, two clocks by who runs, one iteration time."""
+    clocks = range(0, n_clocks, step)
+    yield from (WindowPlan.single(k) for k in clocks)
+    yield from (
+        WindowPlan.single(i, j, crowd=crowd) for i in clocks for j in clocks for crowd in crowds
+    )
+    times = slo_s * np.linspace(0.3, 1.3, 11)
+    yield from (WindowPlan.single(k, target_s=float(t)) for k in clocks for t in times)
+
+
+@pytest.mark.parametrize(("rate_rps", "tpot_s", "idle"), CASES)
+def test_no_static_clock_and_no_two_clocks_beat_the_plan_found(rate_rps, tpot_s, idle):
+    """A grid of one and two clocks by the requests that run, and of two clocks in time.
+
+    At an attainment, with the bound below.
+    """
+    trace = generate("azure-conv-like", rate_rps=rate_rps, duration_s=60.0, seed=11)
+    plant = plant_of("decode", tpot_s, drain=True, idle=idle)
+    plan = search_decode_plan(plant, trace, 0.97)
+    assert plan.feasible
+    runner = DecodeRunner(plant, trace)
+    n, found = len(runner.grid_ghz), []
+    others = list(rivals(n, 7, tpot_s, (4, 8, 12, 16, 24, 32, 48, 64, 96, 128)))
+    for i, j in product(range(0, n, 14), repeat=2):  # two clocks in time, by turns and once
+        for window_s, shape in ((5.0, [0, 1] * 6), (20.0, [0, 1, 0]), (30.0, [0, 1])):
+            clocks = np.where(np.array(shape) == 0, i, j)
+            others.append(
+                WindowPlan(clocks, clocks, np.full(len(shape), np.inf), window_s=window_s)
+            )
+    for other in others:
+        run, _ = runner.run(other)
+        if run.violations <= plan.violations_allowed:
+            found.append(run.energy_j)
+    assert len(found) > 100
+    assert plan.energy_j <= min(found) * (1.0 + 1e-9)
+    assert solve_decode_bound(plant, trace, 0.97).energy_j <= plan.energy_j
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    tiny_traces(),
+    st.sampled_from([0.018, 0.03, 0.1]),
+    st.sampled_from([0.0, 0.05, 2.0]),
+    st.sampled_from([{}, {"idle": "parked"}]),
+)
+def test_the_plan_found_is_near_brute_force_on_tiny_workloads(trace, tpot_s, price, rule):
+    """Windows of 3 s cannot follow single iterations; a rule by the batch can, nearly.
+
+    Brute force takes any of three clocks at each decision, the search any of 99.
+    """
+    plant = plant_of("decode", tpot_s, drain=True, max_seqs=2, violation_weight=price, **rule)
+    best = brute_force(plant, trace, LEVELS_MHZ, price)
+    plan = search_decode_plan(plant, trace, max_runs=600)
+    cost = replay(plant, trace, plan.clocks_mhz).cost
+    assert cost <= best * 1.02
+
+
+def test_a_plan_spread_over_finer_windows_is_the_same_plan(workload):
+    runner = DecodeRunner(plant_of("decode", 0.03, drain=True), workload)
+    one = WindowPlan.single(20, 60, crowd=10)
+    coarse = one.spread(20.0, runner.horizon_s)
+    assert len(coarse.target_s) == 3
+    mixed = coarse.where(np.array([False, True, False]), WindowPlan.single(5, target_s=0.02).spread(
+        20.0, runner.horizon_s))  # fmt: skip
+    fine = mixed.spread(5.0, runner.horizon_s)
+    assert fine.quiet.tolist() == [20] * 4 + [5] * 4 + [20] * 4
+    for plan in (one, mixed):
+        again = plan.spread(5.0, runner.horizon_s)
+        assert runner.run(again)[0].energy_j == runner.run(plan)[0].energy_j
+
+
+def test_a_target_is_met_by_the_lowest_clock_that_meets_it(workload):
+    """Every decision of a plan of one iteration time, against the physics."""
+    plant = plant_of("decode", 0.03, drain=True, actuation_delay_s=0.0)
+    runner, target_s, lowest = DecodeRunner(plant, workload), 0.022, 10
+    clocks = runner.clocks_mhz(WindowPlan.single(lowest, target_s=target_s))
+    (run,) = rollout(OraclePolicy(plant.clocks, clocks), plant, [workload], time_probe=False)
+    steps, grid = run.timeline, plant.clocks.grid_mhz
+    assert len(np.unique(clocks)) > 5
+    slow = steps["duration_s"] > target_s * (1 + 1e-9)
+    assert (clocks[slow] == grid[-1]).all()
+    assert clocks.min() >= grid[lowest]
+    batch = Batch(plant, 1, RequestTable.of(plant, [workload]))
+    batch.reset(ROW, ROW, ROW - 1)
+    for clock in clocks[:400]:
+        s = batch.states[0]
+        work = (s["batch"] + s["recompute_tokens"], s["recompute_attn"], s["cached"], s["batch"])
+        takes_s = plant.model.latency_s(*(float(x) for x in work), grid[lowest:])
+        enough = grid[lowest:][takes_s <= target_s]
+        assert clock == pytest.approx(enough[0] if len(enough) else grid[-1])
+        batch.step(plant.clocks.to_action([clock]))
+
+
 @pytest.mark.parametrize("attainment", [0.9, 0.99])
 def test_attainment_is_met(workload, attainment):
     plant = plant_of("decode", 0.025, drain=True)
@@ -200,7 +299,9 @@ def test_the_search_repeats(workload):
 
 def test_windows_add_up(workload):
     runner = DecodeRunner(plant_of("decode", 0.025, drain=True), workload)
-    run, decisions = runner.run(np.linspace(600.0, 1800.0, 7), 10.0)
+    clocks = np.arange(6, 90, 12)
+    plan = WindowPlan(clocks, clocks, np.full(7, np.inf), window_s=10.0)
+    run, decisions = runner.run(plan)
     before = float(runner.batch.states["energy_j"][0]) - run.window_j.sum()
     assert before == pytest.approx(0.0, abs=200.0 * runner.batch.pool.arrival_s[0] * 4)
     assert run.window_missed.sum() == run.violations

@@ -190,6 +190,32 @@ def test_markdown_is_a_table():
     assert tables.summary_markdown(results.results_frame([])) == ""
 
 
+def test_a_plan_found_by_search_says_so_with_its_bound_beside_it():
+    def rows_of(phase, bounds_j):
+        runs = [
+            tiny(phase=phase, policy="oracle", workload_seed=seed, totals={"energy_j": 800.0},
+                 labels={"oracle_replay_j": 800.0, "oracle_lower_bound_any_delay_j": bound_j})
+            for seed, bound_j in enumerate(bounds_j)
+        ]  # fmt: skip
+        runs += [tiny(phase=phase, policy="max", workload_seed=seed) for seed in range(len(runs))]
+        return results.results_frame(results_row(run) for run in runs)
+
+    decode = rows_of("decode", (780.0, 788.0))
+    assert results.bound_below(decode[decode["policy"] == "oracle"]) == pytest.approx(0.02)
+    text = tables.summary_markdown(decode)
+    assert "| best plan found (hindsight), bound 2.0 % below |" in text
+    assert "| max |" in text
+    assert "| oracle (hindsight), bound 2.0 % below |" in tables.summary_markdown(
+        rows_of("prefill", (780.0, 788.0))
+    )
+    assert "| best plan found (hindsight) |" in tables.summary_markdown(
+        rows_of("decode", (780.0, float("nan")))
+    )
+    out = io.StringIO()
+    tables.print_table(decode, Console(file=out, width=80, no_color=True))
+    assert "best plan found*" in " ".join(out.getvalue().split())
+
+
 def test_console_table_fits_eighty_columns():
     out = io.StringIO()
     tables.print_table(comparison(), Console(file=out, width=80, no_color=True))

@@ -40,7 +40,7 @@ class Experiment(Config):
         spread_members: ensemble members that every chosen setting is run in, for the range of its
             energy ratio; 0 for none.
         oracle_seeds: workloads for which the optimum is computed, the first few; a number, or one
-            per phase (the decode search is slow).
+            per phase; None: all, so that every row of a table stands on the same workloads.
     """
 
     name: str
@@ -60,12 +60,12 @@ class Experiment(Config):
     folds: tuple[Literal["forward", "backward"], ...] = Field(default=("forward",), min_length=1)
     seeds: int = Field(default=5, gt=0)
     spread_members: int = Field(default=0, ge=0)
-    oracle_seeds: int | dict[Literal["prefill", "decode"], int] = 2
+    oracle_seeds: int | dict[Literal["prefill", "decode"], int] | None = None
 
     @property
     def oracle_seeds_by_phase(self) -> dict[str, int]:
         """Workloads of each phase for which the optimum is computed."""
-        given = self.oracle_seeds
+        given = self.seeds if self.oracle_seeds is None else self.oracle_seeds
         return {
             phase: given if isinstance(given, int) else given.get(phase, 0) for phase in self.phases
         }

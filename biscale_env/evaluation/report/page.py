@@ -183,7 +183,7 @@ def table_row(row: dict[str, Any]) -> dict[str, Any]:
         for q in (50, 90, 99)
     ]
     return {
-        "label": row["label"],
+        "label": tables.shown_name(row, mark=""),
         "policy": row["policy"],
         "bound": is_bound(row["policy"]),
         "energy": words.number(float(row["energy_per_output_token_j"])),

@@ -19,7 +19,12 @@ from biscale_env.evaluation.report.words import (
     share,
     slo_words,
 )
-from biscale_env.evaluation.runs.record import REFERENCE_POLICY, SCENARIO_COLUMNS, is_bound
+from biscale_env.evaluation.runs.record import (
+    BOUND_FAMILY,
+    REFERENCE_POLICY,
+    SCENARIO_COLUMNS,
+    is_bound,
+)
 from biscale_env.evaluation.runs.results import scenario_label, summarise
 
 _BOUND_MARK: Final = " (hindsight)"
@@ -62,7 +67,7 @@ def cells(row: Mapping[str, Any], curves: bool = False) -> dict[str, str]:
         curves: whether policies are compared at equal attainment.
     """
     found = {
-        "controller": str(row["label"]) + (_BOUND_MARK if is_bound(str(row["policy"])) else ""),
+        "controller": shown_name(row),
         **(equal_cells(row) if curves else {}),
         "J/output token": number(float(row["energy_per_output_token_j"])),
         "vs max": ratio_text(float(row["energy_ratio"])),
@@ -78,6 +83,19 @@ def cells(row: Mapping[str, Any], curves: bool = False) -> dict[str, str]:
     found["fallbacks"] = str(int(row["solver_failures"]))
     found["SLO"] = slo_words(row)
     return found
+
+
+def shown_name(row: Mapping[str, Any], mark: str = _BOUND_MARK) -> str:
+    """Name of a row: its label; of a plan made with the future known, what it is and its bound.
+
+    In decode such a plan is the best one that was found, and no optimum.
+    """
+    if not is_bound(str(row["policy"])):
+        return str(row["label"])
+    found = row["policy"] == BOUND_FAMILY and row["phase"] == "decode"
+    below = float(row.get("bound_below", math.nan))
+    beside = f", bound {100 * below:.1f} % below" if math.isfinite(below) else ""
+    return f"{'best plan found' if found else row['label']}{mark}{beside}"
 
 
 def equal_cells(row: Mapping[str, Any]) -> dict[str, str]:

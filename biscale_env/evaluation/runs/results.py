@@ -119,7 +119,8 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     per output token over that of the reference on the same workloads and members;
     ``energy_ratio_low`` and ``energy_ratio_high`` are the least and the greatest over runs.
     ``slo_met`` is judged on the pooled attainment, ``target_met`` too: as ``slo_met``, but where
-    max clock itself misses the SLO, against what it attains less a small allowance.
+    max clock itself misses the SLO, against what it attains less a small allowance. ``bound_below``
+    is that of :func:`bound_below`.
     """
     keys = [*SCENARIO_COLUMNS, "policy", "variant"]
     rows = []
@@ -127,7 +128,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
         row: dict[str, Any] = dict(zip(keys, values, strict=True))
         row |= {"runs": len(group), "n_requests": int(group["n_requests"].sum())}
         row |= {name: float(group[name].mean()) for name in _AVERAGED}
-        row |= _pooled_columns(group)
+        row |= _pooled_columns(group) | {"bound_below": bound_below(group)}
         row |= {f"{n}_{side}": float(getattr(group[n], f)()) for n in _RANGED for side, f in _SIDES}
         for name, bound in (("slo_met", "slo_attainment"), ("target_met", "target")):
             row[name] = bool(row["attainment"] >= float(group[bound].iloc[0]) * (1 - 1e-12))
@@ -140,6 +141,18 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
         summary["feasible"] = summary["feasible"].astype("boolean")
         summary.insert(len(keys), "label", [policy_label(r) for r in summary.to_dict("records")])
     return summary
+
+
+def bound_below(group: pd.DataFrame) -> float:
+    """How far the energy that nobody can undercut lies below that of the plans, a fraction.
+
+    NaN for anything but plans made with the future known, and where a workload has no bound.
+    """
+    names = ["oracle_lower_bound_any_delay_j", "oracle_replay_j"]
+    if not set(names) <= set(group):
+        return math.nan
+    bound_j, plan_j = (float(group[name].sum(skipna=False)) for name in names)
+    return 1.0 - _ratio(bound_j, plan_j)
 
 
 def _pooled_columns(group: pd.DataFrame) -> dict[str, float]:
