@@ -32,7 +32,7 @@ Shape = Literal["lines", "array", "document"]
 READ_CHARS: Final = 1 << 20
 WRAPPERS: Final = ("requests", "data", "records", "trace", "traces", "items")
 
-COLUMNS: Final = ("time", "prompt", "output")
+N_COLUMNS: Final = 3  # time, prompt, output
 Row = dict[str, Any]
 
 
@@ -50,7 +50,7 @@ def json_batches(path: Path, **columns: Any) -> Iterator[RawColumns]:
     Raises:
         BiscaleError: empty file, missing keys, or a malformed row with its line.
     """
-    shape, first = _shape(path)
+    shape, first = _shape(path, columns)
     refuse_summary(path, first)
     if shape == "document":
         yield from _document_batches(path, first, columns)
@@ -64,7 +64,7 @@ def json_batches(path: Path, **columns: Any) -> Iterator[RawColumns]:
         yield from _line_batches(path, first, columns)
 
 
-def _shape(path: Path) -> tuple[Shape, Row]:
+def _shape(path: Path, columns: dict[str, Any]) -> tuple[Shape, Row]:
     """How the file is built, and its first object (of a document: all of it)."""
     with open_text(path) as file:
         line = next((text for text in file if text.strip()), "")
@@ -73,8 +73,7 @@ def _shape(path: Path) -> tuple[Shape, Row]:
         first = _object(line)
         rest = next((text for text in file if text.strip()), "")
     if first is not None:
-        holds_lists = any(isinstance(first.get(name), list) for name in (*WRAPPERS, "experiments"))
-        if not holds_lists and len(_lists(first)) < len(COLUMNS):
+        if is_aiperf_record(first) or not _holds_rows(path, first, columns):
             return "lines", first
         if rest:
             raise BiscaleError(f"{path} holds several results, one per line: keep one of them")
@@ -86,6 +85,15 @@ def _shape(path: Path) -> tuple[Shape, Row]:
         if isinstance(whole, dict):
             return "document", whole
     return "lines", {}
+
+
+def _holds_rows(path: Path, first: Row, columns: dict[str, Any]) -> bool:
+    """Whether an object is no row, but holds rows or columns."""
+    with contextlib.suppress(BiscaleError):
+        find_layout(path, [k for k, v in first.items() if not isinstance(v, list)], **columns)
+        return False
+    inner = any(isinstance(first.get(name), list) for name in (*WRAPPERS, "experiments"))
+    return inner or len(_lists(first)) >= N_COLUMNS
 
 
 def _object(text: str) -> Row | None:
@@ -101,8 +109,7 @@ def _lists(document: Mapping[str, Any]) -> dict[str, list[Any]]:
         key: value
         for key, value in document.items()
         if isinstance(value, list) and (not value or isinstance(value[0], int | float | str))
-        and key != "hash_ids"
-    }  # fmt: skip
+    }
 
 
 def _document_batches(path: Path, document: Row, columns: dict[str, Any]) -> Iterator[RawColumns]:
@@ -140,7 +147,8 @@ def _row_batches(
         if is_aiperf_record(chunk[0][1]):
             yield benchmark_columns([row for _, row in chunk], where)
             continue
-        layout = layout or find_layout(path, list(chunk[0][1]), **columns)
+        first = chunk[0][1]
+        layout = layout or _told_unit(find_layout(path, list(first), **columns), first)
         values = [
             _column([row.get(name) for _, row in chunk], name, where) for name in layout.columns
         ]

@@ -418,6 +418,20 @@ def test_objects_that_hold_rows_or_columns(tmp_path):
         assert numbers(read_trace(path)) == ([0, 0.25], [64, 64], [8, 8])
 
 
+def test_rows_with_many_lists_are_rows(tmp_path):
+    more = {"hash_ids": [1, 2], "token_ids": [3], "roles": ["user"], "requests": [7]}
+    for rows in ([mooncake(0, **more)], [mooncake(0, **more), mooncake(250, **more)]):
+        path = written(tmp_path, lines(*rows), "t.jsonl")
+        assert len(read_trace(path)) == len(rows)
+
+
+def test_an_array_of_our_own_rows_keeps_their_unit(tmp_path):
+    trace = Trace("t", [0.1234, 100.0, 250.5], [1, 2, 3], [4, 5, 6], "test")
+    text = write_trace(trace, tmp_path / "t.jsonl").read_text()
+    whole = written(tmp_path, "[" + ",".join(text.splitlines()) + "]", "t.json")
+    np.testing.assert_allclose(read_trace(whole).arrival_s, trace.arrival_s, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("start", "stop", "times", "duration_s"),
     [
