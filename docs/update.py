@@ -288,7 +288,7 @@ IN_README = (
     "scenario",
     "load",
     "max clock",
-    "best static",
+    "best static (hindsight)",
     "BiScale's own",
     "agent",
     "agent - own",

@@ -19,7 +19,7 @@ def frame(agent, own=0.8, lost=5, max_lost=5, oracle=0.7, seeds=(0, 1), scenario
     rows = []
     for policy, seed, ratio, late in [
         ("max", -1, 1.0, max_lost),
-        ("static-best", -1, 0.9, lost),
+        ("static-hindsight", -1, 0.9, lost),
         ("mpc", -1, own, lost),
         ("oracle", -1, oracle, 10),
         *(("agent", s, a, lost) for s, a in zip(seeds, agent, strict=True)),

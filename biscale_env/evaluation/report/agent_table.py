@@ -1,6 +1,7 @@
 """The table of learned agents.
 
-Per operating point, against BiScale's own controller, the best static clock and the oracle.
+Per operating point, against BiScale's own controller, the best static clock in hindsight and the
+oracle.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from biscale_env.evaluation.stats.paired_windows import PairedWindows
 from biscale_env.evaluation.stats.scores import crossed_interval
 from biscale_env.evaluation.stats.targets import judged_target
 from biscale_env.evaluation.stats.windows import resampled_ratios
-from biscale_env.policies.policy_source import AGENT, BISCALE_OWN, ORACLE, STATIC_BEST
+from biscale_env.policies.policy_source import AGENT, BISCALE_OWN, ORACLE, STATIC_HINDSIGHT
 
 SEED = 20240229
 POINT = ["phase", "scenario", "load"]
@@ -23,7 +24,7 @@ HEAD = (
     "scenario",
     "load",
     "max clock",
-    "best static",
+    "best static (hindsight)",
     "BiScale's own",
     "agent",
     "agent - own",
@@ -150,11 +151,11 @@ def point_row(
     nothing, asked = rows.iloc[:0], target(rows)
     cells = [
         str(shown(parts.get(name, nothing), asked, point) or "-")
-        for name in ("max", STATIC_BEST, own, AGENT)
+        for name in ("max", STATIC_HINDSIGHT, own, AGENT)
     ]
     against = [
         percent(point.energy_difference(parts[AGENT], parts[name])) if name in parts else "-"
-        for name in (own, STATIC_BEST)
+        for name in (own, STATIC_HINDSIGHT)
     ]
     closed = gap_closed(parts, own)
     oracle = str(shown(parts.get(ORACLE, nothing), asked, point) or "-")

@@ -85,7 +85,8 @@ def render(run: Run, title: str | None = None) -> str:
         lstrip_blocks=True,
     )
     look = styles(run.results["policy"].tolist())
-    scenarios = list(dict.fromkeys(run.results["scenario"]))
+    names = run.results["workload" if "workload" in run.results else "scenario"]
+    scenarios = list(dict.fromkeys(names.fillna(run.results["scenario"])))
     points = point_views(run)
     return environment.get_template("report.html.j2").render(
         title=title
@@ -253,10 +254,22 @@ def overview(run: Run) -> dict[str, Any]:
                 "infeasible": blocked,
             }
         )
-    return {"labels": labels, "rows": rows}
+    return {
+        "labels": labels,
+        "rows": rows,
+        "curves": verdicts.compared_at_equal_attainment(summary),
+    }
 
 
 def _overview_cell(row: Any) -> dict[str, Any]:
+    """Energy at equal attainment where there are curves, else as it is with its attainment."""
+    if row.get("equal_state"):
+        named = {**row.to_dict(), "policy": row.name}
+        return {
+            "text": tables.equal_text(named, "equal_ratio").partition(" [")[0],
+            "met": bool(math.isfinite(row["equal_ratio"])),
+            "attainment": "",
+        }
     ratio = float(row["energy_ratio"])
     text = (
         words.ratio_text(ratio)

@@ -4,7 +4,7 @@ import pandas as pd
 
 from biscale_env.evaluation.report.agent_table import percent, shown, target
 from biscale_env.evaluation.stats.paired_windows import PairedWindows
-from biscale_env.policies.policy_source import AGENT, BISCALE_OWN, STATIC_BEST
+from biscale_env.policies.policy_source import AGENT, BISCALE_OWN, STATIC_HINDSIGHT
 
 BETWEEN = ": "  # between split and condition in the scenario's name of the results
 HEAD = (
@@ -12,7 +12,7 @@ HEAD = (
     "split",
     "condition",
     "max clock",
-    "best static",
+    "best static (hindsight)",
     "BiScale's own",
     "agent",
     "agent - own, points",
@@ -22,7 +22,7 @@ HEAD = (
 def robustness_markdown(results: pd.DataFrame, windows: pd.DataFrame) -> str:
     """One row per phase, split and condition.
 
-    Max clock, best static, BiScale's own, the agent and the paired difference.
+    Max clock, best static in hindsight, BiScale's own, the agent and the paired difference.
 
     Args:
         results: completed results frame.
@@ -32,7 +32,7 @@ def robustness_markdown(results: pd.DataFrame, windows: pd.DataFrame) -> str:
     for (phase, scenario), rows in results.groupby(["phase", "scenario"], sort=False):
         split, _, name = str(scenario).partition(BETWEEN)
         own = BISCALE_OWN[str(phase)]
-        policies = ("max", STATIC_BEST, own, AGENT)
+        policies = ("max", STATIC_HINDSIGHT, own, AGENT)
         parts = {policy: rows[rows["policy"] == policy] for policy in policies}
         if parts[AGENT].empty:  # a run that was broken off
             continue

@@ -121,9 +121,11 @@ def equal_text(row: Mapping[str, Any], name: str) -> str:
 
 
 def ends(row: Mapping[str, Any], name: str) -> str:
-    """``low–high`` of a range; a dash where there is none."""
+    """``low–high`` of a range; a dash where there is none, nothing where it has no width."""
     low, high = float(row[f"{name}_low"]), float(row[f"{name}_high"])
-    return f"{low:.3f}–{high:.3f}" if math.isfinite(low) else MISSING
+    if not math.isfinite(low):
+        return MISSING
+    return "" if low == high == 1.0 else f"{low:.3f}–{high:.3f}"
 
 
 def load_caption(rows: pd.DataFrame) -> str:

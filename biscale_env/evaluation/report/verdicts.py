@@ -92,7 +92,7 @@ def _verdict_of_curves(rows: pd.DataFrame) -> str:
 def _beside_static(row: "pd.Series[Any]") -> str:
     low, high = row["static_ratio_ci_low"], row["static_ratio_ci_high"]
     change = f"{_change(row['static_ratio'])} the best static clock in hindsight"
-    if not (math.isfinite(low) and math.isfinite(high)):
+    if not (math.isfinite(low) and math.isfinite(high)) or high - low < 5e-4:
         return change
     interval = f"{low:.3f} to {high:.3f} of its energy"
     return f"{change} ({interval}{', so not told apart' if low <= 1.0 <= high else ''})"
