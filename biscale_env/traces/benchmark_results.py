@@ -48,7 +48,7 @@ def benchmark_columns(records: list[Mapping[str, Any]], where: Where) -> RawColu
         if about.get("benchmark_phase") == "warmup":
             continue
         sent_ns = about.get("request_start_ns")
-        if not isinstance(sent_ns, int):
+        if not isinstance(sent_ns, int) or not 0 <= sent_ns < 2**63:
             raise BiscaleError(f"{where(i)}: request_start_ns is missing or not a number")
         metrics = record.get("metrics") or {}
         kept.append(i)
@@ -73,7 +73,15 @@ def _value(metrics: Mapping[str, Any], name: str) -> float:
     found = metrics.get(name)
     value = found.get("value") if isinstance(found, Mapping) else found
     fine = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if fine else float("nan")  # type: ignore[arg-type]
+    return as_float(value) if fine else float("nan")
+
+
+def as_float(value: Any) -> float:
+    """A JSON number as a float; infinite where it is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf")
 
 
 def refuse_summary(path: Path, document: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ import pyarrow.json
 from biscale_env.core.errors import BiscaleError
 from biscale_env.traces import raw_columns
 from biscale_env.traces.benchmark_results import (
+    as_float,
     benchmark_columns,
     is_aiperf_record,
     refuse_summary,
@@ -184,7 +185,7 @@ def _column(values: list[Any], name: str, where: Where) -> Any:
     for i, value in enumerate(values):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise BiscaleError(f"{where(i)}: {name} is missing or not a number")
-        out[i] = np.nan if value is None else value
+        out[i] = np.nan if value is None else as_float(value)
     return out
 
 

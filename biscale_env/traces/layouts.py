@@ -190,7 +190,7 @@ def _usual_layout(
 
 
 def _few(header: Sequence[str]) -> str:
-    shown = ", ".join(str(name) for name in header)
+    shown = ", ".join(" ".join(str(name).split()) for name in header)  # in one line
     return shown if len(shown) <= 160 else f"{shown[:160]}..."
 
 
@@ -200,7 +200,7 @@ def _header_fault(header: Sequence[str], own_names: dict[str, str]) -> str:
         for usual in (PROMPTS, OUTPUTS)
     ]
     times = [n for n in TIMES if plain(n) in own_names]
-    text = ",".join(str(name) for name in header)
+    text = ",".join(" ".join(str(name).split()) for name in header)  # in one line
     if all(lengths) and not times:
         return (
             f"the columns {_few(header)} hold lengths but no arrival time: name its column with "

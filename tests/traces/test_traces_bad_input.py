@@ -4,6 +4,8 @@ import gzip
 
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.traces import iter_trace, load_named, read_trace
@@ -227,3 +229,55 @@ def test_names_that_are_none(tmp_path, monkeypatch):
         load_named("azure-conv-2023")
     with pytest.raises(BiscaleError, match=r"there is no trace file nowhere.csv"):
         load_named("nowhere.csv")
+
+
+PIECES = [
+    '"', ",", ";", "\n", "\r", "{", "}", "[", "]", ":", "null", "true", "NaN", "-1", "1e400",
+    "9" * 400, "\0", "é", "\ufeff", "  ", "\t", "'", "1.5", '"x"', "{}", "2024-01-01", "\\",
+]  # fmt: skip
+WHOLE = [
+    azure(GOOD[1]),
+    azure(GOOD[1]).replace(",", ";"),
+    MOON + MOON.replace(": 0", ": 500"),
+    "[" + MOON.strip() + "," + MOON.strip() + "]",
+    '{"input_lens": [1, 2], "output_lens": [3, 4], "start_times": [1.0, 2.0], "errors": ["", ""]}',
+    '{"metadata": {"request_start_ns": 1760000000000000000}, "error": null, "metrics": '
+    '{"input_sequence_length": {"value": 5}, "output_sequence_length": {"value": 6}}}\n',
+]
+
+
+@st.composite
+def damaged(draw):
+    """A good file with a few pieces put in, taken out or exchanged."""
+    text = draw(st.sampled_from(WHOLE))
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(text)))
+        gone = draw(st.integers(0, 8))
+        text = text[:at] + draw(st.sampled_from(["", *PIECES])) + text[at + gone :]
+    return text.encode()
+
+
+@given(damaged(), st.sampled_from(["t.csv", "t.json", "t.jsonl", "t"]), st.booleans())
+@settings(max_examples=150, deadline=None)
+@pytest.mark.filterwarnings("ignore::biscale_env.core.errors.BiscaleWarning")
+def test_any_damage_is_read_or_one_sentence(tmp_path_factory, content, name, lenient):
+    path = tmp_path_factory.mktemp("damaged") / name
+    path.write_bytes(content)
+    said = ""
+    try:
+        assert len(read_trace(path, sort=lenient, drop_failed=lenient)) > 0
+    except BiscaleError as error:
+        said = str(error)
+    assert "\n" not in said
+    assert len(said) < 700
+
+
+def test_numbers_beyond_any_float(tmp_path):
+    path = tmp_path / "t.json"
+    for bad, words in (
+        (WHOLE[3].replace(": 5", ": 1" + "0" * 400, 1), "item 1: input_length is missing or not"),
+        (WHOLE[5].replace("17600", "17600" + "0" * 9), "request_start_ns is missing or not"),
+    ):
+        path.write_text(bad)
+        with pytest.raises(BiscaleError, match=words):
+            read_trace(path)
