@@ -239,7 +239,7 @@ def test_intervals_are_those_of_the_windows_of_each_workload_and_no_others():
     strata = np.repeat([0, 1], [12, 8])
     counted = np.full(20, PER_WINDOW)
     weights = window_weights(
-        20, np.random.default_rng(SEED), N_RESAMPLES, days=strata, series=[counted]
+        20, np.random.default_rng(SEED), N_RESAMPLES, days=strata, load=counted
     )
     missed = np.concatenate([MISSED, MISSED[:8]])
     expected = attainment_interval(counted - missed, counted, weights)

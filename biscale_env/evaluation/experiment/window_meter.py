@@ -23,7 +23,7 @@ class WindowTotals(NamedTuple):
 
     Attributes:
         energy_j: energy spent in the window, J; what the last tokens need after the end of the
-            workload is in the last one.
+            workload is spread over all, since that end is no chance of the last window.
         n_met: requests that arrive in it and meet the SLO.
         n_counted: requests that arrive in it.
         output_tokens: tokens that these ask for.
@@ -36,11 +36,11 @@ class WindowTotals(NamedTuple):
 
 
 def window_edges(duration_s: float) -> Floats:
-    """Inner edges of the windows of a workload, s.
+    """Ends of the windows of a workload, s; the last is its own.
 
     The same for every policy, since only the workload counts and not how long a run took.
     """
-    return window_starts(duration_s)[1:]
+    return np.append(window_starts(duration_s)[1:], duration_s)
 
 
 @dataclass
@@ -48,7 +48,7 @@ class WindowMeter:
     """Reads energy where steps of a batch cross edges of windows.
 
     Attributes:
-        edges_s: inner edges per row.
+        edges_s: ends of windows per row.
     """
 
     edges_s: list[Floats]
@@ -78,11 +78,14 @@ class WindowMeter:
         self._before_s[:], self._before_j[:] = time_s, energy_j
 
     def energy_j(self, row: int, total_j: float) -> Floats:
-        """Energy per window of a row that has ended; a step is divided in proportion to time."""
+        """Energy per window of a row that has ended; a step is divided in proportion to time.
+
+        What is spent after the last end is spread evenly.
+        """
         last = float(self._before_s[row]), float(self._before_j[row])
         times, sums = np.array([*self._points[row], last]).T
-        inner = np.interp(self.edges_s[row], times, sums)
-        return np.diff(np.concatenate(([0.0], inner, [total_j])))
+        until = np.interp(self.edges_s[row], times, sums)
+        return np.diff(until, prepend=0.0) + (total_j - until[-1]) / until.size
 
 
 def judged_windows(
@@ -98,15 +101,15 @@ def judged_windows(
         requests: columns of a rollout's requests.
         plant: phase, and the SLO that they are judged by.
         duration_s: length of the run, s.
-        edges_s: inner edges of the windows.
+        edges_s: ends of the windows.
         energy_j: energy per window.
     """
     verdict = judge(requests, plant.slo, plant.phase, duration_s)
-    window = window_of(requests["arrival_s"], np.concatenate(([0.0], edges_s)))
+    window = window_of(requests["arrival_s"], np.concatenate(([0.0], edges_s[:-1])))
     counted = verdict["counted"]
 
     def per_window(weight: NDArray[Any]) -> Floats:
-        found = np.bincount(window, weights=weight, minlength=edges_s.size + 1)
+        found = np.bincount(window, weights=weight, minlength=edges_s.size)
         return np.asarray(found, dtype=np.float64)
 
     return WindowTotals(

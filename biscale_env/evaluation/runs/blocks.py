@@ -37,10 +37,10 @@ def window_totals(record: RunRecord, window_s: float = WINDOW_S) -> dict[str, ND
     """Energy spent, requests judged and met, tokens made, per window of time.
 
     A request and its tokens belong to the window it arrives in, energy to the one it is spent in;
-    what comes after the workload's end to the last one; all of it is then given back to the windows
-    of the original trace. Energy that the timeline does not hold
-    (GPUs outside the placement) is spread evenly over the run, and tokens of unfinished requests in
-    proportion to the others, so that windows add up to the run's totals.
+    all of it is then given back to the windows of the original trace. Energy after the workload's
+    end (its end is no chance of the last window), and what the timeline does not hold (GPUs outside
+    the placement), is spread evenly, and tokens of unfinished requests in proportion to the others,
+    so that windows add up to the run's totals.
 
     Args:
         record: the run.
@@ -58,16 +58,16 @@ def window_totals(record: RunRecord, window_s: float = WINDOW_S) -> dict[str, ND
     def total(values: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.bincount(window, values, minlength=n_windows).astype(np.float64)
 
-    in_timeline = _energy_per_window(record, begin_s)
+    end_s = record.workload_s if math.isfinite(record.workload_s) else record.duration_s
+    in_timeline = _energy_per_window(record, np.append(begin_s[1:], end_s))
     rest_j = float(record.totals["energy_j"]) - float(in_timeline.sum())
-    length_s = np.clip(np.diff(np.append(begin_s, record.duration_s)), 0.0, None)
     tokens = np.asarray(record.requests["output_tokens"], dtype=np.float64)
     made = total(np.where(finished(record), tokens, 0.0))
     produced = float(record.totals.get("output_tokens", 0.0))
     if record.phase != "prefill" and produced > 0 and made.sum() > 0:
         made *= produced / made.sum()
     in_run = {
-        "energy_j": in_timeline + rest_j * length_s / max(float(length_s.sum()), 1e-12),
+        "energy_j": in_timeline + rest_j / n_windows,
         "n_counted": total(counted.astype(np.float64)),
         "n_met": total((counted & verdict["met"]).astype(np.float64)),
         "output_tokens": made,
@@ -112,8 +112,8 @@ def origin_of(copies: Copies, workload_s: float, n_windows: int) -> NDArray[np.f
     return origin
 
 
-def _energy_per_window(record: RunRecord, begin_s: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Energy of the timeline per window.
+def _energy_per_window(record: RunRecord, ends_s: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Energy of the timeline per window, given where they end.
 
     An entry that crosses a boundary is divided in proportion to time.
     """
@@ -124,6 +124,6 @@ def _energy_per_window(record: RunRecord, begin_s: NDArray[np.float64]) -> NDArr
     energy = np.asarray(record.timeline["energy_j"], dtype=np.float64)
     before = [
         float(np.sum(energy * np.clip((t - begin) / np.maximum(length, 1e-12), 0.0, 1.0)))
-        for t in begin_s[1:]
+        for t in ends_s
     ]
-    return np.diff(np.concatenate(([0.0], before, [float(energy.sum())])))
+    return np.diff(before, prepend=0.0)

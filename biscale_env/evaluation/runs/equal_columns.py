@@ -80,13 +80,13 @@ def _weights(
     """
     top = curves.get((*point, REFERENCE_POLICY, ""))
     mine = [curve for key, curve in curves.items() if key[:-2] == point]
-    series = [mine[0].n_counted[0]]
+    series: list[NDArray[np.float64]] = []
     if top is not None:
         base = np.where(top.energy_j[0] > 0, top.energy_j[0], np.nan)
         others = [curve.energy_j[0] / base for curve in mine if curve is not top]
-        series += [np.mean(others, axis=0)] if others else []
+        series = [np.mean(others, axis=0)] if others else []
     copies = float(windows["copies"].mean()) if "copies" in windows else 1.0
-    return point_weights(windows["day"].to_numpy(), series, copies)
+    return point_weights(windows["day"].to_numpy(), mine[0].n_counted[0], series, copies)
 
 
 def _ratios(

@@ -48,11 +48,17 @@ def student_factor(n_units: int) -> float:
 
 
 @lru_cache(maxsize=256)
-def expansion(lengths: tuple[int, ...], correlation: float, load: tuple[float, ...] = ()) -> float:
+def expansion(
+    lengths: tuple[int, ...],
+    blocks: tuple[int, ...],
+    correlation: float,
+    load: tuple[float, ...] = (),
+) -> float:
     """By how much the deviations must grow for the percentiles to cover a mean at 95 %.
 
     Args:
         lengths: windows of each stratum.
+        blocks: windows per block in each.
         correlation: autocorrelation of neighbouring windows.
         load: direction (of length 1, mean 0) that resamples keep, one number per window of a single
             stratum; empty for none.
@@ -61,12 +67,12 @@ def expansion(lengths: tuple[int, ...], correlation: float, load: tuple[float, .
     n_samples = int(np.clip(4_000_000 // n_windows, 2_000, 40_000))
     rng = np.random.default_rng(0)
     error, variance = np.zeros(n_samples), np.zeros(n_samples)
-    for n in lengths:
+    for n, block in zip(lengths, blocks, strict=True):
         sample = _ar1(n, correlation, n_samples, rng)
         error += sample.sum(axis=1) / n_windows
         if load:
             sample = sample - np.outer(sample @ np.asarray(load), load)
-        variance += _bootstrap_variance(sample, block_windows(n, correlation)) / n_windows**2
+        variance += _bootstrap_variance(sample, block) / n_windows**2
     needed = np.abs(error) / np.sqrt(np.maximum(variance, 1e-300))
     return float(np.quantile(needed, LEVEL)) / _GAUSS
 

@@ -44,13 +44,18 @@ def realisations(runs: pd.DataFrame) -> "pd.Series[str]":
 
 
 def point_weights(
-    days: ArrayLike, series: Sequence[Floats], copies: float, n_resamples: int = N_RESAMPLES
+    days: ArrayLike,
+    load: Floats,
+    series: Sequence[Floats],
+    copies: float,
+    n_resamples: int = N_RESAMPLES,
 ) -> Floats:
     """Weights of the windows of one operating point, the same in every table.
 
     Args:
         days: realisation of each window.
-        series: the load, then what else tells how alike neighbours are, one value per window.
+        load: requests per window.
+        series: what intervals are wanted of, one value per window.
         copies: copies of the original trace in effect.
         n_resamples: number of resamples.
     """
@@ -62,7 +67,8 @@ def point_weights(
         days=days,
         series=series,
         copies=copies,
-        load=series[0] if copies >= SEVERAL_COPIES else None,
+        load=load,
+        keep_load=copies >= SEVERAL_COPIES,
     )
 
 
@@ -105,16 +111,16 @@ class PairedWindows:
         self.days = np.repeat(list(counts), list(counts.values()))
         self._reference = _reference_of(known)
         copies = float(mine["copies"].mean()) if len(mine) else 1.0
-        self.weights = point_weights(self.days, self._series(known), copies, n_resamples)
+        self.weights = point_weights(self.days, *self._series(known), copies, n_resamples)
 
-    def _series(self, runs: pd.DataFrame) -> list[Floats]:
-        """What tells how alike neighbouring windows are: the load, and energy against max clock."""
+    def _series(self, runs: pd.DataFrame) -> tuple[Floats, list[Floats]]:
+        """What tells how alike neighbours are: the load, and all policies against max clock."""
         load = self._sum(dict.fromkeys(runs["run_id"], 1.0), "n_counted")
         own, base = self._energies(runs[runs["policy"] != REFERENCE_POLICY])
         usable = base > 0
         if not usable.any():
-            return [load]
-        return [load, np.where(usable, own / np.where(usable, base, 1.0), np.nan)]
+            return load, []
+        return load, [np.where(usable, own / np.where(usable, base, 1.0), np.nan)]
 
     def _sum(self, factors: Mapping[str, float], column: str) -> Floats:
         """Total per unit over some runs, each multiplied by its own factor."""

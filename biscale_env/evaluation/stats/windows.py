@@ -16,8 +16,9 @@ and are no further evidence.
   deviations of the weights are multiplied by the factor at which an interval of a mean covers it at
   95 % for a Gaussian AR(1) process with the autocorrelation at hand, so many windows, and blocks of
   that length; the factor is simulated (Shao and Politis 2013 on why the length of a block must
-  count; for independent windows this is Student's interval). The autocorrelation itself is
-  corrected for its bias in short series (Marriott and Pope 1954).
+  count; for independent windows this is Student's interval). The autocorrelation, of what the
+  interval is wanted of, is corrected for its bias in short series (Marriott and Pope 1954) and
+  taken half a standard error higher. Measured coverage: `tests/evaluation`, docs/results.md.
 - *Copies.* A load above the trace's own is made of shifted copies of it. They smooth the load, but
   stay one stretch of time: each window of the original moves all its copies at once, so deviations
   count as often as there are copies (first order; cross terms make it somewhat wider).
@@ -87,6 +88,9 @@ def window_of(time_s: ArrayLike, starts_s: Floats) -> Ints:
 def autocorrelation(series: ArrayLike, days: ArrayLike | None = None) -> float:
     """Autocorrelation of neighbouring windows, in [0, 0.9], corrected for the bias of few windows.
 
+    Half its standard error is added, since too small is worse than too large: an interval that is
+    much too narrow is not made up for by one that is too wide as often.
+
     Args:
         series: one value per window, shape (n_windows,); NaN is taken as the mean.
         days: label of each window; the last window of a day has no neighbour in the next one.
@@ -104,6 +108,7 @@ def autocorrelation(series: ArrayLike, days: ArrayLike | None = None) -> float:
         return 0.0
     raw = product / square
     corrected = raw + (1 + 4 * raw) * len(parts) / values.size
+    corrected += 0.5 * math.sqrt(max(1 - corrected**2, 0.0) / values.size)
     return min(max(corrected, 0.0), _MAX_AUTOCORRELATION)
 
 
@@ -115,6 +120,7 @@ def window_weights(
     series: Sequence[ArrayLike] = (),
     copies: float = 1.0,
     load: ArrayLike | None = None,
+    keep_load: bool = False,
 ) -> Floats:
     """Weight of each window in each resample; give all policies of an operating point the same.
 
@@ -129,11 +135,12 @@ def window_weights(
         n_resamples: number of resamples.
         days: label of each window, shape (n_windows,), neighbours in time next to each other; one
             day if left out. Independently generated workloads are labels too.
-        series: what to take the autocorrelation from, each of shape (n_windows,): the load, the
-            energy ratio of each policy. The largest counts.
+        series: what intervals are wanted of, e.g. the energy ratio, each of shape (n_windows,); the
+            largest autocorrelation counts, for the length of blocks and for the factor.
         copies: of how many copies of the original trace, shifted against each other, the workload
             is made in effect; totals must be given back to the windows of the original.
-        load: requests per window of one day; resamples then keep their total.
+        load: requests per window; its autocorrelation counts for the length of blocks.
+        keep_load: every resample keeps the total of the load (of one day).
 
     Returns:
         Shape (n_resamples, n_windows); NaN where there are too few windows for an interval.
@@ -153,15 +160,15 @@ def window_weights(
             day_of[part] = day
         return 1 + copies * student_factor(n_days) * (taken[:, day_of].astype(np.float64) - 1)
     correlation = max((autocorrelation(one, days) for one in series), default=0.0)
-    correlation = round(correlation, 2)
+    of_load = 0.0 if load is None else autocorrelation(load, days)
+    blocks = tuple(block_windows(n, max(correlation, of_load)) for n in lengths)
     moved = np.empty((n_resamples, n_windows))
-    for part in parts:
-        length = block_windows(part.size, correlation)
-        moved[:, part] = _block_counts(part.size, length, n_resamples, rng) - 1
-    kept = _direction(load) if load is not None and len(parts) == 1 else ()
+    for part, block in zip(parts, blocks, strict=True):
+        moved[:, part] = _block_counts(part.size, block, n_resamples, rng) - 1
+    kept = _direction(load) if keep_load and load is not None and len(parts) == 1 else ()
     if kept:
         moved -= np.outer(moved @ np.asarray(kept), kept)
-    return 1 + copies * expansion(lengths, correlation, kept) * moved
+    return 1 + copies * expansion(lengths, blocks, round(correlation, 2), kept) * moved
 
 
 def _direction(load: ArrayLike) -> tuple[float, ...]:
