@@ -213,8 +213,9 @@ SYSTEM_HEAD = [
 def _systems(summary: pd.DataFrame) -> str:
     parts = [
         "## Every system at every point\n\nChange of energy per output token against DistServe: "
-        "mean, (95 % t interval over workload seeds, "
-        "nominal plant), [5 to 95 % of the model ensemble]. `total` counts every GPU of the "
+        "mean, (95 % t interval over independently generated workloads, nominal plant; none for B, "
+        "whose workloads are subsamples of one half of a trace), [5 to 95 % of the model "
+        "ensemble]. `total` counts every GPU of the "
         "cluster, spare ones at idle power. A system that "
         "misses the SLO does not compare, whatever it saves. "
         "P99s are means over the seeds; the SLO is judged on the requests of all seeds together."

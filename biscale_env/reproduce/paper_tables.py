@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+
+from biscale_env.evaluation.stats.bootstrap import student_interval
 
 KEY = ["point", "variation", "member", "seed"]
 NOMINAL = -1
@@ -25,7 +26,8 @@ SETTING = (
     "alpha",
     "gpus_mean",
 )
-LEVEL = 0.95
+SUBSAMPLED = "B"
+"""Workload whose seeds are subsamples of one stretch of time, and so no independent evidence."""
 ENSEMBLE = (0.05, 0.95)
 
 # Energy against DistServe as BiScale reports it (arXiv 2602.18755; second-hand, may be mis-copied):
@@ -68,19 +70,6 @@ def with_ratios(frame: pd.DataFrame) -> pd.DataFrame:
     return joined
 
 
-def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of paired ratios over workload seeds with its t interval; NaN ends for a single seed."""
-    x = np.asarray(values, dtype=float)
-    x = x[np.isfinite(x)]
-    if not x.size:
-        return np.nan, np.nan, np.nan
-    mean = float(x.mean())
-    if x.size < 2:
-        return mean, np.nan, np.nan
-    half = float(stats.t.ppf(0.5 + LEVEL / 2, x.size - 1) * x.std(ddof=1) / np.sqrt(x.size))
-    return mean, mean - half, mean + half
-
-
 def attainment(group: pd.DataFrame) -> tuple[float, float]:
     """TTFT and TPOT attainment over the runs of a group, requests weighted alike."""
     weights = group["requests"]
@@ -115,8 +104,13 @@ def summarise(frame: pd.DataFrame, required: float = 0.99) -> pd.DataFrame:
 
 
 def _stage_columns(stage: str, nominal: pd.DataFrame, members: pd.DataFrame) -> dict[str, float]:
-    """Mean and interval of a stage's ratio in the nominal plant, its range over the ensemble."""
-    mean, low, high = t_interval(nominal[f"{stage}_ratio"].tolist())
+    """Mean and interval of a stage's ratio in the nominal plant, its range over the ensemble.
+
+    No interval for workload B: its seeds are subsamples of one half of a trace.
+    """
+    mean, low, high = student_interval(nominal[f"{stage}_ratio"])
+    if (nominal["workload"] == SUBSAMPLED).any():
+        low = high = np.nan
     per_member = members.groupby("member")[f"{stage}_ratio"].mean().dropna()
     ends = per_member.quantile(list(ENSEMBLE)).tolist() if len(per_member) else [np.nan, np.nan]
     return {

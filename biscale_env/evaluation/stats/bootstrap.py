@@ -31,6 +31,23 @@ def percentile_interval(estimate: float, resampled: ArrayLike, level: float = LE
     return Interval(estimate, float(low), float(high))
 
 
+def student_interval(values: ArrayLike, level: float = LEVEL) -> Interval:
+    """Mean of independent values with Student's interval; NaN is left out.
+
+    Only for values that repeat the whole experiment, as workloads generated independently of each
+    other do. Subsamples of one trace repeat the same minutes: they need
+    :mod:`biscale_env.evaluation.stats.windows`.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    x = x[np.isfinite(x)]
+    if x.size < 2:
+        return Interval(float(x[0]) if x.size else math.nan, math.nan, math.nan)
+    mean = float(x.mean())
+    quantile = float(stats.t.ppf(0.5 + level / 2, x.size - 1))
+    half = quantile * float(x.std(ddof=1)) / math.sqrt(x.size)
+    return Interval(mean, mean - half, mean + half)
+
+
 def iqm(scores: ArrayLike) -> float | Floats:
     """Inter-quartile mean over the last axis: the mean of the middle half.
 

@@ -18,7 +18,7 @@ and are no further evidence.
   that length; the factor is simulated (Shao and Politis 2013 on why the length of a block must
   count; for independent windows this is Student's interval). The autocorrelation, of what the
   interval is wanted of, is corrected for its bias in short series (Marriott and Pope 1954) and
-  taken half a standard error higher. Measured coverage: `tests/evaluation`, docs/results.md.
+  taken half a standard error higher. Measured coverage: docs/intervals.md.
 - *Copies.* A load above the trace's own is made of shifted copies of it. They smooth the load, but
   stay one stretch of time: each window of the original moves all its copies at once, so deviations
   count as often as there are copies (first order; cross terms make it somewhat wider).
