@@ -123,12 +123,24 @@ def raw_batch(record: Any, layout: Layout, where: Where) -> RawColumns:
 
 
 def _times(column: Any) -> NDArray[Any]:
+    column = _parsed_dates(column)
     if pa.types.is_timestamp(column.type):
         if column.null_count:
             return np.where(column.is_null().to_numpy(zero_copy_only=False), np.nan, 0.0)
         nanoseconds = column.cast(pa.timestamp("ns", column.type.tz)).cast(pa.int64())
         return np.asarray(nanoseconds.to_numpy(zero_copy_only=False))
     return _numbers(column)
+
+
+def _parsed_dates(column: Any) -> Any:
+    """Dates out of a column of text, which pandas leaves in Parquet where nobody parsed them."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return column
+    first = column.drop_null()
+    kind = date_type(first[0].as_py()) if len(first) else None
+    return column if kind is None else column.cast(kind)
 
 
 def _numbers(column: Any) -> NDArray[np.float64]:

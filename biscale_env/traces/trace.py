@@ -234,6 +234,10 @@ class Trace:
     def _take(
         self, index: Any, arrival_s: NDArray[np.float64], duration_s: float, name: str
     ) -> "Trace":
+        """Some of the requests, at other times.
+
+        Every choice of requests goes through here, so that a further column has one place.
+        """
         prompt, output = self.prompt_tokens[index], self.output_tokens[index]
         return Trace(name, arrival_s, prompt, output, self.source, duration_s=duration_s)
 

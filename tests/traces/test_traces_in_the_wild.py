@@ -10,6 +10,7 @@ import lzma
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from biscale_env.core.errors import BiscaleError, BiscaleWarning
@@ -471,6 +472,24 @@ def test_a_part_of_an_unsorted_file_counts_from_its_earliest_request(tmp_path):
         assert loaded.recognised.offset_s == 0.0
     whole = load_file(path, sort=True)
     assert whole.recognised.origin_unix_s == 1715410802.0  # 07:00:02
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), "str")])
+def test_parquet_with_dates_in_words(tmp_path, kind):
+    rows = [row.split(",") for row in AZURE.splitlines()]
+    columns = list(zip(*rows[1:], strict=True))
+    table = {
+        "TIMESTAMP": pa.array(columns[0]).cast(kind),
+        "ContextTokens": [int(n) for n in columns[1]],
+        "GeneratedTokens": [float(n) for n in columns[2]],
+    }
+    path = tmp_path / "t.parquet"
+    pyarrow.parquet.write_table(pa.table(table), path)
+    assert numbers(read_trace(path)) == EXPECTED
+    table["TIMESTAMP"] = pa.array(["2024-05-11 07:00:00", "soon", "later"]).cast(kind)
+    pyarrow.parquet.write_table(pa.table(table), path)
+    with pytest.raises(BiscaleError, match="not a readable Parquet trace"):
+        read_trace(path)
 
 
 def test_a_part_of_our_own_file_lasts_as_long_as_was_observed(tmp_path):
