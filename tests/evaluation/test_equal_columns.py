@@ -174,6 +174,16 @@ def test_the_matrix_shows_mean_and_folds_and_the_least_in_bold():
     assert "static-best" not in text
 
 
+def test_one_half_alone_is_said_to_be_that_and_plans_stand_below():
+    with_plan = {**SETTINGS, "oracle": [(0.69, 0.99)]}
+    found = summary_of(records(settings=with_plan))
+    text = matrix_markdown(found)
+    assert "| saver | **0.720**, one half |" in text
+    assert "| *oracle* | 0.690 |" in text
+    assert matrix_markdown(found, "static_ratio").count("oracle") == 0
+    assert "one half" not in matrix_markdown(found.assign(one_trace=False))
+
+
 def test_who_wins_is_said_per_idle_rule():
     parked = [
         *records("conv, parked", idle="parked", settings={**SETTINGS, "lenient": [(0.71, 0.999)]})

@@ -31,7 +31,8 @@ def fold_means(summary: pd.DataFrame) -> pd.DataFrame:
         summary: of a run whose points have the columns ``workload`` and ``fold``.
 
     Returns:
-        Columns of :data:`POINT`, ``policy``, ``folds`` and for each of ``equal_ratio`` and
+        Columns of :data:`POINT`, ``policy``, ``folds`` (of ``of_folds`` that there could be; one
+        may be infeasible) and for each of ``equal_ratio`` and
         ``static_ratio``: ``<name>`` (mean), ``<name>_ci_low``, ``<name>_ci_high``,
         ``<name>_forward``, ``<name>_backward``; ``tuned_ratio`` and ``attainment`` as tuned, means
         too; ``held`` in how many folds the tuned setting held the target.
@@ -51,6 +52,7 @@ def _over_folds(rows: pd.DataFrame) -> dict[str, Any]:
     by_fold = {str(row["fold"]): row for row in rows.to_dict("records")}
     found: dict[str, Any] = {
         "folds": len(by_fold),
+        "of_folds": len(FOLDS) if bool(rows["one_trace"].iloc[0]) else 1,
         "tuned_ratio": float(rows["energy_ratio"].mean()),
         "attainment": float(rows["attainment"].mean()),
         "held": int(rows["target_met"].astype(bool).sum()),
@@ -107,8 +109,20 @@ def matrix_markdown(summary: pd.DataFrame, name: str = "equal_ratio") -> str:
             }
             texts = [_cell(mine.get(point), name, policy == best[point]) for point in points]
             lines.append(f"| {policy} | " + " | ".join(texts) + " |")
+        if name == "equal_ratio":
+            lines += _bound_rows(rows, points)
         parts.append(f"**{phase}, idle at {IDLE_WORDS[str(idle)]}**\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
+
+
+def _bound_rows(rows: pd.DataFrame, points: list[tuple[str, float]]) -> list[str]:
+    """Plans that know the future are cut to the SLO's attainment already: as they are."""
+    lines = []
+    for policy, mine in rows[rows["policy"].map(is_bound)].groupby("policy", sort=False):
+        ratios = {(r["workload"], r["load"]): r["tuned_ratio"] for r in mine.to_dict("records")}
+        cells = [f"{ratios[point]:.3f}" if point in ratios else "" for point in points]
+        lines.append(f"| *{policy}* | " + " | ".join(cells) + " |")
+    return lines
 
 
 IDLE_WORDS: Final = {"last-clock": "the last clock", "parked": "the same parked power for all"}
@@ -135,7 +149,9 @@ def _cell(row: Mapping[Any, Any] | None, name: str, bold: bool) -> str:
     half = 0.5 * (float(row[f"{name}_ci_high"]) - float(row[f"{name}_ci_low"]))
     spread = f" ±{1e3 * half:.0f}" if half >= 5e-4 else ""
     text = f"**{mean:.3f}**{spread}" if bold else f"{mean:.3f}{spread}"
-    return f"{text} ({' / '.join(each)})" if row["folds"] > 1 else text
+    if row["folds"] > 1:
+        return f"{text} ({' / '.join(each)})"
+    return f"{text}, one half" if row["of_folds"] > 1 else text
 
 
 def winners_markdown(summary: pd.DataFrame) -> str:
