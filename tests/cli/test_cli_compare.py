@@ -70,6 +70,7 @@ def test_table_and_files(finished):
     for name in (
         "results.parquet",
         "summary.csv",
+        "decomposition.csv",
         "config.yaml",
         "provenance.json",
         "report.html",
@@ -78,6 +79,19 @@ def test_table_and_files(finished):
     ):
         assert (folder / name).stat().st_size > 100, name
     assert not list((folder / "parts").glob("*"))
+
+
+def test_savings_are_taken_apart(finished):
+    """Parts add up to what the table says, on real runs."""
+    parts = pd.read_csv(finished[0] / "decomposition.csv")
+    assert {"max", "static:1200"} <= set(parts.policy)
+    assert set(parts.phase) == {"prefill", "decode"}
+    frame = pd.read_parquet(finished[0] / "results.parquet")
+    spent_j = frame.groupby(["phase", "policy"]).energy_j.sum()
+    for row in parts.itertuples():
+        change = spent_j[row.phase, row.policy] / spent_j[row.phase, "max"] - 1.0
+        assert row.total == pytest.approx(row.clock + row.batches + row.idle, abs=1e-12)
+        assert row.total == pytest.approx(change, abs=1e-9)
 
 
 def test_one_row_per_policy_phase_and_seed(finished):

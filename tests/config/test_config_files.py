@@ -1,5 +1,6 @@
 """Configuration files: every shipped one loads, and each kind of mistake is one sentence."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from biscale_env.config.slo import within
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.experiment.experiments import load_experiment
 from biscale_env.evaluation.experiment.policy_list import choose
+from biscale_env.evaluation.experiment.scenarios import load_scenario
 
 SLO = "name: x\nttft_s: 0.6\ntpot_s: 0.1\nattainment: 0.99\n"
 
@@ -41,9 +43,11 @@ def test_every_experiment_names_policies_and_scenarios_that_exist(name: str) -> 
     experiment = load_experiment(name)
     assert experiment.name == name
     assert experiment.about
-    assert len(experiment.scenarios()) == len(experiment.workloads) * len(experiment.loads) * len(
-        experiment.slos
-    ) * len(experiment.delays_s)
+    # a generated workload has no halves to be exchanged
+    halved = [load_scenario(workload).trace is not None for workload in experiment.workloads]
+    ways = [len(experiment.folds) if of_a_trace else 1 for of_a_trace in halved]
+    varied = (experiment.idles, experiment.loads, experiment.slos, experiment.delays_s)
+    assert len(experiment.scenarios()) == sum(ways) * math.prod(map(len, varied))
     assert set(experiment.oracle_seeds_by_phase) == set(experiment.phases)
     assert all(0 <= n <= experiment.seeds for n in experiment.oracle_seeds_by_phase.values())
     if name == "main":  # every row of its table stands on the same workloads

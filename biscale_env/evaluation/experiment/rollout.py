@@ -15,6 +15,7 @@ from biscale_env.contract import Policy
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.batch import Batch, RequestTable
 from biscale_env.envs.plant import Plant
+from biscale_env.evaluation.experiment.same_work import busy_at_max_clock_j
 from biscale_env.evaluation.experiment.window_meter import (
     WindowMeter,
     WindowTotals,
@@ -185,7 +186,8 @@ def rollout(
     median_s, p99_s = time_decisions(policy, np.array(samples.kept))
     shared |= {"decision_time_median_s": median_s, "decision_time_p99_s": p99_s}
     runs = [
-        _collect(batch, recorder.row(i), i, {"reward": float(reward[i])} | shared) for i in range(n)
+        _collect(batch, recorder.row(i), i, {"reward": float(reward[i])} | shared, member)
+        for i in range(n)
     ]
     if meter is None:
         return runs
@@ -260,7 +262,7 @@ def solver_failures(policy: Policy) -> float:
 
 
 def _collect(
-    batch: Batch, steps: dict[str, NDArray[Any]], i: int, shared: dict[str, float]
+    batch: Batch, steps: dict[str, NDArray[Any]], i: int, shared: dict[str, float], member: int
 ) -> Rollout:
     plant, pool, st = batch.plant, batch.pool, batch.states[i]
     mine = slice(int(pool.begins[i]), int(pool.ends[i]))
@@ -290,6 +292,7 @@ def _collect(
         "n_violations": float(st["violations"]),
         "clock_switches": float(st["n_switches"]),
         "preemptions": float(st["preemptions"]) if decode else 0.0,
+        "busy_at_max_clock_j": busy_at_max_clock_j(plant, steps, pool.prompt[mine], member),
         **shared,
     }
     if decode:

@@ -25,6 +25,7 @@ from biscale_env.evaluation.experiment.outcome_tables import keep_outcome
 from biscale_env.evaluation.experiment.policy_jobs import plan
 from biscale_env.evaluation.experiment.policy_list import NamedPolicy
 from biscale_env.evaluation.experiment.scenarios import Infeasible, Scenario, resolve
+from biscale_env.evaluation.report.decomposition_table import write_decomposition
 from biscale_env.evaluation.report.page import write_report
 from biscale_env.evaluation.report.tables import print_table
 from biscale_env.evaluation.runs.results import scenario_label
@@ -134,4 +135,5 @@ def conclude(folder: Path) -> None:
     print_table(run.summary())
     for point in run.infeasible:
         print(f"infeasible, so without a table: {scenario_label(point)}: {point['reason']}")
+    write_decomposition(run)
     print(f"\nrun directory: {folder}\nreport:        {write_report(run)}")

@@ -18,12 +18,14 @@ from plotly.offline import get_plotlyjs
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import write_whole
 from biscale_env.evaluation.report import tables, verdicts, words
+from biscale_env.evaluation.report.decomposition_table import NOTE, decomposition_rows
 from biscale_env.evaluation.report.figure_style import at_point, without_variants
 from biscale_env.evaluation.report.figures import NAMES, figure
 from biscale_env.evaluation.report.palette import dark_twins, styles
 from biscale_env.evaluation.runs import run_files
 from biscale_env.evaluation.runs.record import is_bound
 from biscale_env.evaluation.runs.run_view import Run
+from biscale_env.evaluation.stats.decomposition import decompose
 
 FIGURE_BUDGET_BYTES: Final = 2_800_000
 """With Plotly itself (4.8 MB) the page stays below 8 MB.
@@ -98,6 +100,7 @@ def render(run: Run, title: str | None = None) -> str:
         look={name: {"color": style.color, "dark": style.dark} for name, style in look.items()},
         twins=Markup(_script_json(dark_twins(list(look.values())))),
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
+        savings_note=NOTE,
         provenance=run.provenance,
         config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
     )
@@ -115,7 +118,7 @@ def point_views(run: Run) -> list[dict[str, Any]]:
     Facts, verdict, table and figures within the size budget.
     """
     views, spent = [], 0
-    summary = run.summary()
+    summary, savings = run.summary(), decompose(run.results)
     for number, point in enumerate(run.points()):
         rows = tables.ordered(at_point(summary, point))
         first = {str(k): v for k, v in rows.iloc[0].to_dict().items()}
@@ -136,6 +139,7 @@ def point_views(run: Run) -> list[dict[str, Any]]:
                     table_row({str(k): v for k, v in row.items()})
                     for row in rows.to_dict("records")
                 ],
+                "savings": [] if savings.empty else decomposition_rows(at_point(savings, point)),
                 "figures": drawn or [],
                 "left_out": drawn is None,
             }

@@ -124,7 +124,9 @@ class RunRecord:
             iteration, ``energy_j`` of the instance including the idle time after it, queue and
             batch sizes, ``kv_use`` in [0, 1].
         totals: at least ``energy_j`` (all counted GPUs, idle included) and ``duration_s``; also
-            used when present: ``energy_idle_j``, ``output_tokens`` (produced within the run),
+            used when present: ``energy_idle_j``, ``busy_at_max_clock_j`` (what its iterations
+            would have cost at the highest clock), ``iterations``, ``output_tokens`` (produced
+            within the run),
             ``decision_time_median_s``, ``decision_time_p99_s``, ``solver_failures`` (a fraction
             when several runs have a count in common), ``preemptions``.
         load: fraction of the capacity at max clock; None when the workload is taken as it is.

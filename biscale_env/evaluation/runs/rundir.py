@@ -46,6 +46,7 @@ _WRITTEN: Final = (
     *run_files.TABLES,
     *run_files.JOB_TABLES,
     run_files.SUMMARY,
+    run_files.DECOMPOSITION,
     run_files.INFEASIBLE,
     run_files.TUNING,
     run_files.REPORT,

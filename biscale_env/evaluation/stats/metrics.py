@@ -233,6 +233,8 @@ def _energy_columns(
     return {
         "energy_j": energy_j,
         "energy_idle_j": float(record.totals.get("energy_idle_j", math.nan)),
+        "busy_at_max_clock_j": float(record.totals.get("busy_at_max_clock_j", math.nan)),
+        "iterations": float(record.totals.get("iterations", math.nan)),
         "energy_per_output_token_j": _ratio(energy_j, produced),
         "energy_per_request_j": _ratio(energy_j, float(np.sum(done))),
         "mean_power_w": _ratio(energy_j, (record.duration_s - warmup_s) * record.n_gpus),
