@@ -210,3 +210,18 @@ def test_intervals_at_equal_attainment_cover():
         assert found.not_reached < 0.05
         hits.append(found.low <= truth <= found.high)
     assert 0.91 <= np.mean(hits) <= 0.98
+
+
+def test_the_luckiest_setting_of_a_resample_is_not_chosen():
+    """Twelve settings that are alike but for the chance of their windows: no bias downwards."""
+    rng = np.random.default_rng(2)
+    energy = rng.normal(1.0, 0.2, (12, 15))
+    energy *= 15.0 / energy.sum(axis=1, keepdims=True)
+    attained = np.linspace(0.985, 0.995, 12)[:, None]
+    energy *= 1.0 + 0.001 * np.arange(12)[:, None]
+    counted = np.full((12, 15), COUNTED)
+    mine = AttainmentCurve(energy, attained * counted, counted)
+    plain = curve((0.98, 15.0), (1.0, 16.0), n_windows=15)
+    weights = window_weights(15, rng, 2000)
+    found = ratio_interval_at(mine, plain, 0.99, weights)
+    assert 0.6 < (found.high - found.estimate) / (found.estimate - found.low) < 1.6

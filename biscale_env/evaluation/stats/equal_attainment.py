@@ -108,17 +108,15 @@ def energy_at(curve: AttainmentCurve, target: float) -> float:
         curve: the policy's settings.
         target: the attainment, in [0, 1].
     """
-    return float(_read(curve.attainments()[None], curve.energies()[None], target)[0])
+    return float(_Frontier.of(curve).read(np.array([target]))[0])
 
 
 def standing(curve: AttainmentCurve, target: float) -> Standing:
     """Whether a curve is read at the target itself, at its lenient end above it, or not at all."""
-    attained, energy = curve.attainments(), curve.energies()
-    usable = np.isfinite(attained) & np.isfinite(energy)
-    if not (usable & (attained >= target - _TIE)).any():
+    frontier = _Frontier.of(curve)
+    if not frontier.settings.size or target > frontier.attained[-1] + _TIE:
         return "not reached"
-    least = usable & (energy <= np.min(energy[usable]))
-    return "above" if np.max(attained[least]) > target + _TIE else "reached"
+    return "above" if frontier.attained[0] > target + _TIE else "reached"
 
 
 def ratio_interval_at(
@@ -130,7 +128,9 @@ def ratio_interval_at(
 ) -> EnergyRatio:
     """Energy of A over that of B at one attainment, the same windows resampled for both.
 
-    Both curves are read anew in each resample, frontier and all.
+    In a resample a curve moves as a whole: misses by the same factor and energy by as much as at
+    its settings at the target (between the two, in proportion), and it is read at the target again.
+    To choose among settings anew in each resample would choose the luckiest one.
 
     Args:
         curve_a: settings of A.
@@ -152,7 +152,7 @@ def ratio_interval_at(
     estimate = energy[0] / energy[1]
     if math.isnan(estimate) or np.isnan(drawn).any():
         return EnergyRatio(estimate, math.nan, math.nan, math.nan)
-    resampled = [_read(c.attainments(drawn), c.energies(drawn), target) for c in (curve_a, curve_b)]
+    resampled = [_moved(curve, target, drawn) for curve in (curve_a, curve_b)]
     # linear in both, as `resampled_ratios`: with few and alike windows weights lie far from 1, and
     # both energies, which follow the load, may together come near 0
     ratios = estimate * (1.0 + resampled[0] / energy[0] - resampled[1] / energy[1])
@@ -160,23 +160,47 @@ def ratio_interval_at(
     return EnergyRatio(*interval, not_reached=float(np.mean(np.isnan(ratios))))
 
 
-def _read(attained: Floats, energy: Floats, target: float) -> Floats:
-    """Energy at the target on the frontier of each row, shape (n_rows,).
+def _moved(curve: AttainmentCurve, target: float, weights: Floats) -> Floats:
+    """Energy of a curve at the target in each resample, shape (n_resamples,); NaN: not reached."""
+    frontier = _Frontier.of(curve)
+    mix = frontier.mix(target, curve.energy_j.shape[0])
+    misses = float((1.0 - curve.attainments()) @ mix)
+    resampled = (1.0 - _share(curve.n_met, curve.n_counted, weights)) @ mix
+    factor = np.maximum(resampled / misses, 1e-9) if misses > 0 else np.ones(len(resampled))
+    dearer_j = (curve.energies(weights) - curve.energies()) @ mix
+    return frontier.read(1.0 - (1.0 - target) / factor) + dearer_j
 
-    The neighbours need no sorted frontier: the upper one is the cheapest of the settings that reach
-    the target, the lower one has the greatest attainment of those that are cheaper still.
-    """
-    reaches = attained >= target - _TIE
-    cheapest = np.where(reaches, energy, np.inf)
-    cheapest = np.where(np.isnan(cheapest), np.inf, cheapest)
-    upper_j = cheapest.min(axis=1)
-    upper = np.where(cheapest == upper_j[:, None], attained, -np.inf).max(axis=1)
-    cheaper = ~reaches & (energy < upper_j[:, None])
-    lower = np.where(cheaper, attained, -np.inf).max(axis=1)
-    lower_j = np.where(cheaper & (attained == lower[:, None]), energy, np.inf).min(axis=1)
-    found = np.where(np.isfinite(upper_j), upper_j, np.nan)
-    between = np.isfinite(lower) & np.isfinite(found)
-    gap = np.where(between, upper - lower, 1.0)
-    share = np.clip((target - np.where(between, lower, 0.0)) / gap, 0.0, 1.0)
-    start = np.where(between, lower_j, 0.0)
-    return np.where(between, start + share * (found - start), found)
+
+class _Frontier(NamedTuple):
+    """Settings that no other beats or equals in both, by rising attainment (and so energy)."""
+
+    settings: NDArray[np.int64]
+    attained: Floats
+    energy_j: Floats
+
+    @classmethod
+    def of(cls, curve: AttainmentCurve) -> "_Frontier":
+        attained, energy_j = curve.attainments(), curve.energies()
+        kept: list[int] = []
+        for i in np.lexsort((energy_j, -attained)):
+            usable = np.isfinite(attained[i]) and np.isfinite(energy_j[i])
+            if usable and (not kept or energy_j[i] < energy_j[kept[-1]]):
+                kept.append(int(i))
+        rising = np.array(kept[::-1], dtype=np.int64)
+        return cls(rising, attained[rising], energy_j[rising])
+
+    def read(self, targets: Floats) -> Floats:
+        """Energy at each of some attainments; NaN beyond the last setting."""
+        if not self.settings.size:
+            return np.full(np.shape(targets), np.nan)
+        found = np.interp(targets, self.attained, self.energy_j)
+        return np.where(targets > self.attained[-1] + _TIE, np.nan, found)
+
+    def mix(self, target: float, n_settings: int) -> Floats:
+        """Share of each setting at an attainment that is reached, shape (n_settings,)."""
+        mixed = np.zeros(n_settings)
+        for k, setting in enumerate(self.settings):
+            unit = np.zeros(self.settings.size)
+            unit[k] = 1.0
+            mixed[setting] = np.interp(target, self.attained, unit)
+        return mixed
