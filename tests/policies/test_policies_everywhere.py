@@ -139,10 +139,10 @@ def test_the_same_name_on_hardware_in_a_rollout_and_in_an_environment(name, impo
 def test_names_in_python(tmp_path, importable):
     scenario = Scenario(name="x", duration_s=20.0, load=0.3, seeds=1)
     run = compare_policies(["max", "mine:QueueRule"], "prefill", scenario, tmp_path / "a")
-    assert set(run.results["policy"]) == {"max", "mine:QueueRule"}
+    assert set(run.results["policy"]) == {"max", "static-hindsight", "mine:QueueRule"}
     both = {"max": "max", "low": lambda plant: resolve_policy("static:900", plant)}
     again = compare_policies(both, "prefill", scenario, tmp_path / "b")
-    assert set(again.results["policy"]) == {"max", "low"}
+    assert set(again.results["policy"]) == {"max", "static-hindsight", "low"}
 
 
 def test_the_rule_of_the_page_runs(tmp_path, monkeypatch):

@@ -14,12 +14,14 @@ from biscale_env.contract import Policy
 from biscale_env.envs.plant import Plant
 from biscale_env.evaluation.experiment.compare import ComparisonJob, record_of
 from biscale_env.evaluation.experiment.input_digests import case_inputs
+from biscale_env.evaluation.experiment.judged_curves import hindsight_static
 from biscale_env.evaluation.experiment.rollout import Rollout, rollout
 from biscale_env.evaluation.experiment.scenarios import Scenario, resolve
 from biscale_env.evaluation.runs.record import Column
 from biscale_env.evaluation.runs.run_view import Run, load_run
 from biscale_env.evaluation.runs.rundir import RunDirectory
 from biscale_env.policies import resolve_policy
+from biscale_env.policies.policy_source import STATIC_HINDSIGHT
 
 MakePolicy = Callable[[Plant], Policy]
 
@@ -31,6 +33,8 @@ def compare_policies(
     out: Path | str,
 ) -> Run:
     """Run policies on the same workloads and keep everything in a run directory.
+
+    The best constant clock of these workloads is run beside them, as in every table.
 
     Args:
         policies: names in the syntax of :mod:`biscale_env.policies`; or labels, each with a name or
@@ -51,6 +55,8 @@ def compare_policies(
     seeds = scenario.workload_seeds
     traces = [case.workload(seed) for seed in seeds]
     made = {label: _made(policy, case.plant) for label, policy in named.items()}
+    static = hindsight_static(case, traces, -1).chosen.params["freq_mhz"]
+    made.setdefault(STATIC_HINDSIGHT, resolve_policy(f"static:{static:g}", case.plant))
     config = {"scenario": scenario.model_dump(), "phase": phase, "policies": sorted(named)}
     with RunDirectory(out, config, inputs=case_inputs(case)) as run:
         for label, policy in made.items():
