@@ -126,7 +126,7 @@ def training_facts(config: AgentConfig, plant: Plant) -> dict[str, Any]:
         "features": feature_id(config.phase),
         "gpu": plant.gpu.name,
         "llm": plant.llm.name,
-        "model": plant.settings.instance.model,
+        "model": plant.model.name,
         "tp": plant.settings.tp,
         "dtype": plant.settings.dtype,
         "freq_min_mhz": float(clocks.freq_min_mhz),

@@ -7,37 +7,40 @@ import typer
 
 from biscale_env.core.errors import BiscaleError
 
-DEFAULT_MODEL = "h100-llama70b"
+DEFAULT_MODEL = "h100-sxm/llama-3.3-70b"
 
 
-def _report(name: str) -> None:
-    from biscale_env.models.fit.validation import to_markdown, validation_frame
+def _report() -> None:
+    from biscale_env.models.fit.report import report_markdown
 
-    typer.echo(to_markdown(validation_frame(name)))
+    typer.echo(report_markdown())
 
 
-def _family(name: str, out: Path | None, check: bool) -> None:
-    from biscale_env.config import configs_dir
-    from biscale_env.models.fit.shipped import fit_family, stale_files, write_family
+def _shipped(gpu: str | None, check: bool) -> None:
+    from biscale_env.models.fit.llm_files import stale_files, write_family
+    from biscale_env.models.fit.shipped import fit_shipped
 
-    folder = out or configs_dir() / "models" / name
-    files = fit_family(name)
-    if not check:
-        write_family(files, folder)
-        typer.echo(f"wrote {len(files)} files to {folder}")
-    elif stale := stale_files(files, folder):
+    stale: list[str] = []
+    for folder, files in fit_shipped(gpu):
+        if not check:
+            write_family(files, folder)
+            typer.echo(f"wrote {len(files)} files to {folder}")
+        else:
+            stale += [f"{folder.name}/{name}" for name in stale_files(files, folder)]
+    if stale:
         raise BiscaleError(
-            f"{folder} is stale: {', '.join(stale)} differ from what `biscale fit` writes"
+            f"the shipped models are stale: {', '.join(stale)} differ from what `biscale fit` "
+            "writes"
         )
-    else:
-        typer.echo(f"{folder} is what the profile and the evidence give")
+    if check:
+        typer.echo("the shipped models are what the kernel tables and the evidence give")
 
 
 def _user(
     profile: Path, power: Path | None, out: Path, base: str, gpu: str | None, llm: str | None
 ) -> None:
     from biscale_env.models.coefficient_files import stem
-    from biscale_env.models.fit.shipped import write_family
+    from biscale_env.models.fit.llm_files import write_family
     from biscale_env.models.fit.user_profile import fit_user
 
     fits = fit_user(profile, power, base, gpu=gpu, llm=llm)
@@ -48,7 +51,8 @@ def _user(
         )
     for fit in fits:
         content = fit.content
-        path = out if single else out / f"{stem(content.phase, content.dtype, content.tp)}.yaml"
+        name = stem(content.phase, content.dtype, content.tp, content.ep)
+        path = out if single else out / f"{name}.yaml"
         write_family(fit.files(path), path.parent)
         power_text = (
             "no power in the table"
@@ -72,11 +76,13 @@ def fit(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File (.yaml) or folder to write.")] = None,
     model: Annotated[
-        str, typer.Option(help="Family to regenerate, or in which your own fit starts.")
+        str, typer.Option(help="Family in which your own fit starts.")
     ] = DEFAULT_MODEL,
     gpu: Annotated[
         str | None,
-        typer.Option(help="GPU of your table, name or YAML file. [default: the model's]"),
+        typer.Option(
+            help="GPU of your table, name or YAML file; without a table: the one GPU to fit anew."
+        ),
     ] = None,
     llm: Annotated[
         str | None,
@@ -90,16 +96,14 @@ def fit(
     ] = False,
 ) -> None:
     """Fit the models: without options, regenerate the shipped coefficient files."""
-    if profile is None and (gpu or llm):
-        raise BiscaleError(
-            "--gpu and --llm need --profile: they say what the table was measured on"
-        )
+    if profile is None and (llm or out):
+        raise BiscaleError("--llm and --out need --profile: they belong to an own table")
     if report:
-        _report(model)
+        _report()
     elif profile is None:
         if power is not None:
             raise BiscaleError("--power needs --profile: the power table completes a profile table")
-        _family(model, out, check)
+        _shipped(gpu, check)
     elif out is None:
         raise BiscaleError(
             "--profile needs --out: a .yaml file, or a folder if the table holds several "

@@ -33,7 +33,7 @@ Instance = Annotated[
 ]
 Tp = Annotated[int | None, typer.Option(help="GPUs per instance; default 4.")]
 Dtype = Annotated[str | None, typer.Option(help="bf16 or fp8; default bf16.")]
-Model = Annotated[str | None, typer.Option(help="Fitted model; default h100-llama70b.")]
+Model = Annotated[str | None, typer.Option(help="Fitted model; default h100-sxm/llama-3.3-70b.")]
 TokenBudget = Annotated[
     int | None, typer.Option(help="New tokens per prefill batch; default 2048.")
 ]

@@ -13,17 +13,18 @@ InstanceFile = Annotated[
 ]
 GpuName = Annotated[
     str | None,
-    typer.Option("--gpu", help="GPU, name or YAML file. [default: that of the fitted model]"),
+    typer.Option("--gpu", help="GPU, name or YAML file. [default: h100-sxm]"),
 ]
 LlmName = Annotated[
     str | None,
-    typer.Option("--llm", help="LLM, name or YAML file. [default: that of the fitted model]"),
+    typer.Option("--llm", help="LLM, name or YAML file. [default: llama-3.3-70b]"),
 ]
 ModelName = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Fitted model: name, folder of coefficient files, or one. [default: h100-llama70b]",
+        help="Fitted model: name, folder of coefficient files, or one. [default: that of --gpu "
+        "and --llm]",
     ),
 ]
 SloName = Annotated[
@@ -35,7 +36,13 @@ SloName = Annotated[
     ),
 ]
 TpDegree = Annotated[int | None, typer.Option("--tp", help="GPUs per instance. [default: 4]")]
-DtypeName = Annotated[str | None, typer.Option("--dtype", help="bf16 or fp8. [default: bf16]")]
+EpDegree = Annotated[
+    int | None, typer.Option("--ep", help="Groups that experts are spread over. [default: 1]")
+]
+DtypeName = Annotated[
+    str | None,
+    typer.Option("--dtype", help="bf16, fp8 or mxfp4. [default: as the LLM is published]"),
+]
 IdlePower = Annotated[
     str | None,
     typer.Option(

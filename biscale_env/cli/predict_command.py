@@ -37,8 +37,7 @@ def _model(
     from biscale_env.config import InstanceSpec
     from biscale_env.models import instance_model
 
-    given = instance_changes(file, **options)  # what cannot be is said by the loader of the model
-    instance = InstanceSpec().model_copy(update=given)
+    instance = InstanceSpec.of(**instance_changes(file, **options))
     return instance_model(phase, instance), instance
 
 

@@ -12,14 +12,16 @@ from typing import Any, ClassVar, Final, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from biscale_env.config.hardware import Dtype
+from biscale_env.config.hardware import Dtype, load_llm
 from biscale_env.config.loader import Config, configs_dir, load_yaml, validate
 from biscale_env.core.files import write_whole
 
-DEFAULT_MODEL: Final = "h100-llama70b"
 # Assumed: the middle of the 10 to 100 ms that a clock change takes on Hopper (arXiv 2502.20075), as
 # the nominal actuation delay. How long a driver takes from a parked clock is not published.
 PARKED_RAMP_S: Final = 0.05
+DEFAULT_GPU: Final = "h100-sxm"
+DEFAULT_LLM: Final = "llama-3.3-70b"
+DEFAULT_MODEL: Final = f"{DEFAULT_GPU}/{DEFAULT_LLM}"
 MAX_SEQS_LIMIT: Final = 4096  # requests of a batch that the simulator has room for
 IdleRule = Literal["last-clock", "parked"]
 _FILES: Final = {"gpu": "gpus", "llm": "llms", "model": "models", "slo": "slos"}
@@ -28,16 +30,20 @@ _FILES: Final = {"gpu": "gpus", "llm": "llms", "model": "models", "slo": "slos"}
 class InstanceSpec(Config):
     """One instance: hardware, weights, engine limits and the SLO it is held to.
 
-    Where ``gpu`` or ``llm`` is another one than the fitted model names, all that is physical
-    follows it: KV capacity, power cap, clock range, grid and levels, counted work; see
-    :mod:`biscale_env.models.transfer` for what is kept of the fit.
+    ``gpu`` and ``llm`` choose the fitted model, ``<gpu>/<llm>``, where it is shipped. Where it is
+    not, or ``model`` names another one, all that is physical follows GPU and LLM: KV capacity,
+    power cap, clock range, grid and levels, counted work; see :mod:`biscale_env.models.transfer`
+    for what is kept of the fit.
 
     Attributes:
         gpu: name of a GPU description (``configs/gpus``) or a YAML file; None: the model's.
         llm: name of an LLM description (``configs/llms``) or a YAML file; None: the model's.
-        model: name of a fitted model (``configs/models``), a folder of coefficient files, or one.
+        model: name of a fitted model (``configs/models``, e.g. ``h100-sxm/llama-3.3-70b``), a
+            folder of coefficient files, or one; None: the one of ``gpu`` and ``llm``.
         tp: GPUs of the instance (tensor parallel degree).
-        dtype: ``bf16`` or ``fp8``.
+        ep: groups that the experts of a mixture of experts are spread over (vLLM's expert parallel:
+            1 or ``tp``).
+        dtype: ``bf16``, ``fp8`` or ``mxfp4``; not given: the one that the LLM is published in.
         token_budget: new tokens per prefill batch; 2048 is vLLM's long-time default for chunked
             prefill.
         max_seqs: requests per batch. Assumed: 512, the edge of the fitted domain; the KV cache, not
@@ -55,8 +61,9 @@ class InstanceSpec(Config):
 
     gpu: str | None = None
     llm: str | None = None
-    model: str = DEFAULT_MODEL
+    model: str | None = None
     tp: int = Field(default=4, gt=0)
+    ep: int = Field(default=1, gt=0)
     dtype: Dtype = "bf16"
     token_budget: int = Field(default=2048, gt=0)
     max_seqs: int = Field(default=512, gt=0, le=MAX_SEQS_LIMIT)
@@ -66,6 +73,19 @@ class InstanceSpec(Config):
     parked_power_w: float | None = Field(default=None, ge=0)
     parked_ramp_s: float = Field(default=PARKED_RAMP_S, ge=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_dtype(cls, data: Any) -> Any:
+        return with_published_dtype(data)
+
+    @property
+    def family(self) -> str:
+        """Name of the fitted model: ``model``, else ``<gpu>/<llm>`` if shipped, else the default."""
+        if self.model is not None:
+            return self.model
+        wanted = f"{self.gpu or DEFAULT_GPU}/{self.llm or DEFAULT_LLM}"
+        return wanted if _is_shipped("model", wanted) else DEFAULT_MODEL
+
     @classmethod
     def of(cls, **values: Any) -> "InstanceSpec":
         """An instance with some values given; mistakes raise BiscaleError naming the key."""
@@ -73,7 +93,7 @@ class InstanceSpec(Config):
 
     def changed(self, **values: Any) -> "InstanceSpec":
         """A copy with some values changed, validated anew."""
-        return self.of(**{**self.model_dump(), **values})
+        return self.of(**{**self.model_dump(exclude_unset=True), **values})
 
     def to_yaml(self, path: str | Path) -> Path:
         """Write the description to a YAML file, for a child process or for later.
@@ -99,6 +119,22 @@ class InstanceSpec(Config):
         folder = Path(path).resolve().parent
         found = {key: _absolute(kind, getattr(spec, key), folder) for key, kind in _FILES.items()}
         return spec.changed(**found)
+
+
+def with_published_dtype(data: Any) -> Any:
+    """Where keys name an LLM and no number format: with the one that it is published in."""
+    named = isinstance(data, dict) and isinstance(data.get("llm"), str)
+    if not named or data.get("dtype") is not None:
+        return data
+    name = data["llm"]
+    known = _is_shipped("llm", name) or Path(name).is_file()
+    return {**data, "dtype": load_llm(name).dtype} if known else data
+
+
+def _is_shipped(key: str, name: str) -> bool:
+    """Whether a name is that of a shipped description or model, not a path."""
+    shipped = configs_dir() / _FILES[key]
+    return (shipped / name).is_dir() or (shipped / f"{name}.yaml").is_file()
 
 
 def _absolute(kind: str, name: str | None, folder: Path) -> str | None:

@@ -1,12 +1,12 @@
 """Coefficient files: one YAML per (phase, dtype, TP), with provenance.
 
-Beside it lie the members of the ensemble as CSV.
+It holds the layer of the LLM; that of the GPU is in :mod:`biscale_env.models.gpu_layer`. Beside it
+may lie members of the ensemble as CSV.
 """
 
-import csv
-import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import yaml
@@ -17,81 +17,106 @@ from biscale_env.config import configs_dir
 from biscale_env.config.hardware import Dtype
 from biscale_env.config.loader import Config, nearest, parse_yaml, read_bytes, validate
 from biscale_env.core.errors import BiscaleError
-from biscale_env.models.physics import COEFFICIENT_DTYPE, Coefficients
+from biscale_env.models.ensemble_table import read_table
+from biscale_env.models.gpu_layer import DELAY, HOST_FIELDS
+from biscale_env.models.physics import COEFFICIENT_DTYPE, WORK_FIELDS, Coefficients
+from biscale_env.models.provenance import Coefficient
 
 Phase = Literal["prefill", "decode"]
 WORK_AXES = ("tokens", "attn_work", "cached", "n_seq", "freq_mhz")
-DELAY_COLUMN = "delay_s"
-
-
-class Coefficient(Config):
-    """One fitted figure and where it comes from."""
-
-    value: float = Field(ge=0)
-    provenance: Literal["measured", "derived", "assumed"]
-    source: str = Field(min_length=1)
+DELAY_COLUMN: Final = DELAY
+OWN_FIELDS: Final = tuple(name for name in WORK_FIELDS if name not in HOST_FIELDS)
 
 
 class ModelFile(Config):
-    """Content of one coefficient file.
+    """Content of one coefficient file: what an LLM asks of one GPU.
 
     Attributes:
         format: version of the file format.
-        name: model family, e.g. ``h100-llama70b``.
+        name: model family, e.g. ``h100-sxm/llama-3.3-70b``.
         phase: ``prefill`` or ``decode``.
-        dtype: ``bf16``, or ``fp8`` for weights and KV cache.
+        dtype: ``bf16``, ``fp8`` (weights and KV cache) or ``mxfp4`` (experts).
         tp: GPUs per instance.
+        ep: groups that the experts are spread over; 1 where every GPU holds a part of each.
         gpu: name of the GPU description.
         llm: name of the LLM description.
-        coefficients: every field of ``physics.Coefficients`` with its provenance.
+        coefficients: ``physics.WORK_FIELDS`` with provenance; host times may be left out, and fields
+            of the GPU may be given: what is not here comes from the GPU's fitted layer.
         box: the validity domain: per work axis the range that the fitted points cover; outside it
             the model extrapolates.
-        delay_s: nominal actuation delay of a clock change, s.
+        delay_s: nominal actuation delay of a clock change, s; None: the GPU layer's.
         fit: what was fitted: data hash, split, held-out errors.
     """
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     name: str
     phase: Phase
     dtype: Dtype
     tp: int = Field(ge=1)
+    ep: int = Field(default=1, ge=1)
     gpu: str
     llm: str
     coefficients: dict[str, Coefficient]
     box: dict[str, tuple[float, float]]
-    delay_s: float = Field(ge=0)
+    delay_s: float | None = Field(default=None, ge=0)
     fit: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_this_version(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("format") == 1:
+            raise ValueError("it was written by version 0.1, whose formula was another: fit anew")
+        return data
 
     @model_validator(mode="after")
     def _complete(self) -> "ModelFile":
-        for what, have, want in (
-            ("coefficients", set(self.coefficients), set(Coefficients._fields)),
-            ("box", set(self.box), set(WORK_AXES)),
-        ):
-            if have != want:
-                raise ValueError(
-                    f"{what} must name exactly the known fields; wrong or missing: "
-                    f"{sorted(have ^ want)}"
-                )
+        have = set(self.coefficients)
+        if wrong := (set(OWN_FIELDS) - have) | (have - set(Coefficients._fields)):
+            raise ValueError(
+                f"coefficients must name every known field of an LLM's work and no unknown one; "
+                f"wrong or missing: {sorted(wrong)}"
+            )
+        if wrong := set(self.box) ^ set(WORK_AXES):
+            raise ValueError(f"box must name exactly {WORK_AXES}; wrong or missing: {sorted(wrong)}")
         return self
 
+    def with_layer(self, layer: Mapping[str, Coefficient], p_cap_w: float) -> "ModelFile":
+        """The complete file: what it leaves open filled in from the GPU.
+
+        Args:
+            layer: coefficients of the GPU's layer for this phase and dtype, the delay among them.
+            p_cap_w: power limit of one GPU, W.
+        """
+        cap = Coefficient(
+            value=p_cap_w, provenance="measured", source=f"description of {self.gpu}"
+        )
+        found = {**layer, **self.coefficients, "p_cap_w": cap}
+        delay = layer[DELAY_COLUMN].value if self.delay_s is None else self.delay_s
+        return self.model_copy(
+            update={
+                "coefficients": {name: found[name] for name in Coefficients._fields},
+                "delay_s": delay,
+            }
+        )
+
     def as_tuple(self) -> Coefficients:
-        """Return the values alone, in the order of the formula."""
+        """Return the values alone, in the order of the formula; of a complete file."""
         return Coefficients(*(self.coefficients[field].value for field in Coefficients._fields))
 
 
-def stem(phase: str, dtype: str, tp: int) -> str:
+def stem(phase: str, dtype: str, tp: int, ep: int = 1) -> str:
     """File name without ending of one configuration, e.g. ``decode-bf16-tp4``."""
-    return f"{phase}-{dtype}-tp{tp}"
+    return f"{phase}-{dtype}-tp{tp}" + (f"-ep{ep}" if ep > 1 else "")
 
 
 def known_names() -> list[str]:
     """Names of the shipped model families."""
     folder = configs_dir() / "models"
-    return sorted(path.name for path in folder.iterdir() if any(path.glob("*-tp*.yaml")))
+    found = {path.parent for path in folder.glob("*/*/*-tp*.yaml")}
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
-def find_file(name: str, phase: str, dtype: str, tp: int) -> Path:
+def find_file(name: str, phase: str, dtype: str, tp: int, ep: int = 1) -> Path:
     """Path of a coefficient file: a shipped family, a folder of files, or one YAML file.
 
     Raises:
@@ -100,12 +125,13 @@ def find_file(name: str, phase: str, dtype: str, tp: int) -> Path:
     folder = find_folder(name)
     if folder is None:
         return Path(name)
-    path = folder / f"{stem(phase, dtype, tp)}.yaml"
+    path = folder / f"{stem(phase, dtype, tp, ep)}.yaml"
     if path.is_file():
         return path
     have = ", ".join(p.stem for p in files_in(folder)) or "none"
+    spread = f", EP {ep}" if ep > 1 else ""
     raise BiscaleError(
-        f"model '{name}' has no {phase} model for {dtype} at TP {tp}; it has: {have}"
+        f"model '{name}' has no {phase} model for {dtype} at TP {tp}{spread}; it has: {have}"
     )
 
 
@@ -122,7 +148,7 @@ def find_folder(name: str) -> Path | None:
         return None
     known = known_names()
     raise BiscaleError(
-        f"unknown model '{name}'; known: {', '.join(known)}, or a path to a file of `biscale fit`; "
+        f"unknown model '{name}'; known: {', '.join(known)}, or a path to files of `biscale models build` or `biscale fit`; "
         f"the nearest name is '{nearest(name, known)}'"
     )
 
@@ -164,74 +190,40 @@ def read_model_file(path: Path) -> ModelFile:
     return parse_model_file(read_bytes(path), str(path))
 
 
-def members_path(path: Path) -> Path:
-    """File with the ensemble that belongs to a coefficient file."""
-    return path.with_suffix(".ensemble.csv")
-
-
 def read_members(
-    path: Path, content: bytes | None, nominal: Coefficients
+    path: Path,
+    content: bytes | None,
+    complete: ModelFile,
+    layer: Mapping[str, NDArray[np.float64]],
 ) -> tuple[np.recarray, NDArray[np.float64]]:
-    """Parse an ensemble: columns that vary replace the nominal values.
+    """Members of the ensemble: columns that vary replace the nominal values.
+
+    Member k is member k of the GPU's layer and row k of the file's own table; where the table is
+    longer than the layer, the layer repeats.
 
     Args:
-        path: its file, for messages.
-        content: what is in the file; None if there is none.
-        nominal: values of the columns that do not vary.
+        path: file of the own table, for messages.
+        content: what is in it; None if there is none.
+        complete: the nominal values.
+        layer: columns of the GPU's layer by the names of the formula, those that the file leaves to
+            it.
 
     Returns:
-        Records of ``COEFFICIENT_DTYPE``, one per member (none without a file), and the delays in s.
+        Records of ``COEFFICIENT_DTYPE``, one per member (none without any table), delays in s.
 
     Raises:
         BiscaleError: not a table, an unknown column, or a value that is not a finite number >= 0.
     """
-    if content is None:
-        return np.recarray(0, dtype=COEFFICIENT_DTYPE), np.zeros(0)
-    names, values = _table(path, content)
-    unknown = sorted(set(names) - set(Coefficients._fields) - {DELAY_COLUMN})
-    if unknown or DELAY_COLUMN not in names:
-        raise BiscaleError(
-            f"{path}: columns must be {DELAY_COLUMN} and coefficient names; wrong or missing: "
-            f"{', '.join(unknown) or DELAY_COLUMN}"
-        )
-    if not np.all(np.isfinite(values) & (values >= 0.0)):
-        raise BiscaleError(f"{path}: every value must be a finite number, zero or above")
-    columns = dict(zip(names, values.T, strict=True))
-    records = np.recarray(len(values), dtype=COEFFICIENT_DTYPE)
-    for field, value in zip(Coefficients._fields, nominal, strict=True):
+    columns = dict(layer)
+    if content is not None:
+        own = read_table(path, content, (*Coefficients._fields, DELAY_COLUMN))
+        n = len(next(iter(own.values())))
+        columns = {name: np.resize(values, n) for name, values in layer.items()} | own
+    n = len(next(iter(columns.values()))) if columns else 0
+    records = np.recarray(n, dtype=COEFFICIENT_DTYPE)
+    for field, value in zip(Coefficients._fields, complete.as_tuple(), strict=True):
         records[field] = columns.get(field, value)
-    return records, columns[DELAY_COLUMN].copy()
-
-
-def _table(path: Path, content: bytes) -> tuple[list[str], NDArray[np.float64]]:
-    """Header and values, shape (rows, columns), of a CSV; NaN where there is no number.
-
-    By hand, since pandas takes longer to import than an environment may take to make.
-    """
-    try:
-        lines = [r for r in content.decode("utf-8").splitlines() if r and not r.startswith("#")]
-    except UnicodeDecodeError:
-        raise BiscaleError(f"cannot read {path}: not UTF-8 text") from None
-    header, *rows = list(csv.reader(lines)) or [[]]
-    if any(len(row) != len(header) for row in rows):
-        raise BiscaleError(f"{path}: not a table: its rows differ in length")
-    values = np.array([[_number(cell) for cell in row] for row in rows], dtype=np.float64)
-    return [name.strip() for name in header], values.reshape(len(rows), len(header))
-
-
-def _number(cell: str) -> float:
-    try:
-        return float(cell)
-    except ValueError:
-        return math.nan
-
-
-def rounded(value: float, digits: int = 6) -> float:
-    """Round to significant digits.
-
-    So files are short and do not depend on the last bit of a solver.
-    """
-    return float(f"{value:.{digits}g}") if math.isfinite(value) else value
+    return records, np.array(columns.get(DELAY_COLUMN, np.full(n, complete.delay_s or 0.0)))
 
 
 def dump_model_file(content: ModelFile) -> str:

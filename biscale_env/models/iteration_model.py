@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from biscale_env.config import DEFAULT_MODEL, Gpu, InstanceSpec, Llm, load_gpu, load_llm
+from biscale_env.config import DEFAULT_GPU, DEFAULT_MODEL, Gpu, InstanceSpec, Llm, load_gpu, load_llm
 from biscale_env.config.loader import read_bytes
 from biscale_env.core.errors import BiscaleError, BiscaleWarning
 from biscale_env.core.jit import compiled
@@ -24,9 +24,16 @@ from biscale_env.models.coefficient_files import (
     Phase,
     any_file,
     find_file,
-    members_path,
     parse_model_file,
     read_members,
+)
+from biscale_env.models.gpu_layer import (
+    DTYPES,
+    LayerFiles,
+    ensemble_path,
+    layer_files,
+    layer_path,
+    names_in_layer,
 )
 from biscale_env.models.physics import COEFFICIENT_DTYPE, Coefficients
 from biscale_env.models.transfer import Hardware, moved_file, plan_move
@@ -100,8 +107,13 @@ class IterationModel:
         return self.content.tp
 
     @property
+    def ep(self) -> int:
+        """Groups that the experts are spread over."""
+        return self.content.ep
+
+    @property
     def dtype(self) -> str:
-        """``bf16`` or ``fp8``."""
+        """``bf16``, ``fp8`` or ``mxfp4``."""
         return self.content.dtype
 
     @property
@@ -160,7 +172,7 @@ class IterationModel:
     def delay_s(self, k: int | None = None) -> float:
         """Actuation delay of a clock change in member ``k``, s."""
         index = self._index(k)
-        return self.content.delay_s if index < 0 else float(self._delays_s[index])
+        return float(self._delays_s[index]) if index >= 0 else self.content.delay_s or 0.0
 
     def contains(self, **work: ArrayLike) -> bool:
         """Whether all given work lies inside the validity domain.
@@ -246,7 +258,7 @@ class IterationModel:
         c = self.member(member)
         t, a, k, n = (np.asarray(x, dtype=np.float64) for x in (tokens, attn_work, cached, n_seq))
         time_s = physics.latency_s(c, t, a, k, n, freq)
-        return np.asarray(c.n_gpus * physics.iteration_energy_j(c, t, a, k, time_s, freq))
+        return np.asarray(c.n_gpus * physics.iteration_energy_j(c, t, a, k, n, time_s, freq))
 
     def optimal_freq_mhz(
         self,
@@ -271,12 +283,20 @@ class _Origin:
     path: str
     coefficients: bytes
     ensemble: bytes | None
+    layer: LayerFiles
+    own_layer: LayerFiles  # of the GPU of the fit
     own: tuple[str, str]  # GPU and LLM of the fit, as JSON
     asked: tuple[str, str]  # GPU and LLM that were asked for
 
     def digest(self) -> str:
-        """Hash of the contents, wherever the file lies."""
-        parts = (self.coefficients, self.ensemble or b"", *map(str.encode, self.own + self.asked))
+        """Hash of the contents, wherever the files lie."""
+        parts = (
+            self.coefficients,
+            self.ensemble or b"",
+            self.layer.content,
+            self.layer.members or b"",
+            *map(str.encode, self.own + self.asked),
+        )
         return hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in parts)).hexdigest()
 
 
@@ -289,17 +309,28 @@ def _made(origin: _Origin) -> IterationModel:
     """The model of an origin; shared by all that ask, so its arrays cannot be written."""
     path = Path(origin.path)
     content = parse_model_file(origin.coefficients, origin.path)
-    members, delays_s = read_members(members_path(path), origin.ensemble, content.as_tuple())
     own, asked = _hardware(origin.own), _hardware(origin.asked)
-    move = plan_move(content, own, asked)
+    given = origin.layer.layer().for_phase(content.phase, content.dtype)
+    left_open = {
+        name: column
+        for name, column in names_in_layer(content.phase, content.dtype).items()
+        if name not in content.coefficients
+    }
+    table = origin.layer.table()
+    columns = {name: table[column] for name, column in left_open.items() if column in table}
+    complete = content.with_layer(given, asked.gpu.power_cap_w)
+    members, delays_s = read_members(ensemble_path(path), origin.ensemble, complete, columns)
+    was = origin.own_layer.layer().value("freq_profile_ghz")
+    now = origin.layer.layer().value("freq_profile_ghz")
+    move = plan_move(content, own, asked, was / now)
     fitted_on = ""
     if move is not None:
-        content = moved_file(content, move, own, asked)
+        complete = moved_file(complete, move, own, asked)
         members, fitted_on = move.apply(members), own.label
     members.setflags(write=False)
     delays_s.setflags(write=False)
     return IterationModel(
-        content, content.as_tuple(), asked.gpu, asked.llm, members, delays_s, fitted_on,
+        complete, complete.as_tuple(), asked.gpu, asked.llm, members, delays_s, fitted_on,
         origin.digest(),
     )  # fmt: skip
 
@@ -315,8 +346,9 @@ def _warn_once(model: IterationModel) -> None:
         _warned.add(key)
         warnings.warn(
             f"model '{model.name}' was fitted on {model.fitted_on}; on {here} its times are scaled "
-            "by counted work and data-sheet rates and its energies are kept: for measured numbers "
-            "use `biscale fit --profile` with --gpu and --llm",
+            "by counted work and data-sheet rates and its energies are those of the nearest fitted "
+            "GPU: for better ones use `biscale models build`, or `biscale fit --profile` with "
+            "measurements",
             BiscaleWarning,
             stacklevel=3,
         )
@@ -340,7 +372,7 @@ def instance_hardware(instance: InstanceSpec) -> Hardware:
     Raises:
         BiscaleError: an unknown GPU, LLM or model.
     """
-    own = fitted_hardware(any_file(instance.model))
+    own = fitted_hardware(any_file(instance.family))
     return Hardware(
         load_gpu(instance.gpu) if instance.gpu else own.gpu,
         load_llm(instance.llm) if instance.llm else own.llm,
@@ -350,7 +382,20 @@ def instance_hardware(instance: InstanceSpec) -> Hardware:
 def instance_model(phase: str, instance: InstanceSpec) -> IterationModel:
     """The fitted model of one phase of an instance, on the instance's GPU and with its LLM."""
     s = instance
-    return load_model(phase, s.tp, s.dtype, s.model, s.gpu, s.llm)
+    return load_model(phase, s.tp, s.dtype, s.family, s.gpu, s.llm, s.ep)
+
+
+def _layer_of(own_gpu: str, beside: Path, asked_gpu: str | None) -> LayerFiles:
+    """The layer of the GPU that was asked for; where nothing was fitted for it, of the file's own.
+
+    Raises:
+        BiscaleError: neither has one.
+    """
+    path = layer_path(asked_gpu) if asked_gpu else None
+    path = path or layer_path(own_gpu, beside) or layer_path(DEFAULT_GPU)
+    if path is None:
+        raise BiscaleError(f"no fitted layer of GPU '{asked_gpu or own_gpu}' was found")
+    return layer_files(path)
 
 
 def read_model(
@@ -360,29 +405,34 @@ def read_model(
     name: str = DEFAULT_NAME,
     gpu: str | None = None,
     llm: str | None = None,
+    ep: int = 1,
 ) -> IterationModel:
     """As :func:`load_model`, without a word about a foreign GPU or LLM."""
     if phase not in ("prefill", "decode"):
         raise BiscaleError(f"unknown phase '{phase}': choose prefill or decode")
-    if dtype not in ("bf16", "fp8"):
-        raise BiscaleError(f"unknown dtype '{dtype}': choose bf16 or fp8")
-    path = find_file(name, phase, dtype, tp)
+    if dtype not in DTYPES:
+        raise BiscaleError(f"unknown dtype '{dtype}': choose {', '.join(DTYPES)}")
+    path = find_file(name, phase, dtype, tp, ep)
     if not path.is_file():
         raise BiscaleError(f"model file {path} does not exist")
     own = fitted_hardware(path)
+    named = _named_hardware(read_bytes(path), str(path))[0]
     asked = Hardware(load_gpu(gpu) if gpu else own.gpu, load_llm(llm) if llm else own.llm)
-    ensemble = members_path(path)
+    ensemble = ensemble_path(path)
     origin = _Origin(
         str(path.resolve()),
         read_bytes(path),
         read_bytes(ensemble) if ensemble.is_file() else None,
+        _layer_of(named, path.parent, gpu),
+        _layer_of(named, path.parent, None),
         own.as_json(),
         asked.as_json(),
     )
     model = _made(origin)
-    if (model.phase, model.tp, model.dtype) != (phase, tp, dtype):
-        have = f"{model.phase}, TP {model.tp}, {model.dtype}"
-        raise BiscaleError(f"{path} describes {have}, but {phase}, TP {tp}, {dtype} was asked for")
+    if (model.phase, model.tp, model.dtype, model.ep) != (phase, tp, dtype, ep):
+        have = f"{model.phase}, TP {model.tp}, {model.dtype}, EP {model.ep}"
+        wanted = f"{phase}, TP {tp}, {dtype}, EP {ep}"
+        raise BiscaleError(f"{path} describes {have}, but {wanted} was asked for")
     return model
 
 
@@ -393,6 +443,7 @@ def load_model(
     name: str = DEFAULT_NAME,
     gpu: str | None = None,
     llm: str | None = None,
+    ep: int = 1,
 ) -> IterationModel:
     """Load the fitted model of one configuration.
 
@@ -401,16 +452,18 @@ def load_model(
     Args:
         phase: ``prefill`` or ``decode``.
         tp: GPUs per instance.
-        dtype: ``bf16`` or ``fp8``.
-        name: a shipped family (``h100-llama70b``), a folder of coefficient files, or one such file.
+        dtype: ``bf16``, ``fp8`` or ``mxfp4``.
+        name: a shipped family (``h100-sxm/llama-3.3-70b``), a folder of coefficient files, or one
+            such file.
         gpu: another GPU than that of the fit: name or YAML file (see
             :mod:`biscale_env.models.transfer` for what follows it; warned about once).
         llm: another LLM than that of the fit, likewise.
+        ep: groups that the experts are spread over.
 
     Raises:
         BiscaleError: unknown phase, dtype, family, configuration, GPU or LLM, or a file that is
             about something else.
     """
-    model = read_model(phase, tp, dtype, name, gpu, llm)
+    model = read_model(phase, tp, dtype, name, gpu, llm, ep)
     _warn_once(model)
     return model

@@ -12,14 +12,16 @@ One iteration of one instance (``n_gpus`` GPUs, tensor parallel) is described by
 - ``cached``: ``C``, KV-cache tokens read by the decoding requests;
 - ``n_seq``: requests in the batch (host work grows with it).
 
-Latency is the sum of GEMM (weights stream from HBM, or compute), attention, communication,
-element-wise kernels and host time. Energy of one GPU is a static part, a clock-tree part, and
-energy per operation that grows with the square of the core voltage. Voltage is flat below a knee
-and rises linearly above it (a smooth hinge). All coefficients are documented on
-:class:`Coefficients`.
+Latency is the sum of GEMMs (weights stream from HBM, or compute), experts likewise, attention,
+communication, element-wise kernels and host time. HBM is read at its own rate as long as the SMs
+ask for enough bytes; below ``stream_knee_ghz`` the rate goes with the clock. Energy of one GPU is a
+static part, a clock-tree part, and parts per second of work and per operation that grow with the
+square of the core voltage. Voltage is flat below a knee and rises linearly above it (a smooth
+hinge). Everything is documented on :class:`Coefficients`: those of the GPU (``GPU_FIELDS``) serve
+every LLM on it, the others say what an LLM asks of one GPU.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numba.extending import register_jitable
@@ -27,48 +29,77 @@ from numba.extending import register_jitable
 from biscale_env.core.roots import bracket, false_position, narrowed
 
 Number = Any  # float, ndarray or CasADi expression
-HINGE_WIDTH_GHZ = 0.05  # assumed: rounding of the voltage and bandwidth hinges
+HINGE_WIDTH_GHZ = 0.05  # assumed: rounding of the voltage hinge
+FEW_ROWS = 2048.0  # GEMM rows at which half of ``few_rows_saving`` is left; chosen with the fit
 
 
 class Coefficients(NamedTuple):
-    """Coefficients of one phase of one (GPU, LLM, dtype, TP) configuration.
+    """Coefficients of one phase of one (GPU, LLM, dtype, TP, EP) configuration.
 
-    Every work term is per GPU.
+    Every work term is per GPU. Times are those at ``freq_profile_ghz``.
     """
 
     n_gpus: float  # GPUs of the instance (tensor parallel degree)
-    freq_profile_ghz: float  # SM clock f0 at which the latency profile was taken
-    weights_s: float  # time to stream the weights from HBM
-    mem_loss_per_ghz: float  # relative slow-down of memory-bound time per GHz below mem_knee_ghz
-    mem_knee_ghz: float  # clock below which HBM bandwidth can no longer be saturated
-    gemm_s_per_token: float  # GEMM compute time per row at f0
+    freq_profile_ghz: float  # SM clock f0 that the times below are given at
+    weights_s: float  # time to stream the dense weights from HBM
+    gemm0_s: float  # core-clocked constant time of the GEMM kernels: launch, ramp, tail
+    gemm_s_per_token: float  # dense GEMM compute time per row
+    experts_s: float  # time to stream all experts that one GPU holds; 0 without experts
+    expert_s_per_token: float  # expert GEMM compute time per row
+    expert_miss: float  # probability that a row leaves a given expert alone, 1 - k/E
+    expert_skew: float  # rows as many as skew * rows touch as many experts as evenly routed ones
     attn0_s: float  # attention, constant part
-    attn_prefill_s: float  # attention time per unit of attn_work at f0 (compute)
+    attn_prefill_s: float  # attention time per unit of attn_work (compute)
     attn_decode_s: float  # attention time per cached token (HBM)
+    window_tokens: float  # sliding window of the windowed attention layers
+    window_share: float  # share of the attention layers that are windowed
     comm0_s: float  # all-reduce, constant part
     comm_s_per_token: float  # all-reduce per row
     elem0_s: float  # element-wise kernels, constant part
     elem_s_per_token: float  # element-wise kernels per row
-    core_share: float  # share of element-wise and constant attention time that scales with f0/f
     host0_s: float  # host and framework time per iteration (measured minus kernels)
     host_s_per_seq: float  # host time per request in the batch
+    flops_per_token: float  # GEMM operations per row and GPU, chosen experts included
+    flops_per_attn: float  # attention operations per unit of attn_work or cached token and GPU
+    weight_bytes: float  # dense weights read per iteration and GPU
+    expert_bytes: float  # weights of all experts that one GPU holds
+    bytes_per_token: float  # activation bytes per row and GPU
+    kv_bytes_per_token: float  # KV bytes per cached token and GPU
+    link_bytes_per_token: float  # NVLink bytes per row and GPU
+    stream_knee_ghz: float  # clock at which the SMs can ask for just the bytes that HBM can give
+    core_share: float  # share of element-wise and constant attention time that scales with f0/f
     v_knee_ghz: float  # clock up to which the core voltage stays at its minimum
     v_slope_per_ghz: float  # rise of relative voltage per GHz above the knee
     p_static_w: float  # power of a GPU holding a context, clock tree excluded
     p_clock_w_per_ghz: float  # clock-tree power per GHz at minimum voltage
-    p_busy_w: float  # extra power while an iteration runs
-    flops_per_token: float  # GEMM floating point operations per row and GPU
-    flops_per_attn: float  # attention operations per unit of attn_work or cached token and GPU
-    weight_bytes: float  # weights read per iteration and GPU
-    bytes_per_token: float  # activation bytes per row and GPU
-    kv_bytes_per_token: float  # KV bytes per cached token and GPU
-    link_bytes_per_token: float  # NVLink bytes per row and GPU
-    e_flop_j: float  # core energy per operation at minimum voltage
+    p_busy_w: float  # extra power while an iteration runs, at minimum voltage
+    e_flop_j: float  # core energy per operation at minimum voltage, many rows
+    few_rows_saving: float  # relative saving of it as rows go to none
     e_byte_j: float  # on-chip energy per byte at minimum voltage
     e_hbm_j: float  # HBM energy per byte (own voltage rail)
     e_link_j: float  # link energy per byte
     p_cap_w: float  # board power limit
 
+
+GPU_FIELDS: Final = (
+    "freq_profile_ghz",
+    "stream_knee_ghz",
+    "core_share",
+    "v_knee_ghz",
+    "v_slope_per_ghz",
+    "p_static_w",
+    "p_clock_w_per_ghz",
+    "p_busy_w",
+    "e_flop_j",
+    "few_rows_saving",
+    "e_byte_j",
+    "e_hbm_j",
+    "e_link_j",
+    "p_cap_w",
+)
+"""Coefficients that belong to the GPU, whatever runs on it."""
+WORK_FIELDS: Final = tuple(name for name in Coefficients._fields if name not in GPU_FIELDS)
+"""Coefficients that say what an LLM asks of one GPU."""
 
 COEFFICIENT_DTYPE = np.dtype([(name, np.float64) for name in Coefficients._fields])
 
@@ -86,9 +117,55 @@ def voltage(c: Any, freq_ghz: Number) -> Number:
 
 
 @register_jitable
+def fourth_root(x: Number) -> Number:
+    """Fourth root of a number >= 0; square roots alone, which every caller knows."""
+    return (x**0.5) ** 0.5
+
+
+@register_jitable
+def smooth_max(x: Number, y: Number) -> Number:
+    """Smooth maximum of two numbers >= 0: at most 19 % above the larger, where they are equal."""
+    x2, y2 = x * x, y * y
+    return fourth_root(x2 * x2 + y2 * y2)
+
+
+@register_jitable
 def memory_stretch(c: Any, freq_ghz: Number) -> Number:
-    """Factor >= 1 on memory-bound time: a slow core cannot keep HBM busy."""
-    return 1.0 + c.mem_loss_per_ghz * hinge(c.mem_knee_ghz - freq_ghz)
+    """Time of memory-bound work relative to that at the profile clock: a slow core asks slowly."""
+    now, then = c.stream_knee_ghz / freq_ghz, c.stream_knee_ghz / c.freq_profile_ghz
+    now2, then2 = now * now, then * then
+    return fourth_root((1.0 + now2 * now2) / (1.0 + then2 * then2))
+
+
+@register_jitable
+def experts_read(c: Any, tokens: Number) -> Number:
+    """Share of its experts that a GPU reads for so many rows, 0 to 1.
+
+    A row leaves an expert alone with probability ``expert_miss``; rows are independent.
+    """
+    return 1.0 - c.expert_miss ** (c.expert_skew * tokens)
+
+
+@register_jitable
+def within_window(c: Any, amount: Number, bound: Number) -> Number:
+    """Attention work where windowed layers see no more than ``bound`` of ``amount``, same unit."""
+    most = bound + 1e-9  # no work at all is 0 and not 0/0
+    return (1.0 - c.window_share) * amount + c.window_share * amount * most / smooth_max(
+        amount, most
+    )
+
+
+@register_jitable
+def attended(
+    c: Any, tokens: Number, attn_work: Number, cached: Number, n_seq: Number
+) -> tuple[Number, Number]:
+    """Token-pairs and cached tokens that attention reads, averaged over the layers."""
+    if c.window_share > 0.0:
+        return (
+            within_window(c, attn_work, tokens * c.window_tokens),
+            within_window(c, cached, n_seq * c.window_tokens),
+        )
+    return attn_work, cached
 
 
 @register_jitable
@@ -102,26 +179,30 @@ def latency_s(
     ratio = c.freq_profile_ghz / freq_ghz
     stretch = memory_stretch(c, freq_ghz)
     core = c.core_share * ratio + 1.0 - c.core_share
-    stream = c.weights_s * stretch
-    compute = c.gemm_s_per_token * tokens * ratio
-    stream2 = stream * stream
-    compute2 = compute * compute
-    gemm = ((stream2 * stream2 + compute2 * compute2) ** 0.5) ** 0.5
-    attention = (
-        c.attn0_s * core + c.attn_prefill_s * attn_work * ratio + c.attn_decode_s * cached * stretch
-    )
+    pairs, read = attended(c, tokens, attn_work, cached, n_seq)
+    gemm = smooth_max(c.weights_s * stretch, c.gemm_s_per_token * tokens * ratio)
+    if c.experts_s > 0.0:
+        stream = c.experts_s * experts_read(c, tokens) * stretch
+        gemm = gemm + smooth_max(stream, c.expert_s_per_token * tokens * ratio)
+    attention = c.attn0_s * core + c.attn_prefill_s * pairs * ratio + c.attn_decode_s * read * stretch
     communication = c.comm0_s + c.comm_s_per_token * tokens
     elementwise = (c.elem0_s + c.elem_s_per_token * tokens) * core
     host = c.host0_s + c.host_s_per_seq * n_seq
-    return gemm + attention + communication + elementwise + host
+    return gemm + c.gemm0_s * ratio + attention + communication + elementwise + host
 
 
 @register_jitable
-def work_energy_j(c: Any, tokens: Number, attn_work: Number, cached: Number) -> Number:
+def work_energy_j(
+    c: Any, tokens: Number, attn_work: Number, cached: Number, n_seq: Number
+) -> tuple[Number, Number]:
     """Energy per GPU of the work itself: (part that scales with V^2, part that does not), J."""
-    flops = c.flops_per_token * tokens + c.flops_per_attn * (attn_work + cached)
-    moved = c.weight_bytes + c.bytes_per_token * tokens + c.kv_bytes_per_token * cached
-    core = c.e_flop_j * flops + c.e_byte_j * moved
+    pairs, read = attended(c, tokens, attn_work, cached, n_seq)
+    flops = c.flops_per_token * tokens + c.flops_per_attn * (pairs + read)
+    moved = c.weight_bytes + c.bytes_per_token * tokens + c.kv_bytes_per_token * read
+    if c.experts_s > 0.0:
+        moved = moved + c.expert_bytes * experts_read(c, tokens)
+    per_flop = c.e_flop_j * (1.0 - c.few_rows_saving * FEW_ROWS / (FEW_ROWS + tokens))
+    core = per_flop * flops + c.e_byte_j * moved
     return core, c.e_hbm_j * moved + c.e_link_j * c.link_bytes_per_token * tokens
 
 
@@ -134,12 +215,18 @@ def idle_power_w(c: Any, freq_ghz: Number) -> Number:
 
 @register_jitable
 def iteration_energy_j(
-    c: Any, tokens: Number, attn_work: Number, cached: Number, time_s: Number, freq_ghz: Number
+    c: Any,
+    tokens: Number,
+    attn_work: Number,
+    cached: Number,
+    n_seq: Number,
+    time_s: Number,
+    freq_ghz: Number,
 ) -> Number:
     """Energy per GPU in J of an iteration that takes ``time_s`` at a constant SM clock in GHz."""
     v = voltage(c, freq_ghz)
-    core, fixed = work_energy_j(c, tokens, attn_work, cached)
-    return time_s * (idle_power_w(c, freq_ghz) + c.p_busy_w) + v * v * core + fixed
+    core, fixed = work_energy_j(c, tokens, attn_work, cached, n_seq)
+    return time_s * (idle_power_w(c, freq_ghz) + c.p_busy_w * v * v) + v * v * core + fixed
 
 
 @register_jitable
@@ -148,7 +235,7 @@ def power_w(
 ) -> Number:
     """Mean power per GPU in W over one iteration at a constant SM clock in GHz, before the cap."""
     t = latency_s(c, tokens, attn_work, cached, n_seq, freq_ghz)
-    return iteration_energy_j(c, tokens, attn_work, cached, t, freq_ghz) / t
+    return iteration_energy_j(c, tokens, attn_work, cached, n_seq, t, freq_ghz) / t
 
 
 @register_jitable

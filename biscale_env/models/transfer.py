@@ -7,8 +7,10 @@ What can be known without a measurement follows the descriptions; what cannot is
 - *Times* are scaled to first order, as a roofline does: by the ratio of the counted work, and by
   the ratio of the data-sheet rates (operations per clock cycle, HBM and NVLink bandwidth) that
   bound them. Constant kernel times go with the number of layers. Host time is kept.
-- *Energies*, static and clock power, voltage curve and the clocks of its knees are kept: nothing in
-  a data sheet tells them. They are those of the GPU of the fit.
+- *Energies*, static and clock power, voltage curve and the clocks of its knees are those of the new
+  GPU's own fitted layer, and of the GPU of the fit where there is none: no data sheet tells them.
+- Nothing is moved between a dense LLM and one with experts: the fit of one says nothing about the
+  other.
 
 The ensemble is moved by the same factors. A table of one's own hardware (``biscale fit --profile``)
 replaces all this with measurements.
@@ -20,19 +22,24 @@ from typing import Final
 import numpy as np
 
 from biscale_env.config.hardware import Gpu, Llm
-from biscale_env.models.coefficient_files import Coefficient, ModelFile
+from biscale_env.core.errors import BiscaleError
+from biscale_env.models.coefficient_files import ModelFile
 from biscale_env.models.geometry import counted_work
+from biscale_env.models.physics import GPU_FIELDS
+from biscale_env.models.provenance import Coefficient
 
 # coefficient: (work that it is a time of, rate of the GPU that bounds it)
 TIMES: Final = {
     "weights_s": ("weight_bytes", "memory"),
     "gemm_s_per_token": ("flops_per_token", "compute"),
+    "experts_s": ("expert_bytes", "memory"),
+    "expert_s_per_token": ("flops_per_token", "compute"),
     "attn_prefill_s": ("flops_per_attn", "compute"),
     "attn_decode_s": ("kv_bytes_per_token", "memory"),
     "comm_s_per_token": ("link_bytes_per_token", "link"),
     "elem_s_per_token": ("bytes_per_token", "memory"),
 }
-PER_LAYER: Final = ("attn0_s", "comm0_s", "elem0_s")
+PER_LAYER: Final = ("gemm0_s", "attn0_s", "comm0_s", "elem0_s")
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,10 @@ class Move:
         return out
 
 
+def _kept(c: Coefficient, old: Hardware) -> Coefficient:
+    return c.model_copy(update={"source": f"kept from the fit on {old.label}: {c.source}"})
+
+
 def _ratio(new: float, old: float) -> float:
     return new / old if old > 0 else 1.0
 
@@ -96,22 +107,39 @@ def time_ratios(old: Gpu, new: Gpu) -> dict[str, float]:
     }
 
 
-def plan_move(content: ModelFile, old: Hardware, new: Hardware) -> Move | None:
-    """How the coefficients of a file change; None if nothing physical differs."""
+def plan_move(
+    content: ModelFile, old: Hardware, new: Hardware, clock_ratio: float = 1.0
+) -> Move | None:
+    """How the coefficients of a file change; None if nothing physical differs.
+
+    Args:
+        content: the file.
+        old: hardware of the fit.
+        new: hardware that was asked for.
+        clock_ratio: profile clock of the old GPU's layer over that of the new one's, since times
+            are given at it.
+
+    Raises:
+        BiscaleError: from a dense LLM to one with experts, or back.
+    """
     before, after = old.physics(), new.physics()
     if before == after:
         return None
+    if bool(old.llm.experts) != bool(new.llm.experts):
+        raise BiscaleError(
+            f"model '{content.name}' was fitted with {old.llm.name}, and {new.llm.name} differs "
+            "from it by its experts: make its own with `biscale models build`"
+        )
     fixed: dict[str, float] = {}
     factor: dict[str, float] = {}
     rates = time_ratios(old.gpu, new.gpu)
-    if before[0] != after[0]:
-        fixed["p_cap_w"] = new.gpu.power_cap_w
     was = counted_work(old.llm, content.tp, content.dtype)
     is_now = counted_work(new.llm, content.tp, content.dtype)
     if before[1] != after[1]:
         fixed |= is_now
     for name, (work, bound) in TIMES.items():
-        factor[name] = _ratio(is_now[work], was[work]) * rates[bound]
+        clocks = clock_ratio if bound == "compute" else 1.0
+        factor[name] = _ratio(is_now[work], was[work]) * rates[bound] * clocks
     factor |= dict.fromkeys(PER_LAYER, new.llm.layers / old.llm.layers)
     return Move(fixed, {name: value for name, value in factor.items() if value != 1.0})
 
@@ -121,7 +149,7 @@ def moved_file(content: ModelFile, move: Move, old: Hardware, new: Hardware) -> 
     made = {}
     for name, c in content.coefficients.items():
         if name in move.fixed:
-            what = f"description of {new.gpu.name if name == 'p_cap_w' else new.llm.name}"
+            what = f"description of {new.llm.name}"
             made[name] = Coefficient(value=move.fixed[name], provenance="derived", source=what)
         elif name in move.factor:
             made[name] = Coefficient(
@@ -131,9 +159,7 @@ def moved_file(content: ModelFile, move: Move, old: Hardware, new: Hardware) -> 
                 f"rates: {c.source}",
             )
         else:
-            made[name] = c.model_copy(
-                update={"source": f"kept from the fit on {old.label}: {c.source}"}
-            )
+            made[name] = c if name in GPU_FIELDS else _kept(c, old)
     return content.model_copy(
         update={"gpu": new.gpu.name, "llm": new.llm.name, "coefficients": made}
     )

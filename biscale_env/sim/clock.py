@@ -99,12 +99,12 @@ def under_cap(
     ``(effective clock in GHz, duration in s, energy per GPU in J)``.
     """
     duration = latency_s(c, tokens, attn_work, cached, n_seq, freq_ghz)
-    joules = iteration_energy_j(c, tokens, attn_work, cached, duration, freq_ghz)
+    joules = iteration_energy_j(c, tokens, attn_work, cached, n_seq, duration, freq_ghz)
     if joules <= c.p_cap_w * duration:
         return freq_ghz, duration, joules
     freq = effective_freq_ghz(c, tokens, attn_work, cached, n_seq, freq_ghz, p.freq_min_ghz)
     duration = latency_s(c, tokens, attn_work, cached, n_seq, freq)
-    return freq, duration, iteration_energy_j(c, tokens, attn_work, cached, duration, freq)
+    return freq, duration, iteration_energy_j(c, tokens, attn_work, cached, n_seq, duration, freq)
 
 
 class WorkDone(NamedTuple):

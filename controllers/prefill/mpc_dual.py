@@ -60,8 +60,8 @@ def marginal_cost(c: Coefficients, st: Stage, price_w: float, f: float) -> float
     """
     hi, lo = f + DIFF_GHZ, f - DIFF_GHZ
     t_hi, t_lo = stage_latency_s(c, st, hi), stage_latency_s(c, st, lo)
-    e_hi = iteration_energy_j(c, st.tokens, st.attn_work, 0.0, t_hi, hi)
-    e_lo = iteration_energy_j(c, st.tokens, st.attn_work, 0.0, t_lo, lo)
+    e_hi = iteration_energy_j(c, st.tokens, st.attn_work, 0.0, st.n_seq, t_hi, hi)
+    e_lo = iteration_energy_j(c, st.tokens, st.attn_work, 0.0, st.n_seq, t_lo, lo)
     idle = st.idle_s / st.share * (idle_power_w(c, hi) - idle_power_w(c, lo))
     return (c.n_gpus * (e_hi - e_lo + idle) + price_w * (t_hi - t_lo)) / (2.0 * DIFF_GHZ)
 

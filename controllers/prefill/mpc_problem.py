@@ -287,7 +287,7 @@ class MpcProblem:
             c, stages["tokens"], stages["attn_work"], 0.0, stages["n_seq"], freq_ghz
         )
         energy = c.n_gpus * iteration_energy_j(
-            c, stages["tokens"], stages["attn_work"], 0.0, latency, freq_ghz
+            c, stages["tokens"], stages["attn_work"], 0.0, stages["n_seq"], latency, freq_ghz
         )
         done = np.cumsum(stages["lead_s"] + stages["share"] * latency, axis=-1)
         late = np.maximum(done - stages["deadline_s"], 0.0).sum(axis=-1)

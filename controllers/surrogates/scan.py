@@ -63,11 +63,11 @@ def scan(
         for k in range(clocks_ghz.size):
             f = clocks_ghz[k]
             t = latency_s(c, tokens, attn_work, cached, n_seq, f)
-            e = iteration_energy_j(c, tokens, attn_work, cached, t, f)
+            e = iteration_energy_j(c, tokens, attn_work, cached, n_seq, t, f)
             if e > c.p_cap_w * t:
                 f = effective_freq_ghz(c, tokens, attn_work, cached, n_seq, f, freq_min_ghz)
                 t = latency_s(c, tokens, attn_work, cached, n_seq, f)
-                e = iteration_energy_j(c, tokens, attn_work, cached, t, f)
+                e = iteration_energy_j(c, tokens, attn_work, cached, n_seq, t, f)
             latency[i, k] = t
             energy[i, k] = e * c.n_gpus
 

@@ -66,7 +66,7 @@ def test_flat_keys_and_an_instance_are_the_same():
         ({"max_seqs": 5000}, "'max_seqs' = 5000"),
         ({"gpu": "h100"}, "unknown gpu 'h100'; .*nearest name is 'h100-sxm'"),
         ({"llm": "llama"}, "unknown llm 'llama'; .*nearest name is 'llama-3.3-70b'"),
-        ({"model": "h100"}, "unknown model 'h100'; .*nearest name is 'h100-llama70b'"),
+        ({"model": "h100"}, "unknown model 'h100'; .*nearest name is 'h100-sxm/llama-3.3-70b'"),
         ({"slo": "biscal"}, "unknown slo 'biscal'; .*nearest name is 'biscale'"),
         ({"gpu": "no/such.yaml"}, "unknown gpu 'no/such.yaml'"),
         ({"gpu": 3}, "'gpu' = 3"),

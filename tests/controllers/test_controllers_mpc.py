@@ -208,7 +208,7 @@ def test_the_symbolic_stage_is_the_numeric_one():
         c = MODEL.coefficients
         latency = physics.latency_s(c, v["tokens"], v["attn_work"], 0.0, v["n_seq"], freq_ghz)
         joules = c.n_gpus * physics.iteration_energy_j(
-            c, v["tokens"], v["attn_work"], 0.0, latency, freq_ghz
+            c, v["tokens"], v["attn_work"], 0.0, v["n_seq"], latency, freq_ghz
         )
         np.testing.assert_allclose(
             got, [v["time_s"] + v["lead_s"] + v["share"] * latency, joules, latency], rtol=1e-9

@@ -29,7 +29,7 @@ def prices(member, tokens, attn_work):
     c = MODEL.member(member)
     f = np.linspace(0.51, 1.98, 400)
     latency = physics.latency_s(c, tokens, attn_work, 0.0, 1.0, f)
-    energy = c.n_gpus * physics.iteration_energy_j(c, tokens, attn_work, 0.0, latency, f)
+    energy = c.n_gpus * physics.iteration_energy_j(c, tokens, attn_work, 0.0, 1.0, latency, f)
     price = -np.gradient(energy, f) / np.gradient(latency, f)
     allowed = (energy <= 1.001 * c.n_gpus * c.p_cap_w * latency) & (f > f[energy.argmin()] + 0.01)
     return price[allowed]

@@ -143,7 +143,7 @@ def test_the_key_does_not_change_with_what_does_not(change):
 
 
 def copied(tmp_path):
-    folder = configs_dir() / "models" / "h100-llama70b"
+    folder = configs_dir() / "models" / "h100-sxm/llama-3.3-70b"
     for name in ("prefill-bf16-tp4.yaml", "prefill-bf16-tp4.ensemble.csv"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     return tmp_path / "prefill-bf16-tp4.yaml"

@@ -109,7 +109,7 @@ def test_resume_on_a_changed_trace_or_slo_of_the_same_name_is_refused(compare, t
 
 def test_every_input_is_digested_and_a_change_of_each_shows(tmp_path):
     family = tmp_path / "family"
-    shutil.copytree(configs_dir() / "models" / "h100-llama70b", family)
+    shutil.copytree(configs_dir() / "models" / "h100-sxm/llama-3.3-70b", family)
     point = Scenario(name="s", duration_s=20.0, model=str(family), seeds=1)
     before = inputs_of([job(point), job(point, "static:1200")])
     kinds = [name.split()[0] for name in before]

@@ -180,7 +180,7 @@ def test_pairs_are_ups_and_downs_over_the_range():
 
 def test_measured_delays_reach_the_environments(tmp_path):
     folder = tmp_path / "mine"
-    shutil.copytree(configs_dir() / "models" / "h100-llama70b", folder)
+    shutil.copytree(configs_dir() / "models" / "h100-sxm/llama-3.3-70b", folder)
     switches = [Switch("g", 900, 1200, 0.001, s) for s in (0.08, 0.09, 0.10, math.nan)]
     changed = change_latency.write_delays(folder, switches)
     assert changed == sorted(folder.glob("*-tp*.yaml"))
@@ -198,7 +198,7 @@ def test_delays_without_files_or_measurements_are_refused(tmp_path):
     with pytest.raises(BiscaleError, match="no coefficient files"):
         change_latency.write_delays(tmp_path, [Switch("g", 900, 1200, 0.001, 0.1)])
     shutil.copy(
-        next((configs_dir() / "models" / "h100-llama70b").glob("decode-bf16-tp4.yaml")), tmp_path
+        next((configs_dir() / "models" / "h100-sxm/llama-3.3-70b").glob("decode-bf16-tp4.yaml")), tmp_path
     )
     with pytest.raises(BiscaleError, match="no delay"):
         change_latency.write_delays(tmp_path, [Switch("g", 900, 1200, 0.001, math.nan)])

@@ -22,10 +22,15 @@ from biscale_env.traces import Trace
 COEFFICIENTS = Coefficients(
     n_gpus=4.0,
     freq_profile_ghz=1.98,
-    weights_s=0.013,
-    mem_loss_per_ghz=0.8,
-    mem_knee_ghz=1.0,
+    weights_s=0.012,
+    gemm0_s=1.2e-3,
     gemm_s_per_token=4.6e-05,
+    experts_s=0.0,
+    expert_s_per_token=0.0,
+    expert_miss=0.0,
+    expert_skew=1.0,
+    window_tokens=0.0,
+    window_share=0.0,
     attn0_s=9e-4,
     attn_prefill_s=8e-10,
     attn_decode_s=2.6e-08,
@@ -33,9 +38,10 @@ COEFFICIENTS = Coefficients(
     comm_s_per_token=1.7e-05,
     elem0_s=7e-4,
     elem_s_per_token=8.5e-06,
-    core_share=0.3,
     host0_s=1.1e-3,
     host_s_per_seq=2e-5,
+    stream_knee_ghz=0.7,
+    core_share=0.3,
     v_knee_ghz=1.1,
     v_slope_per_ghz=0.45,
     p_static_w=90.0,
@@ -44,15 +50,28 @@ COEFFICIENTS = Coefficients(
     flops_per_token=3.5e10,
     flops_per_attn=6.5e5,
     weight_bytes=3.5e10,
+    expert_bytes=0.0,
     bytes_per_token=1e7,
     kv_bytes_per_token=8.2e4,
     link_bytes_per_token=2e6,
     e_flop_j=3.4e-13,
+    few_rows_saving=0.3,
     e_byte_j=1e-11,
     e_hbm_j=4e-11,
     e_link_j=1e-11,
     p_cap_w=700.0,
 )
+
+
+# 128 experts, 8 of them per row, and every other layer with a window of 128 tokens.
+EXPERTS = {
+    "experts_s": 0.02,
+    "expert_s_per_token": 3e-5,
+    "expert_miss": 1.0 - 8 / 128,
+    "expert_skew": 0.8,
+    "expert_bytes": 5e10,
+}
+WINDOW = {"window_tokens": 128.0, "window_share": 0.5}
 
 
 def plain(**changes: float) -> Coefficients:
@@ -61,6 +80,7 @@ def plain(**changes: float) -> Coefficients:
     """
     zero = dict.fromkeys(Coefficients._fields, 0.0)
     base = {"n_gpus": 1.0, "freq_profile_ghz": 1.98, "p_cap_w": 1e9, "v_knee_ghz": 1e3}
+    base |= {"expert_skew": 1.0}
     return Coefficients(**{**zero, **base, **changes})
 
 
@@ -165,6 +185,7 @@ def coefficients(draw: Any) -> Coefficients:
         v_knee_ghz=draw(some.floats(0.9, 1.4)),
         core_share=draw(some.floats(0.0, 1.0)),
         attn_decode_s=draw(some.sampled_from([0.0, 2.6e-8, 1e-6])),
+        **draw(some.sampled_from([{}, EXPERTS, WINDOW, EXPERTS | WINDOW])),
     )
 
 

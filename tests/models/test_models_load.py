@@ -11,7 +11,7 @@ from biscale_env.core.errors import BiscaleError
 from biscale_env.models import COEFFICIENT_DTYPE, Coefficients, load_model, physics
 from biscale_env.models.coefficient_files import WORK_AXES, known_names, read_model_file
 
-FOLDER = configs_dir() / "models" / "h100-llama70b"
+FOLDER = configs_dir() / "models" / "h100-sxm/llama-3.3-70b"
 CONFIGURATIONS = [
     (p, t, d) for p in ("prefill", "decode") for d in ("bf16", "fp8") for t in (2, 4, 8)
 ]
@@ -20,7 +20,7 @@ CONFIGURATIONS = [
 @pytest.mark.parametrize(("phase", "tp", "dtype"), CONFIGURATIONS)
 def test_every_configuration_is_complete(phase, tp, dtype):
     model = load_model(phase, tp, dtype)
-    assert (model.phase, model.tp, model.dtype, model.name) == (phase, tp, dtype, "h100-llama70b")
+    assert (model.phase, model.tp, model.dtype, model.name) == (phase, tp, dtype, "h100-sxm/llama-3.3-70b")
     assert model.coefficients.n_gpus == tp
     assert model.n_members >= 64
     assert set(model.domain) == set(WORK_AXES)
@@ -138,7 +138,7 @@ def test_optimal_clock_is_the_cheapest_of_the_grid():
         (("decode", 4, "int4"), "unknown dtype 'int4'"),
         (("decode", 3), "no decode model for bf16 at TP 3; it has: decode-bf16-tp2"),
         (("decode", 1, "fp8"), "no decode model for fp8 at TP 1"),
-        (("decode", 4, "bf16", "nonsense"), "unknown model 'nonsense'; known: h100-llama70b"),
+        (("decode", 4, "bf16", "nonsense"), "unknown model 'nonsense'; known: h100-sxm/llama-3.3-70b"),
         (("decode", 4, "bf16", "nowhere.yaml"), "nowhere.yaml does not exist"),
     ],
 )
@@ -149,7 +149,7 @@ def test_mistakes_are_one_sentence(args, message):
 
 
 def test_known_names():
-    assert known_names() == ["h100-llama70b"]
+    assert known_names() == ["h100-sxm/llama-3.3-70b"]
 
 
 @pytest.fixture

@@ -20,9 +20,14 @@ PLAIN = Coefficients(
     n_gpus=4.0,
     freq_profile_ghz=2.0,
     weights_s=0.0,
-    mem_loss_per_ghz=0.0,
-    mem_knee_ghz=1.0,
+    gemm0_s=0.0,
     gemm_s_per_token=0.0,
+    experts_s=0.0,
+    expert_s_per_token=0.0,
+    expert_miss=0.0,
+    expert_skew=1.0,
+    window_tokens=0.0,
+    window_share=0.0,
     attn0_s=0.0,
     attn_prefill_s=0.0,
     attn_decode_s=0.0,
@@ -30,9 +35,10 @@ PLAIN = Coefficients(
     comm_s_per_token=0.0,
     elem0_s=0.0,
     elem_s_per_token=0.0,
-    core_share=1.0,
     host0_s=0.0,
     host_s_per_seq=0.0,
+    stream_knee_ghz=0.0,
+    core_share=1.0,
     v_knee_ghz=1.0,
     v_slope_per_ghz=0.0,
     p_static_w=0.0,
@@ -41,10 +47,12 @@ PLAIN = Coefficients(
     flops_per_token=0.0,
     flops_per_attn=0.0,
     weight_bytes=0.0,
+    expert_bytes=0.0,
     bytes_per_token=0.0,
     kv_bytes_per_token=0.0,
     link_bytes_per_token=0.0,
     e_flop_j=0.0,
+    few_rows_saving=0.0,
     e_byte_j=0.0,
     e_hbm_j=0.0,
     e_link_j=0.0,
@@ -74,6 +82,16 @@ def test_each_latency_term_by_hand():
             (200, 0, 0, 1),
             (3**4 + 4**4) ** 0.25 * 1e-3,
         ),
+        ({"gemm0_s": 1e-3}, (1, 0, 0, 1), 2e-3),
+        # two of four experts per row: one row reads half of them, two rows three quarters
+        ({"experts_s": 8e-3, "expert_miss": 0.5}, (1, 0, 0, 1), 4e-3),
+        ({"experts_s": 8e-3, "expert_miss": 0.5}, (2, 0, 0, 1), 6e-3),
+        ({"experts_s": 8e-3, "expert_miss": 0.5, "expert_skew": 0.5}, (2, 0, 0, 1), 4e-3),
+        (
+            {"experts_s": 1e-9, "expert_miss": 0.5, "expert_s_per_token": 1e-5},
+            (100, 0, 0, 1),
+            2e-3,
+        ),
         ({"attn_prefill_s": 1e-9}, (1, 5e6, 0, 1), 1e-2),
         ({"attn_decode_s": 1e-8}, (1, 0, 1e6, 1), 1e-2),
         ({"attn0_s": 1e-3}, (1, 0, 0, 1), 2e-3),
@@ -88,10 +106,40 @@ def test_each_latency_term_by_hand():
         ), change
 
 
-def test_memory_time_stretches_below_its_knee_only():
-    c = PLAIN._replace(weights_s=0.01, mem_loss_per_ghz=0.5, mem_knee_ghz=1.2)
-    assert physics.latency_s(c, 1, 0, 0, 1, 0.6) == pytest.approx(0.01 * (1 + 0.5 * 0.6), rel=1e-3)
-    assert physics.latency_s(c, 1, 0, 0, 1, 1.9) == pytest.approx(0.01, rel=1e-3)
+def test_memory_time_is_that_of_the_profile_clock_and_goes_with_the_clock_far_below_its_knee():
+    c = PLAIN._replace(weights_s=0.01, stream_knee_ghz=0.4)
+    assert physics.latency_s(c, 1, 0, 0, 1, 2.0) == pytest.approx(0.01, rel=1e-12)
+    assert physics.latency_s(c, 1, 0, 0, 1, 1.2) == pytest.approx(0.01, rel=5e-3)
+    assert physics.latency_s(c, 1, 0, 0, 1, 0.4) == pytest.approx(0.01 * 2**0.25, rel=1e-3)
+    slow, slower = (physics.latency_s(c, 1, 0, 0, 1, f) for f in (0.04, 0.02))
+    assert slower / slow == pytest.approx(2.0, rel=1e-3)
+
+
+def test_windowed_layers_see_no_more_than_their_window():
+    c = PLAIN._replace(
+        attn_decode_s=1e-8, attn_prefill_s=1e-9, window_tokens=100.0, window_share=0.5
+    )
+    # contexts of 10,000 tokens: half of the layers read 100 of them; of 10 tokens: all
+    far = physics.latency_s(c, 4, 0, 4e4, 4, 2.0)
+    assert far == pytest.approx(1e-8 * (0.5 * 4e4 + 0.5 * 400), rel=1e-6)
+    assert physics.latency_s(c, 4, 0, 40, 4, 2.0) == pytest.approx(1e-8 * 40, rel=1e-4)
+    # a prompt of 10,000 tokens: half of the layers see 100 keys per token
+    prompt = physics.latency_s(c, 1e4, 5e7, 0, 1, 2.0)
+    assert prompt == pytest.approx(1e-9 * (0.5 * 5e7 + 0.5 * 1e6), rel=1e-3)
+    assert physics.latency_s(c, 0, 0, 0, 0, 2.0) == 0.0
+
+
+def test_experts_read_is_the_share_that_some_row_is_sent_to():
+    """Against counting: rows that each choose k of E experts at random."""
+    rng = np.random.default_rng(3)
+    experts, chosen, rows = 32, 4, 7
+    touched = [
+        len({e for _ in range(rows) for e in rng.choice(experts, chosen, replace=False)})
+        for _ in range(4000)
+    ]
+    c = PLAIN._replace(expert_miss=1.0 - chosen / experts)
+    expected = np.mean(touched) / experts
+    assert physics.experts_read(c, rows) == pytest.approx(expected, rel=5e-3)
 
 
 def test_voltage_is_flat_then_linear():
@@ -112,6 +160,10 @@ def test_energy_by_hand():
         flops_per_token=1e9,
         flops_per_attn=2e3,
         weight_bytes=1e9,
+        experts_s=1e-3,
+        expert_miss=0.99,
+        expert_bytes=2e9,
+        few_rows_saving=0.5,
         bytes_per_token=1e5,
         kv_bytes_per_token=1e4,
         link_bytes_per_token=1e6,
@@ -121,10 +173,12 @@ def test_energy_by_hand():
         e_link_j=1e-10,
     )
     v = physics.voltage(c, 1.5)
-    flops, moved = 1e9 * 100 + 2e3 * (1e6 + 5e5), 1e9 + 1e5 * 100 + 1e4 * 5e5
-    core, fixed = 1e-12 * flops + 1e-11 * moved, 4e-11 * moved + 1e-10 * 1e6 * 100
-    expected = 0.2 * (50 + 10 * 1.5 * v * v + 30) + v * v * core + fixed
-    assert physics.iteration_energy_j(c, 100, 1e6, 5e5, 0.2, 1.5) == pytest.approx(
+    flops = 1e9 * 100 + 2e3 * (1e6 + 5e5)
+    moved = 1e9 + 2e9 * (1 - 0.99**100) + 1e5 * 100 + 1e4 * 5e5
+    per_flop = 1e-12 * (1 - 0.5 * 2048 / 2148)
+    core, fixed = per_flop * flops + 1e-11 * moved, 4e-11 * moved + 1e-10 * 1e6 * 100
+    expected = 0.2 * (50 + (10 * 1.5 + 30) * v * v) + v * v * core + fixed
+    assert physics.iteration_energy_j(c, 100, 1e6, 5e5, 7, 0.2, 1.5) == pytest.approx(
         expected, rel=1e-12
     )
     assert physics.idle_power_w(c, 1.5) == pytest.approx(50 + 15 * v * v, rel=1e-12)
@@ -143,13 +197,13 @@ def _compiled(c, tokens, attn, cached, n_seq, f, out):
     for i in range(f.size):
         out[0, i] = physics.latency_s(c, tokens[i], attn[i], cached[i], n_seq[i], f[i])
         out[1, i] = physics.power_w(c, tokens[i], attn[i], cached[i], n_seq[i], f[i])
-        out[2, i] = physics.iteration_energy_j(c, tokens[i], attn[i], cached[i], out[0, i], f[i])
+        out[2, i] = physics.iteration_energy_j(c, tokens[i], attn[i], cached[i], n_seq[i], out[0, i], f[i])
         out[3, i] = physics.idle_power_w(c, f[i])
 
 
 def _numpy(c, w, f):
     time = physics.latency_s(c, *w, f)
-    energy = physics.iteration_energy_j(c, *w[:3], time, f)
+    energy = physics.iteration_energy_j(c, *w, time, f)
     return np.array(
         [time, physics.power_w(c, *w, f), energy, physics.idle_power_w(c, f) * np.ones_like(f)]
     )
@@ -159,7 +213,7 @@ def _symbolic(c):
     x = ca.SX.sym("x", 5)
     time = physics.latency_s(c, x[0], x[1], x[2], x[3], x[4])
     power = physics.power_w(c, x[0], x[1], x[2], x[3], x[4])
-    energy = physics.iteration_energy_j(c, x[0], x[1], x[2], time, x[4])
+    energy = physics.iteration_energy_j(c, x[0], x[1], x[2], x[3], time, x[4])
     return ca.Function("f", [x], [ca.vertcat(time, power, energy, physics.idle_power_w(c, x[4]))])
 
 
@@ -175,8 +229,11 @@ def test_numeric_compiled_and_symbolic_agree(configuration):
         rng.uniform(1, 512, n),
     ]
     f = rng.uniform(0.51, 1.98, n)
-    for k in (-1, 0, 31):
-        c = model.member(k)
+    experts = model.coefficients._replace(
+        experts_s=0.01, expert_s_per_token=1e-5, expert_miss=0.9, expert_bytes=1e10
+    )
+    windowed = experts._replace(window_tokens=128.0, window_share=0.5)
+    for c in (model.coefficients, model.member(0), model.member(31), experts, windowed):
         plain, compiled = _numpy(c, w, f), np.empty((4, n))
         _compiled(as_record(c), *w, f, compiled)
         symbolic = np.array(_symbolic(c).map(n)(np.vstack([*w, f])))
@@ -256,8 +313,8 @@ def test_energy_has_an_interior_minimum_over_the_clock(k, n, batch, context):
 
 def test_energy_of_an_iteration_does_not_depend_on_how_it_is_cut():
     c = load_model("decode").coefficients
-    whole = physics.iteration_energy_j(c, 64.0, 0.0, 6e4, 0.03, 1.4)
-    core, fixed = physics.work_energy_j(c, 64.0, 0.0, 6e4)
+    whole = physics.iteration_energy_j(c, 64.0, 0.0, 6e4, 64.0, 0.03, 1.4)
+    core, fixed = physics.work_energy_j(c, 64.0, 0.0, 6e4, 64.0)
     v = physics.voltage(c, 1.4)
-    parts = 0.03 * (physics.idle_power_w(c, 1.4) + c.p_busy_w) + v * v * core + fixed
+    parts = 0.03 * (physics.idle_power_w(c, 1.4) + c.p_busy_w * v * v) + v * v * core + fixed
     assert math.isclose(whole, parts, rel_tol=1e-12)

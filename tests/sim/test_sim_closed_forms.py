@@ -24,11 +24,14 @@ def work_by_hand(
         return 0.5 * (x + (x**2 + 0.05**2) ** 0.5)
 
     r = c.freq_profile_ghz / f
-    slow_memory = 1 + c.mem_loss_per_ghz * above(c.mem_knee_ghz - f)
+    def streams(clock: float) -> float:
+        return (1 + (c.stream_knee_ghz / clock) ** 4) ** 0.25
+
+    slow_memory = streams(f) / streams(c.freq_profile_ghz)
     core = c.core_share * r + (1 - c.core_share)
     gemm = ((c.weights_s * slow_memory) ** 4 + (c.gemm_s_per_token * tokens * r) ** 4) ** 0.25
     time_s = (
-        gemm
+        gemm + c.gemm0_s * r
         + c.attn0_s * core + c.attn_prefill_s * attn * r + c.attn_decode_s * cached * slow_memory
         + c.comm0_s + c.comm_s_per_token * tokens
         + (c.elem0_s + c.elem_s_per_token * tokens) * core
@@ -37,9 +40,10 @@ def work_by_hand(
     v = 1 + c.v_slope_per_ghz * above(f - c.v_knee_ghz)
     moved = c.weight_bytes + c.bytes_per_token * tokens + c.kv_bytes_per_token * cached
     flops = c.flops_per_token * tokens + c.flops_per_attn * (attn + cached)
+    per_flop = c.e_flop_j * (1 - c.few_rows_saving * 2048 / (2048 + tokens))
     energy_j = (
-        time_s * (c.p_static_w + c.p_clock_w_per_ghz * f * v**2 + c.p_busy_w)
-        + v**2 * (c.e_flop_j * flops + c.e_byte_j * moved)
+        time_s * (c.p_static_w + (c.p_clock_w_per_ghz * f + c.p_busy_w) * v**2)
+        + v**2 * (per_flop * flops + c.e_byte_j * moved)
         + c.e_hbm_j * moved + c.e_link_j * c.link_bytes_per_token * tokens
     )  # fmt: skip
     return time_s, c.n_gpus * energy_j

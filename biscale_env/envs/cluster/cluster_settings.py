@@ -6,9 +6,9 @@ Hardware, engine limits, routing, transfer, tier-2 rules, idle GPUs.
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from biscale_env.config import DEFAULT_MODEL, InstanceSpec, Slo, load_slo
+from biscale_env.config import InstanceSpec, Slo, load_slo, with_published_dtype
 from biscale_env.config.hardware import Dtype
 from biscale_env.config.instance import PARKED_RAMP_S, IdleRule
 from biscale_env.config.loader import Config, validate
@@ -95,7 +95,8 @@ class ClusterSettings(Config):
     gpus: int = Field(default=16, gt=0)
     gpu: str | None = None
     llm: str | None = None
-    model: str = DEFAULT_MODEL
+    model: str | None = None
+    ep: int = Field(default=1, gt=0)
     dtype: Dtype = "bf16"
     slo: str = "biscale"
     token_budget: int = Field(default=2048, gt=0)
@@ -120,6 +121,11 @@ class ClusterSettings(Config):
     spare: Literal["idle", "off"] = "idle"
     spare_idle_w: float | None = Field(default=None, ge=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_dtype(cls, data: Any) -> Any:
+        return with_published_dtype(data)
+
     @classmethod
     def of(cls, **values: Any) -> "ClusterSettings":
         """Settings with some values changed; mistakes raise BiscaleError naming the key."""
@@ -127,7 +133,7 @@ class ClusterSettings(Config):
 
     def changed(self, **values: Any) -> "ClusterSettings":
         """A copy with some values changed, validated anew."""
-        return self.of(**{**self.model_dump(), **values})
+        return self.of(**{**self.model_dump(exclude_unset=True), **values})
 
     def instance(self, phase: str, tp: int) -> InstanceSpec:
         """One instance of the cluster."""
@@ -136,6 +142,7 @@ class ClusterSettings(Config):
             llm=self.llm,
             model=self.model,
             tp=tp,
+            ep=min(self.ep, tp),
             dtype=self.dtype,
             token_budget=self.token_budget,
             max_seqs=self.prefill_max_seqs if phase == "prefill" else self.decode_max_seqs,

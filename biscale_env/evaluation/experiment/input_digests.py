@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from biscale_env.evaluation.experiment.compare import ComparisonJob
 from biscale_env.evaluation.experiment.scenarios import Case, resolve
 from biscale_env.evaluation.runs.provenance import file_hash, text_hash
-from biscale_env.models.coefficient_files import find_file, members_path
 from biscale_env.policies import find_policy
 from biscale_env.policies.checkpoint_source import CheckpointSource
 from biscale_env.policies.class_source import ClassSource
@@ -34,16 +33,12 @@ def inputs_of(jobs: Iterable[ComparisonJob]) -> dict[str, str]:
 def case_inputs(case: Case) -> dict[str, str]:
     """Inputs of one scenario and phase: instance and workload."""
     plant, scenario = case.plant, case.scenario
-    spec = plant.settings.instance
     found = {
         f"GPU {plant.gpu.name}": text_hash(plant.gpu.model_dump_json()),
         f"LLM {plant.llm.name}": text_hash(plant.llm.model_dump_json()),
         f"SLO {plant.slo.name}": text_hash(plant.slo.model_dump_json()),
     }
-    path = find_file(spec.model, case.phase, spec.dtype, spec.tp)
-    for file in (path, members_path(path)):
-        if file.is_file():
-            found[f"model {spec.model} ({file.name})"] = file_hash(file)
+    found[f"model {plant.model.name} ({case.phase})"] = plant.model.digest
     if case.part is not None and case.tune_part is not None:
         parts = f"{case.tune_part.sha256} {case.part.sha256}"
         found[f"trace {scenario.trace} ({case.phase})"] = text_hash(parts)

@@ -238,7 +238,7 @@ def resolve(scenario: Scenario, phase: str) -> Case:
         "delay_s": 0.0,
     }
     spec = scenario.instance
-    stamp = _stamp(scenario.trace, scenario.profile, spec.gpu, spec.llm, spec.model)
+    stamp = _stamp(scenario.trace, scenario.profile, spec.gpu, spec.llm, spec.family)
     key = scenario.model_copy(update=same).model_dump_json()
     parts = _parts(phase, key, slo, stamp)
     plant = Plant(scenario.plant_settings(phase))

@@ -20,10 +20,13 @@ Rows = NDArray[np.bool_] | NDArray[np.intp]
 ERROR_SCALE = 0.02
 SMALLEST_S = 1e-15  # stands for zero in logarithms
 TINY = 1e-9  # keeps a start that lies on its bound inside
-UPPER = {"core_share": 1.0}  # coefficients with an upper bound
+UPPER = {"core_share": 1.0, "expert_skew": 1.0}  # coefficients with an upper bound
 LATENCY_FIELDS = (
     "weights_s",
     "gemm_s_per_token",
+    "experts_s",
+    "expert_s_per_token",
+    "expert_skew",
     "attn0_s",
     "comm0_s",
     "comm_s_per_token",
@@ -38,36 +41,65 @@ def _relative_nnls(columns: Sequence[Floats], target: Floats) -> Floats:
     return nnls(np.column_stack(columns) / target[:, None], np.ones_like(target))[0]
 
 
-def _fit_gemm(tokens: Floats, seconds: Floats) -> tuple[float, float]:
-    """Time of the weight stream and compute time per row, s."""
+def _fit_gemm(tokens: Floats, seconds: Floats, constant_s: float) -> tuple[float, float]:
+    """Time of the weight stream and compute time per row, s, beside a constant."""
 
     def residual(q: Floats) -> Floats:
-        stream, compute = np.exp(q[0]), np.exp(q[1]) * tokens
-        return (stream**4 + compute**4) ** 0.25 / seconds - 1.0
+        time = physics.smooth_max(np.exp(q[0]), np.exp(q[1]) * tokens)
+        return np.asarray((time + constant_s) / seconds - 1.0)
 
-    start = np.log([seconds.min(), seconds.max() / tokens.max()])
+    least = max(float(seconds.min()) - constant_s, 0.3 * float(seconds.min()))
+    start = np.log([least, seconds.max() / tokens.max()])
     q = least_squares(
         residual, start, loss="soft_l1", f_scale=ERROR_SCALE, xtol=1e-14, ftol=1e-14, gtol=1e-14
     ).x
     return float(np.exp(q[0])), float(np.exp(q[1]))
 
 
-def fit_components(table: ProfileTable, train: NDArray[np.bool_]) -> dict[str, float]:
+def _fit_experts(tokens: Floats, seconds: Floats, expert_miss: float) -> dict[str, float]:
+    """Time of the stream of all experts, compute time per row, s, and the skew of the routing."""
+
+    def residual(q: Floats) -> Floats:
+        share = 1.0 - expert_miss ** (np.exp(q[2]) * tokens)
+        return np.asarray(
+            physics.smooth_max(np.exp(q[0]) * share, np.exp(q[1]) * tokens) / seconds - 1.0
+        )
+
+    middle = float(np.median(seconds))
+    start = np.array([np.log(middle), np.log(seconds.max() / tokens.max()), -0.2])
+    top = np.array([np.inf, np.inf, 0.0])
+    q = least_squares(
+        residual, start, bounds=(-np.inf, top), loss="soft_l1", f_scale=ERROR_SCALE
+    ).x
+    names = ("experts_s", "expert_s_per_token", "expert_skew")
+    return dict(zip(names, np.exp(q).tolist(), strict=True))
+
+
+def fit_components(
+    table: ProfileTable, train: NDArray[np.bool_], start: Coefficients
+) -> dict[str, float]:
     """Fit every kernel family to its own column.
 
     The part of the attention column that grows with the tokens (projections' rotations, KV writes)
     has the same form as the element-wise kernels and is kept with them.
+
+    Args:
+        table: kernel times.
+        train: rows to use.
+        start: gives what is not fitted: the constant of the GEMMs, windows, experts per token.
     """
     work = table.work
     n, one = work.tokens[train], np.ones(int(train.sum()))
-    quadratic = (work.attn_work if table.phase == "prefill" else work.cached)[train]
-    weights_s, gemm_s = _fit_gemm(n, table.column("gemm_s")[train])
+    pairs, read = physics.attended(start, *work.as_tuple())
+    quadratic = (pairs if table.phase == "prefill" else read)[train]
+    weights_s, gemm_s = _fit_gemm(n, table.column("gemm_s")[train], start.gemm0_s)
+    found = {"weights_s": weights_s, "gemm_s_per_token": gemm_s}
+    if start.expert_bytes > 0:
+        found |= _fit_experts(n, table.column("expert_s")[train], start.expert_miss)
     attention = _relative_nnls([one, n, quadratic], table.column("attn_s")[train])
     comm = _relative_nnls([one, n], table.column("comm_s")[train]) if table.tp > 1 else np.zeros(2)
     elem = _relative_nnls([one, n], table.column("elem_s")[train])
-    return {
-        "weights_s": weights_s,
-        "gemm_s_per_token": gemm_s,
+    return found | {
         "attn0_s": float(attention[0]),
         WORK_FIELD[table.phase]: float(attention[2]),
         "comm0_s": float(comm[0]),

@@ -14,10 +14,20 @@ from biscale_env.core.errors import BiscaleError
 from biscale_env.models.coefficient_files import Phase
 
 KEY_COLUMNS = ("phase", "tp", "dtype")
+GROUP_COLUMNS = ("phase", "tp", "ep", "dtype")
 WORK_COLUMNS = ("batch", "new_tokens", "prefix", "context")
-COMPONENT_COLUMNS = ("gemm_s", "attn_s", "comm_s", "elem_s")
+COMPONENT_COLUMNS = ("gemm_s", "expert_s", "attn_s", "comm_s", "elem_s")
+MAY_BE_ZERO = ("prefix", "context", "new_tokens", "comm_s", "expert_s", "estimated_share")
 SCOPES = ("iteration", "shard")
-OPTIONAL_COLUMNS = (*COMPONENT_COLUMNS, "latency_s", "power_w", "freq_mhz", "scope")
+OPTIONAL_COLUMNS = (
+    *COMPONENT_COLUMNS,
+    "latency_s",
+    "power_w",
+    "freq_mhz",
+    "scope",
+    "ep",
+    "estimated_share",
+)
 ONE_GPU_LACKS = dict.fromkeys(
     ("comm0_s", "comm_s_per_token", "host0_s", "host_s_per_seq", "link_bytes_per_token"), 0.0
 )
@@ -49,10 +59,11 @@ class ProfileTable:
     Attributes:
         phase: ``prefill`` or ``decode``.
         tp: GPUs per instance.
-        dtype: ``bf16`` or ``fp8``.
+        dtype: ``bf16``, ``fp8`` or ``mxfp4``.
         rows: the rows of the file, sorted by work and clock.
         shard: the rows are of one GPU's part of the work alone, as `biscale profile` measures it,
             not of whole iterations.
+        ep: groups that the experts are spread over.
     """
 
     phase: Phase
@@ -60,6 +71,7 @@ class ProfileTable:
     dtype: Dtype
     rows: pd.DataFrame
     shard: bool = False
+    ep: int = 1
 
     @property
     def work(self) -> IterationWork:
@@ -107,9 +119,11 @@ def _check(path: Path, table: pd.DataFrame, header_lines: int) -> pd.DataFrame:
         raise BiscaleError(f"{path}: the table has no rows")
     if "scope" not in table.columns:
         table["scope"] = "iteration"
+    if "ep" not in table.columns:
+        table["ep"] = 1
     for column, allowed in (
         ("phase", ("prefill", "decode")),
-        ("dtype", ("bf16", "fp8")),
+        ("dtype", ("bf16", "fp8", "mxfp4")),
         ("scope", SCOPES),
     ):
         if (bad := ~table[column].isin(allowed)).any():
@@ -117,7 +131,7 @@ def _check(path: Path, table: pd.DataFrame, header_lines: int) -> pd.DataFrame:
             raise BiscaleError(f"{path} line {line}: {column} must be {' or '.join(allowed)}")
     for column in table.columns.drop(["phase", "dtype", "scope"]):
         values = pd.to_numeric(table[column], errors="coerce")
-        low = 0.0 if column in ("prefix", "context", "new_tokens", "comm_s") else 1e-12
+        low = 0.0 if column in MAY_BE_ZERO else 1e-12
         if (bad := ~(np.isfinite(values) & (values >= low))).any():
             line = _first_line(table, bad, header_lines)
             found = table[column].iloc[line - header_lines - 1]
@@ -132,11 +146,13 @@ def _check(path: Path, table: pd.DataFrame, header_lines: int) -> pd.DataFrame:
 def read_profile(path: Path) -> list[ProfileTable]:
     """Read a profile table and split it into its configurations.
 
-    Columns: ``phase`` (prefill, decode), ``tp``, ``dtype`` (bf16, fp8), ``batch`` (requests),
+    Columns: ``phase`` (prefill, decode), ``tp``, ``dtype`` (bf16, fp8, mxfp4), ``batch`` (requests),
     ``new_tokens`` (prompt tokens per request; 0 in decode), ``prefix`` (tokens per request already
     cached; 0 in decode), ``context`` (KV tokens per request in decode; 0 in prefill); then any of
     ``latency_s`` (iteration), ``power_w`` (mean per GPU), ``freq_mhz`` (mean SM clock while it
-    ran), kernel times ``gemm_s``, ``attn_s``, ``comm_s``, ``elem_s``, and ``scope``: ``iteration``
+    ran), kernel times ``gemm_s``, ``expert_s``, ``attn_s``, ``comm_s``, ``elem_s``, ``ep`` (groups
+    that the experts are spread over; 1), ``estimated_share`` (of the time whose kernels were not
+    measured) and ``scope``: ``iteration``
     (the default), or ``shard`` where one GPU ran its part of the work alone, without all-reduce and
     host. Lines that start with ``#`` are comments.
 
@@ -162,8 +178,8 @@ def read_profile(path: Path) -> list[ProfileTable]:
         raise BiscaleError(f"{path}: not a table: {str(error).splitlines()[0]}") from None
     table = _check(path, raw, comments + 1)
     tables = []
-    for key, rows in table.groupby(list(KEY_COLUMNS)):
-        phase, tp, dtype = cast(tuple[Phase, int, Dtype], key)
+    for key, rows in table.groupby(list(GROUP_COLUMNS)):
+        phase, tp, ep, dtype = cast(tuple[Phase, int, int, Dtype], key)
         order = [c for c in (*WORK_COLUMNS, "freq_mhz") if c in rows]
         if rows["scope"].nunique() > 1:
             raise BiscaleError(
@@ -172,9 +188,9 @@ def read_profile(path: Path) -> list[ProfileTable]:
             )
         shard = bool(rows["scope"].iloc[0] == "shard")
         kept = (
-            rows.drop(columns=[*KEY_COLUMNS, "scope"])
+            rows.drop(columns=[*GROUP_COLUMNS, "scope"])
             .sort_values(order, kind="stable")
             .reset_index(drop=True)
         )
-        tables.append(ProfileTable(phase, int(tp), dtype, kept, shard))
+        tables.append(ProfileTable(phase, int(tp), dtype, kept, shard, int(ep)))
     return tables

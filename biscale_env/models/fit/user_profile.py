@@ -19,30 +19,28 @@ from biscale_env.config import configs_dir
 from biscale_env.config.loader import find_named
 from biscale_env.core.errors import BiscaleError
 from biscale_env.models import physics
-from biscale_env.models.coefficient_files import (
-    Coefficient,
-    ModelFile,
-    dump_model_file,
-    find_file,
-    members_path,
-    rounded,
-    stem,
-)
-from biscale_env.models.fit.evidence import ENERGY_NAMES
+from biscale_env.models.coefficient_files import ModelFile, dump_model_file, find_file, stem
 from biscale_env.models.fit.latency import LATENCY_FIELDS, WORK_FIELD, Rows, mape, predict_s, refine
-from biscale_env.models.fit.power import SCALE, LinearSystem, energy_columns
+from biscale_env.models.fit.linear_energy import (
+    ENERGY_NAMES,
+    SCALE,
+    LinearSystem,
+    energy_columns,
+)
+from biscale_env.models.fit.llm_files import MEMBER_DIGITS, domain_of
 from biscale_env.models.fit.profile_table import ONE_GPU_LACKS, ProfileTable, read_profile, sha256
-from biscale_env.models.fit.shipped import GEOMETRY_FIELDS, MEMBER_DIGITS, domain_of
 from biscale_env.models.geometry import counted_work
+from biscale_env.models.gpu_layer import ensemble_path
 from biscale_env.models.iteration_model import DEFAULT_NAME, IterationModel, read_model
 from biscale_env.models.physics import Coefficients
+from biscale_env.models.provenance import Coefficient, rounded
 
 Floats = NDArray[np.float64]
 LATENCY_SIGMA = (
     20.0  # hardly any pull towards the start: it only settles what the table cannot tell apart
 )
 ENERGY_PULL = 3.0  # standard deviation of an energy coefficient around its start, relative
-FREQUENCY_FIELDS = ("core_share", "mem_loss_per_ghz", "mem_knee_ghz")
+FREQUENCY_FIELDS = ("core_share", "stream_knee_ghz")
 VOLTAGE_FIELDS = ("v_knee_ghz", "v_slope_per_ghz")
 VOLTAGE_BOUNDS = ((0.3, 0.0), (1.9, 3.0))
 MIN_ROWS = 12
@@ -80,7 +78,7 @@ class UserFit:
         text = self.members.map(lambda v: rounded(v, MEMBER_DIGITS)).to_csv(
             index=False, lineterminator="\n"
         )
-        own = {path.name: dump_model_file(self.content), members_path(path).name: head + text}
+        own = {path.name: dump_model_file(self.content), ensemble_path(path).name: head + text}
         if clash := set(own) & set(self.descriptions):
             raise BiscaleError(
                 f"{min(clash)} is the name of the coefficient file and of a GPU or LLM: rename one"
@@ -174,7 +172,7 @@ def _energies(
     Linear, bounded below by zero, weakly pulled to the start.
     """
     w, f = table.work, _clocks(table)
-    axes = (w.tokens[rows], w.attn_work[rows], w.cached[rows])
+    axes = tuple(axis[rows] for axis in w.as_tuple())
     watts = energy_columns(
         lambda k: physics.iteration_energy_j(k, *axes, time[rows], f[rows]) / time[rows], c
     )
@@ -226,7 +224,7 @@ def _fit_power(
 def _power(c: Coefficients, table: ProfileTable, time: Floats, f: Floats) -> Floats:
     w = table.work
     return np.asarray(
-        physics.iteration_energy_j(c, w.tokens, w.attn_work, w.cached, time, f) / time
+        physics.iteration_energy_j(c, *w.as_tuple(), time, f) / time
     )
 
 
@@ -236,7 +234,7 @@ def _coefficient(
     value = rounded(value)
     if name in moved:
         return Coefficient(value=value, provenance="measured", source=f"fitted to {path.name}")
-    if name in GEOMETRY_FIELDS:
+    if name in counted_work(model.llm, model.tp, model.content.dtype):
         shape = f"counted from the shape of {model.llm.name} and the tensor parallel degree"
         return Coefficient(value=value, provenance="derived", source=shape)
     old = model.content.coefficients[name]
@@ -314,11 +312,13 @@ def _content(
         phase=table.phase,
         dtype=table.dtype,
         tp=table.tp,
+        ep=table.ep,
         gpu=begin.gpu,
         llm=begin.llm,
         coefficients={
             n: _coefficient(n, v, model, moved, path)
             for n, v in zip(Coefficients._fields, c, strict=True)
+            if n != "p_cap_w"
         },
         box=domain_of(table, float(clocks.min()), float(clocks.max())),
         delay_s=model.content.delay_s,
@@ -379,7 +379,7 @@ def fit_user(
     power_tables = read_profile(power) if power else []
     fits = []
     for table in read_profile(profile):
-        what = stem(table.phase, table.dtype, table.tp)
+        what = stem(table.phase, table.dtype, table.tp, table.ep)
         for column in ("latency_s", "freq_mhz"):
             _need(table, column, profile)
         if len(table.rows) < MIN_ROWS:

@@ -1,0 +1,229 @@
+"""`biscale fit --gpu`: from evidence and kernel tables to the committed layer of a GPU."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from biscale_env.config import Gpu, configs_dir, list_names, load_llm
+from biscale_env.models.fit.gpu_evidence import (
+    GpuEvidence,
+    ServingGroup,
+    evidence_dir,
+    load_gpu_evidence,
+)
+from biscale_env.models.fit.gpu_fit import (
+    GpuFit,
+    HostTime,
+    ServerWork,
+    fixed_values,
+    load_description,
+    predict_kernels,
+    predict_points,
+    server_work,
+)
+from biscale_env.models.fit.host_fit import HostFit, fit_host, sample_host
+from biscale_env.models.fit.kernel_profiles import KernelProfile, profiles_dir
+from biscale_env.models.fit.profile_table import ProfileTable, sha256
+from biscale_env.models.fit.work_fit import fit_work
+from biscale_env.models.gpu_layer import HOST_FIELDS, LAYER_FIELDS, GpuLayer, ensemble_path
+from biscale_env.models.physics import WORK_FIELDS
+from biscale_env.models.provenance import Coefficient, rounded
+
+ROUNDS: Final = 2  # fit and host time settle to 1e-3 in two
+MEMBER_DIGITS: Final = 5
+WORK: Final = tuple(n for n in WORK_FIELDS if n not in HOST_FIELDS)
+
+
+@dataclass(frozen=True)
+class FittedGpu:
+    """A fitted layer with everything that it was made of.
+
+    Attributes:
+        ev: the evidence.
+        gpu: the description.
+        servers: measured servers that had a kernel table.
+        missing: labels of those that had none.
+        values: nominal fields.
+        host: host times.
+        members: fields of every member.
+        fitted: names of fields that data bear on.
+    """
+
+    ev: GpuEvidence
+    gpu: Gpu
+    servers: tuple[ServerWork, ...]
+    missing: tuple[str, ...]
+    values: Mapping[str, float]
+    host: HostFit
+    members: tuple[Mapping[str, float], ...]
+    fitted: tuple[str, ...]
+
+
+@cache
+def _work_of(gpu: str, llm: str, dtype: str, tp: int, ep: int, key: tuple[float, ...]) -> dict[
+    str, float
+] | None:
+    """Work coefficients of decode with both attention terms; None without a table."""
+    path = profiles_dir() / f"{gpu}-{llm}.csv"
+    if llm not in list_names("llms") or not path.is_file():
+        return None
+    layer = dict(zip(LAYER_FIELDS, key, strict=True))
+    tables = KernelProfile(gpu, load_llm(llm), path, "").tables()
+    fits = {
+        t.phase: fit_work(t, load_llm(llm), layer).coefficients
+        for t in tables
+        if (t.dtype, t.tp, t.ep) == (dtype, tp, ep)
+    }
+    if set(fits) != {"prefill", "decode"}:
+        return None
+    found = {name: getattr(fits["decode"], name) for name in WORK}
+    return found | {"attn_prefill_s": fits["prefill"].attn_prefill_s}
+
+
+def _servers(
+    ev: GpuEvidence, values: Mapping[str, float], groups: Sequence[ServingGroup]
+) -> tuple[tuple[ServerWork, ...], tuple[str, ...]]:
+    key = tuple(values[name] for name in LAYER_FIELDS)
+    found, missing = [], []
+    for g in groups:
+        work = _work_of(ev.gpu, g.llm, g.dtype, g.tp, g.ep, key)
+        if work is None:
+            missing.append(g.label)
+        else:
+            found.append(server_work(ev, g, work, ev.serving.prompt_tokens[g.task]))
+    return tuple(found), tuple(missing)
+
+
+def fit_gpu(
+    ev: GpuEvidence, n_members: int | None = None, without_llm: str | None = None
+) -> FittedGpu:
+    """Fit the layer of a GPU and its ensemble.
+
+    Args:
+        ev: the evidence.
+        n_members: other size of the ensemble.
+        without_llm: an LLM whose servers are kept from the fit.
+    """
+    gpu = load_description(ev)
+    groups = [g for g in ev.serving.groups if g.llm != without_llm]
+    values = fixed_values(ev)
+    kernels_only = GpuFit(ev, gpu, (), {})
+    values = kernels_only.values(kernels_only.solve(values, kernels_only.unmoved()), values)
+    servers, missing = _servers(ev, values, groups)
+    host = fit_host(ev, gpu, values, servers)
+    fit, z = kernels_only, None
+    for _ in range(ROUNDS):
+        fit = GpuFit(ev, gpu, servers, host.by_server)
+        z = fit.solve(fixed_values(ev), fit.unmoved(), z)
+        values = fit.values(z, fixed_values(ev))
+        host = fit_host(ev, gpu, values, servers)
+    rng = np.random.default_rng(ev.seed)
+    members = [
+        _member(fit, host, rng, z) for _ in range(ev.n_members if n_members is None else n_members)
+    ]
+    return FittedGpu(
+        ev, gpu, servers, missing, values | _host_fields(host.mean), host, tuple(members),
+        fit.fields,
+    )  # fmt: skip
+
+
+def _member(
+    fit: GpuFit, host: HostFit, rng: np.random.Generator, start: np.ndarray | None
+) -> dict[str, float]:
+    fixed = fixed_values(fit.ev, rng)
+    moved = fit.moved(rng)
+    values = fit.values(fit.solve(fixed, moved, start), fixed)
+    return values | _host_fields(sample_host(host, rng))
+
+
+def _host_fields(host: HostTime) -> dict[str, float]:
+    return {"decode_host0_s": host.host0_s, "decode_host_s_per_seq": host.host_s_per_seq}
+
+
+def layer_of(fitted: FittedGpu) -> GpuLayer:
+    """Content of the layer's file."""
+    ev = fitted.ev
+    what = f"posterior of kernels ({ev.kernels.source})" if ev.kernels.points else "prior"
+    if fitted.servers:
+        what += f", servers ({ev.serving.source})"
+    made = {}
+    for name in LAYER_FIELDS:
+        p = ev.prior[name]
+        measured = name in fitted.fitted or (name.startswith("decode_host") and fitted.servers)
+        made[name] = Coefficient(
+            value=rounded(fitted.values[name]),
+            provenance="derived" if measured else p.provenance,
+            source=f"{what} and {p.source}" if measured else p.source,
+        )
+    return GpuLayer(gpu=ev.gpu, coefficients=made, fit=_record(fitted))
+
+
+def _record(fitted: FittedGpu) -> dict[str, object]:
+    ev = fitted.ev
+    out: dict[str, object] = {
+        "evidence": f"{ev.gpu}.yaml",
+        "evidence_sha256": sha256(evidence_dir() / f"{ev.gpu}.yaml"),
+        "kernels": len(ev.kernels.points),
+        "servers": [s.group.label for s in fitted.servers],
+        "servers_without_kernel_table": list(fitted.missing),
+    }
+    if ev.kernels.points:
+        time, power = predict_kernels(ev.kernels.points, fitted.gpu, fitted.values)
+        measured = np.array([(p.time_us * 1e-6, p.power_w) for p in ev.kernels.points]).T
+        out["kernel_time_mape"] = rounded(float(np.abs(time / measured[0] - 1.0).mean()), 3)
+        out["kernel_power_mape"] = rounded(float(np.abs(power / measured[1] - 1.0).mean()), 3)
+    if fitted.servers:
+        errors = np.array(server_errors(fitted))
+        out["server_itl_mape"] = rounded(float(np.abs(errors[:, 0]).mean()), 3)
+        out["server_power_mape"] = rounded(float(np.abs(errors[:, 1]).mean()), 3)
+    return out
+
+
+def server_errors(fitted: FittedGpu) -> list[tuple[float, float]]:
+    """Relative errors of median interval and power at every fitted serving point."""
+    out = []
+    for s in fitted.servers:
+        host = fitted.host.by_server[s.group.label]
+        found = predict_points(fitted.ev, fitted.gpu, fitted.values, s, host)
+        out += [
+            (q.itl_p50_s / p.itl_p50_s - 1.0, q.power_w / p.power_w - 1.0)
+            for p, q in zip(s.group.points, found, strict=True)
+        ]
+    return out
+
+
+def members_csv(fitted: FittedGpu) -> str:
+    """Text of the layer's ensemble."""
+    rows = pd.DataFrame([{n: m[n] for n in LAYER_FIELDS} for m in fitted.members])
+    varied = [n for n in LAYER_FIELDS if rows[n].nunique() > 1]
+    head = (
+        f"# Randomised maxima of the posterior of {fitted.ev.gpu} (seed {fitted.ev.seed}): every "
+        "member is a fit to evidence and priors moved by their noise\n"
+    )
+    table = rows[varied].map(lambda v: rounded(v, MEMBER_DIGITS))
+    return head + table.to_csv(index=False, lineterminator="\n")
+
+
+def layer_texts(fitted: FittedGpu) -> dict[str, str]:
+    """File name to text, ready to be written into ``configs/gpus/fitted``."""
+    name = f"{fitted.ev.gpu}.yaml"
+    text = yaml.safe_dump(
+        layer_of(fitted).model_dump(mode="json"), sort_keys=False, width=150, allow_unicode=True
+    )
+    return {name: text, ensemble_path(Path(name)).name: members_csv(fitted)}
+
+
+def fitted_dir() -> Path:
+    """Folder of the committed layers."""
+    return configs_dir() / "gpus" / "fitted"
+
+
+def fit_layer(gpu: str) -> dict[str, str]:
+    """File name to text of one GPU's layer."""
+    return layer_texts(fit_gpu(load_gpu_evidence(gpu)))

@@ -1,0 +1,254 @@
+"""From kernel tables to the committed folders of an LLM on a GPU."""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from biscale_env.config import Gpu, Llm, load_gpu
+from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import write_whole
+from biscale_env.models.coefficient_files import OWN_FIELDS, ModelFile, dump_model_file, stem
+from biscale_env.models.ensemble_table import read_table
+from biscale_env.models.fit.host_fit import HostFit
+from biscale_env.models.fit.latency import LATENCY_FIELDS, WORK_FIELD
+from biscale_env.models.fit.profile_table import ProfileTable
+from biscale_env.models.fit.work_fit import COMPUTE_FIELDS, WorkFit, fit_work
+from biscale_env.models.gpu_layer import (
+    HOST_FIELDS,
+    LAYER_FIELDS,
+    LayerFiles,
+    ensemble_path,
+    layer_files,
+    layer_path,
+)
+from biscale_env.models.provenance import Coefficient, Provenance, rounded
+
+Floats = NDArray[np.float64]
+MEMBER_DIGITS: Final = 5
+TIMES: Final = tuple(
+    n for n in (*LATENCY_FIELDS, *WORK_FIELD.values()) if n.endswith("_s") or "_s_per" in n
+)
+TABLE_SPREAD: Final = 0.03  # of measured kernel times from card to card; assumed
+ESTIMATE_SPREAD: Final = 0.20  # more of it where all of them are estimates; assumed
+OWN_HOST_SPREAD: Final = 0.4  # of what servers differ by: a measured LLM's host time; assumed
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where kernel times come from.
+
+    Attributes:
+        text: citation.
+        file: name of the table.
+        sha256: of its content.
+        provenance: of times where all kernels were measured.
+    """
+
+    text: str
+    file: str
+    sha256: str
+    provenance: Provenance = "measured"
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """A GPU that models are made for.
+
+    Attributes:
+        gpu: its description.
+        files: its fitted layer.
+        host: measured host times by LLM, where there are any.
+    """
+
+    gpu: Gpu
+    files: LayerFiles
+    host: Mapping[str, HostFit]
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Nominal fields of the layer."""
+        return {n: c.value for n, c in self.files.layer().coefficients.items()}
+
+
+def on_gpu(gpu: str, host: Mapping[str, HostFit] | None = None) -> OnGpu:
+    """A GPU with its committed layer.
+
+    Raises:
+        BiscaleError: unknown GPU, or nothing was fitted for it.
+    """
+    path = layer_path(gpu)
+    if path is None:
+        raise BiscaleError(f"GPU '{gpu}' has no fitted layer: run `biscale fit --gpu {gpu}`")
+    return OnGpu(load_gpu(gpu), layer_files(path), host or {})
+
+
+def domain_of(
+    table: ProfileTable, freq_min_mhz: float, freq_max_mhz: float
+) -> dict[str, tuple[float, float]]:
+    """Range of work that a table covers; attention work and cached tokens from zero."""
+    w = table.work
+    axes = {"tokens": w.tokens, "attn_work": w.attn_work, "cached": w.cached, "n_seq": w.n_seq}
+    domain = {
+        name: (0.0 if name in ("attn_work", "cached") else float(v.min()), float(v.max()))
+        for name, v in axes.items()
+    }
+    return {**domain, "freq_mhz": (freq_min_mhz, freq_max_mhz)}
+
+
+def estimated_share(table: ProfileTable) -> float:
+    """Share of the time of a table whose kernels were not measured, 0 to 1."""
+    if "estimated_share" not in table.rows:
+        return 0.0
+    return float(table.column("estimated_share").mean())
+
+
+def fit_tables(
+    tables: Sequence[ProfileTable], llm: Llm, on: OnGpu, source: Source, family: str
+) -> dict[str, str]:
+    """Files of one LLM on one GPU: file name to text.
+
+    Args:
+        tables: kernel tables, both phases of every configuration.
+        llm: the LLM.
+        on: the GPU.
+        source: of the tables.
+        family: name of the model family.
+    """
+    layer = on.values
+    fits = {(t.phase, t.dtype, t.tp, t.ep): fit_work(t, llm, layer) for t in tables}
+    files: dict[str, str] = {}
+    for (phase, dtype, tp, ep), fit in fits.items():
+        other = "decode" if phase == "prefill" else "prefill"
+        both = fits.get((other, dtype, tp, ep))
+        if both is None:
+            raise BiscaleError(
+                f"{source.file}: {stem(phase, dtype, tp, ep)} has no table of {other}"
+            )
+        extra = {WORK_FIELD[other]: getattr(both.coefficients, WORK_FIELD[other])}
+        content = _content(fit, extra, llm, on, source, family)
+        path = Path(f"{stem(phase, dtype, tp, ep)}.yaml")
+        files[path.name] = dump_model_file(content)
+        files[ensemble_path(path).name] = _members(content, estimated_share(fit.table), llm, on)
+    return files
+
+
+def _host_of(llm: Llm, on: OnGpu, phase: str) -> HostFit | None:
+    return on.host.get(llm.name) if phase == "decode" else None
+
+
+def _content(
+    fit: WorkFit,
+    extra: Mapping[str, float],
+    llm: Llm,
+    on: OnGpu,
+    source: Source,
+    family: str,
+) -> ModelFile:
+    t = fit.table
+    values = {n: getattr(fit.coefficients, n) for n in OWN_FIELDS} | extra
+    share = estimated_share(t)
+    made = {n: _coefficient(n, values[n], source, share, llm) for n in OWN_FIELDS}
+    host = _host_of(llm, on, t.phase)
+    if host is not None:
+        text = f"measured median intervals of {', '.join(host.by_server)} minus kernels"
+        for n in HOST_FIELDS:
+            value = rounded(getattr(host.mean, n))
+            made[n] = Coefficient(value=value, provenance="derived", source=text)
+    return ModelFile(
+        name=family,
+        phase=t.phase,
+        dtype=t.dtype,
+        tp=t.tp,
+        ep=t.ep,
+        gpu=on.gpu.name,
+        llm=llm.name,
+        coefficients=made,
+        box=domain_of(t, on.gpu.freq_min_mhz, on.gpu.freq_max_mhz),
+        fit={
+            "profile": source.file,
+            "profile_sha256": source.sha256,
+            "split": "rows sorted by work, three of every ten held out",
+            "train_points": int((~t.held_out()).sum()),
+            "held_out_points": int(t.held_out().sum()),
+            "train_mape": rounded(fit.train_mape, 4),
+            "held_out_mape": rounded(fit.held_out_mape, 4),
+            "held_out_max_error": rounded(fit.held_out_max, 4),
+            "estimated_share": rounded(share, 3),
+            "compared": "kernel sums as in the table, host time left out",
+        },
+    )
+
+
+def _coefficient(name: str, value: float, source: Source, share: float, llm: Llm) -> Coefficient:
+    if name in TIMES and name != "gemm0_s" or name == "expert_skew":
+        kind: Provenance = source.provenance if share < 0.5 else "derived"
+        text = f"fitted to {source.text}"
+        if share > 0.005:
+            text += f"; {share:.0%} of the time are estimates of the package"
+        if name in COMPUTE_FIELDS:
+            kind, text = "derived", f"{text}; brought to freq_profile_ghz from gemm_profile_ghz"
+    elif name == "gemm0_s":
+        kind, text = "derived", "number of GEMM kernels times kernel0_s of the GPU"
+    else:
+        kind = "derived"
+        text = f"counted from the shape of {llm.name} and the parallel degrees"
+    return Coefficient(value=rounded(value), provenance=kind, source=text)
+
+
+def _members(content: ModelFile, share: float, llm: Llm, on: OnGpu) -> str:
+    """Text of the ensemble of one configuration, with as many members as the GPU's layer.
+
+    All kernel times of a member are off by one factor; GEMMs also by the clock that their table ran
+    at, which is the GPU member's.
+    """
+    path = Path(on.files.path)
+    layer = read_table(ensemble_path(path), on.files.members or b"", LAYER_FIELDS)
+    n = len(next(iter(layer.values())))
+    rng = np.random.default_rng(zlib.crc32(f"{content.name} {content.dtype} {content.tp}".encode()))
+    scale = np.exp(rng.normal(0.0, np.hypot(TABLE_SPREAD, ESTIMATE_SPREAD * share), n))
+    columns: dict[str, Floats] = {}
+    for name in TIMES:
+        value = content.coefficients[name].value
+        if value > 0 and name != "gemm0_s":
+            columns[name] = value * scale
+    clock = on.files.layer().value("gemm_profile_ghz")
+    for name in COMPUTE_FIELDS:
+        if name in columns and "gemm_profile_ghz" in layer:
+            columns[name] = columns[name] * layer["gemm_profile_ghz"] / clock
+    host = _host_of(llm, on, content.phase)
+    if host is not None:
+        for name in HOST_FIELDS:
+            spread = OWN_HOST_SPREAD * getattr(host.spread, name)
+            columns[name] = np.maximum(getattr(host.mean, name) + spread * rng.normal(size=n), 0.0)
+    table = pd.DataFrame(columns).map(lambda v: rounded(v, MEMBER_DIGITS))
+    head = f"# Kernel and host times of member k of {on.gpu.name}; its other columns are the GPU's\n"
+    return head + table.to_csv(index=False, lineterminator="\n")
+
+
+def write_family(files: Mapping[str, str], folder: Path) -> None:
+    """Write fitted files into a folder.
+
+    Raises:
+        BiscaleError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            write_whole(folder / name, text)
+    except OSError as error:
+        raise BiscaleError(f"cannot write into {folder}: {error.strerror}") from None
+
+
+def stale_files(files: Mapping[str, str], folder: Path) -> list[str]:
+    """Names of fitted files that differ from those in a folder or are missing there."""
+    return [
+        n
+        for n, text in files.items()
+        if not (folder / n).is_file() or (folder / n).read_text(encoding="utf-8") != text
+    ]
