@@ -46,7 +46,9 @@ def profile_command(
         ),
     ] = False,
     measure_s: Annotated[float, typer.Option(help="Seconds per point.")] = 3.0,
-    model: Annotated[str, typer.Option(help="Fitted model to compare with.")] = "h100-sxm/llama-3.3-70b",
+    model: Annotated[
+        str, typer.Option(help="Fitted model to compare with.")
+    ] = "h100-sxm/llama-3.3-70b",
     gpu_spec: Annotated[
         str | None,
         typer.Option(

@@ -77,7 +77,9 @@ class ModelFile(Config):
                 f"wrong or missing: {sorted(wrong)}"
             )
         if wrong := set(self.box) ^ set(WORK_AXES):
-            raise ValueError(f"box must name exactly {WORK_AXES}; wrong or missing: {sorted(wrong)}")
+            raise ValueError(
+                f"box must name exactly {WORK_AXES}; wrong or missing: {sorted(wrong)}"
+            )
         return self
 
     def with_layer(self, layer: Mapping[str, Coefficient], p_cap_w: float) -> "ModelFile":
@@ -87,9 +89,7 @@ class ModelFile(Config):
             layer: coefficients of the GPU's layer for this phase and dtype, the delay among them.
             p_cap_w: power limit of one GPU, W.
         """
-        cap = Coefficient(
-            value=p_cap_w, provenance="measured", source=f"description of {self.gpu}"
-        )
+        cap = Coefficient(value=p_cap_w, provenance="measured", source=f"description of {self.gpu}")
         found = {**layer, **self.coefficients, "p_cap_w": cap}
         delay = layer[DELAY_COLUMN].value if self.delay_s is None else self.delay_s
         return self.model_copy(

@@ -13,7 +13,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from biscale_env.config import DEFAULT_GPU, DEFAULT_MODEL, Gpu, InstanceSpec, Llm, load_gpu, load_llm
+from biscale_env.config import (
+    DEFAULT_GPU,
+    DEFAULT_MODEL,
+    Gpu,
+    InstanceSpec,
+    Llm,
+    load_gpu,
+    load_llm,
+)
 from biscale_env.config.loader import read_bytes
 from biscale_env.core.errors import BiscaleError, BiscaleWarning
 from biscale_env.core.jit import compiled

@@ -184,7 +184,9 @@ def latency_s(
     if c.experts_s > 0.0:
         stream = c.experts_s * experts_read(c, tokens) * stretch
         gemm = gemm + smooth_max(stream, c.expert_s_per_token * tokens * ratio)
-    attention = c.attn0_s * core + c.attn_prefill_s * pairs * ratio + c.attn_decode_s * read * stretch
+    attention = (
+        c.attn0_s * core + c.attn_prefill_s * pairs * ratio + c.attn_decode_s * read * stretch
+    )
     communication = c.comm0_s + c.comm_s_per_token * tokens
     elementwise = (c.elem0_s + c.elem_s_per_token * tokens) * core
     host = c.host0_s + c.host_s_per_seq * n_seq

@@ -73,7 +73,9 @@ class Iterations:
         self, n: Floats, cached: Floats, freq_ghz: Floats, rec: float = 0.0, attn: float = 0.0
     ) -> tuple[Floats, ...]:
         duration = latency_s(self.c, n + rec, attn, cached, n, freq_ghz)
-        joules = self.n_gpus * iteration_energy_j(self.c, n + rec, attn, cached, n, duration, freq_ghz)
+        joules = self.n_gpus * iteration_energy_j(
+            self.c, n + rec, attn, cached, n, duration, freq_ghz
+        )
         return joules - self.floor_w * duration, duration, n, cached, freq_ghz
 
     def _capped(self, n: Floats, cached: Floats, freq_ghz: float) -> tuple[Floats, ...]:

@@ -130,7 +130,9 @@ def symbolic_stage(problem: MpcProblem, model: Any) -> tuple[Any, Any, Any]:
     }
     f = problem.freq_min_ghz + u * (p["cap_ghz"] - problem.freq_min_ghz)
     duration = latency_s(c, p["tokens"], p["attn_work"], 0.0, p["n_seq"], f)
-    energy = c.n_gpus * iteration_energy_j(c, p["tokens"], p["attn_work"], 0.0, p["n_seq"], duration, f)
+    energy = c.n_gpus * iteration_energy_j(
+        c, p["tokens"], p["attn_work"], 0.0, p["n_seq"], duration, f
+    )
     done = t + p["lead_s"] + p["share"] * duration
     idle = ca.if_else(p["share"] > 0.0, 0.0, 1.0)
     wait = (1.0 - idle) * p["idle_s"] * c.n_gpus * idle_power_w(c, f)

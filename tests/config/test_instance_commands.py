@@ -179,7 +179,11 @@ def test_fit_keeps_neither_gpu_nor_llm_of_the_base(biscale, tmp_path):
     ],
 )
 def test_unknown_names_are_one_sentence_with_the_nearest(biscale, command):
-    for option, near in (("gpu", "h100-sxm"), ("llm", "llama-3.3-70b"), ("model", "h100-sxm/llama-3.3-70b")):
+    for option, near in (
+        ("gpu", "h100-sxm"),
+        ("llm", "llama-3.3-70b"),
+        ("model", "h100-sxm/llama-3.3-70b"),
+    ):
         with pytest.raises(AssertionError) as caught:
             biscale(*command, f"--{option}", "h100-sxn")
         said = str(caught.value).splitlines()[0]

@@ -339,7 +339,13 @@ def test_the_instance_of_old_and_new_recordings():
     assert (raw.instance.tp, raw.instance.dtype) == (2, "fp8")
     old = raw.facts["settings"]
     del old["instance"]
-    old |= {"tp": 8, "dtype": "bf16", "slo": "biscale", "max_seqs": 99, "model": "h100-sxm/llama-3.3-70b"}
+    old |= {
+        "tp": 8,
+        "dtype": "bf16",
+        "slo": "biscale",
+        "max_seqs": 99,
+        "model": "h100-sxm/llama-3.3-70b",
+    }
     assert (raw.instance.tp, raw.instance.max_seqs) == (8, 99)
 
 

@@ -198,7 +198,8 @@ def test_delays_without_files_or_measurements_are_refused(tmp_path):
     with pytest.raises(BiscaleError, match="no coefficient files"):
         change_latency.write_delays(tmp_path, [Switch("g", 900, 1200, 0.001, 0.1)])
     shutil.copy(
-        next((configs_dir() / "models" / "h100-sxm/llama-3.3-70b").glob("decode-bf16-tp4.yaml")), tmp_path
+        next((configs_dir() / "models" / "h100-sxm/llama-3.3-70b").glob("decode-bf16-tp4.yaml")),
+        tmp_path,
     )
     with pytest.raises(BiscaleError, match="no delay"):
         change_latency.write_delays(tmp_path, [Switch("g", 900, 1200, 0.001, math.nan)])

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from biscale_env.config import InstanceSpec, load_gpu, load_llm
-from biscale_env.models.coefficient_files import dump_model_file, members_path, stem
+from biscale_env.models.coefficient_files import dump_model_file, stem
+from biscale_env.models.gpu_layer import ensemble_path
 from biscale_env.models.iteration_model import read_model
 from biscale_env.models.physics import Coefficients
 
@@ -42,7 +43,7 @@ def toy_family(folder: Path, tps: tuple[int, ...] = (2, 4)) -> Path:
             varied = {n for n in Coefficients._fields if np.ptp([r[n] for r in rows]) > 0}
             table = pd.DataFrame([{k: r[k] for k in sorted(varied)} for r in rows])
             table["delay_s"] = [model.delay_s(k) for k in range(MEMBERS)]
-            members_path(path).write_text(table.to_csv(index=False))
+            ensemble_path(path).write_text(table.to_csv(index=False))
     return folder
 
 

@@ -20,7 +20,12 @@ CONFIGURATIONS = [
 @pytest.mark.parametrize(("phase", "tp", "dtype"), CONFIGURATIONS)
 def test_every_configuration_is_complete(phase, tp, dtype):
     model = load_model(phase, tp, dtype)
-    assert (model.phase, model.tp, model.dtype, model.name) == (phase, tp, dtype, "h100-sxm/llama-3.3-70b")
+    assert (model.phase, model.tp, model.dtype, model.name) == (
+        phase,
+        tp,
+        dtype,
+        "h100-sxm/llama-3.3-70b",
+    )
     assert model.coefficients.n_gpus == tp
     assert model.n_members >= 64
     assert set(model.domain) == set(WORK_AXES)
@@ -138,7 +143,10 @@ def test_optimal_clock_is_the_cheapest_of_the_grid():
         (("decode", 4, "int4"), "unknown dtype 'int4'"),
         (("decode", 3), "no decode model for bf16 at TP 3; it has: decode-bf16-tp2"),
         (("decode", 1, "fp8"), "no decode model for fp8 at TP 1"),
-        (("decode", 4, "bf16", "nonsense"), "unknown model 'nonsense'; known: h100-sxm/llama-3.3-70b"),
+        (
+            ("decode", 4, "bf16", "nonsense"),
+            "unknown model 'nonsense'; known: h100-sxm/llama-3.3-70b",
+        ),
         (("decode", 4, "bf16", "nowhere.yaml"), "nowhere.yaml does not exist"),
     ],
 )

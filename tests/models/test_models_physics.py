@@ -197,7 +197,9 @@ def _compiled(c, tokens, attn, cached, n_seq, f, out):
     for i in range(f.size):
         out[0, i] = physics.latency_s(c, tokens[i], attn[i], cached[i], n_seq[i], f[i])
         out[1, i] = physics.power_w(c, tokens[i], attn[i], cached[i], n_seq[i], f[i])
-        out[2, i] = physics.iteration_energy_j(c, tokens[i], attn[i], cached[i], n_seq[i], out[0, i], f[i])
+        out[2, i] = physics.iteration_energy_j(
+            c, tokens[i], attn[i], cached[i], n_seq[i], out[0, i], f[i]
+        )
         out[3, i] = physics.idle_power_w(c, f[i])
 
 

@@ -120,7 +120,9 @@ def test_the_file_loads_and_says_what_was_measured(tmp_path):
     provenance = {n: c.provenance for n, c in model.content.coefficients.items()}
     assert provenance["weights_s"] == provenance["v_slope_per_ghz"] == "measured"
     assert provenance["flops_per_token"] == "derived"
-    assert "kept from h100-sxm/llama-3.3-70b" in model.content.coefficients["freq_profile_ghz"].source
+    assert (
+        "kept from h100-sxm/llama-3.3-70b" in model.content.coefficients["freq_profile_ghz"].source
+    )
     assert model.domain["freq_mhz"] == (600.0, 1980.0)
     assert model.domain["cached"] == (0.0, 256 * 2048)
     assert model.content.fit["held_out_mape"] == pytest.approx(fit.latency_mape, rel=1e-3)

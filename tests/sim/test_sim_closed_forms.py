@@ -24,6 +24,7 @@ def work_by_hand(
         return 0.5 * (x + (x**2 + 0.05**2) ** 0.5)
 
     r = c.freq_profile_ghz / f
+
     def streams(clock: float) -> float:
         return (1 + (c.stream_knee_ghz / clock) ** 4) ** 0.25
 

@@ -14,6 +14,8 @@ from biscale_env.core.files import write_whole
 from biscale_env.hardware.clocks import owner
 from biscale_env.hardware.clocks.backend import ClockBackend, ClockError
 from biscale_env.models import coefficient_files
+from biscale_env.models.gpu_layer import ensemble_path
+from biscale_env.models.provenance import rounded
 
 POLL_S = 0.0005
 # rest at the start clock, several of the longest switch times published for Hopper (0.1 s, arXiv
@@ -198,10 +200,8 @@ def write_delays(folder: Path, switches: Sequence[Switch], seed: int = 0) -> lis
     for path in paths:
         content = coefficient_files.read_model_file(path)
         fit = {**content.fit, "clock_latency": {**summarise(switches), "changes": len(switches)}}
-        new = content.model_copy(
-            update={"delay_s": coefficient_files.rounded(float(np.median(known))), "fit": fit}
-        )
-        members = coefficient_files.members_path(path)
+        new = content.model_copy(update={"delay_s": rounded(float(np.median(known))), "fit": fit})
+        members = ensemble_path(path)
         if members.is_file():
             table = pd.read_csv(members, comment="#")
             table[coefficient_files.DELAY_COLUMN] = rng.choice(known, len(table)).round(6)

@@ -232,8 +232,9 @@ class GpuEvidence(Config):
     @model_validator(mode="after")
     def _complete(self) -> "GpuEvidence":
         if wrong := set(self.prior) ^ set(LAYER_FIELDS):
-            raise ValueError(f"prior must name exactly the fields of a layer; wrong or missing: "
-                             f"{sorted(wrong)}")
+            raise ValueError(
+                f"prior must name exactly the fields of a layer; wrong or missing: {sorted(wrong)}"
+            )
         return self
 
 

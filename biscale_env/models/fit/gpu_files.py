@@ -23,6 +23,7 @@ from biscale_env.models.fit.gpu_fit import (
     ServerWork,
     fixed_values,
     load_description,
+    of_one_llm,
     predict_kernels,
     predict_points,
     server_work,
@@ -66,9 +67,9 @@ class FittedGpu:
 
 
 @cache
-def _work_of(gpu: str, llm: str, dtype: str, tp: int, ep: int, key: tuple[float, ...]) -> dict[
-    str, float
-] | None:
+def _work_of(
+    gpu: str, llm: str, dtype: str, tp: int, ep: int, key: tuple[float, ...]
+) -> dict[str, float] | None:
     """Work coefficients of decode with both attention terms; None without a table."""
     path = profiles_dir() / f"{gpu}-{llm}.csv"
     if llm not in list_names("llms") or not path.is_file():
@@ -138,7 +139,7 @@ def _member(
 ) -> dict[str, float]:
     fixed = fixed_values(fit.ev, rng)
     moved = fit.moved(rng)
-    values = fit.values(fit.solve(fixed, moved, start), fixed)
+    values = of_one_llm(fit.ev, fit.values(fit.solve(fixed, moved, start), fixed), rng)
     return values | _host_fields(sample_host(host, rng))
 
 

@@ -2,9 +2,9 @@
 
 Every field has a prior; the fit is the maximum of the posterior. Members of the ensemble are
 randomised maxima: the evidence is moved by its noise and the priors by their spread, and everything
-is fitted again. What differs from one LLM to the next (`Noise.server_power`) moves all servers of a
-member together, since a member speaks of *one* LLM: a band over members is then one for an LLM that
-no fit has seen.
+is fitted again. What differs from one LLM to the next (`Noise.server_power`) then scales the energies
+of work, since a member speaks of *one* LLM: a band over members is one for an LLM that no fit has
+seen.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,6 +38,7 @@ from biscale_env.models.physics import Coefficients
 Floats = NDArray[np.float64]
 GHZ: Final = 1e-3  # of a MHz
 NOT_FITTED: Final = ("delay_s", "core_share", "freq_profile_ghz")
+OF_WORK: Final = ("e_", "p_busy_w")  # fields that say what work costs
 STEP: Final = 1e-3  # of the finite differences, in standard deviations of the prior
 MAX_EVALUATIONS: Final = 40
 
@@ -174,9 +175,7 @@ class GpuFit:
         labels = [s.group.label for s in self.servers for _ in s.group.points]
         point = np.full(len(labels), noise.serving_power)
         self._kernel_root = _root(correlated(own, ["kernels"] * len(own), 0.0, noise.kernel_gain))
-        self._server_root = _root(
-            correlated(point, labels, noise.server_power, noise.server_gain)
-        )
+        self._server_root = _root(correlated(point, labels, noise.server_power, noise.server_gain))
 
     def values(self, z: Floats, fixed: Mapping[str, float]) -> dict[str, float]:
         """Fields of the layer from standardised parameters; the rest as given."""
@@ -252,12 +251,13 @@ class GpuFit:
         n, k = self.ev.noise, self.kernel_time_s.size
         long = self.kernel_time_s >= self.ev.kernels.long_us * 1e-6
         own = np.where(long, n.kernel_power, n.short_kernel_power)
-        llm = rng.normal(0.0, np.hypot(n.server_power, n.server_gain))
         return Moved(
             rng.normal(size=len(self.fields)),
             1.0 + rng.normal(0.0, n.kernel_time, k),
             1.0 + rng.normal(0.0, 1.0, k) * own + rng.normal(0.0, n.kernel_gain),
-            1.0 + rng.normal(0.0, n.serving_power, self.server_power_w.size) + llm,
+            1.0
+            + rng.normal(0.0, n.serving_power, self.server_power_w.size)
+            + rng.normal(0.0, n.server_gain),
             np.array([rng.normal(0.0, p.sigma_w) for p in self.ev.idle]),
         )
 
@@ -294,9 +294,15 @@ def _idle_w(values: Mapping[str, float], freq_ghz: float) -> float:
 
 def fixed_values(ev: GpuEvidence, rng: np.random.Generator | None = None) -> dict[str, float]:
     """Every field at its prior's mean, or sampled from it."""
-    return {
-        name: p.mean if rng is None else p.sample(rng) for name, p in ev.prior.items()
-    }
+    return {name: p.mean if rng is None else p.sample(rng) for name, p in ev.prior.items()}
+
+
+def of_one_llm(
+    ev: GpuEvidence, values: Mapping[str, float], rng: np.random.Generator
+) -> dict[str, float]:
+    """A member's fields with the energies of work scaled as those of LLMs differ."""
+    factor = float(np.exp(rng.normal(0.0, ev.noise.server_power)))
+    return {n: v * factor if n.startswith(OF_WORK) else v for n, v in values.items()}
 
 
 def load_description(ev: GpuEvidence) -> Gpu:

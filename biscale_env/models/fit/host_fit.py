@@ -56,9 +56,7 @@ def _of_server(
     """Least squares on relative errors of the medians, with the prior as two more equations."""
     batch = np.array([p.batch for p in server.group.points])
     target = np.array([p.itl_p50_s for p in server.group.points])
-    kernels = np.array(
-        [q.itl_p50_s for q in predict_points(ev, gpu, values, server, NO_HOST)]
-    )
+    kernels = np.array([q.itl_p50_s for q in predict_points(ev, gpu, values, server, NO_HOST)])
     weight = 1.0 / (ev.noise.itl * target)
     priors = [ev.prior["decode_host0_s"], ev.prior["decode_host_s_per_seq"]]
     rows = np.vstack(

@@ -68,9 +68,7 @@ def _fit_experts(tokens: Floats, seconds: Floats, expert_miss: float) -> dict[st
     middle = float(np.median(seconds))
     start = np.array([np.log(middle), np.log(seconds.max() / tokens.max()), -0.2])
     top = np.array([np.inf, np.inf, 0.0])
-    q = least_squares(
-        residual, start, bounds=(-np.inf, top), loss="soft_l1", f_scale=ERROR_SCALE
-    ).x
+    q = least_squares(residual, start, bounds=(-np.inf, top), loss="soft_l1", f_scale=ERROR_SCALE).x
     names = ("experts_s", "expert_s_per_token", "expert_skew")
     return dict(zip(names, np.exp(q).tolist(), strict=True))
 

@@ -227,7 +227,9 @@ def _members(content: ModelFile, share: float, llm: Llm, on: OnGpu) -> str:
             spread = OWN_HOST_SPREAD * getattr(host.spread, name)
             columns[name] = np.maximum(getattr(host.mean, name) + spread * rng.normal(size=n), 0.0)
     table = pd.DataFrame(columns).map(lambda v: rounded(v, MEMBER_DIGITS))
-    head = f"# Kernel and host times of member k of {on.gpu.name}; its other columns are the GPU's\n"
+    head = (
+        f"# Kernel and host times of member k of {on.gpu.name}; its other columns are the GPU's\n"
+    )
     return head + table.to_csv(index=False, lineterminator="\n")
 
 

@@ -223,9 +223,7 @@ def _fit_power(
 
 def _power(c: Coefficients, table: ProfileTable, time: Floats, f: Floats) -> Floats:
     w = table.work
-    return np.asarray(
-        physics.iteration_energy_j(c, *w.as_tuple(), time, f) / time
-    )
+    return np.asarray(physics.iteration_energy_j(c, *w.as_tuple(), time, f) / time)
 
 
 def _coefficient(

@@ -78,9 +78,7 @@ def fit_work(table: ProfileTable, llm: Llm, layer: Mapping[str, float]) -> WorkF
     start = start._replace(**fit_components(table, ~held_out, start))
     f0 = layer["freq_profile_ghz"]
     clock = np.full(len(table.rows), f0)
-    c = refine(
-        start, [*LATENCY_FIELDS, WORK_FIELD[table.phase]], table, ~held_out, clock, SIGMA
-    )
+    c = refine(start, [*LATENCY_FIELDS, WORK_FIELD[table.phase]], table, ~held_out, clock, SIGMA)
     predicted, measured = predict_s(c, table, f0), table.column("latency_s")
     errors = np.abs(predicted / measured - 1.0)[held_out]
     to_profile = layer["gemm_profile_ghz"] / f0
