@@ -80,7 +80,7 @@ class InstanceSpec(Config):
 
     @property
     def family(self) -> str:
-        """Name of the fitted model: ``model``, else ``<gpu>/<llm>`` if shipped, else the default."""
+        """The fitted model: ``model``, else ``<gpu>/<llm>`` if shipped, else the default."""
         if self.model is not None:
             return self.model
         wanted = f"{self.gpu or DEFAULT_GPU}/{self.llm or DEFAULT_LLM}"

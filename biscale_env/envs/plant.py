@@ -84,7 +84,8 @@ class Plant:
             self.model.member(settings.ensemble_member)
         elif self.model.n_members == 0:
             raise BiscaleError(
-                f"model '{self.model.name}' has no ensemble: choose ensemble_member -1, not 'random'"
+                f"model '{self.model.name}' has no ensemble: choose ensemble_member -1, not "
+                "'random'"
             )
 
     @property

@@ -40,8 +40,8 @@ class ModelFile(Config):
         ep: groups that the experts are spread over; 1 where every GPU holds a part of each.
         gpu: name of the GPU description.
         llm: name of the LLM description.
-        coefficients: ``physics.WORK_FIELDS`` with provenance; host times may be left out, and fields
-            of the GPU may be given: what is not here comes from the GPU's fitted layer.
+        coefficients: ``physics.WORK_FIELDS`` with provenance; host times may be left out, and
+            fields of the GPU may be given: what is not here comes from the GPU's fitted layer.
         box: the validity domain: per work axis the range that the fitted points cover; outside it
             the model extrapolates.
         delay_s: nominal actuation delay of a clock change, s; None: the GPU layer's.
@@ -148,7 +148,8 @@ def find_folder(name: str) -> Path | None:
         return None
     known = known_names()
     raise BiscaleError(
-        f"unknown model '{name}'; known: {', '.join(known)}, or a path to files of `biscale models build` or `biscale fit`; "
+        f"unknown model '{name}'; known: {', '.join(known)}, or a path to files of `biscale models "
+        "build` or `biscale fit`; "
         f"the nearest name is '{nearest(name, known)}'"
     )
 

@@ -4,10 +4,6 @@ everywhere.
 
 import numpy as np
 import pytest
-
-from biscale_env.config import load_gpu
-from biscale_env.core.errors import BiscaleError
-from biscale_env.models import load_model, physics
 from biscale_env.models.ensemble import (
     curve,
     disagreements,
@@ -19,6 +15,10 @@ from biscale_env.models.ensemble import (
 from biscale_env.models.fit.evidence import SAMPLED_COEFFICIENTS, load_evidence
 from biscale_env.models.fit.power import EnergyFit, fit_energy
 from biscale_env.models.fit.serving_evidence import ColocatedServer
+
+from biscale_env.config import load_gpu
+from biscale_env.core.errors import BiscaleError
+from biscale_env.models import load_model, physics
 from biscale_env.models.fit.shipped import SAMPLED_FIELDS, fit_kernels, tables
 
 EVIDENCE = load_evidence("h100-llama70b")

@@ -8,10 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-
-from biscale_env.config import load_gpu
-from biscale_env.core.errors import BiscaleError
-from biscale_env.models import load_model, physics
 from biscale_env.models.ensemble import curve, fit_member, gemm_clocks_ghz, serving_errors
 from biscale_env.models.fit.evidence import (
     ENERGY_NAMES,
@@ -30,6 +26,10 @@ from biscale_env.models.fit.serving_evidence import (
     median_s,
     mixture,
 )
+
+from biscale_env.config import load_gpu
+from biscale_env.core.errors import BiscaleError
+from biscale_env.models import load_model, physics
 from biscale_env.models.fit.shipped import fit_kernels, tables
 
 EVIDENCE = load_evidence("h100-llama70b")

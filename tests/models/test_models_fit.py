@@ -5,12 +5,12 @@ what the fit gives.
 import numpy as np
 import pandas as pd
 import pytest
+from biscale_env.models.fit.evidence import evidence_path, load_evidence, profile_path
 
 from biscale_env.config import configs_dir, load_gpu, load_llm
 from biscale_env.core.errors import BiscaleError
 from biscale_env.models import Coefficients, load_model, physics
 from biscale_env.models.coefficient_files import rounded
-from biscale_env.models.fit.evidence import evidence_path, load_evidence, profile_path
 from biscale_env.models.fit.latency import LATENCY_FIELDS, fit_components, mape, predict_s, refine
 from biscale_env.models.fit.profile_table import ProfileTable, read_profile, sha256
 from biscale_env.models.fit.shipped import (

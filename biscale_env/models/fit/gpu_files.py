@@ -30,7 +30,7 @@ from biscale_env.models.fit.gpu_fit import (
 )
 from biscale_env.models.fit.host_fit import HostFit, fit_host, sample_host
 from biscale_env.models.fit.kernel_profiles import KernelProfile, profiles_dir
-from biscale_env.models.fit.profile_table import ProfileTable, sha256
+from biscale_env.models.fit.profile_table import sha256
 from biscale_env.models.fit.work_fit import fit_work
 from biscale_env.models.gpu_layer import HOST_FIELDS, LAYER_FIELDS, GpuLayer, ensemble_path
 from biscale_env.models.physics import WORK_FIELDS

@@ -2,9 +2,8 @@
 
 Every field has a prior; the fit is the maximum of the posterior. Members of the ensemble are
 randomised maxima: the evidence is moved by its noise and the priors by their spread, and everything
-is fitted again. What differs from one LLM to the next (`Noise.server_power`) then scales the energies
-of work, since a member speaks of *one* LLM: a band over members is one for an LLM that no fit has
-seen.
+is fitted again. What differs from one LLM to the next (`Noise.server_power`) then scales energies of
+work, since a member speaks of *one* LLM: a band over members is for an LLM that no fit has seen.
 """
 
 from collections.abc import Mapping, Sequence

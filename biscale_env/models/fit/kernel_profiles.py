@@ -7,7 +7,7 @@ from typing import Final
 from biscale_env.config import Llm, configs_dir, list_names, load_llm
 from biscale_env.models.fit.profile_table import ProfileTable, read_profile
 
-# Beyond these prefill batches a table is kept out of the fit and of the validity domain. fp8: tables
+# Larger prefill batches are kept out of the fit and of the validity domain. fp8: the tables
 # have few measured fp8 GEMMs there and jump; 8192 tokens is vLLM's own default budget on an H100.
 MAX_PREFILL_TOKENS: Final = {"bf16": 16384, "fp8": 8192, "mxfp4": 16384}
 

@@ -186,7 +186,7 @@ def _content(
 
 
 def _coefficient(name: str, value: float, source: Source, share: float, llm: Llm) -> Coefficient:
-    if name in TIMES and name != "gemm0_s" or name == "expert_skew":
+    if (name in TIMES and name != "gemm0_s") or name == "expert_skew":
         kind: Provenance = source.provenance if share < 0.5 else "derived"
         text = f"fitted to {source.text}"
         if share > 0.005:
