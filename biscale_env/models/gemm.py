@@ -69,6 +69,8 @@ def gemm_coefficients(
         "bytes_per_token": 2.0 * (k + n),
         "host0_s": 0.0,
         "host_s_per_seq": 0.0,
+        "p_busy_w": 0.0,  # an engine's other kernels
+        "energy_factor": 1.0,
         "p_cap_w": gpu.power_cap_w,
     }
     return Coefficients(**{name: (own | work).get(name, 0.0) for name in Coefficients._fields})

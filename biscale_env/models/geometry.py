@@ -38,6 +38,7 @@ def counted_work(llm: Llm, tp: int, dtype: Dtype) -> dict[str, float]:
         "flops_per_attn": 4.0 * heads * llm.layers / tp,
         "weight_bytes": (llm.dense_weight_bytes(dtype) - table) / tp,
         "expert_bytes": llm.expert_weight_bytes(dtype) / tp,
+        "expert_core_bytes": llm.expert_weight_bytes("fp8" if dtype == "fp8" else "bf16") / tp,
         "bytes_per_token": _activations(llm, qkv + heads / 3.0, tp) * ACTIVATION_BYTES,
         "kv_bytes_per_token": llm.kv_bytes_per_token(dtype) * llm.kv_copies(tp) / tp,
         "link_bytes_per_token": reduced * 2.0 * (tp - 1) / tp,

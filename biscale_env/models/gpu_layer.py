@@ -48,8 +48,8 @@ class GpuLayer(Config):
         coefficients: every one of ``LAYER_FIELDS`` with its provenance: ``physics.GPU_FIELDS``
             without the cap (the description has it), ``e_flop_<dtype>_j``, host times
             ``<phase>_host0_s`` and ``<phase>_host_s_per_seq`` in s, ``delay_s``, sustained bf16
-            operations per clock and SM, sustained HBM rate in GB/s, constant time of a kernel in s, and
-            the clock in GHz at which the large GEMMs of the kernel tables ran.
+            operations per clock and SM, sustained HBM rate in GB/s, constant time of a kernel in s,
+            and the clock in GHz at which the large GEMMs of the kernel tables ran.
         fit: what was fitted and how well: evidence, errors, what is borrowed.
     """
 

@@ -63,9 +63,11 @@ class Coefficients(NamedTuple):
     flops_per_attn: float  # attention operations per unit of attn_work or cached token and GPU
     weight_bytes: float  # dense weights read per iteration and GPU
     expert_bytes: float  # weights of all experts that one GPU holds
+    expert_core_bytes: float  # the same as they are multiplied: 4-bit ones are widened to bf16
     bytes_per_token: float  # activation bytes per row and GPU
     kv_bytes_per_token: float  # KV bytes per cached token and GPU
     link_bytes_per_token: float  # NVLink bytes per row and GPU
+    energy_factor: float  # energy of work against what the GPU's layer says; 1 where not measured
     stream_knee_ghz: float  # clock at which the SMs can ask for just the bytes that HBM can give
     core_share: float  # share of element-wise and constant attention time that scales with f0/f
     v_knee_ghz: float  # clock up to which the core voltage stays at its minimum
@@ -73,6 +75,7 @@ class Coefficients(NamedTuple):
     p_static_w: float  # power of a GPU holding a context, clock tree excluded
     p_clock_w_per_ghz: float  # clock-tree power per GHz at minimum voltage
     p_busy_w: float  # extra power while an iteration runs, at minimum voltage
+    p_seq_w: float  # extra power in the host time per request, at minimum voltage
     e_flop_j: float  # core energy per operation at minimum voltage, many rows
     few_rows_saving: float  # relative saving of it as rows go to none
     e_byte_j: float  # on-chip energy per byte at minimum voltage
@@ -90,6 +93,7 @@ GPU_FIELDS: Final = (
     "p_static_w",
     "p_clock_w_per_ghz",
     "p_busy_w",
+    "p_seq_w",
     "e_flop_j",
     "few_rows_saving",
     "e_byte_j",
@@ -201,10 +205,13 @@ def work_energy_j(
     pairs, read = attended(c, tokens, attn_work, cached, n_seq)
     flops = c.flops_per_token * tokens + c.flops_per_attn * (pairs + read)
     moved = c.weight_bytes + c.bytes_per_token * tokens + c.kv_bytes_per_token * read
+    on_chip = moved
     if c.experts_s > 0.0:
-        moved = moved + c.expert_bytes * experts_read(c, tokens)
+        share = experts_read(c, tokens)
+        moved = moved + c.expert_bytes * share
+        on_chip = on_chip + c.expert_core_bytes * share
     per_flop = c.e_flop_j * (1.0 - c.few_rows_saving * FEW_ROWS / (FEW_ROWS + tokens))
-    core = per_flop * flops + c.e_byte_j * moved
+    core = per_flop * flops + c.e_byte_j * on_chip
     return core, c.e_hbm_j * moved + c.e_link_j * c.link_bytes_per_token * tokens
 
 
@@ -228,7 +235,9 @@ def iteration_energy_j(
     """Energy per GPU in J of an iteration that takes ``time_s`` at a constant SM clock in GHz."""
     v = voltage(c, freq_ghz)
     core, fixed = work_energy_j(c, tokens, attn_work, cached, n_seq)
-    return time_s * (idle_power_w(c, freq_ghz) + c.p_busy_w * v * v) + v * v * core + fixed
+    per_request = c.p_seq_w * c.host_s_per_seq * n_seq  # it is not idle time, says measured power
+    core = core + c.p_busy_w * time_s + per_request
+    return time_s * idle_power_w(c, freq_ghz) + c.energy_factor * (v * v * core + fixed)
 
 
 @register_jitable

@@ -137,7 +137,8 @@ def capacity_table(
     if not both:
         s = request.settings
         raise NoPlacementError(
-            f"model '{s.instance('decode', 1).family}' in {s.dtype} fits on no instance of up to {s.gpus} GPUs"
+            f"model '{s.instance('decode', 1).family}' in {s.dtype} fits on no "
+            f"instance of up to {s.gpus} GPUs"
         )
     check_gpus(request.settings.gpus, both)
     if len(trace) < MIN_REQUESTS:

@@ -47,13 +47,16 @@ COEFFICIENTS = Coefficients(
     p_static_w=90.0,
     p_clock_w_per_ghz=30.0,
     p_busy_w=60.0,
+    p_seq_w=100.0,
     flops_per_token=3.5e10,
     flops_per_attn=6.5e5,
     weight_bytes=3.5e10,
     expert_bytes=0.0,
+    expert_core_bytes=0.0,
     bytes_per_token=1e7,
     kv_bytes_per_token=8.2e4,
     link_bytes_per_token=2e6,
+    energy_factor=1.1,
     e_flop_j=3.4e-13,
     few_rows_saving=0.3,
     e_byte_j=1e-11,
@@ -70,6 +73,7 @@ EXPERTS = {
     "expert_miss": 1.0 - 8 / 128,
     "expert_skew": 0.8,
     "expert_bytes": 5e10,
+    "expert_core_bytes": 1e11,
 }
 WINDOW = {"window_tokens": 128.0, "window_share": 0.5}
 
@@ -80,7 +84,7 @@ def plain(**changes: float) -> Coefficients:
     """
     zero = dict.fromkeys(Coefficients._fields, 0.0)
     base = {"n_gpus": 1.0, "freq_profile_ghz": 1.98, "p_cap_w": 1e9, "v_knee_ghz": 1e3}
-    base |= {"expert_skew": 1.0}
+    base |= {"expert_skew": 1.0, "energy_factor": 1.0}
     return Coefficients(**{**zero, **base, **changes})
 
 

@@ -44,13 +44,16 @@ PLAIN = Coefficients(
     p_static_w=0.0,
     p_clock_w_per_ghz=0.0,
     p_busy_w=0.0,
+    p_seq_w=0.0,
     flops_per_token=0.0,
     flops_per_attn=0.0,
     weight_bytes=0.0,
     expert_bytes=0.0,
+    expert_core_bytes=0.0,
     bytes_per_token=0.0,
     kv_bytes_per_token=0.0,
     link_bytes_per_token=0.0,
+    energy_factor=1.0,
     e_flop_j=0.0,
     few_rows_saving=0.0,
     e_byte_j=0.0,
@@ -163,6 +166,10 @@ def test_energy_by_hand():
         experts_s=1e-3,
         expert_miss=0.99,
         expert_bytes=2e9,
+        expert_core_bytes=4e9,
+        energy_factor=1.2,
+        host_s_per_seq=1e-3,
+        p_seq_w=20.0,
         few_rows_saving=0.5,
         bytes_per_token=1e5,
         kv_bytes_per_token=1e4,
@@ -176,8 +183,13 @@ def test_energy_by_hand():
     flops = 1e9 * 100 + 2e3 * (1e6 + 5e5)
     moved = 1e9 + 2e9 * (1 - 0.99**100) + 1e5 * 100 + 1e4 * 5e5
     per_flop = 1e-12 * (1 - 0.5 * 2048 / 2148)
-    core, fixed = per_flop * flops + 1e-11 * moved, 4e-11 * moved + 1e-10 * 1e6 * 100
-    expected = 0.2 * (50 + (10 * 1.5 + 30) * v * v) + v * v * core + fixed
+    on_chip = moved + 2e9 * (1 - 0.99**100)
+    core, fixed = (
+        per_flop * flops + 1e-11 * on_chip + 20.0 * 7e-3,
+        4e-11 * moved + 1e-10 * 1e6 * 100,
+    )
+    idle = 0.2 * (50 + 10 * 1.5 * v * v)
+    expected = idle + 1.2 * (0.2 * 30 * v * v + v * v * core + fixed)
     assert physics.iteration_energy_j(c, 100, 1e6, 5e5, 7, 0.2, 1.5) == pytest.approx(
         expected, rel=1e-12
     )
@@ -318,5 +330,8 @@ def test_energy_of_an_iteration_does_not_depend_on_how_it_is_cut():
     whole = physics.iteration_energy_j(c, 64.0, 0.0, 6e4, 64.0, 0.03, 1.4)
     core, fixed = physics.work_energy_j(c, 64.0, 0.0, 6e4, 64.0)
     v = physics.voltage(c, 1.4)
-    parts = 0.03 * (physics.idle_power_w(c, 1.4) + c.p_busy_w * v * v) + v * v * core + fixed
+    host = c.p_seq_w * 64.0 * c.host_s_per_seq
+    parts = 0.03 * (
+        physics.idle_power_w(c, 1.4) + c.energy_factor * c.p_busy_w * v * v
+    ) + c.energy_factor * (v * v * (core + host) + fixed)
     assert math.isclose(whole, parts, rel_tol=1e-12)

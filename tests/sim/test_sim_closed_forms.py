@@ -43,9 +43,12 @@ def work_by_hand(
     flops = c.flops_per_token * tokens + c.flops_per_attn * (attn + cached)
     per_flop = c.e_flop_j * (1 - c.few_rows_saving * 2048 / (2048 + tokens))
     energy_j = (
-        time_s * (c.p_static_w + (c.p_clock_w_per_ghz * f + c.p_busy_w) * v**2)
-        + v**2 * (per_flop * flops + c.e_byte_j * moved)
-        + c.e_hbm_j * moved + c.e_link_j * c.link_bytes_per_token * tokens
+        time_s * (c.p_static_w + c.p_clock_w_per_ghz * f * v**2)
+        + c.energy_factor * (time_s * c.p_busy_w * v**2
+        + v**2 * (
+            per_flop * flops + c.e_byte_j * moved + c.p_seq_w * c.host_s_per_seq * n_seq
+        )
+        + c.e_hbm_j * moved + c.e_link_j * c.link_bytes_per_token * tokens)
     )  # fmt: skip
     return time_s, c.n_gpus * energy_j
 

@@ -23,7 +23,6 @@ from biscale_env.models.fit.gpu_fit import (
     ServerWork,
     fixed_values,
     load_description,
-    of_one_llm,
     predict_kernels,
     predict_points,
     server_work,
@@ -139,7 +138,7 @@ def _member(
 ) -> dict[str, float]:
     fixed = fixed_values(fit.ev, rng)
     moved = fit.moved(rng)
-    values = of_one_llm(fit.ev, fit.values(fit.solve(fixed, moved, start), fixed), rng)
+    values = fit.values(fit.solve(fixed, moved, start), fixed)
     return values | _host_fields(sample_host(host, rng))
 
 

@@ -1,9 +1,9 @@
 """The fit of a GPU's layer: kernels by clock, servers at the default clock, idle power.
 
 Every field has a prior; the fit is the maximum of the posterior. Members of the ensemble are
-randomised maxima: the evidence is moved by its noise and the priors by their spread, and everything
-is fitted again. What differs from one LLM to the next (`Noise.server_power`) then scales energies of
-work, since a member speaks of *one* LLM: a band over members is for an LLM that no fit has seen.
+randomised maxima: evidence is moved by its noise, priors by their spread, and everything is fitted
+again. What differs from one LLM to the next (`Noise.server_power`) is in the LLM's own layer
+(`energy_factor`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,6 @@ from biscale_env.models.physics import Coefficients
 Floats = NDArray[np.float64]
 GHZ: Final = 1e-3  # of a MHz
 NOT_FITTED: Final = ("delay_s", "core_share", "freq_profile_ghz")
-OF_WORK: Final = ("e_", "p_busy_w")  # fields that say what work costs
 STEP: Final = 1e-3  # of the finite differences, in standard deviations of the prior
 MAX_EVALUATIONS: Final = 40
 
@@ -84,9 +83,9 @@ class HostTime:
 
 
 def server_coefficients(
-    values: Mapping[str, float], gpu: Gpu, server: ServerWork, host: HostTime
+    values: Mapping[str, float], gpu: Gpu, server: ServerWork, host: HostTime, factor: float = 1.0
 ) -> Coefficients:
-    """Complete coefficients of a measured server in one member."""
+    """Complete coefficients of a measured server; ``factor`` is that of its work's energy."""
     dtype = server.group.dtype
     own = {name: values[column] for name, column in names_in_layer("decode", dtype).items()}
     found = {
@@ -94,16 +93,22 @@ def server_coefficients(
         **server.work,
         "host0_s": host.host0_s,
         "host_s_per_seq": host.host_s_per_seq,
+        "energy_factor": factor,
         "p_cap_w": gpu.power_cap_w,
     }
     return Coefficients(**{name: found[name] for name in Coefficients._fields})
 
 
 def predict_points(
-    ev: GpuEvidence, gpu: Gpu, values: Mapping[str, float], server: ServerWork, host: HostTime
+    ev: GpuEvidence,
+    gpu: Gpu,
+    values: Mapping[str, float],
+    server: ServerWork,
+    host: HostTime,
+    factor: float = 1.0,
 ) -> list[ServerPrediction]:
-    """What a member says about every point of a server."""
-    c = server_coefficients(values, gpu, server, host)
+    """What the formula says about every point of a server."""
+    c = server_coefficients(values, gpu, server, host, factor)
     return [
         predict_server(c, mix, ev.serving.freq_mhz * GHZ, gpu.freq_min_mhz * GHZ)
         for mix in server.mixtures
@@ -196,11 +201,11 @@ class GpuFit:
     def residuals(self, z: Floats, fixed: Mapping[str, float], moved: "Moved") -> Floats:
         """Whitened errors of all evidence, and the distance from the (moved) priors."""
         v = self.values(z, fixed)
-        parts = [z - moved.prior]
+        parts: list[Floats] = [z - moved.prior]
         if self.ev.kernels.points:
             time, power = predict_kernels(self.ev.kernels.points, self.gpu, v)
             error = power / (self.kernel_power_w * moved.kernel_power) - 1.0
-            parts.append(np.linalg.solve(self._kernel_root, error))
+            parts.append(_whitened(self._kernel_root, error))
             own = time / (self.kernel_time_s * moved.kernel_time) - 1.0
             parts.append(own / self.ev.noise.kernel_time)
         if self.servers:
@@ -212,7 +217,7 @@ class GpuFit:
                 ]
             )
             error = power / (self.server_power_w * moved.server_power) - 1.0
-            parts.append(np.linalg.solve(self._server_root, error))
+            parts.append(_whitened(self._server_root, error))
         for p, factor in zip(self.ev.idle, moved.idle_w, strict=True):
             idle = _idle_w(v, p.freq_mhz * GHZ)
             parts.append(np.array([(idle - p.power_w - factor) / p.sigma_w]))
@@ -281,9 +286,14 @@ class Moved:
 
 
 def _root(covariance: Floats) -> Floats:
+    """Lower triangular root of a covariance; empty of an empty one."""
     if covariance.size == 0:
         return covariance
-    return np.linalg.cholesky(covariance)
+    return np.asarray(np.linalg.cholesky(covariance), dtype=np.float64)
+
+
+def _whitened(root: Floats, error: Floats) -> Floats:
+    return np.asarray(np.linalg.solve(root, error), dtype=np.float64)
 
 
 def _idle_w(values: Mapping[str, float], freq_ghz: float) -> float:
@@ -294,14 +304,6 @@ def _idle_w(values: Mapping[str, float], freq_ghz: float) -> float:
 def fixed_values(ev: GpuEvidence, rng: np.random.Generator | None = None) -> dict[str, float]:
     """Every field at its prior's mean, or sampled from it."""
     return {name: p.mean if rng is None else p.sample(rng) for name, p in ev.prior.items()}
-
-
-def of_one_llm(
-    ev: GpuEvidence, values: Mapping[str, float], rng: np.random.Generator
-) -> dict[str, float]:
-    """A member's fields with the energies of work scaled as those of LLMs differ."""
-    factor = float(np.exp(rng.normal(0.0, ev.noise.server_power)))
-    return {n: v * factor if n.startswith(OF_WORK) else v for n, v in values.items()}
 
 
 def load_description(ev: GpuEvidence) -> Gpu:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 
 from biscale_env.config import Gpu
 from biscale_env.models.fit.gpu_evidence import GpuEvidence
@@ -16,6 +17,21 @@ from biscale_env.models.fit.gpu_fit import HostTime, ServerWork, predict_points
 
 Floats = NDArray[np.float64]
 NO_HOST = HostTime(0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What measured servers of one LLM say beyond the GPU's layer.
+
+    Attributes:
+        host: their host times.
+        energy_factor: energy of work against the layer's.
+        spread: standard deviation of its logarithm.
+    """
+
+    host: "HostFit"
+    energy_factor: float
+    spread: float
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,47 @@ def _of_server(
     right = np.concatenate([(target - kernels) * weight, [p.mean / p.sigma for p in priors]])
     x = np.linalg.lstsq(rows, right, rcond=None)[0]
     return HostTime(*(float(np.clip(v, p.low, p.high)) for v, p in zip(x, priors, strict=True)))
+
+
+def fit_energy_factor(
+    ev: GpuEvidence,
+    gpu: Gpu,
+    values: Mapping[str, float],
+    servers: Sequence[ServerWork],
+    hosts: Mapping[str, HostTime],
+) -> tuple[float, float]:
+    """Energy of an LLM's work against the layer's: mean over its servers, shrunk towards 1.
+
+    Power under the cap says nothing, so the factor is found by its effect on power, not by a ratio.
+
+    Returns:
+        The factor and the standard deviation of its logarithm.
+    """
+
+    def errors(log_factor: float) -> float:
+        per_server = [
+            np.mean(
+                [
+                    np.log(q.power_w / p.power_w)
+                    for p, q in zip(
+                        s.group.points,
+                        predict_points(
+                            ev, gpu, values, s, hosts[s.group.label], float(np.exp(log_factor))
+                        ),
+                        strict=True,
+                    )
+                ]
+            )
+            for s in servers
+        ]
+        return float(np.mean(per_server))
+
+    prior, server = ev.noise.server_power, ev.noise.server_power
+    n = len(servers)
+    weight = prior**2 / (prior**2 + server**2 / n)
+    low, high = -3.0 * prior, 3.0 * prior
+    whole = brentq(errors, low, high) if errors(low) < 0.0 < errors(high) else 0.0
+    return float(np.exp(weight * whole)), float(prior * np.sqrt(1.0 - weight))
 
 
 def sample_host(fit: HostFit, rng: np.random.Generator) -> HostTime:

@@ -15,7 +15,7 @@ from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import write_whole
 from biscale_env.models.coefficient_files import OWN_FIELDS, ModelFile, dump_model_file, stem
 from biscale_env.models.ensemble_table import read_table
-from biscale_env.models.fit.host_fit import HostFit
+from biscale_env.models.fit.host_fit import HostFit, Measured
 from biscale_env.models.fit.latency import LATENCY_FIELDS, WORK_FIELD
 from biscale_env.models.fit.profile_table import ProfileTable
 from biscale_env.models.fit.work_fit import COMPUTE_FIELDS, WorkFit, fit_work
@@ -35,7 +35,9 @@ TIMES: Final = tuple(
     n for n in (*LATENCY_FIELDS, *WORK_FIELD.values()) if n.endswith("_s") or "_s_per" in n
 )
 TABLE_SPREAD: Final = 0.03  # of measured kernel times from card to card; assumed
+SERVER_SPREAD: Final = 0.08  # of the energy of work from LLM to LLM; see Noise.server_power
 ESTIMATE_SPREAD: Final = 0.20  # more of it where all of them are estimates; assumed
+FROM_TABLE: Final = (*(n for n in TIMES if n != "gemm0_s"), "expert_skew")
 OWN_HOST_SPREAD: Final = 0.4  # of what servers differ by: a measured LLM's host time; assumed
 
 
@@ -63,12 +65,12 @@ class OnGpu:
     Attributes:
         gpu: its description.
         files: its fitted layer.
-        host: measured host times by LLM, where there are any.
+        measured: what measured servers say, by LLM.
     """
 
     gpu: Gpu
     files: LayerFiles
-    host: Mapping[str, HostFit]
+    measured: Mapping[str, Measured]
 
     @property
     def values(self) -> dict[str, float]:
@@ -76,7 +78,7 @@ class OnGpu:
         return {n: c.value for n, c in self.files.layer().coefficients.items()}
 
 
-def on_gpu(gpu: str, host: Mapping[str, HostFit] | None = None) -> OnGpu:
+def on_gpu(gpu: str, measured: Mapping[str, Measured] | None = None) -> OnGpu:
     """A GPU with its committed layer.
 
     Raises:
@@ -85,7 +87,7 @@ def on_gpu(gpu: str, host: Mapping[str, HostFit] | None = None) -> OnGpu:
     path = layer_path(gpu)
     if path is None:
         raise BiscaleError(f"GPU '{gpu}' has no fitted layer: run `biscale fit --gpu {gpu}`")
-    return OnGpu(load_gpu(gpu), layer_files(path), host or {})
+    return OnGpu(load_gpu(gpu), layer_files(path), measured or {})
 
 
 def domain_of(
@@ -121,7 +123,9 @@ def fit_tables(
         family: name of the model family.
     """
     layer = on.values
-    fits = {(t.phase, t.dtype, t.tp, t.ep): fit_work(t, llm, layer) for t in tables}
+    fits: dict[tuple[str, str, int, int], WorkFit] = {
+        (t.phase, t.dtype, t.tp, t.ep): fit_work(t, llm, layer) for t in tables
+    }
     files: dict[str, str] = {}
     for (phase, dtype, tp, ep), fit in fits.items():
         other = "decode" if phase == "prefill" else "prefill"
@@ -139,7 +143,8 @@ def fit_tables(
 
 
 def _host_of(llm: Llm, on: OnGpu, phase: str) -> HostFit | None:
-    return on.host.get(llm.name) if phase == "decode" else None
+    measured = on.measured.get(llm.name)
+    return measured.host if measured is not None and phase == "decode" else None
 
 
 def _content(
@@ -151,9 +156,16 @@ def _content(
     family: str,
 ) -> ModelFile:
     t = fit.table
-    values = {n: getattr(fit.coefficients, n) for n in OWN_FIELDS} | extra
+    values = {n: getattr(fit.coefficients, n) for n in OWN_FIELDS} | dict(extra)
     share = estimated_share(t)
     made = {n: _coefficient(n, values[n], source, share, llm) for n in OWN_FIELDS}
+    own = on.measured.get(llm.name)
+    if own is not None:
+        made["energy_factor"] = Coefficient(
+            value=rounded(own.energy_factor),
+            provenance="derived",
+            source="measured power of its servers against the GPU's layer, half trusted",
+        )
     host = _host_of(llm, on, t.phase)
     if host is not None:
         text = f"measured median intervals of {', '.join(host.by_server)} minus kernels"
@@ -186,13 +198,15 @@ def _content(
 
 
 def _coefficient(name: str, value: float, source: Source, share: float, llm: Llm) -> Coefficient:
-    if (name in TIMES and name != "gemm0_s") or name == "expert_skew":
+    if name in FROM_TABLE:
         kind: Provenance = source.provenance if share < 0.5 else "derived"
         text = f"fitted to {source.text}"
         if share > 0.005:
             text += f"; {share:.0%} of the time are estimates of the package"
         if name in COMPUTE_FIELDS:
             kind, text = "derived", f"{text}; brought to freq_profile_ghz from gemm_profile_ghz"
+    elif name == "energy_factor":
+        kind, text = "assumed", "no server of this LLM was measured on this GPU"
     elif name == "gemm0_s":
         kind, text = "derived", "number of GEMM kernels times kernel0_s of the GPU"
     else:
@@ -221,11 +235,16 @@ def _members(content: ModelFile, share: float, llm: Llm, on: OnGpu) -> str:
     for name in COMPUTE_FIELDS:
         if name in columns and "gemm_profile_ghz" in layer:
             columns[name] = columns[name] * layer["gemm_profile_ghz"] / clock
+    own = on.measured.get(llm.name)
+    spread = SERVER_SPREAD if own is None else own.spread
+    factor = np.random.default_rng(zlib.crc32(content.name.encode())).normal(size=n)
+    columns["energy_factor"] = content.coefficients["energy_factor"].value * np.exp(spread * factor)
     host = _host_of(llm, on, content.phase)
     if host is not None:
         for name in HOST_FIELDS:
-            spread = OWN_HOST_SPREAD * getattr(host.spread, name)
-            columns[name] = np.maximum(getattr(host.mean, name) + spread * rng.normal(size=n), 0.0)
+            own_spread = OWN_HOST_SPREAD * getattr(host.spread, name)
+            drawn = getattr(host.mean, name) + own_spread * rng.normal(size=n)
+            columns[name] = np.maximum(drawn, 0.0)
     table = pd.DataFrame(columns).map(lambda v: rounded(v, MEMBER_DIGITS))
     head = (
         f"# Kernel and host times of member k of {on.gpu.name}; its other columns are the GPU's\n"

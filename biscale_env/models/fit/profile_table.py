@@ -146,8 +146,8 @@ def _check(path: Path, table: pd.DataFrame, header_lines: int) -> pd.DataFrame:
 def read_profile(path: Path) -> list[ProfileTable]:
     """Read a profile table and split it into its configurations.
 
-    Columns: ``phase`` (prefill, decode), ``tp``, ``dtype`` (bf16, fp8, mxfp4), ``batch`` (requests),
-    ``new_tokens`` (prompt tokens per request; 0 in decode), ``prefix`` (tokens per request already
+    Columns: ``phase`` (prefill, decode), ``tp``, ``dtype`` (bf16, fp8, mxfp4), ``batch``
+    (requests), ``new_tokens`` (prompt tokens per request; 0 in decode), ``prefix`` (tokens per request already
     cached; 0 in decode), ``context`` (KV tokens per request in decode; 0 in prefill); then any of
     ``latency_s`` (iteration), ``power_w`` (mean per GPU), ``freq_mhz`` (mean SM clock while it
     ran), kernel times ``gemm_s``, ``expert_s``, ``attn_s``, ``comm_s``, ``elem_s``, ``ep`` (groups

@@ -3,9 +3,9 @@
 Which iterations it runs, how long they take, how much prefill they hold, what power follows.
 
 In such a server every request passes once through an iteration that also holds its prompt, and
-stays for as many iterations as it has output tokens. With B running requests of mean output length
-o, an iteration therefore holds a Poisson number of prompts with mean B / o. Prompt lengths are taken
-as exponential.
+stays for as many iterations as it has output tokens. With B running requests of mean output
+length o, an iteration therefore holds a Poisson number of prompts with mean B / o. Prompt lengths
+are taken as exponential.
 """
 
 from dataclasses import dataclass

@@ -9,14 +9,17 @@ from biscale_env.config import configs_dir
 from biscale_env.models.fit.gpu_evidence import known_evidence, load_gpu_evidence
 from biscale_env.models.fit.gpu_files import FittedGpu, fit_gpu, fitted_dir, layer_texts
 from biscale_env.models.fit.gpu_fit import HostTime
-from biscale_env.models.fit.host_fit import HostFit
+from biscale_env.models.fit.host_fit import HostFit, Measured, fit_energy_factor
 from biscale_env.models.fit.kernel_profiles import KernelProfile, shipped_profiles
 from biscale_env.models.fit.llm_files import Source, fit_tables, on_gpu
 from biscale_env.models.fit.profile_table import sha256
 
 
-def host_by_llm(fitted: FittedGpu) -> dict[str, HostFit]:
-    """Measured host times per LLM: the mean over its servers; the spread is that of all servers."""
+def measured_by_llm(fitted: FittedGpu) -> dict[str, Measured]:
+    """What measured servers say per LLM.
+
+    Host time is the mean over its servers; the spread is that of all servers.
+    """
     found: dict[str, dict[str, HostTime]] = {}
     for s in fitted.servers:
         label = s.group.label
@@ -24,14 +27,17 @@ def host_by_llm(fitted: FittedGpu) -> dict[str, HostFit]:
     made = {}
     for llm, hosts in found.items():
         mean = np.mean([(h.host0_s, h.host_s_per_seq) for h in hosts.values()], axis=0)
-        made[llm] = HostFit(hosts, HostTime(*map(float, mean)), fitted.host.spread)
+        host = HostFit(hosts, HostTime(*map(float, mean)), fitted.host.spread)
+        servers = [s for s in fitted.servers if s.group.llm == llm]
+        factor, spread = fit_energy_factor(fitted.ev, fitted.gpu, fitted.values, servers, hosts)
+        made[llm] = Measured(host, factor, spread)
     return made
 
 
-def profile_files(profile: KernelProfile, host: dict[str, HostFit]) -> dict[str, str]:
+def profile_files(profile: KernelProfile, measured: dict[str, Measured]) -> dict[str, str]:
     """Files of one LLM on one GPU from its shipped kernel table."""
     source = Source(profile.source, profile.path.name, sha256(profile.path))
-    on = on_gpu(profile.gpu, host)
+    on = on_gpu(profile.gpu, measured)
     return fit_tables(profile.tables(), profile.llm, on, source, profile.family)
 
 
@@ -49,5 +55,5 @@ def fit_shipped(gpu: str | None = None) -> Iterator[tuple[Path, dict[str, str]]]
         for profile in shipped_profiles(name):
             yield (
                 configs_dir() / "models" / profile.gpu / profile.llm.name,
-                profile_files(profile, host_by_llm(fitted)),
+                profile_files(profile, measured_by_llm(fitted)),
             )

@@ -172,9 +172,13 @@ def _energies(
     Linear, bounded below by zero, weakly pulled to the start.
     """
     w, f = table.work, _clocks(table)
-    axes = tuple(axis[rows] for axis in w.as_tuple())
+    tokens, attn_work, cached, n_seq = (axis[rows] for axis in w.as_tuple())
     watts = energy_columns(
-        lambda k: physics.iteration_energy_j(k, *axes, time[rows], f[rows]) / time[rows], c
+        lambda k: (
+            physics.iteration_energy_j(k, tokens, attn_work, cached, n_seq, time[rows], f[rows])
+            / time[rows]
+        ),
+        c,
     )
     target = table.column("power_w")[rows]
     system = LinearSystem(list(watts), target.tolist(), target.tolist())

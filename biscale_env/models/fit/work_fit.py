@@ -74,6 +74,7 @@ def fit_work(table: ProfileTable, llm: Llm, layer: Mapping[str, float]) -> WorkF
         **counted_work(llm, table.tp, table.dtype),
         gemm0_s=layer["kernel0_s"] * gemm_kernels(llm),
         expert_skew=1.0,
+        energy_factor=1.0,
     )
     start = start._replace(**fit_components(table, ~held_out, start))
     f0 = layer["freq_profile_ghz"]
