@@ -30,7 +30,7 @@ class Gpu(Config):
     ``freq_max_mhz``; controllers may ask for anything within ``[freq_min_mhz, freq_max_mhz]``.
     ``control_levels_mhz`` are the few levels that level-based controllers scan. ``idle_power_w`` is
     the power of a GPU without a context; it need not be known. ``sms`` are its streaming
-    multiprocessors.
+    multiprocessors; a GPU that does not multiply ``mxfp4`` widens such weights to bf16.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Gpu(Config):
     nvlink_gb_per_s: float = Field(gt=0)
     peak_bf16_tflops: float = Field(gt=0)
     sms: int = Field(default=132, gt=0)
+    multiplies_mxfp4: bool = False
     off_power_w: float = Field(ge=0)
     idle_power_w: float | None = Field(default=None, ge=0)
     sources: dict[str, str] = Field(default_factory=dict)

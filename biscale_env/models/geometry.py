@@ -7,7 +7,9 @@ from biscale_env.config.hardware import Dtype, Llm
 ACTIVATION_BYTES: Final = 2.0  # activations are bf16 in either dtype
 
 
-def counted_work(llm: Llm, tp: int, dtype: Dtype) -> dict[str, float]:
+def counted_work(
+    llm: Llm, tp: int, dtype: Dtype, multiplies_mxfp4: bool = False
+) -> dict[str, float]:
     """Coefficients of one GPU that follow from the shape of the transformer alone.
 
     GEMMs: 2 operations per parameter that a row passes, without embedding and output head (the head
@@ -22,11 +24,13 @@ def counted_work(llm: Llm, tp: int, dtype: Dtype) -> dict[str, float]:
         llm: the transformer.
         tp: GPUs that share it.
         dtype: ``bf16``, ``fp8`` or ``mxfp4``.
+        multiplies_mxfp4: whether the GPU multiplies 4-bit weights without widening them to bf16.
     """
     heads = llm.heads * llm.head_dim
     qkv = heads + llm.kv_values_per_token
     embedding = float(llm.vocabulary * llm.hidden)
     head = 0.0 if llm.tied_embeddings else embedding
+    on_chip: Dtype = "bf16" if dtype == "mxfp4" and not multiplies_mxfp4 else dtype
     reduced = 2.0 * llm.layers * llm.hidden * ACTIVATION_BYTES
     table = 0.0 if llm.tied_embeddings else ACTIVATION_BYTES * embedding  # only looked up
     return {
@@ -38,7 +42,7 @@ def counted_work(llm: Llm, tp: int, dtype: Dtype) -> dict[str, float]:
         "flops_per_attn": 4.0 * heads * llm.layers / tp,
         "weight_bytes": (llm.dense_weight_bytes(dtype) - table) / tp,
         "expert_bytes": llm.expert_weight_bytes(dtype) / tp,
-        "expert_core_bytes": llm.expert_weight_bytes("fp8" if dtype == "fp8" else "bf16") / tp,
+        "expert_core_bytes": llm.expert_weight_bytes(on_chip) / tp,
         "bytes_per_token": _activations(llm, qkv + heads / 3.0, tp) * ACTIVATION_BYTES,
         "kv_bytes_per_token": llm.kv_bytes_per_token(dtype) * llm.kv_copies(tp) / tp,
         "link_bytes_per_token": reduced * 2.0 * (tp - 1) / tp,

@@ -133,8 +133,8 @@ def plan_move(
     fixed: dict[str, float] = {}
     factor: dict[str, float] = {}
     rates = time_ratios(old.gpu, new.gpu)
-    was = counted_work(old.llm, content.tp, content.dtype)
-    is_now = counted_work(new.llm, content.tp, content.dtype)
+    was = counted_work(old.llm, content.tp, content.dtype, old.gpu.multiplies_mxfp4)
+    is_now = counted_work(new.llm, content.tp, content.dtype, new.gpu.multiplies_mxfp4)
     if before[1] != after[1]:
         fixed |= is_now
     for name, (work, bound) in TIMES.items():

@@ -1,16 +1,16 @@
 """What the fit of a GPU's layer rests on: the schema of ``configs/gpus/evidence/*.yaml``."""
 
 from pathlib import Path
-from typing import Final, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from biscale_env.config import configs_dir
 from biscale_env.config.hardware import Dtype
 from biscale_env.config.loader import Config, list_names, load_yaml
 from biscale_env.core.errors import BiscaleError
-from biscale_env.models.gpu_layer import LAYER_FIELDS
+from biscale_env.models.gpu_layer import LAYER_FIELDS, layer_files, layer_path, load_layer
 from biscale_env.models.provenance import Provenance
 
 
@@ -199,28 +199,25 @@ class Noise(Config):
     itl: float = Field(gt=0)
 
 
-FITTED: Final = tuple(name for name in LAYER_FIELDS if not name.startswith(("prefill_", "decode_")))
-HostName = Literal[
-    "prefill_host0_s", "prefill_host_s_per_seq", "decode_host0_s", "decode_host_s_per_seq"
-]
-
-
 class GpuEvidence(Config):
     """All evidence about one GPU.
 
     Attributes:
         gpu: name of its description.
+        base: GPU whose fitted layer gives the priors that are not listed.
+        borrowed_spread: relative standard deviation that is added to borrowed priors; assumed.
         kernels: measured GEMMs.
         serving: measured servers.
         idle: measured idle power.
         noise: how far each kind is trusted.
-        prior: per field of the layer.
-        host_by_batch: measured host times are fitted per server; these hold them.
+        prior: per field of the layer; with a base, those that differ from it.
         n_members: size of the ensemble.
         seed: of its sampling.
     """
 
     gpu: str
+    base: str | None = None
+    borrowed_spread: float = Field(default=0.2, ge=0)
     kernels: Kernels
     serving: Serving
     idle: tuple[IdlePoint, ...] = ()
@@ -231,11 +228,58 @@ class GpuEvidence(Config):
 
     @model_validator(mode="after")
     def _complete(self) -> "GpuEvidence":
-        if wrong := set(self.prior) ^ set(LAYER_FIELDS):
+        unknown = set(self.prior) - set(LAYER_FIELDS)
+        missing = set(LAYER_FIELDS) - set(self.prior) if self.base is None else set()
+        if wrong := unknown | missing:
             raise ValueError(
-                f"prior must name exactly the fields of a layer; wrong or missing: {sorted(wrong)}"
+                f"prior must name the fields of a layer; wrong or missing: {sorted(wrong)}"
             )
         return self
+
+    def with_base(self) -> "GpuEvidence":
+        """The evidence with every prior: those that are not listed come from the base's fit.
+
+        Raises:
+            BiscaleError: the base has no evidence or no fitted layer.
+        """
+        if self.base is None:
+            return self
+        base = load_gpu_evidence(self.base)
+        layer = load_layer(self.base)
+        path = layer_path(self.base)
+        table = layer_files(path).table() if path is not None else {}
+        found = dict(self.prior)
+        for name in LAYER_FIELDS:
+            if name not in found:
+                values = table.get(name, np.zeros(1))
+                found[name] = _borrowed(
+                    base.prior[name], layer.value(name), values, self.borrowed_spread, self.base
+                )
+        return self.model_copy(update={"prior": found})
+
+
+def _borrowed(
+    prior: Prior, value: float, members: NDArray[np.float64], spread: float, base: str
+) -> Prior:
+    """A prior around the fitted value of another GPU, wider than that one's ensemble."""
+    fixed = prior.fixed
+    if prior.sigma <= 0 or value <= 0:
+        sigma = prior.sigma
+    elif prior.log:
+        sigma = float(np.hypot(np.std(np.log(np.maximum(members, 1e-300))), spread))
+    else:
+        sigma = float(np.hypot(np.std(members), spread * value))
+    return prior.model_copy(
+        update={
+            "mean": value,
+            "sigma": sigma,
+            "low": min(prior.low, value),
+            "high": max(prior.high, value),
+            "fixed": fixed,
+            "provenance": "assumed",
+            "source": f"borrowed from the fit of {base}: {prior.source}",
+        }
+    )
 
 
 def evidence_dir() -> Path:
@@ -244,8 +288,16 @@ def evidence_dir() -> Path:
 
 
 def known_evidence() -> list[str]:
-    """GPUs with evidence."""
-    return list_names("gpus/evidence")
+    """GPUs with evidence, each after the one that it borrows from."""
+    names = list_names("gpus/evidence")
+    bases = {n: load_yaml(evidence_dir() / f"{n}.yaml", GpuEvidence).base for n in names}
+    depth = {n: _depth(n, bases) for n in names}
+    return sorted(names, key=lambda n: (depth[n], n))
+
+
+def _depth(name: str, bases: dict[str, str | None]) -> int:
+    base = bases[name]
+    return 0 if base is None else 1 + _depth(base, bases)
 
 
 def load_gpu_evidence(gpu: str) -> GpuEvidence:
@@ -259,4 +311,4 @@ def load_gpu_evidence(gpu: str) -> GpuEvidence:
         raise BiscaleError(
             f"there is no evidence about GPU '{gpu}'; there is about: {', '.join(known_evidence())}"
         )
-    return load_yaml(path, GpuEvidence)
+    return load_yaml(path, GpuEvidence).with_base()

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from biscale_env.config import Gpu, configs_dir, list_names, load_llm
+from biscale_env.config import Gpu, configs_dir, list_names, load_gpu, load_llm
 from biscale_env.models.fit.gpu_evidence import (
     GpuEvidence,
     ServingGroup,
@@ -73,10 +73,11 @@ def _work_of(
     path = profiles_dir() / f"{gpu}-{llm}.csv"
     if llm not in list_names("llms") or not path.is_file():
         return None
+    native = load_gpu(gpu).multiplies_mxfp4
     layer = dict(zip(LAYER_FIELDS, key, strict=True))
     tables = KernelProfile(gpu, load_llm(llm), path, "").tables()
     fits = {
-        t.phase: fit_work(t, load_llm(llm), layer).coefficients
+        t.phase: fit_work(t, load_llm(llm), layer, native).coefficients
         for t in tables
         if (t.dtype, t.tp, t.ep) == (dtype, tp, ep)
     }
@@ -86,9 +87,10 @@ def _work_of(
     return found | {"attn_prefill_s": fits["prefill"].attn_prefill_s}
 
 
-def _servers(
+def servers_of(
     ev: GpuEvidence, values: Mapping[str, float], groups: Sequence[ServingGroup]
 ) -> tuple[tuple[ServerWork, ...], tuple[str, ...]]:
+    """Measured servers with the work of their LLMs; labels of those without a kernel table."""
     key = tuple(values[name] for name in LAYER_FIELDS)
     found, missing = [], []
     for g in groups:
@@ -115,7 +117,7 @@ def fit_gpu(
     values = fixed_values(ev)
     kernels_only = GpuFit(ev, gpu, (), {})
     values = kernels_only.values(kernels_only.solve(values, kernels_only.unmoved()), values)
-    servers, missing = _servers(ev, values, groups)
+    servers, missing = servers_of(ev, values, groups)
     host = fit_host(ev, gpu, values, servers)
     fit, z = kernels_only, None
     for _ in range(ROUNDS):
@@ -169,6 +171,8 @@ def _record(fitted: FittedGpu) -> dict[str, object]:
     out: dict[str, object] = {
         "evidence": f"{ev.gpu}.yaml",
         "evidence_sha256": sha256(evidence_dir() / f"{ev.gpu}.yaml"),
+        "base": ev.base,
+        "server_power": ev.noise.server_power,
         "kernels": len(ev.kernels.points),
         "servers": [s.group.label for s in fitted.servers],
         "servers_without_kernel_table": list(fitted.missing),

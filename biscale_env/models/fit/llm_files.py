@@ -34,8 +34,7 @@ MEMBER_DIGITS: Final = 5
 TIMES: Final = tuple(
     n for n in (*LATENCY_FIELDS, *WORK_FIELD.values()) if n.endswith("_s") or "_s_per" in n
 )
-TABLE_SPREAD: Final = 0.03  # of measured kernel times from card to card; assumed
-SERVER_SPREAD: Final = 0.08  # of the energy of work from LLM to LLM; see Noise.server_power
+TABLE_SPREAD: Final = 0.06  # of kernel sums against engines, beside host time: see held_out
 ESTIMATE_SPREAD: Final = 0.20  # more of it where all of them are estimates; assumed
 FROM_TABLE: Final = (*(n for n in TIMES if n != "gemm0_s"), "expert_skew")
 OWN_HOST_SPREAD: Final = 0.4  # of what servers differ by: a measured LLM's host time; assumed
@@ -123,8 +122,9 @@ def fit_tables(
         family: name of the model family.
     """
     layer = on.values
+    native = on.gpu.multiplies_mxfp4
     fits: dict[tuple[str, str, int, int], WorkFit] = {
-        (t.phase, t.dtype, t.tp, t.ep): fit_work(t, llm, layer) for t in tables
+        (t.phase, t.dtype, t.tp, t.ep): fit_work(t, llm, layer, native) for t in tables
     }
     files: dict[str, str] = {}
     for (phase, dtype, tp, ep), fit in fits.items():
@@ -236,7 +236,7 @@ def _members(content: ModelFile, share: float, llm: Llm, on: OnGpu) -> str:
         if name in columns and "gemm_profile_ghz" in layer:
             columns[name] = columns[name] * layer["gemm_profile_ghz"] / clock
     own = on.measured.get(llm.name)
-    spread = SERVER_SPREAD if own is None else own.spread
+    spread = on.files.layer().fit["server_power"] if own is None else own.spread
     factor = np.random.default_rng(zlib.crc32(content.name.encode())).normal(size=n)
     columns["energy_factor"] = content.coefficients["energy_factor"].value * np.exp(spread * factor)
     host = _host_of(llm, on, content.phase)

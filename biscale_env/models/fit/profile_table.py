@@ -147,8 +147,9 @@ def read_profile(path: Path) -> list[ProfileTable]:
     """Read a profile table and split it into its configurations.
 
     Columns: ``phase`` (prefill, decode), ``tp``, ``dtype`` (bf16, fp8, mxfp4), ``batch``
-    (requests), ``new_tokens`` (prompt tokens per request; 0 in decode), ``prefix`` (tokens per request already
-    cached; 0 in decode), ``context`` (KV tokens per request in decode; 0 in prefill); then any of
+    (requests), ``new_tokens`` (prompt tokens per request; 0 in decode), ``prefix`` (tokens per
+    request already cached; 0 in decode), ``context`` (KV tokens per request in decode; 0 in
+    prefill); then any of
     ``latency_s`` (iteration), ``power_w`` (mean per GPU), ``freq_mhz`` (mean SM clock while it
     ran), kernel times ``gemm_s``, ``expert_s``, ``attn_s``, ``comm_s``, ``elem_s``, ``ep`` (groups
     that the experts are spread over; 1), ``estimated_share`` (of the time whose kernels were not

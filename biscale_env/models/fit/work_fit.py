@@ -59,19 +59,22 @@ def gemm_kernels(llm: Llm) -> float:
     return 1.0 + GEMMS_PER_LAYER * llm.layers - experts
 
 
-def fit_work(table: ProfileTable, llm: Llm, layer: Mapping[str, float]) -> WorkFit:
+def fit_work(
+    table: ProfileTable, llm: Llm, layer: Mapping[str, float], multiplies_mxfp4: bool = False
+) -> WorkFit:
     """Fit one configuration's kernel table; no host time.
 
     Args:
         table: kernel times by family.
         llm: the LLM.
         layer: values of the GPU's layer: profile clocks, share of the clock, constant of a kernel.
+        multiplies_mxfp4: of the GPU.
     """
     held_out = table.held_out()
     shared = {name: layer[name] for name in ("freq_profile_ghz", "core_share", "stream_knee_ghz")}
     start = ZERO._replace(
         **shared,
-        **counted_work(llm, table.tp, table.dtype),
+        **counted_work(llm, table.tp, table.dtype, multiplies_mxfp4),
         gemm0_s=layer["kernel0_s"] * gemm_kernels(llm),
         expert_skew=1.0,
         energy_factor=1.0,

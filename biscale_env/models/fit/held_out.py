@@ -1,0 +1,162 @@
+"""What the fit says of what it was not shown: one LLM left out at a time, one clock at a time."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biscale_env.models.fit.gpu_evidence import GpuEvidence
+from biscale_env.models.fit.gpu_files import FittedGpu, fit_gpu, servers_of
+from biscale_env.models.fit.gpu_fit import (
+    GpuFit,
+    HostTime,
+    ServerWork,
+    fixed_values,
+    load_description,
+    predict_kernels,
+    predict_points,
+)
+from biscale_env.models.fit.llm_files import TABLE_SPREAD
+from biscale_env.models.fit.server_model import ServerPrediction
+from biscale_env.models.physics import Coefficients
+
+Floats = NDArray[np.float64]
+BAND: Final = (5.0, 95.0)  # percentiles of the members
+KERNEL_TIMES: Final = tuple(
+    n
+    for n in Coefficients._fields
+    if (n.endswith("_s") or "_s_per" in n) and not n.startswith(("host", "gemm0"))
+)
+
+
+@dataclass(frozen=True)
+class HeldOutServer:
+    """One measured server of an LLM that the fit was not shown.
+
+    Attributes:
+        server: the server.
+        itl_s: predicted median intervals, s, shape (points,).
+        power_w: predicted power per GPU, W, shape (points,).
+        itl_members_s: of every member, s, shape (members, points).
+        power_members_w: of every member, W, shape (members, points).
+    """
+
+    server: ServerWork
+    itl_s: Floats
+    power_w: Floats
+    itl_members_s: Floats
+    power_members_w: Floats
+
+    @property
+    def measured_itl_s(self) -> Floats:
+        """Measured median intervals, s."""
+        return np.array([p.itl_p50_s for p in self.server.group.points])
+
+    @property
+    def measured_power_w(self) -> Floats:
+        """Measured power per GPU, W."""
+        return np.array([p.power_w for p in self.server.group.points])
+
+    @property
+    def inside(self) -> tuple[int, int]:
+        """Points inside the band of the members: (intervals, powers)."""
+        return (
+            _inside(self.measured_itl_s, self.itl_members_s),
+            _inside(self.measured_power_w, self.power_members_w),
+        )
+
+    def record(self) -> dict[str, object]:
+        """Plain figures for the layer's file."""
+        itl, power = (
+            float(np.abs(found / measured - 1.0).mean())
+            for found, measured in (
+                (self.itl_s, self.measured_itl_s),
+                (self.power_w, self.measured_power_w),
+            )
+        )
+        return {
+            "server": self.server.group.label,
+            "points": len(self.itl_s),
+            "itl_mape": round(itl, 4),
+            "power_mape": round(power, 4),
+            "power_bias": round(float((self.power_w / self.measured_power_w - 1.0).mean()), 4),
+            "itl_inside_5_95": self.inside[0],
+            "power_inside_5_95": self.inside[1],
+        }
+
+
+def _inside(measured: Floats, members: Floats) -> int:
+    low, high = np.percentile(members, BAND, axis=0)
+    return int(((measured >= low) & (measured <= high)).sum())
+
+
+def leave_one_llm_out(ev: GpuEvidence, n_members: int) -> Iterator[HeldOutServer]:
+    """Fit without each measured LLM in turn and predict its servers as those of a new LLM."""
+    for llm in sorted({g.llm for g in ev.serving.groups}):
+        fitted = fit_gpu(ev, n_members, without_llm=llm)
+        groups = [g for g in ev.serving.groups if g.llm == llm]
+        for server in servers_of(ev, fitted.values, groups)[0]:
+            yield _predicted(fitted, server)
+
+
+def _predicted(fitted: FittedGpu, server: ServerWork) -> HeldOutServer:
+    rng = np.random.default_rng(fitted.ev.seed)
+    nominal = predict_points(fitted.ev, fitted.gpu, fitted.values, server, fitted.host.mean)
+    members = [_of_member(fitted, m, server, rng) for m in fitted.members]
+    return HeldOutServer(
+        server,
+        np.array([q.itl_p50_s for q in nominal]),
+        np.array([q.power_w for q in nominal]),
+        np.array([[q.itl_p50_s for q in m] for m in members]),
+        np.array([[q.power_w for q in m] for m in members]),
+    )
+
+
+def _of_member(
+    fitted: FittedGpu, member: Mapping[str, float], server: ServerWork, rng: np.random.Generator
+) -> list[ServerPrediction]:
+    """Prediction of one member, its kernels and its energy off as those of a new LLM may be."""
+    scale = float(np.exp(rng.normal(0.0, TABLE_SPREAD)))
+    factor = float(np.exp(rng.normal(0.0, fitted.ev.noise.server_power)))
+    work = {n: v * scale if n in KERNEL_TIMES else v for n, v in server.work.items()}
+    off = ServerWork(server.group, work, server.prompt_tokens, server.mixtures)
+    host = HostTime(member["decode_host0_s"], member["decode_host_s_per_seq"])
+    return predict_points(fitted.ev, fitted.gpu, member, off, host, factor)
+
+
+@dataclass(frozen=True)
+class HeldOutClock:
+    """Kernels at one requested clock that the fit was not shown.
+
+    Attributes:
+        freq_mhz: requested clock, MHz.
+        points: kernels.
+        time_mape: mean absolute relative error of the duration.
+        power_mape: of the power.
+    """
+
+    freq_mhz: float
+    points: int
+    time_mape: float
+    power_mape: float
+
+
+def leave_one_clock_out(ev: GpuEvidence) -> Iterator[HeldOutClock]:
+    """Fit the kernels without each requested clock in turn."""
+    gpu = load_description(ev)
+    points = ev.kernels.points
+    for clock in sorted({p.freq_mhz for p in points}):
+        rest = tuple(p for p in points if p.freq_mhz != clock)
+        out = [p for p in points if p.freq_mhz == clock]
+        kernels = ev.kernels.model_copy(update={"points": rest})
+        fit = GpuFit(ev.model_copy(update={"kernels": kernels}), gpu, (), {})
+        values = fit.values(fit.solve(fixed_values(ev), fit.unmoved()), fixed_values(ev))
+        time, power = predict_kernels(out, gpu, values)
+        yield HeldOutClock(
+            clock,
+            len(out),
+            float(np.abs(time / np.array([p.time_us * 1e-6 for p in out]) - 1.0).mean()),
+            float(np.abs(power / np.array([p.power_w for p in out]) - 1.0).mean()),
+        )
