@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+from biscale_env.models.fit.validation import to_markdown, validation_frame
 
 from agents.training.curves import draw, learning_curves
 from biscale_env.contract import DECODE_SPEC, PREFILL_SPEC
@@ -25,7 +26,6 @@ from biscale_env.evaluation.report.robustness_table import robustness_markdown
 from biscale_env.evaluation.report.tables import summary_markdown
 from biscale_env.evaluation.runs.results import scenario_label
 from biscale_env.evaluation.runs.run_view import load_run
-from biscale_env.models.fit.validation import to_markdown, validation_frame
 from biscale_env.policies.checkpoint_source import shipped_seeds
 
 ROOT = Path(__file__).resolve().parent.parent

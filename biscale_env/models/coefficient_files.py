@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from biscale_env.config import configs_dir
-from biscale_env.config.hardware import Dtype
+from biscale_env.config.hardware import Dtype, Gpu
 from biscale_env.config.loader import Config, nearest, parse_yaml, read_bytes, validate
 from biscale_env.core.errors import BiscaleError
 from biscale_env.models.ensemble_table import read_table
@@ -82,14 +82,16 @@ class ModelFile(Config):
             )
         return self
 
-    def with_layer(self, layer: Mapping[str, Coefficient], p_cap_w: float) -> "ModelFile":
+    def with_layer(self, layer: Mapping[str, Coefficient], gpu: Gpu) -> "ModelFile":
         """The complete file: what it leaves open filled in from the GPU.
 
         Args:
             layer: coefficients of the GPU's layer for this phase and dtype, the delay among them.
-            p_cap_w: power limit of one GPU, W.
+            gpu: gives the power limit.
         """
-        cap = Coefficient(value=p_cap_w, provenance="measured", source=f"description of {self.gpu}")
+        cap = Coefficient(
+            value=gpu.power_cap_w, provenance="measured", source=f"description of {gpu.name}"
+        )
         found = {**layer, **self.coefficients, "p_cap_w": cap}
         delay = layer[DELAY_COLUMN].value if self.delay_s is None else self.delay_s
         return self.model_copy(

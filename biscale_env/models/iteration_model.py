@@ -36,6 +36,7 @@ from biscale_env.models.coefficient_files import (
     read_members,
 )
 from biscale_env.models.gpu_layer import (
+    DELAY,
     DTYPES,
     LayerFiles,
     ensemble_path,
@@ -303,6 +304,7 @@ class _Origin:
             self.ensemble or b"",
             self.layer.content,
             self.layer.members or b"",
+            self.own_layer.content,
             *map(str.encode, self.own + self.asked),
         )
         return hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in parts)).hexdigest()
@@ -322,11 +324,11 @@ def _made(origin: _Origin) -> IterationModel:
     left_open = {
         name: column
         for name, column in names_in_layer(content.phase, content.dtype).items()
-        if name not in content.coefficients
+        if name not in content.coefficients and (name != DELAY or content.delay_s is None)
     }
     table = origin.layer.table()
     columns = {name: table[column] for name, column in left_open.items() if column in table}
-    complete = content.with_layer(given, asked.gpu.power_cap_w)
+    complete = content.with_layer(given, asked.gpu)
     members, delays_s = read_members(ensemble_path(path), origin.ensemble, complete, columns)
     was = origin.own_layer.layer().value("freq_profile_ghz")
     now = origin.layer.layer().value("freq_profile_ghz")

@@ -6,19 +6,18 @@ import pytest
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.models import load_model, physics
-from biscale_env.models.coefficient_files import members_path
 from biscale_env.models.fit import user_profile as module
+from biscale_env.models.fit.llm_files import write_family
 from biscale_env.models.fit.profile_table import ONE_GPU_LACKS
-from biscale_env.models.fit.shipped import write_family
 from biscale_env.models.fit.user_profile import fit_user
+from biscale_env.models.gpu_layer import ensemble_path
 
 CLOCKS = (600, 810, 1005, 1200, 1395, 1605, 1800, 1980)
 CHANGED = {
     "weights_s": 0.0155,
     "gemm_s_per_token": 5.2e-5,
     "core_share": 0.5,
-    "mem_knee_ghz": 0.95,
-    "mem_loss_per_ghz": 1.1,
+    "stream_knee_ghz": 0.95,
     "v_knee_ghz": 1.2,
     "v_slope_per_ghz": 0.65,
     "p_static_w": 60.0,
@@ -112,7 +111,7 @@ def test_the_file_loads_and_says_what_was_measured(tmp_path):
     (fit,) = fit_user(save(tmp_path, table()))
     path = tmp_path / "mine.yaml"
     write_family(fit.files(path), tmp_path)
-    assert members_path(path).is_file()
+    assert ensemble_path(path).is_file()
     model = load_model("decode", 4, "bf16", str(path))
     assert model.name == "table"
     assert model.n_members == 6
@@ -206,7 +205,7 @@ def test_without_power_the_energies_are_kept(tmp_path):
 def test_one_clock_keeps_the_frequency_behaviour(tmp_path):
     (fit,) = fit_user(save(tmp_path, table(clocks=(1980,))))
     start, found = load_model("decode", 4).coefficients, fit.content.as_tuple()
-    for name in ("core_share", "mem_knee_ghz", "mem_loss_per_ghz", "v_knee_ghz", "v_slope_per_ghz"):
+    for name in ("core_share", "stream_knee_ghz", "v_knee_ghz", "v_slope_per_ghz"):
         assert getattr(found, name) == getattr(start, name)
     assert fit.latency_mape < 0.01
 

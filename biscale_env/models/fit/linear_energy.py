@@ -14,6 +14,7 @@ ENERGY_NAMES: Final = (
     "p_static_w",
     "p_clock_w_per_ghz",
     "p_busy_w",
+    "p_seq_w",
     "e_flop_j",
     "e_byte_j",
     "e_hbm_j",

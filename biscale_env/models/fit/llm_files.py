@@ -138,7 +138,8 @@ def fit_tables(
         content = _content(fit, extra, llm, on, source, family)
         path = Path(f"{stem(phase, dtype, tp, ep)}.yaml")
         files[path.name] = dump_model_file(content)
-        files[ensemble_path(path).name] = _members(content, estimated_share(fit.table), llm, on)
+        share = (estimated_share(fit.table) + estimated_share(both.table)) / 2.0
+        files[ensemble_path(path).name] = _members(content, share, llm, on)
     return files
 
 
@@ -267,9 +268,13 @@ def write_family(files: Mapping[str, str], folder: Path) -> None:
 
 
 def stale_files(files: Mapping[str, str], folder: Path) -> list[str]:
-    """Names of fitted files that differ from those in a folder or are missing there."""
-    return [
+    """Names of fitted files that differ from those in a folder or are missing there, or too many.
+
+    Too many are coefficient files of configurations that nothing gives any more.
+    """
+    differ = [
         n
         for n, text in files.items()
         if not (folder / n).is_file() or (folder / n).read_text(encoding="utf-8") != text
     ]
+    return differ + sorted({p.name for p in folder.glob("*-tp*")} - set(files))

@@ -320,7 +320,6 @@ def _content(
         coefficients={
             n: _coefficient(n, v, model, moved, path)
             for n, v in zip(Coefficients._fields, c, strict=True)
-            if n != "p_cap_w"
         },
         box=domain_of(table, float(clocks.min()), float(clocks.max())),
         delay_s=model.content.delay_s,
