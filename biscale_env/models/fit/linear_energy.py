@@ -14,7 +14,6 @@ ENERGY_NAMES: Final = (
     "p_static_w",
     "p_clock_w_per_ghz",
     "p_busy_w",
-    "p_seq_w",
     "e_flop_j",
     "e_byte_j",
     "e_hbm_j",
@@ -31,10 +30,17 @@ SCALE: Final = {
 def energy_columns(energy: Callable[[Coefficients], Floats | float], c: Coefficients) -> Floats:
     """Derivative of an energy (or power) by each energy coefficient.
 
-    The formula with one of them at a time.
+    The formula with one of them at a time, against that with none.
     """
     nothing = c._replace(**dict.fromkeys(ENERGY_NAMES, 0.0))
-    return np.array([energy(nothing._replace(**{n: SCALE.get(n, 1.0)})) for n in ENERGY_NAMES]).T
+    without = energy(nothing)
+    each = [energy(nothing._replace(**{n: SCALE.get(n, 1.0)})) - without for n in ENERGY_NAMES]
+    return np.array(each).T
+
+
+def remainder(energy: Callable[[Coefficients], Floats | float], c: Coefficients) -> Floats:
+    """Energy (or power) that none of the energy coefficients explains: what is not fitted."""
+    return np.asarray(energy(c._replace(**dict.fromkeys(ENERGY_NAMES, 0.0))))
 
 
 @dataclass

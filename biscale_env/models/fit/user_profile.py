@@ -26,6 +26,7 @@ from biscale_env.models.fit.linear_energy import (
     SCALE,
     LinearSystem,
     energy_columns,
+    remainder,
 )
 from biscale_env.models.fit.llm_files import MEMBER_DIGITS, domain_of
 from biscale_env.models.fit.profile_table import ONE_GPU_LACKS, ProfileTable, read_profile, sha256
@@ -161,7 +162,12 @@ def _fit_latency(start: Coefficients, table: ProfileTable, rows: Rows) -> Coeffi
     fields: Sequence[str] = (*LATENCY_FIELDS, WORK_FIELD[table.phase], "host0_s", "host_s_per_seq")
     if len(np.unique(np.round(clocks, 2))) >= MIN_CLOCKS:
         fields = (*fields, *FREQUENCY_FIELDS)
-    return refine(start, fields, table, rows, clocks, LATENCY_SIGMA)
+    found = refine(start, fields, table, rows, clocks, LATENCY_SIGMA)
+    if found.host_s_per_seq <= 0.0:
+        return found
+    # how much of the time per request is the host's, no table tells: the energy per request is kept
+    per_request = start.p_seq_w * start.host_s_per_seq
+    return found._replace(p_seq_w=per_request / found.host_s_per_seq)
 
 
 def _energies(
@@ -173,15 +179,16 @@ def _energies(
     """
     w, f = table.work, _clocks(table)
     tokens, attn_work, cached, n_seq = (axis[rows] for axis in w.as_tuple())
-    watts = energy_columns(
-        lambda k: (
-            physics.iteration_energy_j(k, tokens, attn_work, cached, n_seq, time[rows], f[rows])
-            / time[rows]
-        ),
-        c,
-    )
+
+    def power(k: Coefficients) -> Floats:
+        t = time[rows]
+        return np.asarray(
+            physics.iteration_energy_j(k, tokens, attn_work, cached, n_seq, t, f[rows]) / t
+        )
+
+    watts = energy_columns(power, c)
     target = table.column("power_w")[rows]
-    system = LinearSystem(list(watts), target.tolist(), target.tolist())
+    system = LinearSystem(list(watts), (target - remainder(power, c)).tolist(), target.tolist())
     for i, name in enumerate(ENERGY_NAMES):
         mean = max(getattr(start, name) / SCALE.get(name, 1.0), 1e-3)
         system.add(np.eye(len(ENERGY_NAMES))[i], mean, ENERGY_PULL * mean * np.sqrt(len(target)))
