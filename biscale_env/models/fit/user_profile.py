@@ -40,7 +40,7 @@ Floats = NDArray[np.float64]
 LATENCY_SIGMA = (
     20.0  # hardly any pull towards the start: it only settles what the table cannot tell apart
 )
-ENERGY_PULL = 3.0  # standard deviation of an energy coefficient around its start, relative
+ENERGY_PULL = 30.0  # standard deviation of an energy around its start, relative: settles ties only
 FREQUENCY_FIELDS = ("core_share", "stream_knee_ghz")
 VOLTAGE_FIELDS = ("v_knee_ghz", "v_slope_per_ghz")
 VOLTAGE_BOUNDS = ((0.3, 0.0), (1.9, 3.0))
