@@ -7,6 +7,7 @@ import typer
 
 from biscale_env.cli.instance_options import (
     DtypeName,
+    EpDegree,
     GpuName,
     IdlePower,
     InstanceFile,
@@ -40,6 +41,7 @@ def capacity(
     ] = None,
     slo: SloName = None,
     tp: TpDegree = None,
+    ep: EpDegree = None,
     dtype: DtypeName = None,
     gpu: GpuName = None,
     llm: LlmName = None,
@@ -73,7 +75,7 @@ def capacity(
     from biscale_env.traces import load_named
 
     given = instance_changes(
-        instance, gpu=gpu, llm=llm, model=model, slo=slo, tp=tp, dtype=dtype, idle=idle
+        instance, gpu=gpu, llm=llm, model=model, slo=slo, tp=tp, ep=ep, dtype=dtype, idle=idle
     )
     plant = Plant(PlantSettings.of(phase, drain=True, **given))
     freq = plant.gpu.freq_max_mhz if clock is None else plant.gpu.check_clock(clock)

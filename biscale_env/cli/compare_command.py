@@ -20,6 +20,7 @@ from biscale_env.cli.comparison_options import (
     policy_entries,
 )
 from biscale_env.cli.instance_options import (
+    EpDegree,
     GpuName,
     IdlePower,
     InstanceFile,
@@ -88,6 +89,7 @@ def compare(
     policy: OnePolicy = None,
     seeds: SeedCount = None,
     tp: GpuCount = None,
+    ep: EpDegree = None,
     dtype: DtypeName = None,
     delay: DelaySeconds = None,
     gpu: GpuName = None,
@@ -109,7 +111,7 @@ def compare(
     from biscale_env.evaluation.experiment import comparison
 
     changes = instance_changes(
-        instance, gpu=gpu, llm=llm, model=model, slo=slo, tp=tp, dtype=dtype, idle=idle
+        instance, gpu=gpu, llm=llm, model=model, slo=slo, tp=tp, ep=ep, dtype=dtype, idle=idle
     ) | {
         "trace": trace,
         "load": load,

@@ -17,11 +17,13 @@ from biscale_env.cli.comparison_options import (
     policy_entries,
 )
 from biscale_env.cli.instance_options import (
+    EpDegree,
     GpuName,
     IdlePower,
     InstanceFile,
     LlmName,
     ModelName,
+    TpDegree,
     instance_changes,
 )
 from biscale_env.core.errors import BiscaleError
@@ -83,6 +85,8 @@ def evaluate(
     gpu: GpuName = None,
     llm: LlmName = None,
     model: ModelName = None,
+    tp: TpDegree = None,
+    ep: EpDegree = None,
     instance: InstanceFile = None,
     idle: IdlePower = None,
     out: OutFolder = None,
@@ -107,7 +111,15 @@ def evaluate(
         [_fraction(text) for text in loads.split(",")] if loads else (),
         phase,
         instance_changes(
-            instance, gpu=gpu, llm=llm, model=model, idle=idle, seeds=seeds, delay_s=delay
+            instance,
+            gpu=gpu,
+            llm=llm,
+            model=model,
+            tp=tp,
+            ep=ep,
+            idle=idle,
+            seeds=seeds,
+            delay_s=delay,
         ),
         robustness,
         tuned,

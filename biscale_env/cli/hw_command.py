@@ -32,7 +32,7 @@ from biscale_env.cli.hw_options import (
     open_log,
     parse_groups,
 )
-from biscale_env.cli.instance_options import GpuName, LlmName
+from biscale_env.cli.instance_options import EpDegree, GpuName, LlmName
 from biscale_env.cli.settings_file import SettingsFile
 
 if TYPE_CHECKING:
@@ -250,6 +250,7 @@ def emulate_command(
     llm: LlmName = None,
     model: Model = None,
     tp: Tp = None,
+    ep: EpDegree = None,
     dtype: Dtype = None,
     token_budget: TokenBudget = None,
     max_seqs: MaxSeqs = None,
@@ -271,7 +272,8 @@ def emulate_command(
     """
     from biscale_env.hardware.emulation.emulate import EmulatorSettings
 
-    limits = {"tp": tp, "dtype": dtype, "token_budget": token_budget, "max_seqs": max_seqs}
+    limits = {"tp": tp, "ep": ep, "dtype": dtype}
+    limits |= {"token_budget": token_budget, "max_seqs": max_seqs}
     emulated = EmulatorSettings(
         state=state.absolute(),
         sockets=sockets.absolute(),
@@ -320,6 +322,7 @@ def control_command(
     sockets: Sockets = SOCKETS,
     instance: Instance = None,
     tp: Tp = None,
+    ep: EpDegree = None,
     dtype: Dtype = None,
     model: Model = None,
     slo: Annotated[str | None, typer.Option(help="SLO; default biscale.")] = None,
@@ -344,6 +347,7 @@ def control_command(
     spec = instance_of(
         instance,
         tp=tp,
+        ep=ep,
         dtype=dtype,
         model=model,
         slo=slo,

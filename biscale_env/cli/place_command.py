@@ -8,6 +8,7 @@ import typer
 
 from biscale_env.cli.instance_options import (
     DtypeName,
+    EpDegree,
     GpuName,
     IdlePower,
     InstanceFile,
@@ -48,6 +49,7 @@ def place(
             help="Trace file or name; default: the generated workload gamma-sharegpt-like."
         ),
     ] = None,
+    ep: EpDegree = None,
     dtype: DtypeName = None,
     gpu: GpuName = None,
     llm: LlmName = None,
@@ -80,7 +82,7 @@ def place(
     from biscale_env.envs.cluster.cluster_settings import ClusterSettings
 
     given = instance_changes(
-        instance, gpu=gpu, llm=llm, model=model, slo=slo, dtype=dtype, idle=idle
+        instance, gpu=gpu, llm=llm, model=model, slo=slo, ep=ep, dtype=dtype, idle=idle
     )
     own = {"tp", "max_seqs"}  # chosen by the placement, and given per phase
     settings = ClusterSettings.of(gpus=gpus, **{k: v for k, v in given.items() if k not in own})

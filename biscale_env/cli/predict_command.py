@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from biscale_env.cli.instance_options import (
+    EpDegree,
     GpuName,
     InstanceFile,
     LlmName,
@@ -84,6 +85,7 @@ def prefill(
         bool, typer.Option("--one-batch", help="All tokens in one batch, whatever the budget.")
     ] = False,
     tp: Tp = None,
+    ep: EpDegree = None,
     dtype: Dtype = None,
     clock: Clock = None,
     gpu: GpuName = None,
@@ -97,7 +99,15 @@ def prefill(
     from biscale_env.sim.prefill_plan import equal_prompts, prefill_batches
 
     fitted, spec = _model(
-        "prefill", instance, gpu=gpu, llm=llm, model=model, tp=tp, dtype=dtype, token_budget=budget
+        "prefill",
+        instance,
+        gpu=gpu,
+        llm=llm,
+        model=model,
+        tp=tp,
+        ep=ep,
+        dtype=dtype,
+        token_budget=budget,
     )
     freq = _clock(fitted, clock)
     if one_batch:
@@ -114,6 +124,7 @@ def decode(
     batch: Annotated[int, typer.Option(help="Running requests.")],
     context: Annotated[int, typer.Option(help="KV-cache tokens per request.")] = 1024,
     tp: Tp = None,
+    ep: EpDegree = None,
     dtype: Dtype = None,
     clock: Clock = None,
     gpu: GpuName = None,
@@ -125,7 +136,7 @@ def decode(
     """Predict one decode iteration."""
     from biscale_env.models.predict import predict_decode
 
-    fitted, _ = _model("decode", instance, gpu=gpu, llm=llm, model=model, tp=tp, dtype=dtype)
+    fitted, _ = _model("decode", instance, gpu=gpu, llm=llm, model=model, tp=tp, ep=ep, dtype=dtype)
     _show(predict_decode(fitted, batch, context, _clock(fitted, clock)), as_json)
 
 

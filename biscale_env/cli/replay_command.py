@@ -19,7 +19,7 @@ from biscale_env.cli.hw_options import (
     need_hardware,
     parse_groups,
 )
-from biscale_env.cli.instance_options import GpuName, LlmName
+from biscale_env.cli.instance_options import EpDegree, GpuName, LlmName
 from biscale_env.cli.trace_options import reads_trace
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def replay_command(
     llm: LlmName = None,
     model: Model = None,
     tp: Tp = None,
+    ep: EpDegree = None,
     dtype: Dtype = None,
     slo: Annotated[str | None, typer.Option(help="SLO; default biscale.")] = None,
     token_budget: TokenBudget = None,
@@ -113,7 +114,8 @@ def replay_command(
         wait_for_engines,
     )
 
-    limits = {"tp": tp, "dtype": dtype, "token_budget": token_budget, "max_seqs": max_seqs}
+    limits = {"tp": tp, "ep": ep, "dtype": dtype}
+    limits |= {"token_budget": token_budget, "max_seqs": max_seqs}
     spec = instance_of(instance, gpu=gpu, llm=llm, model=model, slo=slo, **limits)
     phases = ("prefill", "decode") if prefill else ("decode",)
     groups = parse_groups(

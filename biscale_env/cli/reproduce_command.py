@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from biscale_env.cli.instance_options import GpuName, IdlePower, LlmName, ModelName
+from biscale_env.cli.instance_options import EpDegree, GpuName, IdlePower, LlmName, ModelName
 from biscale_env.cli.trace_options import reads_trace
 from biscale_env.core.errors import BiscaleError
 from biscale_env.reproduce.day_defaults import DAY_ALPHA, DAY_RPS
@@ -50,6 +50,7 @@ def paper(
     gpu: GpuName = None,
     llm: LlmName = None,
     model: ModelName = None,
+    ep: EpDegree = None,
     idle: IdlePower = None,
     jobs: Annotated[int | None, typer.Option(help="Processes. [default: all cores]")] = None,
     reading: "ReadingOptions",
@@ -70,7 +71,8 @@ def paper(
     if members is not None and members < 0:
         raise BiscaleError(f"--members must not be negative, got {members}")
     experiment = load_paper(config or ("paper-quick" if quick else "paper"))
-    given = {"members": members, "gpu": gpu, "llm": llm, "model": model, "idle": idle}
+    named = {"gpu": gpu, "llm": llm, "model": model, "ep": ep, "idle": idle}
+    given = {"members": members, **named}
     changes = {key: value for key, value in given.items() if value is not None}
     experiment = validate(experiment.model_dump() | changes, PaperExperiment, "reproduce paper")
     arrivals, about = arrivals_of(experiment, trace, reading)
@@ -121,6 +123,7 @@ def day(
     gpu: GpuName = None,
     llm: LlmName = None,
     model: ModelName = None,
+    ep: EpDegree = None,
     idle: IdlePower = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for day.md and its figure. [default: runs/day]")
@@ -140,7 +143,7 @@ def day(
         raise BiscaleError(
             f"--hours must be at least one window of 5 min and at most a year, got {hours:g}"
         )
-    named = {"gpu": gpu, "llm": llm, "model": model, "idle": idle}
+    named = {"gpu": gpu, "llm": llm, "model": model, "ep": ep, "idle": idle}
     settings: dict[str, Any] = {k: v for k, v in named.items() if v is not None}
     settings |= {"gpus": gpus, "dtype": dtype, "slo": slo}
     plan = DayPlan(settings, rate, count * WINDOW_S, lengths, alpha)

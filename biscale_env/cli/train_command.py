@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from biscale_env.cli.instance_options import (
+    EpDegree,
     GpuName,
     IdlePower,
     InstanceFile,
     LlmName,
     ModelName,
+    TpDegree,
     instance_changes,
 )
 from biscale_env.core.errors import BiscaleError
@@ -54,6 +56,8 @@ def train(
     gpu: GpuName = None,
     llm: LlmName = None,
     model: ModelName = None,
+    tp: TpDegree = None,
+    ep: EpDegree = None,
     instance: InstanceFile = None,
     idle: IdlePower = None,
     out: Annotated[
@@ -77,7 +81,15 @@ def train(
         raise BiscaleError("--resume needs the directory of the run: give it with --out")
     base = load_config(config, phase, algo)
     given = instance_changes(
-        instance, gpu=gpu, llm=llm, model=model, idle=idle, total_timesteps=steps, seed=seed
+        instance,
+        gpu=gpu,
+        llm=llm,
+        model=model,
+        tp=tp,
+        ep=ep,
+        idle=idle,
+        total_timesteps=steps,
+        seed=seed,
     )
     base = validate(base.model_dump() | given, AgentConfig, "train")
     instance_hardware(base.instance)  # a wrong name is said before a directory is made

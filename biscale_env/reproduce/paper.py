@@ -81,6 +81,7 @@ class PaperExperiment(Config):
         gpus: GPUs of the cluster.
         gpu: GPU, name or YAML file; None: that of the fitted model.
         llm: LLM, likewise.
+        ep: groups that experts are spread over; None: 1.
         model: fitted model; None: the default one.
         idle: what an instance that waits draws, ``last-clock`` or ``parked``.
         slo: name of the SLO.
@@ -106,6 +107,7 @@ class PaperExperiment(Config):
     gpus: int = Field(default=16, gt=0)
     gpu: str | None = None
     llm: str | None = None
+    ep: int | None = Field(default=None, gt=0)
     model: str | None = None
     idle: IdleRule = "last-clock"
     slo: str = "biscale"
@@ -139,7 +141,7 @@ class PaperExperiment(Config):
 
     def cluster(self) -> dict[str, Any]:
         """Cluster settings that the experiment gives."""
-        named = {"gpu": self.gpu, "llm": self.llm, "model": self.model}
+        named = {"gpu": self.gpu, "llm": self.llm, "model": self.model, "ep": self.ep}
         given = {key: value for key, value in named.items() if value is not None}
         return {"gpus": self.gpus, "slo": self.slo, "idle": self.idle, **given}
 

@@ -12,13 +12,21 @@ instance (idle at the lowest clock, or parked). A *cut* ``(mu, nu, kappa)`` with
 holds for every iteration, also for one within which the clock changes (its e and T are the same
 convex combination of those of the pure clocks), so it may be summed over any period: energy above
 P0 >= mu (busy time) + nu (tokens made) + kappa (cached tokens read). (1) is linear in the cut; cuts
-are found by small linear programmes and then *certified*: for a fixed n and f both sides are affine
-in C, so the two ends of its range suffice, and mu is lowered until (1) holds for all n and all
-supported clocks. An iteration at the power cap has ``e = (cap - P0) T`` and takes at least as long
-as at the highest clock, which is one more row as long as mu <= cap - P0. An iteration that also
-recomputes preempted requests has ``rec`` more rows and at most ``rec R / 2`` more attention work
-(R: KV capacity). There e - mu T either rises in both, or is concave, so the corners of the triangle
-(0, 0), (R, 0), (R, R^2 / 2) suffice.
+are found by small linear programmes and then *certified*: mu is lowered until (1) holds for all n,
+all supported clocks and both ends of the range of C. The ends suffice: for a fixed n and f, e and T
+are affine in what attention reads, which is C, or with windowed layers a rising concave function of
+it. So ``e - mu T - kappa C`` is concave in C where ``e - mu T`` rises with what is read, and falls
+in C where it does not, as kappa >= 0. An iteration at the power cap has ``e = (cap - P0) T`` and
+takes at least as long as at the highest clock, which is one more row as long as mu <= cap - P0.
+
+An iteration that also recomputes preempted requests has ``rec`` more rows and at most ``rec R / 2``
+more attention work (R: KV capacity). Either e - mu T rises in both, and the rows without any are
+the lowest; or mu exceeds what a second costs, and it is bounded from below by a function that is
+concave, whose corners suffice. In that bound an operation costs no more than without ``rec``, all
+layers attend to everything, and the share of the experts that is read rises in time as its tangent
+up to ``r = -1 / (skew log(miss))`` rows, where the tangent reaches 1, and is 1 from there on; in
+energy along its chords. The corners are those of the two pieces of the triangle (0, 0), (R, 0),
+(R, R^2 / 2) below and above ``r``.
 """
 
 import numpy as np
@@ -28,7 +36,14 @@ from scipy.optimize import linprog
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.batch import RequestTable
 from biscale_env.envs.plant import Plant
-from biscale_env.models.physics import iteration_energy_j, latency_s
+from biscale_env.models.physics import (
+    FEW_ROWS,
+    attended,
+    experts_read,
+    iteration_energy_j,
+    latency_s,
+    memory_stretch,
+)
 
 Floats = NDArray[np.float64]
 N_SIZES, N_CLOCKS, CONTEXTS = (
@@ -61,22 +76,53 @@ class Iterations:
         self._rows = [self._plain(n, np.where(end == 0, least[k], most[k]), freq)]
         self.n_plain = len(n)
         self._rows += [self._capped(size, cached, clocks[-1]) for cached in (least, most)]
-        corners = ((self.capacity, 0.0), (self.capacity, 0.5 * self.capacity**2))
-        for rec, attn in corners:
-            self._rows += [self._plain(n, np.where(end == 0, least[k], most[k]), freq, rec, attn)]
+        for rec in self._corners():
+            for attn in (0.0, 0.5 * rec * self.capacity):
+                self._rows += self._recomputing(size, (least, most), rec, attn)
         self.energy, self.time, self.n, self.cached, self.freq = (
             np.concatenate(column) for column in zip(*self._rows, strict=True)
         )
         self.shortest_s = float(self.time.min())
 
-    def _plain(
-        self, n: Floats, cached: Floats, freq_ghz: Floats, rec: float = 0.0, attn: float = 0.0
-    ) -> tuple[Floats, ...]:
-        duration = latency_s(self.c, n + rec, attn, cached, n, freq_ghz)
-        joules = self.n_gpus * iteration_energy_j(
-            self.c, n + rec, attn, cached, n, duration, freq_ghz
-        )
+    def _plain(self, n: Floats, cached: Floats, freq_ghz: Floats) -> tuple[Floats, ...]:
+        duration = latency_s(self.c, n, 0.0, cached, n, freq_ghz)
+        joules = self.n_gpus * iteration_energy_j(self.c, n, 0.0, cached, n, duration, freq_ghz)
         return joules - self.floor_w * duration, duration, n, cached, freq_ghz
+
+    def _corners(self) -> list[float]:
+        """Numbers of recomputed rows at which the bound of recomputing iterations has corners."""
+        spread = self.c.experts_s > 0.0 and self.c.expert_miss > 0.0
+        all_read = -1.0 / (self.c.expert_skew * np.log(self.c.expert_miss)) if spread else np.inf
+        return [all_read, self.capacity] if all_read < self.capacity else [self.capacity]
+
+    def _recomputing(
+        self, size: Floats, ends: tuple[Floats, Floats], rec: float, attn: float
+    ) -> list[tuple[Floats, ...]]:
+        """The bound of iterations with ``rec`` more rows and ``attn`` more work, at a corner."""
+        c, clocks = self.c, self.clocks_ghz
+        found = []
+        for k, n in enumerate(size):
+            before = float(experts_read(c, n))
+            own = c._replace(
+                few_rows_saving=0.0,
+                e_flop_j=c.e_flop_j * (1.0 - c.few_rows_saving * FEW_ROWS / (FEW_ROWS + n)),
+                window_share=0.0,
+                expert_miss=0.0,
+                experts_s=c.experts_s * before,
+                expert_bytes=c.expert_bytes * float(experts_read(c, n + rec)),
+                expert_core_bytes=c.expert_core_bytes * float(experts_read(c, n + rec)),
+            )
+            more_s = c.experts_s * (1.0 - before) * memory_stretch(c, clocks)
+            for cached in (ends[0][k], ends[1][k]):
+                read = attended(c, n, 0.0, cached, n)[1]
+                duration = latency_s(own, n + rec, attn, read, n, clocks) + more_s
+                joules = self.n_gpus * iteration_energy_j(
+                    own, n + rec, attn, read, n, duration, clocks
+                )
+                above = joules - self.floor_w * duration
+                ones = np.ones(len(clocks))
+                found.append((above, duration, n * ones, cached * ones, clocks))
+        return found
 
     def _capped(self, n: Floats, cached: Floats, freq_ghz: float) -> tuple[Floats, ...]:
         duration = latency_s(self.c, n, 0.0, cached, n, freq_ghz)
@@ -131,7 +177,8 @@ class Iterations:
         return self.certify(found.x / scale) if found.success else None
 
     def certify(self, cut: Floats) -> Floats:
-        """Lower ``mu`` until every row holds."""
+        """Lower ``mu`` until every row holds; kappa is at least 0."""
+        cut = np.array([cut[0], cut[1], max(cut[2], 0.0)])
         slack = (self.energy - self.n * cut[1] - self.cached * cut[2]) / self.time
         most = self.n_gpus * float(self.c.p_cap_w) - self.floor_w
         return np.array(

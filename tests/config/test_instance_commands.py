@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from toy_hardware import TOY_GPU, TOY_LLM, follows_toy, on_toy_grid, toy_family, toy_spec
+from toy_hardware import TOY_GPU, TOY_LLM, TOY_MODEL, follows_toy, on_toy_grid, toy_family, toy_spec
 
 from biscale_env.config import load_gpu, load_llm
 from biscale_env.envs.plant import Plant, PlantSettings
@@ -57,7 +57,7 @@ def options(request, family, tmp_path):
         return ["--model", family]
     if request.param == "instance file":
         return ["--instance", toy_spec().to_yaml(tmp_path / "instance.yaml")]
-    return ["--gpu", TOY_GPU, "--llm", TOY_LLM]
+    return ["--gpu", TOY_GPU, "--llm", TOY_LLM, "--model", TOY_MODEL]
 
 
 def test_a_family_names_its_own_hardware(family):
@@ -144,7 +144,7 @@ def test_place(biscale, options, tmp_path):
 
 def test_fit_keeps_neither_gpu_nor_llm_of_the_base(biscale, tmp_path):
     rows = []
-    model = load_model("decode", 2, gpu=TOY_GPU, llm=TOY_LLM)
+    model = load_model("decode", 2, name=TOY_MODEL, gpu=TOY_GPU, llm=TOY_LLM)
     for batch in (1, 8, 32, 128):
         for clock in (300.0, 600.0, 900.0, 1200.0):
             work = (float(batch), 0.0, batch * 512.0, float(batch))
@@ -179,13 +179,13 @@ def test_fit_keeps_neither_gpu_nor_llm_of_the_base(biscale, tmp_path):
     ],
 )
 def test_unknown_names_are_one_sentence_with_the_nearest(biscale, command):
-    for option, near in (
-        ("gpu", "h100-sxm"),
-        ("llm", "llama-3.3-70b"),
-        ("model", "h100-sxm/llama-3.3-70b"),
+    for option, wrong, near in (
+        ("gpu", "h100-sxn", "h100-sxm"),
+        ("llm", "llama-3.3-70", "llama-3.3-70b"),
+        ("model", "h100-sxm/llama-3.3-70", "h100-sxm/llama-3.3-70b"),
     ):
         with pytest.raises(AssertionError) as caught:
-            biscale(*command, f"--{option}", "h100-sxn")
+            biscale(*command, f"--{option}", wrong)
         said = str(caught.value).splitlines()[0]
-        assert said.startswith(f"biscale: unknown {option} 'h100-sxn'")
+        assert said.startswith(f"biscale: unknown {option} '{wrong}'")
         assert f"the nearest name is '{near}'" in said

@@ -44,7 +44,7 @@ def test_memory_cap_clocks_and_levels_follow_a_gpu(phase):
 
 def test_an_llm_that_does_not_fit_says_so():
     with pytest.raises(BiscaleError, match="does not fit on TP 2 of toy-40gb"):
-        Plant(PlantSettings.of("decode", tp=2, gpu=TOY_GPU))
+        Plant(PlantSettings.of("decode", tp=2, model="b200-sxm/llama-3.3-70b", gpu=TOY_GPU))
 
 
 def test_flat_keys_and_an_instance_are_the_same():
@@ -65,8 +65,11 @@ def test_flat_keys_and_an_instance_are_the_same():
         ({"instance": {"tp": 0}}, "environment settings: 'tp' = 0"),
         ({"max_seqs": 5000}, "'max_seqs' = 5000"),
         ({"gpu": "h100"}, "unknown gpu 'h100'; .*nearest name is 'h100-sxm'"),
-        ({"llm": "llama"}, "unknown llm 'llama'; .*nearest name is 'llama-3.3-70b'"),
-        ({"model": "h100"}, "unknown model 'h100'; .*nearest name is 'h100-sxm/llama-3.3-70b'"),
+        ({"llm": "llama-3.3"}, "unknown llm 'llama-3.3'; .*nearest name is 'llama-3.3-70b'"),
+        (
+            {"model": "h100-llama-70b"},
+            "unknown model 'h100-llama-70b'; .*nearest name is 'h100-sxm/llama-3.3-70b'",
+        ),
         ({"slo": "biscal"}, "unknown slo 'biscal'; .*nearest name is 'biscale'"),
         ({"gpu": "no/such.yaml"}, "unknown gpu 'no/such.yaml'"),
         ({"gpu": 3}, "'gpu' = 3"),

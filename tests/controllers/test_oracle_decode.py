@@ -11,6 +11,7 @@ from oracle_helpers import ROW, brute_force, plant_of, run_policy, trace_of
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.batch import Batch, RequestTable
 from biscale_env.evaluation.experiment.rollout import rollout
+from biscale_env.models.physics import iteration_energy_j, latency_s
 from biscale_env.traces import generate
 from controllers.base import context_of
 from controllers.oracle import decode_cuts
@@ -53,6 +54,8 @@ def tiny_traces():
     )
 
 
+# all layers see everything; half of the layers see a window, and few experts are read; experts
+LLMS = [{}, {"llm": "gpt-oss-20b", "tp": 1}, {"llm": "qwen3-30b-a3b", "tp": 1}]
 FEW_CUTS = {"N_SIZES": 3, "N_CLOCKS": 2, "CONTEXTS": (1.0,)}  # as valid as more, and quicker
 
 
@@ -67,11 +70,13 @@ FEW_CUTS = {"N_SIZES": 3, "N_CLOCKS": 2, "CONTEXTS": (1.0,)}  # as valid as more
     st.sampled_from(
         [{}, {"idle": "parked"}, {"idle": "parked", "parked_power_w": 10.0, "parked_ramp_s": 0.01}]
     ),
+    st.sampled_from(LLMS),
 )
 def test_no_sequence_of_clocks_beats_the_bound(
-    trace, tpot_s, delay_s, price, drain, window_s, rule
+    trace, tpot_s, delay_s, price, drain, window_s, rule, llm
 ):
-    plant = plant_of("decode", tpot_s, actuation_delay_s=delay_s, drain=drain, max_seqs=2, **rule)
+    given = {"actuation_delay_s": delay_s, "drain": drain, "max_seqs": 2, **rule, **llm}
+    plant = plant_of("decode", tpot_s, **given)
     best = brute_force(plant, trace, LEVELS_MHZ, price)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in FEW_CUTS.items():
@@ -107,9 +112,11 @@ def test_the_bound_holds_with_preemptions():
         assert bound.energy_j <= replay(plant, trace, np.array([freq_mhz])).energy_j
 
 
-def test_cuts_hold_for_iterations_that_they_were_not_made_of(workload):
-    plant = plant_of("decode")
+@pytest.mark.parametrize("llm", LLMS, ids=lambda given: given.get("llm", "default"))
+def test_cuts_hold_for_iterations_that_they_were_not_made_of(workload, llm):
+    plant = plant_of("decode", **llm)
     fluid = DecodeFluid(plant, workload)
+    assert (fluid.cuts[:, 2] >= 0.0).all(), "the ends of the cache suffice because of it"
     rows = Iterations(plant, fluid.pool, -1)
     rng = np.random.default_rng(1)
     for _ in range(300):
@@ -124,6 +131,33 @@ def test_cuts_hold_for_iterations_that_they_were_not_made_of(workload):
         duration = float(plant.model.latency_s(*work))
         above = float(plant.model.energy_j(*work)) - rows.floor_w * duration
         assert (fluid.cuts @ np.array([duration, n, cached]) <= above * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("llm", LLMS[1:], ids=lambda given: given["llm"])
+def test_the_bound_of_recomputing_iterations_lies_below_them(workload, llm):
+    """Few experts read, windows, operations that are cheaper in small batches: any cut with mu.
+
+    The function behind the corners is checked as a whole: whatever mu, the least of the rows of a
+    batch size, a clock and a filling is below every iteration that recomputes.
+    """
+    plant = plant_of("decode", **llm)
+    rows = Iterations(plant, DecodeFluid(plant, workload).pool, -1)
+    rng = np.random.default_rng(2)
+    mus = np.array([0.0, 100.0, 300.0, 600.0, 1000.0, 3000.0])
+    for _ in range(300):
+        freq_ghz = rng.choice(rows.clocks_ghz)
+        n = rng.choice([1.0, 2.0, 5.0, 20.0, 100.0])
+        at = (rows.n == n) & (rows.freq == freq_ghz)
+        cached = rng.choice(rows.cached[at])
+        at &= rows.cached == cached
+        recompute = rng.uniform(0.0, 1.0) ** 4 * rows.capacity
+        attn = 0.5 * recompute * rows.capacity * rng.choice([0.0, 1e-3, 0.1, 1.0])
+        work = (n + recompute, attn, cached, n, freq_ghz)
+        duration = latency_s(rows.c, *work)
+        joules = rows.n_gpus * iteration_energy_j(rows.c, *work[:4], duration, freq_ghz)
+        above = joules - (rows.floor_w + mus) * duration
+        least = (rows.energy[at, None] - rows.time[at, None] * mus).min(axis=0)
+        assert (least <= above + 1e-9 * np.abs(above)).all()
 
 
 def test_bound_is_near_a_run_that_has_no_choice():

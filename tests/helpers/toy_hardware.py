@@ -19,7 +19,8 @@ from biscale_env.models.physics import Coefficients
 DATA = Path(__file__).resolve().parent.parent / "data"
 TOY_GPU = str(DATA / "toy-40gb.yaml")
 TOY_LLM = str(DATA / "toy-9b.yaml")
-TOY = {"gpu": TOY_GPU, "llm": TOY_LLM}
+TOY_MODEL = "h100-sxm/qwen3-32b"  # the shipped family that they are put under; it has TP 2 and 4
+TOY = {"gpu": TOY_GPU, "llm": TOY_LLM, "model": TOY_MODEL}
 MEMBERS = 3
 
 
@@ -35,7 +36,7 @@ def toy_family(folder: Path, tps: tuple[int, ...] = (2, 4)) -> Path:
         shutil.copy(file, folder)
     for phase in ("prefill", "decode"):
         for tp in tps:
-            model = read_model(phase, tp, gpu=TOY_GPU, llm=TOY_LLM)
+            model = read_model(phase, tp, name=TOY_MODEL, gpu=TOY_GPU, llm=TOY_LLM)
             named = {"name": "toy", "gpu": Path(TOY_GPU).name, "llm": Path(TOY_LLM).name}
             path = folder / f"{stem(phase, 'bf16', tp)}.yaml"
             path.write_text(dump_model_file(model.content.model_copy(update=named)))

@@ -21,8 +21,8 @@ PARKED = {"parked": 1, "parked_w": PARKED_W, "parked_ramp_s": RAMP_S, "delay_s":
 
 def alone(tokens: int, freq_ghz: float) -> tuple[float, float]:
     """Duration (s) and energy of all GPUs (J) of one prompt at one clock."""
-    work = (tokens, tokens**2 / 2, 0.0)
-    time_s = physics.latency_s(C, *work, 1.0, freq_ghz)
+    work = (tokens, tokens**2 / 2, 0.0, 1.0)
+    time_s = physics.latency_s(C, *work, freq_ghz)
     return time_s, C.n_gpus * physics.iteration_energy_j(C, *work, time_s, freq_ghz)
 
 
