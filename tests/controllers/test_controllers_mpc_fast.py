@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import biscale_env  # noqa: F401 - registers the environments
-from biscale_env.models import physics
+from biscale_env.models import load_model, physics
 from controllers import make_policy
 from controllers.prefill.mpc_dual import FastMpcController
 from controllers.prefill.mpc_options import FAR_S, MpcOptions
@@ -22,11 +22,15 @@ SCALE = plant("prefill").spec.scale
 WORK = [(n, a) for n in (1, 16, 128, 512, 2048) for a in (0.5 * n * n, 8000.0 * n)]
 
 
-def prices(member, tokens, attn_work):
+# experts and windows; experts alone; windows alone
+FAMILIES = {"gpt-oss-20b": "mxfp4", "qwen3-30b-a3b": "bf16", "gemma-3-12b": "bf16"}
+
+
+def prices(member, tokens, attn_work, model=MODEL):
     """Marginal price of time (J saved per second) over the clocks from the energy-optimal one to
     the cap.
     """
-    c = MODEL.member(member)
+    c = model.member(member)
     f = np.linspace(0.51, 1.98, 400)
     latency = physics.latency_s(c, tokens, attn_work, 0.0, 1.0, f)
     energy = c.n_gpus * physics.iteration_energy_j(c, tokens, attn_work, 0.0, 1.0, latency, f)
@@ -41,6 +45,16 @@ def test_energy_is_convex_in_time_and_the_penalty_is_exact_in_every_member(membe
         price = prices(member, tokens, attn_work)
         assert np.all(np.diff(price) > 0.0)
         assert price.max() < LATE_W / 2
+
+
+@pytest.mark.parametrize("llm", FAMILIES)
+def test_energy_is_convex_in_time_with_experts_and_windows(llm):
+    model = load_model("prefill", 1, FAMILIES[llm], f"h100-sxm/{llm}")
+    for member in (-1, *range(0, model.n_members, 9)):
+        for tokens, attn_work in WORK:
+            price = prices(member, tokens, attn_work, model)
+            assert np.all(np.diff(price) > 0.0)
+            assert price.max(initial=0.0) < LATE_W / 2
 
 
 def plans(rows, **options):
