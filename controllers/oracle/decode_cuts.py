@@ -19,15 +19,18 @@ it. So ``e - mu T - kappa C`` is concave in C where ``e - mu T`` rises with what
 in C where it does not, as kappa >= 0. An iteration at the power cap has ``e = (cap - P0) T`` and
 takes at least as long as at the highest clock, which is one more row as long as mu <= cap - P0.
 
-An iteration that also recomputes preempted requests has ``rec`` more rows and at most ``rec R / 2``
-more attention work (R: KV capacity). Either e - mu T rises in both, and the rows without any are
-the lowest; or mu exceeds what a second costs, and it is bounded from below by a function that is
-concave, whose corners suffice. In that bound an operation costs no more than without ``rec``, all
-layers attend to everything, and the share of the experts that is read rises in time as its tangent
-up to ``r = -1 / (skew log(miss))`` rows, where the tangent reaches 1, and is 1 from there on; in
-energy along its chords. The corners are those of the two pieces of the triangle (0, 0), (R, 0),
-(R, R^2 / 2) below and above ``r``.
+An iteration that also recomputes preempted requests has ``rec`` more rows, no more than the KV
+cache holds, and at most ``rec M / 2`` more attention work (M: length of the longest request); there
+is none where the requests that may run together always fit. Either e - mu T rises in both, and the
+rows without any are the lowest; or mu exceeds what a second costs, and e - mu T is bounded from
+below by functions that are concave on pieces ``[a, b]`` of ``rec``, whose corners suffice; the
+right ones, since at a left one the piece before is lower. On a piece an operation costs what it
+does at ``a``, all layers attend to everything, and the share of the experts that is read rises in
+time as its tangent, which reaches 1 at ``rec = -1 / (skew log(miss))``, a border of pieces, and in
+energy along its chord.
 """
+
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +54,7 @@ N_SIZES, N_CLOCKS, CONTEXTS = (
     4,
     (0.7, 1.0, 1.4),
 )  # directions of the cuts; context lengths are relative to the mean
+PIECES = (256.0, 1024.0, 4096.0, 16384.0)  # borders of the bound of recomputing iterations, rows
 SAFETY = 1e-9  # relative reduction of certified cuts, above the rounding errors of their evaluation
 
 
@@ -70,15 +74,19 @@ class Iterations:
         size = np.arange(1.0, min(plant.settings.max_seqs, len(pool.prompt)) + 1.0)
         least = size * (float(pool.prompt.min()) + 1.0)
         size, least = size[least <= self.capacity], least[least <= self.capacity]
-        most = np.minimum(size * float((pool.prompt + pool.output).max()), self.capacity)
+        lengths = np.sort(pool.prompt + pool.output)[::-1].astype(np.float64)
+        self.longest = float(lengths[0])
+        together = float(lengths[: plant.settings.max_seqs].sum())
+        self.always_fit = together + plant.settings.max_seqs <= self.capacity
+        most = np.minimum(size * self.longest, self.capacity)
         n, freq, end = (x.ravel() for x in np.meshgrid(size, clocks, [0, 1], indexing="ij"))
         k = n.astype(int) - 1
         self._rows = [self._plain(n, np.where(end == 0, least[k], most[k]), freq)]
         self.n_plain = len(n)
         self._rows += [self._capped(size, cached, clocks[-1]) for cached in (least, most)]
-        for rec in self._corners():
-            for attn in (0.0, 0.5 * rec * self.capacity):
-                self._rows += self._recomputing(size, (least, most), rec, attn)
+        for piece in () if self.always_fit else self._pieces():
+            for attn in (0.0, 0.5 * piece[1] * self.longest):
+                self._rows += self._recomputing(size, (least, most), piece, attn)
         self.energy, self.time, self.n, self.cached, self.freq = (
             np.concatenate(column) for column in zip(*self._rows, strict=True)
         )
@@ -89,39 +97,48 @@ class Iterations:
         joules = self.n_gpus * iteration_energy_j(self.c, n, 0.0, cached, n, duration, freq_ghz)
         return joules - self.floor_w * duration, duration, n, cached, freq_ghz
 
-    def _corners(self) -> list[float]:
-        """Numbers of recomputed rows at which the bound of recomputing iterations has corners."""
-        spread = self.c.experts_s > 0.0 and self.c.expert_miss > 0.0
-        all_read = -1.0 / (self.c.expert_skew * np.log(self.c.expert_miss)) if spread else np.inf
-        return [all_read, self.capacity] if all_read < self.capacity else [self.capacity]
+    def _pieces(self) -> list[tuple[float, float]]:
+        """Pieces of the range of recomputed rows."""
+        inner = [*PIECES, self._all_read()]
+        borders = [0.0, *sorted(r for r in inner if r < self.capacity), self.capacity]
+        return list(pairwise(borders))
+
+    def _all_read(self) -> float:
+        """Recomputed rows at which the tangent of the share of experts reaches 1."""
+        if self.c.experts_s <= 0.0 or self.c.expert_miss <= 0.0:
+            return np.inf
+        return float(-1.0 / (self.c.expert_skew * np.log(self.c.expert_miss)))
 
     def _recomputing(
-        self, size: Floats, ends: tuple[Floats, Floats], rec: float, attn: float
+        self,
+        size: Floats,
+        ends: tuple[Floats, Floats],
+        piece: tuple[float, float],
+        attn: float,
     ) -> list[tuple[Floats, ...]]:
-        """The bound of iterations with ``rec`` more rows and ``attn`` more work, at a corner."""
-        c, clocks = self.c, self.clocks_ghz
-        found = []
+        """The bound at the right end of a piece with ``attn`` more attention work."""
+        c, (begin, rec), found = self.c, piece, []
         for k, n in enumerate(size):
-            before = float(experts_read(c, n))
+            before, share = (float(experts_read(c, rows)) for rows in (n, n + rec))
+            saving = c.few_rows_saving * FEW_ROWS / (FEW_ROWS + n + begin)
             own = c._replace(
                 few_rows_saving=0.0,
-                e_flop_j=c.e_flop_j * (1.0 - c.few_rows_saving * FEW_ROWS / (FEW_ROWS + n)),
+                e_flop_j=c.e_flop_j * (1.0 - saving),
                 window_share=0.0,
                 expert_miss=0.0,
                 experts_s=c.experts_s * before,
-                expert_bytes=c.expert_bytes * float(experts_read(c, n + rec)),
-                expert_core_bytes=c.expert_core_bytes * float(experts_read(c, n + rec)),
+                expert_bytes=c.expert_bytes * share,
+                expert_core_bytes=c.expert_core_bytes * share,
             )
-            more_s = c.experts_s * (1.0 - before) * memory_stretch(c, clocks)
-            for cached in (ends[0][k], ends[1][k]):
-                read = attended(c, n, 0.0, cached, n)[1]
-                duration = latency_s(own, n + rec, attn, read, n, clocks) + more_s
-                joules = self.n_gpus * iteration_energy_j(
-                    own, n + rec, attn, read, n, duration, clocks
-                )
-                above = joules - self.floor_w * duration
-                ones = np.ones(len(clocks))
-                found.append((above, duration, n * ones, cached * ones, clocks))
+            freq = np.tile(self.clocks_ghz, 2)
+            cached = np.repeat([ends[0][k], ends[1][k]], len(self.clocks_ghz))
+            read = attended(c, n, 0.0, cached, n)[1]
+            tangent = (1.0 - before) * min(rec / self._all_read(), 1.0)
+            duration = latency_s(own, n + rec, attn, read, n, freq)
+            duration = duration + c.experts_s * tangent * memory_stretch(c, freq)
+            joules = iteration_energy_j(own, n + rec, attn, read, n, duration, freq)
+            above = self.n_gpus * joules - self.floor_w * duration
+            found.append((above, duration, np.full(len(freq), n), cached, freq))
         return found
 
     def _capped(self, n: Floats, cached: Floats, freq_ghz: float) -> tuple[Floats, ...]:

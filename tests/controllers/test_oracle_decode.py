@@ -127,7 +127,8 @@ def test_cuts_hold_for_iterations_that_they_were_not_made_of(workload, llm):
         )
         cached, freq_mhz = rng.uniform(low, high), rng.choice(plant.clocks.grid_mhz)
         recompute = rng.choice([0, 0, rng.integers(1, 50_000)])
-        work = (n + recompute, 0.5 * recompute**2 * rng.uniform(), cached, n, freq_mhz)
+        pairs = 0.5 * recompute * min(recompute, rows.longest) * rng.uniform()
+        work = (n + recompute, pairs, cached, n, freq_mhz)
         duration = float(plant.model.latency_s(*work))
         above = float(plant.model.energy_j(*work)) - rows.floor_w * duration
         assert (fluid.cuts @ np.array([duration, n, cached]) <= above * (1 + 1e-6)).all()
@@ -151,7 +152,7 @@ def test_the_bound_of_recomputing_iterations_lies_below_them(workload, llm):
         cached = rng.choice(rows.cached[at])
         at &= rows.cached == cached
         recompute = rng.uniform(0.0, 1.0) ** 4 * rows.capacity
-        attn = 0.5 * recompute * rows.capacity * rng.choice([0.0, 1e-3, 0.1, 1.0])
+        attn = 0.5 * recompute * min(recompute, rows.longest) * rng.choice([0.0, 1e-3, 0.1, 1.0])
         work = (n + recompute, attn, cached, n, freq_ghz)
         duration = latency_s(rows.c, *work)
         joules = rows.n_gpus * iteration_energy_j(rows.c, *work[:4], duration, freq_ghz)
