@@ -43,7 +43,9 @@ def _cells(path: Path, content: bytes) -> tuple[list[str], NDArray[np.float64]]:
         lines = [r for r in content.decode("utf-8").splitlines() if r and not r.startswith("#")]
     except UnicodeDecodeError:
         raise BiscaleError(f"cannot read {path}: not UTF-8 text") from None
-    header, *rows = list(csv.reader(lines)) or [[]]
+    if not lines:
+        raise BiscaleError(f"{path}: the table is empty: its first line names the columns")
+    header, *rows = csv.reader(lines)
     if any(len(row) != len(header) for row in rows):
         raise BiscaleError(f"{path}: not a table: its rows differ in length")
     values = np.array([[_number(cell) for cell in row] for row in rows], dtype=np.float64)

@@ -100,12 +100,12 @@ def test_a_shared_model_cannot_be_written():
     ("text", "words"),
     [
         ("delay_s,host0_s\n0.1,0.2\n0.1\n", "rows differ in length"),
-        ("host0_s\n0.1\n", "wrong or missing: delay_s"),
-        ("delay_s,hosts\n0.1,1\n", "wrong or missing: hosts"),
+        ("delay_s,hosts\n0.1,1\n", "column hosts is not the name of a coefficient"),
         ("delay_s,host0_s\n0.1,x\n", "finite number"),
         ("delay_s,host0_s\n0.1,-1\n", "finite number"),
         ("delay_s,host0_s\n0.1,inf\n", "finite number"),
-        ("", "wrong or missing: delay_s"),
+        ("", "the table is empty"),
+        ("# a comment alone\n", "the table is empty"),
     ],
 )
 def test_a_bad_ensemble_is_one_sentence(family, text, words):
@@ -116,6 +116,13 @@ def test_a_bad_ensemble_is_one_sentence(family, text, words):
         load_model("decode", 2, name=str(family))
     assert "decode-bf16-tp2.ensemble.csv" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_ensemble_without_delays_has_that_of_the_nominal_model(family):
+    (family / "decode-bf16-tp2.ensemble.csv").write_text("host0_s\n0.1\n0.2\n")
+    model = load_model("decode", 2, name=str(family))
+    assert [model.member(k).host0_s for k in (0, 1)] == [0.1, 0.2]
+    assert model.delay_s(0) == model.delay_s(1) == model.delay_s() > 0.0
 
 
 def test_yaml_written_by_hand_reads_as_the_safe_loader_reads_it(tmp_path):

@@ -87,6 +87,49 @@ def test_capacity(biscale, options):
         biscale("capacity", "decode", "--tp", 2, "--clock", 1980, *options)
 
 
+MIXTURE = ["--llm", "qwen3-30b-a3b", "--tp", 2]
+
+
+def test_spread_experts_reach_the_model_of_predict_and_capacity(biscale):
+    """Experts in one group or in two: other files, other numbers; what has none is refused."""
+    for phase, work in (("prefill", ["--tokens", 512]), ("decode", ["--batch", 8])):
+        said = [
+            json.loads(biscale("predict", phase, *work, *MIXTURE, "--ep", ep, "--json"))
+            for ep in (1, 2)
+        ]
+        for ep, one in zip((1, 2), said, strict=True):
+            model = load_model(phase, 2, name="h100-sxm/qwen3-30b-a3b", ep=ep)
+            n = float(work[1])
+            rows = (n, n * n / 2, 0.0, 1.0) if phase == "prefill" else (n, 0.0, n * 1024.0, n)
+            assert one["latency_s"] == pytest.approx(float(model.latency_s(*rows, 1980.0)))
+        assert said[0]["latency_s"] != said[1]["latency_s"]
+    told = [
+        json.loads(biscale("capacity", "decode", *MIXTURE, "--ep", ep, "--json")) for ep in (1, 2)
+    ]
+    assert told[0]["capacity_rps"] != told[1]["capacity_rps"]
+    with pytest.raises(AssertionError, match="EP 2|ep2"):
+        biscale("predict", "decode", "--batch", 8, "--ep", 2)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("predict", "prefill"), ("predict", "decode"), ("capacity",), ("compare",), ("place",),
+        ("train",), ("evaluate",), ("hw", "emulate"), ("hw", "control"), ("replay",),
+        ("reproduce", "paper"), ("reproduce", "day"),
+    ],
+)  # fmt: skip
+def test_every_command_with_an_instance_takes_ep(command):
+    import typer
+
+    from biscale_env.cli import build
+
+    found = typer.main.get_command(build())
+    for name in command:
+        found = found.commands[name]
+    assert "--ep" in {o for p in found.params for o in p.opts}
+
+
 def test_compare(biscale, options, tmp_path):
     biscale(
         "compare", "--quick", "--tp", 2, "--jobs", 1, "--out", "run", "--policies",
@@ -162,7 +205,9 @@ def test_fit_keeps_neither_gpu_nor_llm_of_the_base(biscale, tmp_path):
     fitted, wanted = plant.model.coefficients, model.coefficients
     assert fitted.flops_per_token == pytest.approx(wanted.flops_per_token, rel=1e-5)
     assert np.array([plant.model.member(k).p_cap_w for k in range(8)]) == pytest.approx(250.0)
-    with pytest.raises(AssertionError, match="--gpu and --llm need --profile"):
+    with pytest.raises(AssertionError, match="--llm and --out need --profile"):
+        biscale("fit", "--llm", TOY_LLM, "--check")
+    with pytest.raises(AssertionError, match="no evidence about GPU .*toy-40gb"):
         biscale("fit", "--gpu", TOY_GPU, "--check")
 
 
