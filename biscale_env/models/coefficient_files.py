@@ -17,10 +17,10 @@ from biscale_env.config import configs_dir
 from biscale_env.config.hardware import Dtype, Gpu
 from biscale_env.config.loader import Config, nearest, parse_yaml, read_bytes, validate
 from biscale_env.core.errors import BiscaleError
+from biscale_env.models.coefficient import Coefficient
 from biscale_env.models.ensemble_table import read_table
 from biscale_env.models.gpu_layer import DELAY, HOST_FIELDS
 from biscale_env.models.physics import COEFFICIENT_DTYPE, WORK_FIELDS, Coefficients
-from biscale_env.models.provenance import Coefficient
 
 Phase = Literal["prefill", "decode"]
 WORK_AXES = ("tokens", "attn_work", "cached", "n_seq", "freq_mhz")

@@ -20,9 +20,9 @@ from biscale_env.config import configs_dir
 from biscale_env.config.hardware import Dtype
 from biscale_env.config.loader import Config, parse_yaml, read_bytes, validate
 from biscale_env.core.errors import BiscaleError
+from biscale_env.models.coefficient import Coefficient
 from biscale_env.models.ensemble_table import read_table
 from biscale_env.models.physics import GPU_FIELDS
-from biscale_env.models.provenance import Coefficient
 
 DTYPES: Final[tuple[Dtype, ...]] = ("bf16", "fp8", "mxfp4")
 HOST_FIELDS: Final = ("host0_s", "host_s_per_seq")

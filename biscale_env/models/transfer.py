@@ -23,10 +23,10 @@ import numpy as np
 
 from biscale_env.config.hardware import Gpu, Llm
 from biscale_env.core.errors import BiscaleError
+from biscale_env.models.coefficient import Coefficient
 from biscale_env.models.coefficient_files import ModelFile
 from biscale_env.models.geometry import counted_work
 from biscale_env.models.physics import GPU_FIELDS
-from biscale_env.models.provenance import Coefficient
 
 # coefficient: (work that it is a time of, rate of the GPU that bounds it)
 TIMES: Final = {

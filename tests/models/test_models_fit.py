@@ -8,6 +8,7 @@ import pytest
 from biscale_env.config import Llm, configs_dir, load_gpu, load_llm
 from biscale_env.core.errors import BiscaleError
 from biscale_env.models import Coefficients, load_model, physics
+from biscale_env.models.coefficient import rounded
 from biscale_env.models.fit.gpu_evidence import evidence_dir, load_gpu_evidence
 from biscale_env.models.fit.kernel_profiles import shipped_profiles
 from biscale_env.models.fit.latency import LATENCY_FIELDS, fit_components, mape, predict_s, refine
@@ -17,7 +18,6 @@ from biscale_env.models.fit.shipped import fit_shipped
 from biscale_env.models.fit.work_fit import COMPUTE_FIELDS, ZERO, fit_work, gemm_kernels
 from biscale_env.models.geometry import counted_work
 from biscale_env.models.gpu_layer import load_layer
-from biscale_env.models.provenance import rounded
 
 NAME = "h100-sxm/llama-3.3-70b"
 PROFILE = next(p for p in shipped_profiles("h100-sxm") if p.family == NAME)

@@ -14,8 +14,8 @@ from biscale_env.core.files import write_whole
 from biscale_env.hardware.clocks import owner
 from biscale_env.hardware.clocks.backend import ClockBackend, ClockError
 from biscale_env.models import coefficient_files
+from biscale_env.models.coefficient import rounded
 from biscale_env.models.gpu_layer import ensemble_path
-from biscale_env.models.provenance import rounded
 
 POLL_S = 0.0005
 # rest at the start clock, several of the longest switch times published for Hopper (0.1 s, arXiv

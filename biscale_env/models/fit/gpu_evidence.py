@@ -10,8 +10,8 @@ from biscale_env.config import configs_dir
 from biscale_env.config.hardware import Dtype
 from biscale_env.config.loader import Config, list_names, load_yaml
 from biscale_env.core.errors import BiscaleError
+from biscale_env.models.coefficient import Provenance
 from biscale_env.models.gpu_layer import LAYER_FIELDS, layer_files, layer_path, load_layer
-from biscale_env.models.provenance import Provenance
 
 
 class KernelPoint(Config):

@@ -11,6 +11,7 @@ import pandas as pd
 import yaml
 
 from biscale_env.config import Gpu, configs_dir, list_names, load_gpu, load_llm
+from biscale_env.models.coefficient import Coefficient, rounded
 from biscale_env.models.fit.gpu_evidence import (
     GpuEvidence,
     ServingGroup,
@@ -33,7 +34,6 @@ from biscale_env.models.fit.profile_table import sha256
 from biscale_env.models.fit.work_fit import fit_work
 from biscale_env.models.gpu_layer import HOST_FIELDS, LAYER_FIELDS, GpuLayer, ensemble_path
 from biscale_env.models.physics import WORK_FIELDS
-from biscale_env.models.provenance import Coefficient, rounded
 
 ROUNDS: Final = 2  # fit and host time settle to 1e-3 in two
 MEMBER_DIGITS: Final = 5

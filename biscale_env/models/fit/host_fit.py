@@ -20,7 +20,7 @@ NO_HOST = HostTime(0.0, 0.0)
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredLlm:
     """What measured servers of one LLM say beyond the GPU's layer.
 
     Attributes:

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from biscale_env.config import Gpu, Llm, load_gpu
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import write_whole
+from biscale_env.models.coefficient import Coefficient, Provenance, rounded
 from biscale_env.models.coefficient_files import OWN_FIELDS, ModelFile, dump_model_file, stem
 from biscale_env.models.ensemble_table import read_table
-from biscale_env.models.fit.host_fit import HostFit, Measured
+from biscale_env.models.fit.host_fit import HostFit, MeasuredLlm
 from biscale_env.models.fit.latency import LATENCY_FIELDS, WORK_FIELD
 from biscale_env.models.fit.profile_table import ProfileTable
 from biscale_env.models.fit.work_fit import COMPUTE_FIELDS, WorkFit, fit_work
@@ -27,7 +28,6 @@ from biscale_env.models.gpu_layer import (
     layer_files,
     layer_path,
 )
-from biscale_env.models.provenance import Coefficient, Provenance, rounded
 
 Floats = NDArray[np.float64]
 MEMBER_DIGITS: Final = 5
@@ -69,7 +69,7 @@ class OnGpu:
 
     gpu: Gpu
     files: LayerFiles
-    measured: Mapping[str, Measured]
+    measured: Mapping[str, MeasuredLlm]
 
     @property
     def values(self) -> dict[str, float]:
@@ -77,7 +77,7 @@ class OnGpu:
         return {n: c.value for n, c in self.files.layer().coefficients.items()}
 
 
-def on_gpu(gpu: str, measured: Mapping[str, Measured] | None = None) -> OnGpu:
+def on_gpu(gpu: str, measured: Mapping[str, MeasuredLlm] | None = None) -> OnGpu:
     """A GPU with its committed layer.
 
     Raises:

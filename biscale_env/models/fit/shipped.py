@@ -9,13 +9,13 @@ from biscale_env.config import configs_dir
 from biscale_env.models.fit.gpu_evidence import known_evidence, load_gpu_evidence
 from biscale_env.models.fit.gpu_files import FittedGpu, fit_gpu, fitted_dir, layer_texts
 from biscale_env.models.fit.gpu_fit import HostTime
-from biscale_env.models.fit.host_fit import HostFit, Measured, fit_energy_factor
+from biscale_env.models.fit.host_fit import HostFit, MeasuredLlm, fit_energy_factor
 from biscale_env.models.fit.kernel_profiles import KernelProfile, shipped_profiles
 from biscale_env.models.fit.llm_files import Source, fit_tables, on_gpu
 from biscale_env.models.fit.profile_table import sha256
 
 
-def measured_by_llm(fitted: FittedGpu) -> dict[str, Measured]:
+def measured_by_llm(fitted: FittedGpu) -> dict[str, MeasuredLlm]:
     """What measured servers say per LLM.
 
     Host time is the mean over its servers; the spread is that of all servers.
@@ -30,11 +30,11 @@ def measured_by_llm(fitted: FittedGpu) -> dict[str, Measured]:
         host = HostFit(hosts, HostTime(*map(float, mean)), fitted.host.spread)
         servers = [s for s in fitted.servers if s.group.llm == llm]
         factor, spread = fit_energy_factor(fitted.ev, fitted.gpu, fitted.values, servers, hosts)
-        made[llm] = Measured(host, factor, spread)
+        made[llm] = MeasuredLlm(host, factor, spread)
     return made
 
 
-def profile_files(profile: KernelProfile, measured: dict[str, Measured]) -> dict[str, str]:
+def profile_files(profile: KernelProfile, measured: dict[str, MeasuredLlm]) -> dict[str, str]:
     """Files of one LLM on one GPU from its shipped kernel table."""
     source = Source(profile.source, profile.path.name, sha256(profile.path))
     on = on_gpu(profile.gpu, measured)

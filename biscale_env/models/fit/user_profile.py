@@ -19,6 +19,7 @@ from biscale_env.config import configs_dir
 from biscale_env.config.loader import find_named
 from biscale_env.core.errors import BiscaleError
 from biscale_env.models import physics
+from biscale_env.models.coefficient import Coefficient, rounded
 from biscale_env.models.coefficient_files import ModelFile, dump_model_file, find_file, stem
 from biscale_env.models.fit.latency import LATENCY_FIELDS, WORK_FIELD, Rows, mape, predict_s, refine
 from biscale_env.models.fit.linear_energy import (
@@ -34,7 +35,6 @@ from biscale_env.models.geometry import counted_work
 from biscale_env.models.gpu_layer import ensemble_path
 from biscale_env.models.iteration_model import DEFAULT_NAME, IterationModel, read_model
 from biscale_env.models.physics import Coefficients
-from biscale_env.models.provenance import Coefficient, rounded
 
 Floats = NDArray[np.float64]
 LATENCY_SIGMA = (
