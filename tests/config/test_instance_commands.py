@@ -107,7 +107,7 @@ def test_spread_experts_reach_the_model_of_predict_and_capacity(biscale):
         json.loads(biscale("capacity", "decode", *MIXTURE, "--ep", ep, "--json")) for ep in (1, 2)
     ]
     assert told[0]["capacity_rps"] != told[1]["capacity_rps"]
-    with pytest.raises(AssertionError, match="EP 2|ep2"):
+    with pytest.raises(AssertionError, match=r"EP 2|ep2"):
         biscale("predict", "decode", "--batch", 8, "--ep", 2)
 
 
@@ -207,7 +207,7 @@ def test_fit_keeps_neither_gpu_nor_llm_of_the_base(biscale, tmp_path):
     assert np.array([plant.model.member(k).p_cap_w for k in range(8)]) == pytest.approx(250.0)
     with pytest.raises(AssertionError, match="--llm and --out need --profile"):
         biscale("fit", "--llm", TOY_LLM, "--check")
-    with pytest.raises(AssertionError, match="no evidence about GPU .*toy-40gb"):
+    with pytest.raises(AssertionError, match=r"no evidence about GPU .*toy-40gb"):
         biscale("fit", "--gpu", TOY_GPU, "--check")
 
 
