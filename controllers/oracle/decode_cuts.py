@@ -117,7 +117,8 @@ class Iterations:
         attn: float,
     ) -> list[tuple[Floats, ...]]:
         """The bound at the right end of a piece with ``attn`` more attention work."""
-        c, (begin, rec), found = self.c, piece, []
+        c, (begin, rec) = self.c, piece
+        found: list[tuple[Floats, ...]] = []
         for k, n in enumerate(size):
             before, share = (float(experts_read(c, rows)) for rows in (n, n + rec))
             saving = c.few_rows_saving * FEW_ROWS / (FEW_ROWS + n + begin)
