@@ -75,9 +75,9 @@ def write_reward(st: Any, p: Any, results: Results, i: int) -> None:
 
 
 @inlined
-def rest(st: Any, p: Any, results: Results, i: int) -> None:
+def rest(st: Any, results: Results, i: int) -> None:
     """A row whose episode is over does and earns nothing."""
-    begin_step(st, p)
+    begin_step(st)
     results.terms[i, 0] = 0.0
     results.terms[i, 1] = 0.0
     results.reward[i] = 0.0
@@ -121,7 +121,7 @@ def prefill_step_batch(
     for i in range(of.states.size):
         st, p = of.states[i], of.params[i]
         if st.done == 1:
-            rest(st, p, results, i)
+            rest(st, results, i)
             continue
         freq = asked_ghz(p, actions[i])
         prefill_step(st, of.coefs[i], p, work.requests, work.times, freq)
@@ -162,7 +162,7 @@ def decode_step_batch(
     for i in range(of.states.size):
         st, p = of.states[i], of.params[i]
         if st.done == 1:
-            rest(st, p, results, i)
+            rest(st, results, i)
             continue
         run = running_of(running, i)
         freq = asked_ghz(p, actions[i])

@@ -83,14 +83,6 @@ def running_ghz(st: Any, p: Any) -> float:
 
 
 @inlined
-def next_change_s(st: Any) -> float:
-    """When the clock that work runs at may change next, s; inf: not before the next request."""
-    if st.time_s < st.ramp_until_s:
-        return min(st.apply_at_s, st.ramp_until_s)
-    return float(st.apply_at_s)
-
-
-@inlined
 def under_cap(
     c: Any, p: Any, tokens: float, attn_work: float, cached: float, n_seq: float, freq_ghz: float
 ) -> Any:
@@ -146,24 +138,38 @@ def finish_work(st: Any, c: Any, start_s: float, work: WorkDone, pace: Any) -> N
 
 
 @inlined
+def ramp_work(
+    st: Any, c: Any, p: Any, tokens: float, attn_work: float, cached: float, n_seq: float
+) -> WorkDone:
+    """Begin an iteration at the lowest clock: to the end of the ramp, or its own."""
+    if st.step_iterations == 0:
+        st.step_freq_start_ghz = p.freq_min_ghz
+    pace = under_cap(c, p, tokens, attn_work, cached, n_seq, p.freq_min_ghz)
+    if st.time_s + pace[1] <= st.ramp_until_s:
+        st.time_s += pace[1]
+        return WorkDone(0.0, pace[2], pace[1] * pace[0])
+    return work_until(st, WorkDone(1.0, 0.0, 0.0), pace, st.ramp_until_s)
+
+
+@inlined
 def run_work(
     st: Any, c: Any, p: Any, tokens: float, attn_work: float, cached: float, n_seq: float
 ) -> None:
     """Run one iteration to its end.
 
     A clock that takes effect meanwhile changes the speed of what is left of it, and so does the end
-    of the ramp of an instance that was parked.
+    of the ramp of an instance that was parked. (Clocks that took effect during the ramp are applied
+    after it: nothing ran at them.)
     """
     start = st.time_s
-    pace = under_cap(c, p, tokens, attn_work, cached, n_seq, running_ghz(st, p))
     work = WorkDone(1.0, 0.0, 0.0)
-    change_s = next_change_s(st)
-    while st.time_s + work.remaining * pace[1] > change_s:
-        work = work_until(st, work, pace, change_s)
-        if st.apply_at_s <= change_s:
-            apply_clock(st, p)
-        pace = under_cap(c, p, tokens, attn_work, cached, n_seq, running_ghz(st, p))
-        change_s = next_change_s(st)
+    if start < st.ramp_until_s:
+        work = ramp_work(st, c, p, tokens, attn_work, cached, n_seq)
+    pace = under_cap(c, p, tokens, attn_work, cached, n_seq, st.freq_ghz)
+    while st.time_s + work.remaining * pace[1] > st.apply_at_s:
+        work = work_until(st, work, pace, st.apply_at_s)
+        apply_clock(st, p)
+        pace = under_cap(c, p, tokens, attn_work, cached, n_seq, st.freq_ghz)
     finish_work(st, c, start, work, pace)
 
 
@@ -173,12 +179,13 @@ def run_idle(st: Any, c: Any, p: Any, until_s: float) -> None:
     start = st.time_s
     joules = 0.0
     while st.apply_at_s < until_s:
-        joules += waiting_power_w(c, p, st.freq_ghz) * max(st.apply_at_s - st.time_s, 0.0)
+        joules += idle_power_w(c, st.freq_ghz) * max(st.apply_at_s - st.time_s, 0.0)
         st.time_s = max(st.apply_at_s, st.time_s)
         apply_clock(st, p)
-    joules += waiting_power_w(c, p, st.freq_ghz) * (until_s - st.time_s)
+    joules += idle_power_w(c, st.freq_ghz) * (until_s - st.time_s)
     st.time_s = until_s
-    if p.parked == 1 and until_s > start:
+    if p.parked == 1 and until_s > start:  # whatever the clocks were
+        joules = waiting_power_w(c, p, st.freq_ghz) * (until_s - start)
         st.ramp_until_s = until_s + p.parked_ramp_s
     joules *= c.n_gpus
     st.energy_j += joules
@@ -189,14 +196,14 @@ def run_idle(st: Any, c: Any, p: Any, until_s: float) -> None:
 
 
 @inlined
-def begin_step(st: Any, p: Any) -> None:
+def begin_step(st: Any) -> None:
     """Clear the per-step sums."""
     st.step_start_s = st.time_s
     st.step_duration_s = 0.0
     st.step_idle_s = 0.0
     st.step_energy_j = 0.0
     st.step_energy_idle_j = 0.0
-    st.step_freq_start_ghz = running_ghz(st, p)
+    st.step_freq_start_ghz = st.freq_ghz
     st.step_freq_mean_ghz = 0.0
     st.step_iterations = 0
     st.step_finished = 0
@@ -221,4 +228,7 @@ def start_clock(st: Any, freq_ghz: float) -> None:
 @inlined
 def time_to_apply_s(st: Any, p: Any) -> float:
     """Time until work runs at the newest requested clock, s (0 when it does)."""
-    return max(wait_s(clock_of(st), st.time_s, p.delay_s), st.ramp_until_s - st.time_s)
+    wait = wait_s(clock_of(st), st.time_s, p.delay_s)
+    if st.time_s < st.ramp_until_s:
+        return float(max(wait, st.ramp_until_s - st.time_s))
+    return wait

@@ -232,7 +232,7 @@ def decode_reset(
     freq_ghz: float,
 ) -> None:
     """Start an episode on some rows at a supported clock and wait for the first request."""
-    start_episode(st, p, span, freq_ghz)
+    start_episode(st, span, freq_ghz)
     clear_running(st, run)
     wait_for_work(st, c, p, requests, times, run)
 
@@ -248,7 +248,7 @@ def decode_step(
     freq_ghz: float,
 ) -> None:
     """One decision: request a clock, run at least one iteration, admit what has come."""
-    begin_step(st, p)
+    begin_step(st)
     request_clock(st, p, snap_ghz(p, freq_ghz))
     until = st.time_s + p.min_interval_s
     st.step_queue = st.tail - st.head + st.preempted

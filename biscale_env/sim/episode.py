@@ -13,7 +13,7 @@ from biscale_env.sim.state import Floats, Span
 
 
 @inlined
-def start_episode(st: Any, p: Any, span: Span, freq_ghz: float) -> None:
+def start_episode(st: Any, span: Span, freq_ghz: float) -> None:
     """Clear the record of one instance and point it at some rows, settled at a supported clock."""
     st.time_s = 0.0
     st.begin = span.begin
@@ -35,7 +35,7 @@ def start_episode(st: Any, p: Any, span: Span, freq_ghz: float) -> None:
     st.violations = 0
     st.backpressure = 0.0
     start_clock(st, freq_ghz)
-    begin_step(st, p)
+    begin_step(st)
 
 
 @inlined

@@ -81,7 +81,7 @@ def wait_for_work(st: Any, c: Any, p: Any, requests: Requests) -> None:
 @inlined
 def prefill_reset(st: Any, c: Any, p: Any, requests: Requests, span: Span, freq_ghz: float) -> None:
     """Start an episode on some rows at a supported clock and wait for the first request."""
-    start_episode(st, p, span, freq_ghz)
+    start_episode(st, span, freq_ghz)
     st.head_done = 0
     wait_for_work(st, c, p, requests)
 
@@ -91,7 +91,7 @@ def prefill_step(
     st: Any, c: Any, p: Any, requests: Requests, times: RequestTimes, freq_ghz: float
 ) -> None:
     """One decision: request a clock, run at least one batch, wait for work."""
-    begin_step(st, p)
+    begin_step(st)
     request_clock(st, p, snap_ghz(p, freq_ghz))
     until = st.time_s + p.min_interval_s
     while True:

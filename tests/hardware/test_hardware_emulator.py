@@ -119,7 +119,7 @@ def test_a_clock_that_lands_in_the_middle_of_an_iteration_changes_what_is_left_o
     assert engine.arrival_s[0] + fast < landed < engine.finish_s[0]
     reference = np.zeros(1, PREFILL_DTYPE)
     st = reference[0]
-    kernels.prefill_start(st, engine.params, 1.98)
+    kernels.prefill_start(st, 1.98)
     st["time_s"], st["end"] = engine.arrival_s[0], 1
     table, batch = np.array([[landed, 0.81]]), np.zeros(5)
     while st["head"] < 1:

@@ -330,7 +330,7 @@ class _Prefill:
         self.e = engine
         engine._states = np.zeros(1, PREFILL_DTYPE)
         self.batch = np.zeros(5)
-        kernels.prefill_start(engine.st, engine.params, engine.clock.freq_ghz)
+        kernels.prefill_start(engine.st, engine.clock.freq_ghz)
         self.form()
 
     def busy(self) -> bool:
@@ -380,7 +380,7 @@ class _Decode:
         self.running_now = running_requests(
             (), engine.plant.settings.max_seqs, engine.plant.kv_capacity_tokens
         )
-        kernels.decode_start(engine.st, engine.params, self.running_now, engine.clock.freq_ghz)
+        kernels.decode_start(engine.st, self.running_now, engine.clock.freq_ghz)
         self.form()
 
     def busy(self) -> bool:

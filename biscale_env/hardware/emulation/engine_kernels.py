@@ -30,7 +30,7 @@ def work(
     ``load`` is (tokens, attention token-pairs, cached tokens, sequences).
     """
     tokens, attn_work, cached, n_seq = load
-    begin_step(st, p)
+    begin_step(st)
     start = st.time_s
     pace = under_cap(c, p, tokens, attn_work, cached, n_seq, st.freq_ghz)
     done = WorkDone(1.0, 0.0, 0.0)
@@ -61,9 +61,9 @@ def idle(st: Any, c: Any, until_s: float, changes: Floats, n: int) -> None:
 
 
 @compiled
-def prefill_start(st: Any, p: Any, freq_ghz: float) -> None:
+def prefill_start(st: Any, freq_ghz: float) -> None:
     """An empty prefill instance."""
-    start_episode(st, p, Span(0, 0), freq_ghz)
+    start_episode(st, Span(0, 0), freq_ghz)
     st.head_done = 0
 
 
@@ -98,9 +98,9 @@ def prefill_end(st: Any, p: Any, arrival_s: Floats, first_token_s: Floats, batch
 
 
 @compiled
-def decode_start(st: Any, p: Any, run: RunningRequests, freq_ghz: float) -> None:
+def decode_start(st: Any, run: RunningRequests, freq_ghz: float) -> None:
     """An empty decode instance."""
-    start_episode(st, p, Span(0, 0), freq_ghz)
+    start_episode(st, Span(0, 0), freq_ghz)
     decode.clear_running(st, run)
 
 

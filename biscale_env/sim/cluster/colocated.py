@@ -126,7 +126,7 @@ def server_event(a: ClusterArrays, j: int) -> None:
         dc.next_s[j] = np.inf
         return
     freq = decode_ghz(dc, j, a.levels_ghz)
-    begin_step(st, p)
+    begin_step(st)
     request_clock(st, p, snap_ghz(p, freq))
     rows = st.batch + st.recompute_tokens + chunk.tokens
     attn_work = st.recompute_attn + chunk.attn_work

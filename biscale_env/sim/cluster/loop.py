@@ -115,7 +115,7 @@ def run_batch(pf: Prefills, i: int, work: BatchWork, freq_ghz: float) -> None:
     """Start a batch of prefill instance ``i``."""
     st, p, meta = pf.states[i], pf.params[i], pf.meta[i]
     meta.decided_ghz = 0.0
-    begin_step(st, p)
+    begin_step(st)
     request_clock(st, p, snap_ghz(p, freq_ghz))
     st.step_requests = work.n_seq
     st.step_tokens = work.tokens
@@ -179,7 +179,7 @@ def release_kv(a: ClusterArrays, j: int, first: int, last: int, now_s: float) ->
 def run_iteration(dc: Decodes, j: int, freq_ghz: float) -> None:
     """Start an iteration of decode instance ``j``."""
     st, p = dc.states[j], dc.params[j]
-    begin_step(st, p)
+    begin_step(st)
     request_clock(st, p, snap_ghz(p, freq_ghz))
     st.step_requests = st.batch
     st.step_tokens = st.batch + st.recompute_tokens
