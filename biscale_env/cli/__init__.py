@@ -18,6 +18,7 @@ from biscale_env.core.errors import BiscaleError, BiscaleWarning
 
 GROUPS = (
     "predict",
+    "models",
     "fit",
     "traces",
     "capacity",

@@ -1,4 +1,4 @@
-"""`biscale predict`: latency, power and energy of one iteration."""
+"""`biscale predict`: latency, power and energy of iterations and of one GEMM."""
 
 import json
 from pathlib import Path
@@ -140,13 +140,44 @@ def decode(
     _show(predict_decode(fitted, batch, context, _clock(fitted, clock)), as_json)
 
 
+def gemm(
+    *,
+    rows: Annotated[float, typer.Option(help="Rows of the activations (M).")],
+    k: Annotated[float, typer.Option(help="Inner dimension.")],
+    n: Annotated[float, typer.Option(help="Columns of the weights.")],
+    dtype: Annotated[str, typer.Option(help="bf16, fp8, or mxfp4 weights.")] = "bf16",
+    gpu: Annotated[str, typer.Option(help="GPU with a fitted layer, name or YAML file.")] = (
+        "h100-sxm"
+    ),
+    clock: Clock = None,
+    as_json: Json = False,
+) -> None:
+    """Predict one GEMM on one GPU: how its layer is held against measured kernels."""
+    from dataclasses import asdict
+
+    from biscale_env.models.gemm import predict_gemm
+
+    r = predict_gemm(gpu, rows, k, n, dtype, clock)
+    if as_json:
+        told = {"gpu": gpu, "dtype": dtype, "rows": rows, "k": k, "n": n, **asdict(r)}
+        typer.echo(json.dumps(told, indent=2))
+        return
+    typer.echo(f"{dtype} GEMM {rows:g} x {k:g} x {n:g} on {gpu}")
+    typer.echo(f"  time             {r.time_s * 1e6:9.1f} us")
+    typer.echo(f"  power            {r.power_w:9.1f} W")
+    typer.echo(f"  rate             {r.tflops:9.1f} TFLOP/s")
+    typer.echo(f"  energy           {r.energy_per_tflop_j:9.3f} J per TFLOP")
+    typer.echo(f"  effective clock  {r.freq_effective_mhz:9.0f} MHz")
+
+
 def _clock(model: "IterationModel", clock: float | None) -> float:
     return model.gpu.freq_max_mhz if clock is None else clock
 
 
 def register(app: typer.Typer) -> None:
-    """Add `biscale predict prefill` and `biscale predict decode`."""
-    group = typer.Typer(help="Latency, power and energy of one iteration.", no_args_is_help=True)
+    """Add `biscale predict prefill`, `decode` and `gemm`."""
+    group = typer.Typer(help="Latency, power and energy of the work.", no_args_is_help=True)
     group.command("prefill")(prefill)
     group.command("decode")(decode)
+    group.command("gemm")(gemm)
     app.add_typer(group, name="predict")

@@ -46,6 +46,7 @@ class Gpu(Config):
     nvlink_gb_per_s: float = Field(gt=0)
     peak_bf16_tflops: float = Field(gt=0)
     sms: int = Field(default=132, gt=0)
+    has_fp8: bool = True
     multiplies_mxfp4: bool = False
     off_power_w: float = Field(ge=0)
     idle_power_w: float | None = Field(default=None, ge=0)

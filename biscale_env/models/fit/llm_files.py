@@ -200,12 +200,14 @@ def _content(
 
 def _coefficient(name: str, value: float, source: Source, share: float, llm: Llm) -> Coefficient:
     if name in FROM_TABLE:
-        kind: Provenance = source.provenance if share < 0.5 else "derived"
+        counted = source.provenance == "assumed"  # a roofline: nothing in it is measured
+        kind: Provenance = source.provenance if share < 0.5 or counted else "derived"
         text = f"fitted to {source.text}"
-        if share > 0.005:
+        if share > 0.005 and not counted:
             text += f"; {share:.0%} of the time are estimates of the package"
         if name in COMPUTE_FIELDS:
-            kind, text = "derived", f"{text}; brought to freq_profile_ghz from gemm_profile_ghz"
+            kind = kind if counted else "derived"
+            text = f"{text}; brought to freq_profile_ghz from gemm_profile_ghz"
     elif name == "energy_factor":
         kind, text = "assumed", "no server of this LLM was measured on this GPU"
     elif name == "gemm0_s":
@@ -260,9 +262,10 @@ def write_family(files: Mapping[str, str], folder: Path) -> None:
         BiscaleError: the folder cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            write_whole(folder / name, text)
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, text)
     except OSError as error:
         raise BiscaleError(f"cannot write into {folder}: {error.strerror}") from None
 
