@@ -1,6 +1,6 @@
 """Environments, models and evaluation of energy control in disaggregated LLM serving.
 
-Importing the package registers the Gymnasium ids ``BiScale/Prefill-v0``, ``BiScale/Decode-v0`` and
+Importing the package registers the Gymnasium ids ``BiScale/Prefill-v1``, ``BiScale/Decode-v1`` and
 their discrete twins; everything heavy is imported when it is used.
 """
 

@@ -16,6 +16,16 @@ def _report() -> None:
     typer.echo(report_markdown())
 
 
+def _held_out(gpu: str | None) -> None:
+    from biscale_env.models.fit.gpu_evidence import known_evidence, load_gpu_evidence
+    from biscale_env.models.fit.held_out import write_held_out
+
+    for name in known_evidence() if gpu is None else [gpu]:
+        ev = load_gpu_evidence(name)
+        if ev.kernels.points or ev.serving.groups:
+            typer.echo(f"wrote {write_held_out(name)}")
+
+
 def _shipped(gpu: str | None, check: bool) -> None:
     from biscale_env.models.fit.llm_files import stale_files, write_family
     from biscale_env.models.fit.shipped import fit_shipped
@@ -94,12 +104,21 @@ def fit(
     report: Annotated[
         bool, typer.Option("--report", help="Print model against measurement as markdown.")
     ] = False,
+    held_out: Annotated[
+        bool,
+        typer.Option(
+            "--held-out",
+            help="Measure errors on LLMs and clocks that the fit is not shown; minutes per GPU.",
+        ),
+    ] = False,
 ) -> None:
     """Fit the models: without options, regenerate the shipped coefficient files."""
     if profile is None and (llm or out):
         raise BiscaleError("--llm and --out need --profile: they belong to an own table")
     if report:
         _report()
+    elif held_out:
+        _held_out(gpu)
     elif profile is None:
         if power is not None:
             raise BiscaleError("--power needs --profile: the power table completes a profile table")

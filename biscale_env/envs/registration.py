@@ -6,14 +6,14 @@ Any change of dynamics, reward or default scenario raises the version.
 import gymnasium as gym
 
 ENV_IDS = {
-    "BiScale/Prefill-v0": ("prefill", False),
-    "BiScale/Decode-v0": ("decode", False),
-    "BiScale/PrefillDiscrete-v0": ("prefill", True),
-    "BiScale/DecodeDiscrete-v0": ("decode", True),
+    "BiScale/Prefill-v1": ("prefill", False),
+    "BiScale/Decode-v1": ("decode", False),
+    "BiScale/PrefillDiscrete-v1": ("prefill", True),
+    "BiScale/DecodeDiscrete-v1": ("decode", True),
 }
 
 
-CLUSTER_ID = "BiScale/Cluster-v0"
+CLUSTER_ID = "BiScale/Cluster-v1"
 
 
 def register_envs() -> None:

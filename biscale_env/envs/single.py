@@ -1,6 +1,6 @@
 """The Gymnasium environments of one instance.
 
-``BiScale/Prefill-v0``, ``BiScale/Decode-v0`` and their discrete twins.
+``BiScale/Prefill-v1``, ``BiScale/Decode-v1`` and their discrete twins.
 """
 
 from typing import Any
@@ -123,7 +123,7 @@ class PhaseEnv(PlainSpec, gym.Env[NDArray[np.float32], Any]):
 
 
 class PrefillEnv(PhaseEnv):
-    """``BiScale/Prefill-v0``: the clock of a prefill instance, a decision per batch."""
+    """``BiScale/Prefill-v1``: the clock of a prefill instance, a decision per batch."""
 
     def __init__(self, **options: Any) -> None:
         """Options as for :class:`PhaseEnv`."""
@@ -131,7 +131,7 @@ class PrefillEnv(PhaseEnv):
 
 
 class DecodeEnv(PhaseEnv):
-    """``BiScale/Decode-v0``: the clock of a decode instance, a decision per iteration."""
+    """``BiScale/Decode-v1``: the clock of a decode instance, a decision per iteration."""
 
     def __init__(self, **options: Any) -> None:
         """Options as for :class:`PhaseEnv`."""

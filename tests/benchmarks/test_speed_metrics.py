@@ -105,7 +105,7 @@ def test_environment_metrics(meter: Meter, monkeypatch: pytest.MonkeyPatch, phas
 def test_resets_and_steps_add_up() -> None:
     import gymnasium as gym
 
-    env = gym.make("BiScale/Prefill-v0", rate_rps=3.0, episode_s=3.0)
+    env = gym.make("BiScale/Prefill-v1", rate_rps=3.0, episode_s=3.0)
     resets, stepping, total = test_environments.timed_episodes(env, 300)
     assert len(resets) > 3
     assert 0.0 < stepping + resets.sum() <= total * 1.05

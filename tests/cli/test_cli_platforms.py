@@ -97,7 +97,7 @@ def test_training_works_without_them(tmp_path):
     code = """
 import gymnasium, biscale_env
 from stable_baselines3 import PPO
-model = PPO("MlpPolicy", gymnasium.make("BiScale/Decode-v0", episode_s=5.0), n_steps=64)
+model = PPO("MlpPolicy", gymnasium.make("BiScale/Decode-v1", episode_s=5.0), n_steps=64)
 model.learn(64)
 """
     done = without(code, cwd=tmp_path)

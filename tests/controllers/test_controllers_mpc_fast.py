@@ -217,7 +217,7 @@ def test_the_predicted_batch_time_is_the_simulators():
     """With the delay known, the first stage at the chosen clock takes exactly as long as the batch
     then takes in the plant.
     """
-    env = gym.make("BiScale/Prefill-v0", rate_rps=3.0, episode_s=40.0)
+    env = gym.make("BiScale/Prefill-v1", rate_rps=3.0, episode_s=40.0)
     w = env.unwrapped.plant
     policy = make_policy("mpc", context("prefill"), delay_aware=True)
     observation, _ = env.reset(seed=1)

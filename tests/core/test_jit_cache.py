@@ -134,7 +134,7 @@ def test_import_is_light() -> None:
 
 def test_making_an_environment_needs_no_torch() -> None:
     code = (
-        "import sys, gymnasium, biscale_env; e = gymnasium.make('BiScale/Prefill-v0', rate_rps=3.0,"
+        "import sys, gymnasium, biscale_env; e = gymnasium.make('BiScale/Prefill-v1', rate_rps=3.0,"
         " episode_s=3.0);e.reset(seed=0); e.step(e.action_space.sample()); print('torch' in"
         " sys.modules)"
     )

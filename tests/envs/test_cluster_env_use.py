@@ -50,7 +50,7 @@ def same_step(a, b):
 )
 def test_the_length_of_an_episode(given, want):
     """Also by the name that the single-instance environments use."""
-    env = gym.make("BiScale/Cluster-v0", rate_rps=20.0, **given).unwrapped
+    env = gym.make("BiScale/Cluster-v1", rate_rps=20.0, **given).unwrapped
     assert (env.windows, env.window_s) == want
     assert env.options.source.episode_s == want[0] * want[1]
 
@@ -78,7 +78,7 @@ def test_the_length_of_an_episode(given, want):
 @pytest.mark.filterwarnings("ignore:.*render_mode.*")
 def test_impossible_options_are_one_sentence(given, match):
     with pytest.raises(BiscaleError, match=match) as caught:
-        gym.make("BiScale/Cluster-v0", **given)
+        gym.make("BiScale/Cluster-v1", **given)
     assert "\n" not in str(caught.value)
 
 
@@ -86,7 +86,7 @@ def test_impossible_options_are_one_sentence(given, match):
 @pytest.mark.parametrize("name", ["frameskip", "epsiode_s", "render_mode", "routr"])
 def test_an_unknown_keyword_is_a_type_error_and_one_sentence(name):
     """Stable-Baselines3 and TorchRL try keywords and go on without them after a TypeError."""
-    for make_it in (lambda **kw: gym.make("BiScale/Cluster-v0", **kw), ClusterParallelEnv):
+    for make_it in (lambda **kw: gym.make("BiScale/Cluster-v1", **kw), ClusterParallelEnv):
         with pytest.raises(TypeError, match=name) as caught:
             make_it(**{name: "human"})
         assert isinstance(caught.value, BiscaleError)
@@ -97,7 +97,7 @@ def test_an_unknown_keyword_is_a_type_error_and_one_sentence(name):
 
 
 def test_render_mode_none_is_accepted():
-    assert gym.make("BiScale/Cluster-v0", render_mode=None, **SMALL).render_mode is None
+    assert gym.make("BiScale/Cluster-v1", render_mode=None, **SMALL).render_mode is None
 
 
 def test_an_slo_may_be_an_object():
@@ -186,7 +186,7 @@ def test_a_vector_form_runs_its_sub_environments(mode, autoreset):
     """Sub-environment i, seeded with seed + i, is the single environment with that seed."""
     how = {"autoreset_mode": autoreset}
     made = gym.make_vec(
-        "BiScale/Cluster-v0",
+        "BiScale/Cluster-v1",
         num_envs=2,
         vectorization_mode=mode,
         **({"vector_kwargs": how} if mode else how),
@@ -215,7 +215,7 @@ def test_a_vector_form_runs_its_sub_environments(mode, autoreset):
 
 @pytest.mark.parametrize("how", COPIES)
 def test_a_copy_of_the_vector_form_goes_on_as_the_original(how):
-    env = gym.make_vec("BiScale/Cluster-v0", num_envs=2, **SMALL)
+    env = gym.make_vec("BiScale/Cluster-v1", num_envs=2, **SMALL)
     env.reset(seed=4)
     env.step(np.array([3, 1]))
     twin = COPIES[how](env)
@@ -227,7 +227,7 @@ def test_a_copy_of_the_vector_form_goes_on_as_the_original(how):
 
 def test_the_vector_form_truncates_and_names_its_mode():
     env = gym.make_vec(
-        "BiScale/Cluster-v0", num_envs=2, max_episode_steps=1, autoreset_mode="next_step", **SMALL
+        "BiScale/Cluster-v1", num_envs=2, max_episode_steps=1, autoreset_mode="next_step", **SMALL
     )
     assert env.autoreset_mode is AutoresetMode.NEXT_STEP
     env.reset(seed=4)
@@ -247,13 +247,13 @@ def test_the_vector_form_truncates_and_names_its_mode():
 )
 def test_mistakes_with_the_vector_form_are_one_sentence(given, match):
     with pytest.raises(BiscaleError, match=match) as caught:
-        gym.make_vec("BiScale/Cluster-v0", **{**SMALL, **given})
+        gym.make_vec("BiScale/Cluster-v1", **{**SMALL, **given})
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow
 def test_a_vector_form_with_processes():
-    made = gym.make_vec("BiScale/Cluster-v0", num_envs=2, vectorization_mode="async", **SMALL)
+    made = gym.make_vec("BiScale/Cluster-v1", num_envs=2, vectorization_mode="async", **SMALL)
     obs, _ = made.reset(seed=5)
     np.testing.assert_array_equal(make().reset(seed=6)[0], obs[1])
     assert made.step(np.array([1, 2]))[1].shape == (2,)
@@ -266,7 +266,7 @@ def test_stable_baselines_makes_it_by_name():
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
 
-    env = make_vec_env("BiScale/Cluster-v0", n_envs=2, env_kwargs=SMALL)
+    env = make_vec_env("BiScale/Cluster-v1", n_envs=2, env_kwargs=SMALL)
     model = PPO("MlpPolicy", env, n_steps=4, batch_size=4, n_epochs=1)
     model.learn(8)
     assert env.reset().shape == (2, len(make().reset(seed=0)[0]))
@@ -447,7 +447,7 @@ def test_arrival_rates_of_an_instance_that_starts_late_count_its_own_time():
 
 def test_the_spec_can_be_written_as_json_and_makes_the_same_again():
     slo = load_slo("biscale").model_copy(update={"ttft_s": 0.35, "name": "mine"})
-    env = gym.make("BiScale/Cluster-v0", slo=slo, **SMALL)
+    env = gym.make("BiScale/Cluster-v1", slo=slo, **SMALL)
     again = gym.make(gym.envs.registration.EnvSpec.from_json(env.spec.to_json()))
     assert again.unwrapped.plant.slo == slo
     np.testing.assert_array_equal(env.reset(seed=1)[0], again.reset(seed=1)[0])

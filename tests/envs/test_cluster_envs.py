@@ -19,7 +19,7 @@ SMALL = {"windows": 3, "window_s": 20.0, "rate_rps": 15.0, "freqs_mhz": (1200.0,
 
 
 def make(**changes):
-    return gym.make("BiScale/Cluster-v0", **{**SMALL, **changes}).unwrapped
+    return gym.make("BiScale/Cluster-v1", **{**SMALL, **changes}).unwrapped
 
 
 @pytest.mark.filterwarnings("error")

@@ -17,8 +17,8 @@ from biscale_env.envs.vector import PhaseVectorEnv
 from biscale_env.traces import generate
 
 SMALL: dict[str, Any] = {"rate_rps": 4.0, "episode_s": 4.0, "n_workloads": 6}
-IDS = ["BiScale/Prefill-v0", "BiScale/Decode-v0"]
-DISCRETE = ["BiScale/PrefillDiscrete-v0", "BiScale/DecodeDiscrete-v0"]
+IDS = ["BiScale/Prefill-v1", "BiScale/Decode-v1"]
+DISCRETE = ["BiScale/PrefillDiscrete-v1", "BiScale/DecodeDiscrete-v1"]
 MODES = list(AutoresetMode)
 
 
@@ -382,9 +382,9 @@ def test_skrl_wraps_single_and_vector() -> None:
 @pytest.mark.parametrize(
     ("env_id", "names"),
     [
-        ("BiScale/Prefill-v0", ("rate_rps", "load", "episode_s", "n_workloads", "profile")),
+        ("BiScale/Prefill-v1", ("rate_rps", "load", "episode_s", "n_workloads", "profile")),
         (
-            "BiScale/Cluster-v0",
+            "BiScale/Cluster-v1",
             ("windows", "window_s", "episode_s", "freqs_mhz", "violation_weight", "n_workloads"),
         ),
     ],
@@ -408,7 +408,7 @@ def test_reset_options_that_are_no_mapping_are_one_sentence(given: object) -> No
             env.reset(options=given)
 
 
-@pytest.mark.parametrize("env_id", [IDS[0], "BiScale/Cluster-v0"])
+@pytest.mark.parametrize("env_id", [IDS[0], "BiScale/Cluster-v1"])
 def test_a_limit_of_steps_that_is_no_number_is_one_sentence(env_id: str) -> None:
     with pytest.raises(BiscaleError, match="max_episode_steps must be a whole number"):
         gym.make_vec(env_id, num_envs=2, rate_rps=4.0, max_episode_steps="5x")

@@ -216,7 +216,7 @@ def test_discrete_twin_is_the_continuous_one_at_its_levels(phase: str) -> None:
 
 @pytest.mark.parametrize("level", [-1, 7, 100])
 def test_a_level_that_does_not_exist_is_refused(level: int) -> None:
-    twin = make("BiScale/PrefillDiscrete-v0")
+    twin = make("BiScale/PrefillDiscrete-v1")
     twin.reset(seed=0)
     with pytest.raises(BiscaleError, match="clock level"):
         twin.step(level)

@@ -15,13 +15,13 @@ from biscale_env.policies.plain_sb3 import algorithm_of, phase_of_plain
 
 pytest.importorskip("stable_baselines3")
 ALGORITHMS = {
-    "PPO": "BiScale/Decode-v0",
-    "A2C": "BiScale/Prefill-v0",
-    "SAC": "BiScale/Decode-v0",
-    "TD3": "BiScale/Decode-v0",
-    "DQN": "BiScale/DecodeDiscrete-v0",
-    "RecurrentPPO": "BiScale/Decode-v0",
-    "TRPO": "BiScale/Decode-v0",
+    "PPO": "BiScale/Decode-v1",
+    "A2C": "BiScale/Prefill-v1",
+    "SAC": "BiScale/Decode-v1",
+    "TD3": "BiScale/Decode-v1",
+    "DQN": "BiScale/DecodeDiscrete-v1",
+    "RecurrentPPO": "BiScale/Decode-v1",
+    "TRPO": "BiScale/Decode-v1",
 }
 
 
@@ -60,7 +60,7 @@ def test_spaces_that_do_not_fit_are_one_sentence(tmp_path):
     untrained("PPO", other).save(path)
     with pytest.raises(BiscaleError, match=r"shape \(4,\) are neither those of prefill \(63,\)"):
         phases_of(str(path))
-    untrained("A2C", gym.make("BiScale/Prefill-v0")).save(path)
+    untrained("A2C", gym.make("BiScale/Prefill-v1")).save(path)
     with pytest.raises(BiscaleError, match="is for prefill, not for decode"):
         resolve_policy(str(path), context("decode"))
     with pytest.raises(BiscaleError, match="plain Stable-Baselines3 takes no parameters"):

@@ -126,7 +126,7 @@ def test_the_same_name_on_hardware_in_a_rollout_and_in_an_environment(name, impo
     trace = generate("azure-conv-like", rate_rps=1.0, duration_s=20.0, seed=0)
     (run,) = rollout(resolve_policy(name, plant), plant, [trace], time_probe=False)
     assert run.totals["n_finished"] == len(trace)
-    env = gym.make("BiScale/Prefill-v0", episode_s=5.0)
+    env = gym.make("BiScale/Prefill-v1", episode_s=5.0)
     observation, _ = env.reset(seed=0)
     here = env.unwrapped.plant
     one, _ = resolve_policy(name, here).predict(observation)

@@ -1,4 +1,4 @@
-"""``BiScale/Cluster-v0``: the coarse loop as an environment.
+"""``BiScale/Cluster-v1``: the coarse loop as an environment.
 
 A step is one window, the action is the placement with its base clocks.
 """

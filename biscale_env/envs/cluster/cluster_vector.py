@@ -1,4 +1,4 @@
-"""The vector form of ``BiScale/Cluster-v0``: Gymnasium's ``SyncVectorEnv`` over shared settings."""
+"""The vector form of ``BiScale/Cluster-v1``: Gymnasium's ``SyncVectorEnv`` over shared settings."""
 
 import copy
 from functools import partial
@@ -27,7 +27,7 @@ class ClusterVectorEnv(PlainSpec, SyncVectorEnv):
 
     Plants, placements and capacities are loaded once. Sub-environment i, seeded with ``seed + i``,
     is the single environment with that seed. For a process per sub-environment:
-    ``gym.make_vec("BiScale/Cluster-v0", vectorization_mode="async")``.
+    ``gym.make_vec("BiScale/Cluster-v1", vectorization_mode="async")``.
     """
 
     def __init__(

@@ -37,7 +37,7 @@ class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float3
     0.75 or more (a fraction of what the placement serves within the SLO at its clocks) is harder.
     """
 
-    metadata = {"name": "biscale_cluster_v0", "render_modes": [], "is_parallelizable": True}  # noqa: RUF012
+    metadata = {"name": "biscale_cluster_v1", "render_modes": [], "is_parallelizable": True}  # noqa: RUF012
 
     def __init__(
         self,

@@ -2,13 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
-from biscale_env.models.fit.gpu_evidence import GpuEvidence
-from biscale_env.models.fit.gpu_files import FittedGpu, fit_gpu, servers_of
+from biscale_env.config.loader import read_yaml
+from biscale_env.core.files import write_whole
+from biscale_env.models.fit.gpu_evidence import GpuEvidence, evidence_dir, load_gpu_evidence
+from biscale_env.models.fit.gpu_files import FittedGpu, fit_gpu, fitted_dir, servers_of
 from biscale_env.models.fit.gpu_fit import (
     GpuFit,
     HostTime,
@@ -19,6 +23,7 @@ from biscale_env.models.fit.gpu_fit import (
     predict_points,
 )
 from biscale_env.models.fit.llm_files import TABLE_SPREAD
+from biscale_env.models.fit.profile_table import sha256
 from biscale_env.models.fit.server_model import ServerPrediction
 from biscale_env.models.physics import Coefficients
 
@@ -67,7 +72,7 @@ class HeldOutServer:
             _inside(self.measured_power_w, self.power_members_w),
         )
 
-    def record(self) -> dict[str, object]:
+    def record(self) -> dict[str, Any]:
         """Plain figures for the layer's file."""
         itl, power = (
             float(np.abs(found / measured - 1.0).mean())
@@ -160,3 +165,59 @@ def leave_one_clock_out(ev: GpuEvidence) -> Iterator[HeldOutClock]:
             float(np.abs(time / np.array([p.time_us * 1e-6 for p in out]) - 1.0).mean()),
             float(np.abs(power / np.array([p.power_w for p in out]) - 1.0).mean()),
         )
+
+
+def held_out_path(gpu: str) -> Path:
+    """File with what the fit of a GPU says about what it was not shown."""
+    return fitted_dir() / f"{gpu}.held-out.yaml"
+
+
+def held_out_record(gpu: str, n_members: int = 32) -> dict[str, Any]:
+    """Both kinds of leaving out, as plain figures; minutes.
+
+    Args:
+        gpu: GPU with evidence of its own.
+        n_members: members that a band is made of.
+    """
+    ev = load_gpu_evidence(gpu)
+    servers = [s.record() for s in leave_one_llm_out(ev, n_members)]
+    points = sum(int(s["points"]) for s in servers)
+    inside = {
+        f"{what}_coverage": round(sum(int(s[f"{what}_inside_5_95"]) for s in servers) / points, 3)
+        for what in ("itl", "power")
+        if points
+    }
+    return {
+        "gpu": gpu,
+        "evidence_sha256": sha256(evidence_dir() / f"{gpu}.yaml"),
+        "members": n_members,
+        "left_out": "one LLM at a time with all its servers; host time and energy factor unknown",
+        "band": "5th to 95th percentile of the members",
+        **inside,
+        "servers": servers,
+        "clocks": [
+            {
+                "freq_mhz": c.freq_mhz,
+                "kernels": c.points,
+                "time_mape": round(c.time_mape, 4),
+                "power_mape": round(c.power_mape, 4),
+            }
+            for c in leave_one_clock_out(ev)
+        ],
+    }
+
+
+def write_held_out(gpu: str) -> Path:
+    """Make the record of a GPU anew and write it beside the layer."""
+    path = held_out_path(gpu)
+    write_whole(path, yaml.safe_dump(held_out_record(gpu), sort_keys=False, width=150))
+    return path
+
+
+def read_held_out(gpu: str) -> dict[str, Any] | None:
+    """The committed record of a GPU; None where nothing could be left out."""
+    path = held_out_path(gpu)
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = read_yaml(path)
+    return record
