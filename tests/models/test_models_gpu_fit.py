@@ -376,4 +376,4 @@ def test_member_k_is_the_same_gpu_everywhere():
 
 def test_no_layer_is_left_over():
     fitted = {p.stem for p in (configs_dir() / "gpus" / "fitted").glob("*.yaml")}
-    assert {n for n in fitted if not n.endswith(".held-out")} == set(known_evidence())
+    assert fitted == set(known_evidence())

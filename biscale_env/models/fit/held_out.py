@@ -9,10 +9,11 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from biscale_env.config import configs_dir
 from biscale_env.config.loader import read_yaml
 from biscale_env.core.files import write_whole
 from biscale_env.models.fit.gpu_evidence import GpuEvidence, evidence_dir, load_gpu_evidence
-from biscale_env.models.fit.gpu_files import FittedGpu, fit_gpu, fitted_dir, servers_of
+from biscale_env.models.fit.gpu_files import FittedGpu, fit_gpu, servers_of
 from biscale_env.models.fit.gpu_fit import (
     GpuFit,
     HostTime,
@@ -169,7 +170,7 @@ def leave_one_clock_out(ev: GpuEvidence) -> Iterator[HeldOutClock]:
 
 def held_out_path(gpu: str) -> Path:
     """File with what the fit of a GPU says about what it was not shown."""
-    return fitted_dir() / f"{gpu}.held-out.yaml"
+    return configs_dir() / "gpus" / "held-out" / f"{gpu}.yaml"
 
 
 def held_out_record(gpu: str, n_members: int = 32) -> dict[str, Any]:
