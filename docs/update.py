@@ -15,8 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import model_figures
 import pandas as pd
-from biscale_env.models.fit.validation import to_markdown, validation_frame
 
 from agents.training.curves import draw, learning_curves
 from biscale_env.contract import DECODE_SPEC, PREFILL_SPEC
@@ -26,6 +26,7 @@ from biscale_env.evaluation.report.robustness_table import robustness_markdown
 from biscale_env.evaluation.report.tables import summary_markdown
 from biscale_env.evaluation.runs.results import scenario_label
 from biscale_env.evaluation.runs.run_view import load_run
+from biscale_env.models.fit.report import frame_markdown, report_markdown, summary_frame
 from biscale_env.policies.checkpoint_source import shipped_seeds
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,24 +45,23 @@ def replace_block(path: Path, name: str, text: str) -> None:
 
 
 def models() -> None:
-    """The whole table into docs/models.md, a digest into the README."""
-    frame = validation_frame("h100-llama70b")
-    (ROOT / "docs" / "models.md").write_text(
-        "# Model against measurement\n\nMade by `biscale fit --report`.\n\n"
-        + to_markdown(frame)
-        + "\n"
+    """The whole comparison into docs/models.md with its figures, the targets into the README."""
+    model_figures.draw(ROOT / "docs" / "models")
+    head = (
+        "# Model against measurement\n\nMade by `python docs/update.py models` from the committed"
+        " coefficients (`biscale fit`) and the errors on what the fit is not shown (`biscale fit"
+        " --held-out`). `biscale models describe NAME` lists the coefficients of one model with"
+        " their sources.\n\n"
     )
-    quantity, evidence = frame.columns[2], frame.columns[0]
-    keep = frame[
-        frame[evidence].isin(
-            ["held-out kernel sums", "beyond the box", "serving, fitted", "sustained GEMMs"]
-        )
-    ]
-    keep = keep[~keep[quantity].str.contains("mean interval|rate, TFLOP")]
-    keep = keep[
-        ~keep.iloc[:, 1].str.contains("bf16 TP2")
-    ]  # too small for the weights and a cache worth having
-    replace_block(ROOT / "README.md", "models", to_markdown(keep))
+    figures = "".join(
+        f"![{text}](models/{name}.svg)\n\n" for name, text in model_figures.CAPTIONS.items()
+    )
+    (ROOT / "docs" / "models.md").write_text(head + figures + report_markdown())
+    replace_block(
+        ROOT / "README.md",
+        "models",
+        frame_markdown(summary_frame()) + "\n\n![power by clock](docs/models/kernels.svg)",
+    )
 
 
 def bench(target: str = "bench", page: str = "README.md", block: str = "bench") -> None:
