@@ -126,7 +126,7 @@ def test_cuts_hold_for_iterations_that_they_were_not_made_of(workload, llm):
             min(n * (fluid.pool.prompt + fluid.pool.output).max(), rows.capacity),
         )
         cached, freq_mhz = rng.uniform(low, high), rng.choice(plant.clocks.grid_mhz)
-        recompute = rng.choice([0, 0, rng.integers(1, 50_000)])
+        recompute = 0 if rows.always_fit else rng.choice([0, 0, rng.integers(1, 50_000)])
         pairs = 0.5 * recompute * min(recompute, rows.longest) * rng.uniform()
         work = (n + recompute, pairs, cached, n, freq_mhz)
         duration = float(plant.model.latency_s(*work))
@@ -135,14 +135,18 @@ def test_cuts_hold_for_iterations_that_they_were_not_made_of(workload, llm):
 
 
 @pytest.mark.parametrize("llm", LLMS[1:], ids=lambda given: given["llm"])
-def test_the_bound_of_recomputing_iterations_lies_below_them(workload, llm):
+def test_the_bound_of_recomputing_iterations_lies_below_them(llm):
     """Few experts read, windows, operations that are cheaper in small batches: any cut with mu.
 
     The function behind the corners is checked as a whole: whatever mu, the least of the rows of a
     batch size, a clock and a filling is below every iteration that recomputes.
     """
     plant = plant_of("decode", **llm)
-    rows = Iterations(plant, DecodeFluid(plant, workload).pool, -1)
+    crowd = trace_of(np.zeros(600), np.tile([100, 20_000], 300), np.full(600, 1000))
+    rows = Iterations(plant, RequestTable.of(plant, [crowd]), -1)
+    assert not rows.always_fit
+    few = trace_of(np.zeros(4), np.full(4, 100))
+    assert Iterations(plant, RequestTable.of(plant, [few]), -1).always_fit
     rng = np.random.default_rng(2)
     mus = np.array([0.0, 100.0, 300.0, 600.0, 1000.0, 3000.0])
     for _ in range(300):

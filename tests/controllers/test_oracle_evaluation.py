@@ -45,9 +45,8 @@ def paths(request, workload):
 
 
 def case_of(workload, load, phase, delay_s, paths):
-    (scenario,) = MAIN.model_copy(update={"workloads": (workload,), "loads": (load,)}).scenarios(
-        paths
-    )
+    one = {"workloads": (workload,), "loads": (load,), "idles": (None,), "folds": ("forward",)}
+    (scenario,) = MAIN.model_copy(update=one).scenarios(paths)
     return resolve(scenario.model_copy(update={"delay_s": delay_s}), phase)
 
 
