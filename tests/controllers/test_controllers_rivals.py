@@ -173,8 +173,10 @@ def test_dynamollm_prefill_takes_the_cheapest_clock_that_serves_the_load():
 def test_dynamollm_keeps_its_clock_for_the_window_and_has_an_emergency():
     policy = make_policy("dynamollm", context("decode"), window_s=1.0)
     clocks = policy.context.clocks
-    calm = encode("decode", batch=20, cached_tokens=2e4, last_time=0.03)
-    crowd = encode("decode", batch=250, cached_tokens=3.5e5, last_time=0.1)
+    levels = np.array(clocks.levels_mhz)
+    slo_s = float(DECODE.latency_s(250, 0, 3.5e5, 250, levels[-2])) * 1.0005  # the crowd's clock
+    calm = encode("decode", batch=20, cached_tokens=2e4, last_time=0.03, slo=slo_s)
+    crowd = encode("decode", batch=250, cached_tokens=3.5e5, last_time=0.1, slo=slo_s)
     action, state = policy.predict(calm)
     first, steps = action, 0
     while True:
@@ -185,7 +187,7 @@ def test_dynamollm_keeps_its_clock_for_the_window_and_has_an_emergency():
         assert steps < 20
     assert steps in (10, 11)  # 10 x 0.1 s, in float32
     assert clocks.to_freq_mhz(action) > clocks.to_freq_mhz(first)
-    full = encode("decode", batch=20, cached_tokens=2e4, last_time=0.03, kv_use=0.95)
+    full = encode("decode", batch=20, cached_tokens=2e4, last_time=0.03, slo=slo_s, kv_use=0.95)
     assert policy.predict(full, state)[0] == pytest.approx(1.0)
 
 
