@@ -136,9 +136,9 @@ def smooth_max(x: Number, y: Number) -> Number:
 @register_jitable
 def memory_stretch(c: Any, freq_ghz: Number) -> Number:
     """Time of memory-bound work relative to that at the profile clock: a slow core asks slowly."""
-    now, then = c.stream_knee_ghz / freq_ghz, c.stream_knee_ghz / c.freq_profile_ghz
-    now2, then2 = now * now, then * then
-    return fourth_root((1.0 + now2 * now2) / (1.0 + then2 * then2))
+    knee2 = c.stream_knee_ghz * c.stream_knee_ghz
+    now, then = freq_ghz * freq_ghz, c.freq_profile_ghz * c.freq_profile_ghz
+    return ((now + knee2) * then / ((then + knee2) * now)) ** 0.5
 
 
 @register_jitable
