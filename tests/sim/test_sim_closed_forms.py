@@ -26,7 +26,7 @@ def work_by_hand(
     r = c.freq_profile_ghz / f
 
     def streams(clock: float) -> float:
-        return (1 + (c.stream_knee_ghz / clock) ** 4) ** 0.25
+        return (1 + (c.stream_knee_ghz / clock) ** 2) ** 0.5
 
     slow_memory = streams(f) / streams(c.freq_profile_ghz)
     core = c.core_share * r + (1 - c.core_share)
