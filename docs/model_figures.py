@@ -90,7 +90,7 @@ def one_shape(
                label=label)  # fmt: skip
     reference = seconds[-1]
     time.plot(clocks, seconds / reference, color=color, lw=1.2)
-    fastest = [p.time_us for p in points if p.freq_mhz == max(q.freq_mhz for q in points)][0]
+    fastest = max(points, key=lambda p: p.freq_mhz).time_us
     time.plot([p.freq_mhz for p in points], [p.time_us / fastest for p in points], "o", ms=4,
               color=color)  # fmt: skip
 

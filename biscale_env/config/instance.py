@@ -22,6 +22,8 @@ PARKED_RAMP_S: Final = 0.05
 DEFAULT_GPU: Final = "h100-sxm"
 DEFAULT_LLM: Final = "llama-3.3-70b"
 DEFAULT_MODEL: Final = f"{DEFAULT_GPU}/{DEFAULT_LLM}"
+# Models that are moved to a pair of GPU and LLM that has none: the first with the TP and dtype.
+TO_MOVE: Final = (DEFAULT_MODEL, f"{DEFAULT_GPU}/qwen3-32b")
 MAX_SEQS_LIMIT: Final = 4096  # requests of a batch that the simulator has room for
 IdleRule = Literal["last-clock", "parked"]
 _FILES: Final = {"gpu": "gpus", "llm": "llms", "model": "models", "slo": "slos"}
@@ -80,11 +82,16 @@ class InstanceSpec(Config):
 
     @property
     def family(self) -> str:
-        """The fitted model: ``model``, else ``<gpu>/<llm>`` if shipped, else the default."""
+        """The fitted model: ``model``, else ``<gpu>/<llm>`` if shipped, else one to be moved."""
         if self.model is not None:
             return self.model
         wanted = f"{self.gpu or DEFAULT_GPU}/{self.llm or DEFAULT_LLM}"
-        return wanted if _is_shipped("model", wanted) else DEFAULT_MODEL
+        if _is_shipped("model", wanted):
+            return wanted
+        shipped = configs_dir() / _FILES["model"]
+        file = f"decode-{self.dtype}-tp{self.tp}.yaml"
+        found = (name for name in TO_MOVE if (shipped / name / file).is_file())
+        return next(found, DEFAULT_MODEL)
 
     @classmethod
     def of(cls, **values: Any) -> "InstanceSpec":

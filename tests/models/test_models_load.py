@@ -206,6 +206,9 @@ def test_gpu_and_llm_choose_the_family():
         model = instance_model("decode", instance)
         assert (model.name, model.fitted_on) == (name, "")
     assert InstanceSpec.of(llm="gpt-oss-120b").dtype == "mxfp4"
+    # what is not shipped is moved from a model that has the TP
+    assert InstanceSpec.of(llm="qwen3-14b", tp=8).family == "h100-sxm/llama-3.3-70b"
+    assert InstanceSpec.of(llm="qwen3-14b", tp=2).family == "h100-sxm/qwen3-32b"
     assert InstanceSpec.of(llm="gpt-oss-120b", dtype="bf16").dtype == "bf16"
 
 

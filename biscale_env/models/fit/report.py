@@ -49,18 +49,20 @@ def kernel_frame(gpu: str) -> pd.DataFrame:
     ev, layer = load_gpu_evidence(gpu), layer_values(load_layer(gpu))
     points = ev.kernels.points
     time, power = predict_kernels(points, load_gpu(gpu), layer)
+    time_error = 1e6 * time / [p.time_us for p in points] - 1.0
+    power_error = power / [p.power_w for p in points] - 1.0
     return pd.DataFrame(
         {
             "rows x k x n": [f"{p.rows:.0f} x {p.k:.0f} x {p.n:.0f}" for p in points],
             "clock, MHz": [int(p.freq_mhz) for p in points],
             "time, µs": [f"{p.time_us:.0f}" for p in points],
             "model": [f"{1e6 * t:.0f}" for t in time],
-            "error": [percent(1e6 * t / p.time_us - 1, True) for p, t in zip(points, time, strict=True)],
+            "error": [percent(float(e), True) for e in time_error],
             "power, W": [f"{p.power_w:.0f}" for p in points],
             "model ": [f"{w:.0f}" for w in power],
-            "error ": [percent(w / p.power_w - 1, True) for p, w in zip(points, power, strict=True)],
+            "error ": [percent(float(e), True) for e in power_error],
         }
-    )  # fmt: skip
+    )
 
 
 def measured_servers(gpu: str) -> Iterator[tuple[ServerWork, list[float], list[float]]]:
@@ -135,6 +137,7 @@ def clock_frame(model: IterationModel, work: tuple[float, float, float, float]) 
     ratio = np.array(energy) / np.array(energy)[:, -1:]
     low, high = np.percentile(ratio[1:], (5, 95), axis=0)
     best = float(model.optimal_freq_mhz(*work))
+    nearest = min(levels, key=lambda f: abs(f - best))
     time = [float(model.latency_s(*work, f)) for f in levels]
     return pd.DataFrame(
         {
@@ -143,9 +146,9 @@ def clock_frame(model: IterationModel, work: tuple[float, float, float, float]) 
             "power, W": [f"{float(model.power_w(*work, f)):.0f}" for f in levels],
             "energy against " + f"{top:.0f} MHz": [f"{r:.3f}" for r in ratio[0]],
             "members, 5 to 95 %": [f"{a:.3f} to {b:.3f}" for a, b in zip(low, high, strict=True)],
-            "": ["least energy" if f == min(levels, key=lambda x: abs(x - best)) else "" for f in levels],
+            "": ["least energy" if f == nearest else "" for f in levels],
         }
-    )  # fmt: skip
+    )
 
 
 def summary_frame() -> pd.DataFrame:
