@@ -36,7 +36,8 @@ FEW_ROWS = 2048.0  # GEMM rows at which half of ``few_rows_saving`` is left; cho
 class Coefficients(NamedTuple):
     """Coefficients of one phase of one (GPU, LLM, dtype, TP, EP) configuration.
 
-    Every work term is per GPU. Times are those at ``freq_profile_ghz``.
+    Every work term is per GPU. Times of compute are those at ``freq_profile_ghz``, those of HBM are
+    the memory's own, without limit by the clock.
     """
 
     n_gpus: float  # GPUs of the instance (tensor parallel degree)
@@ -135,10 +136,9 @@ def smooth_max(x: Number, y: Number) -> Number:
 
 @register_jitable
 def memory_stretch(c: Any, freq_ghz: Number) -> Number:
-    """Time of memory-bound work relative to that at the profile clock: a slow core asks slowly."""
-    knee2 = c.stream_knee_ghz * c.stream_knee_ghz
-    now, then = freq_ghz * freq_ghz, c.freq_profile_ghz * c.freq_profile_ghz
-    return ((now + knee2) * then / ((then + knee2) * now)) ** 0.5
+    """Time of memory-bound work relative to that of HBM alone: a slow core asks slowly."""
+    x = c.stream_knee_ghz / freq_ghz
+    return fourth_root(1.0 + x * x * x * x)
 
 
 @register_jitable

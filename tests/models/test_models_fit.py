@@ -315,7 +315,8 @@ def test_prediction_at_the_profile_clock_is_the_sum_of_its_parts():
     c = load_model("prefill", 4).coefficients
     bare = c._replace(host0_s=0.0, host_s_per_seq=0.0)
     n = 512.0
-    gemm = (c.weights_s**4 + (c.gemm_s_per_token * n) ** 4) ** 0.25
+    knee = (c.stream_knee_ghz / c.freq_profile_ghz) ** 4
+    gemm = (c.weights_s**4 * (1 + knee) + (c.gemm_s_per_token * n) ** 4) ** 0.25
     rest = (
         c.gemm0_s
         + c.attn0_s

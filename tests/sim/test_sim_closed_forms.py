@@ -26,9 +26,9 @@ def work_by_hand(
     r = c.freq_profile_ghz / f
 
     def streams(clock: float) -> float:
-        return (1 + (c.stream_knee_ghz / clock) ** 2) ** 0.5
+        return (1 + (c.stream_knee_ghz / clock) ** 4) ** 0.25
 
-    slow_memory = streams(f) / streams(c.freq_profile_ghz)
+    slow_memory = streams(f)
     core = c.core_share * r + (1 - c.core_share)
     gemm = ((c.weights_s * slow_memory) ** 4 + (c.gemm_s_per_token * tokens * r) ** 4) ** 0.25
     time_s = (

@@ -95,22 +95,25 @@ def fit_components(
     Args:
         table: kernel times.
         train: rows to use.
-        start: gives what is not fitted: the constant of the GEMMs, windows, experts per token.
+        start: gives what is not fitted: the constant of the GEMMs, windows, experts per token, the
+            GPU's clocks.
     """
     work = table.work
     n, one = work.tokens[train], np.ones(int(train.sum()))
     pairs, read = physics.attended(start, *work.as_tuple())
     quadratic = (pairs if table.phase == "prefill" else read)[train]
     weights_s, gemm_s = _fit_gemm(n, table.column("gemm_s")[train], start.gemm0_s)
-    found = {"weights_s": weights_s, "gemm_s_per_token": gemm_s}
+    hbm = 1.0 / float(physics.memory_stretch(start, start.freq_profile_ghz))  # times of HBM alone
+    found = {"weights_s": weights_s * hbm, "gemm_s_per_token": gemm_s}
     if start.expert_bytes > 0:
         found |= _fit_experts(n, table.column("expert_s")[train], start.expert_miss)
+        found["experts_s"] *= hbm
     attention = _relative_nnls([one, n, quadratic], table.column("attn_s")[train])
     comm = _relative_nnls([one, n], table.column("comm_s")[train]) if table.tp > 1 else np.zeros(2)
     elem = _relative_nnls([one, n], table.column("elem_s")[train])
     return found | {
         "attn0_s": float(attention[0]),
-        WORK_FIELD[table.phase]: float(attention[2]),
+        WORK_FIELD[table.phase]: float(attention[2]) * (hbm if table.phase == "decode" else 1.0),
         "comm0_s": float(comm[0]),
         "comm_s_per_token": float(comm[1]),
         "elem0_s": float(elem[0]),
