@@ -30,6 +30,7 @@ from biscale_env.core.roots import bracket, false_position, narrowed
 
 Number = Any  # float, ndarray or CasADi expression
 HINGE_WIDTH_GHZ = 0.05  # assumed: rounding of the voltage hinge
+CAP_TOLERANCE_W = 1e-6  # of the power at the effective clock
 FEW_ROWS = 2048.0  # GEMM rows at which half of ``few_rows_saving`` is left; chosen with the fit
 
 
@@ -172,6 +173,55 @@ def attended(
     return attn_work, cached
 
 
+class TimeParts(NamedTuple):
+    """An iteration's time, cut by what it goes with, s; of the work alone, at no clock yet."""
+
+    stream: Number  # dense weights from HBM
+    compute: Number  # dense GEMMs, at the profile clock
+    expert_stream: Number  # experts from HBM
+    expert_compute: Number  # expert GEMMs, at the profile clock
+    clocked: Number  # everything else that goes with the clock, at the profile clock
+    memory: Number  # everything else that HBM bounds
+    constant: Number  # communication, host, what no clock changes
+
+
+@register_jitable
+def time_parts(
+    c: Any, tokens: Number, attn_work: Number, cached: Number, n_seq: Number
+) -> TimeParts:
+    """Time of an iteration's work by what it goes with."""
+    pairs, read = attended(c, tokens, attn_work, cached, n_seq)
+    small = c.attn0_s + c.elem0_s + c.elem_s_per_token * tokens
+    expert_stream, expert_compute = 0.0, 0.0
+    if c.experts_s > 0.0:
+        expert_stream = c.experts_s * experts_read(c, tokens)
+        expert_compute = c.expert_s_per_token * tokens
+    return TimeParts(
+        c.weights_s,
+        c.gemm_s_per_token * tokens,
+        expert_stream,
+        expert_compute,
+        c.gemm0_s + c.core_share * small + c.attn_prefill_s * pairs,
+        c.attn_decode_s * read,
+        (1.0 - c.core_share) * small
+        + c.comm0_s
+        + c.comm_s_per_token * tokens
+        + c.host0_s
+        + c.host_s_per_seq * n_seq,
+    )
+
+
+@register_jitable
+def duration_of(c: Any, t: TimeParts, freq_ghz: Number) -> Number:
+    """Duration of work in s at a constant SM clock in GHz."""
+    ratio = c.freq_profile_ghz / freq_ghz
+    stretch = memory_stretch(c, freq_ghz)
+    gemm = smooth_max(t.stream * stretch, t.compute * ratio)
+    if c.experts_s > 0.0:
+        gemm = gemm + smooth_max(t.expert_stream * stretch, t.expert_compute * ratio)
+    return gemm + t.clocked * ratio + t.memory * stretch + t.constant
+
+
 @register_jitable
 def latency_s(
     c: Any, tokens: Number, attn_work: Number, cached: Number, n_seq: Number, freq_ghz: Number
@@ -180,21 +230,7 @@ def latency_s(
 
     No power cap; see ``effective_freq_ghz``.
     """
-    ratio = c.freq_profile_ghz / freq_ghz
-    stretch = memory_stretch(c, freq_ghz)
-    core = c.core_share * ratio + 1.0 - c.core_share
-    pairs, read = attended(c, tokens, attn_work, cached, n_seq)
-    gemm = smooth_max(c.weights_s * stretch, c.gemm_s_per_token * tokens * ratio)
-    if c.experts_s > 0.0:
-        stream = c.experts_s * experts_read(c, tokens) * stretch
-        gemm = gemm + smooth_max(stream, c.expert_s_per_token * tokens * ratio)
-    attention = (
-        c.attn0_s * core + c.attn_prefill_s * pairs * ratio + c.attn_decode_s * read * stretch
-    )
-    communication = c.comm0_s + c.comm_s_per_token * tokens
-    elementwise = (c.elem0_s + c.elem_s_per_token * tokens) * core
-    host = c.host0_s + c.host_s_per_seq * n_seq
-    return gemm + c.gemm0_s * ratio + attention + communication + elementwise + host
+    return duration_of(c, time_parts(c, tokens, attn_work, cached, n_seq), freq_ghz)
 
 
 @register_jitable
@@ -211,8 +247,10 @@ def work_energy_j(
         moved = moved + c.expert_bytes * share
         on_chip = on_chip + c.expert_core_bytes * share
     per_flop = c.e_flop_j * (1.0 - c.few_rows_saving * FEW_ROWS / (FEW_ROWS + tokens))
-    core = per_flop * flops + c.e_byte_j * on_chip
-    return core, c.e_hbm_j * moved + c.e_link_j * c.link_bytes_per_token * tokens
+    per_request = c.p_seq_w * c.host_s_per_seq * n_seq  # it is not idle time, says measured power
+    core = per_flop * flops + c.e_byte_j * on_chip + per_request
+    fixed = c.e_hbm_j * moved + c.e_link_j * c.link_bytes_per_token * tokens
+    return c.energy_factor * core, c.energy_factor * fixed
 
 
 @register_jitable
@@ -220,6 +258,22 @@ def idle_power_w(c: Any, freq_ghz: Number) -> Number:
     """Power per GPU in W of an instance that waits at this clock with its context loaded."""
     v = voltage(c, freq_ghz)
     return c.p_static_w + c.p_clock_w_per_ghz * freq_ghz * v * v
+
+
+@register_jitable
+def energy_of(c: Any, core_j: Number, fixed_j: Number, time_s: Number, freq_ghz: Number) -> Number:
+    """Energy per GPU in J of work that takes ``time_s`` at a constant SM clock in GHz.
+
+    Args:
+        c: coefficients.
+        core_j: energy of the work that scales with V^2, J.
+        fixed_j: energy of the work that does not, J.
+        time_s: duration, s.
+        freq_ghz: clock, GHz.
+    """
+    v = voltage(c, freq_ghz)
+    busy = c.energy_factor * c.p_busy_w * time_s
+    return time_s * idle_power_w(c, freq_ghz) + v * v * (core_j + busy) + fixed_j
 
 
 @register_jitable
@@ -233,11 +287,8 @@ def iteration_energy_j(
     freq_ghz: Number,
 ) -> Number:
     """Energy per GPU in J of an iteration that takes ``time_s`` at a constant SM clock in GHz."""
-    v = voltage(c, freq_ghz)
     core, fixed = work_energy_j(c, tokens, attn_work, cached, n_seq)
-    per_request = c.p_seq_w * c.host_s_per_seq * n_seq  # it is not idle time, says measured power
-    core = core + c.p_busy_w * time_s + per_request
-    return time_s * idle_power_w(c, freq_ghz) + c.energy_factor * (v * v * core + fixed)
+    return energy_of(c, core, fixed, time_s, freq_ghz)
 
 
 @register_jitable
@@ -247,6 +298,48 @@ def power_w(
     """Mean power per GPU in W over one iteration at a constant SM clock in GHz, before the cap."""
     t = latency_s(c, tokens, attn_work, cached, n_seq, freq_ghz)
     return iteration_energy_j(c, tokens, attn_work, cached, n_seq, t, freq_ghz) / t
+
+
+@register_jitable
+def iteration_under_cap(
+    c: Any,
+    tokens: float,
+    attn_work: float,
+    cached: float,
+    n_seq: float,
+    freq_ghz: float,
+    freq_min_ghz: float,
+) -> tuple[float, float, float]:
+    """What an iteration does at a requested clock: effective clock, GHz; duration, s; energy, J.
+
+    Floats only; energy per GPU. The effective clock is the highest up to the request at which the
+    iteration's mean power keeps the cap. Power rises in the clock, so the crossing is bracketed by
+    ``freq_min_ghz`` and the request and found by :mod:`biscale_env.core.roots` to a millionth of a
+    watt. At the lowest clock the hardware has nothing left to lower: it is returned even above the
+    cap.
+    """
+    parts = time_parts(c, tokens, attn_work, cached, n_seq)
+    core, fixed = work_energy_j(c, tokens, attn_work, cached, n_seq)
+    time = duration_of(c, parts, freq_ghz)
+    joules = energy_of(c, core, fixed, time, freq_ghz)
+    if joules <= c.p_cap_w * time or freq_ghz <= freq_min_ghz:
+        return freq_ghz, time, joules
+    hi, excess_hi = freq_ghz, joules / time - c.p_cap_w
+    f = freq_min_ghz
+    time = duration_of(c, parts, f)
+    joules = energy_of(c, core, fixed, time, f)
+    excess = joules / time - c.p_cap_w
+    if excess < 0.0:
+        b = bracket(f, excess, hi, excess_hi)
+        for _ in range(60):
+            f = false_position(b)
+            time = duration_of(c, parts, f)
+            joules = energy_of(c, core, fixed, time, f)
+            excess = joules / time - c.p_cap_w
+            if abs(excess) < CAP_TOLERANCE_W or b.hi - b.lo < 1e-10:
+                break
+            b = narrowed(b, f, excess)
+    return f, time, joules
 
 
 @register_jitable
@@ -261,26 +354,6 @@ def effective_freq_ghz(
 ) -> float:
     """Highest clock <= request at which the iteration's mean power keeps the cap (GHz).
 
-    Floats only.
-
-    Power rises in the clock, so the crossing is bracketed by ``freq_min_ghz`` and the request and
-    found by :mod:`biscale_env.core.roots` to 1e-10 GHz. At the lowest clock the hardware
-    has nothing left to lower: it is returned even above the cap.
+    Floats only; see :func:`iteration_under_cap`.
     """
-    hi = freq_ghz
-    excess_hi = power_w(c, tokens, attn_work, cached, n_seq, hi) - c.p_cap_w
-    if excess_hi <= 0.0 or hi <= freq_min_ghz:
-        return hi
-    lo = freq_min_ghz
-    excess_lo = power_w(c, tokens, attn_work, cached, n_seq, lo) - c.p_cap_w
-    if excess_lo >= 0.0:
-        return lo
-    b = bracket(lo, excess_lo, hi, excess_hi)
-    mid = lo
-    for _ in range(60):
-        mid = false_position(b)
-        excess = power_w(c, tokens, attn_work, cached, n_seq, mid) - c.p_cap_w
-        if abs(excess) < 1e-7 or b.hi - b.lo < 1e-10:
-            break
-        b = narrowed(b, mid, excess)
-    return mid
+    return iteration_under_cap(c, tokens, attn_work, cached, n_seq, freq_ghz, freq_min_ghz)[0]

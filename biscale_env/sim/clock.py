@@ -22,12 +22,7 @@ from biscale_env.core.clockqueue import (
     wait_s,
 )
 from biscale_env.core.jit import inlined
-from biscale_env.models.physics import (
-    effective_freq_ghz,
-    idle_power_w,
-    iteration_energy_j,
-    latency_s,
-)
+from biscale_env.models.physics import idle_power_w, iteration_under_cap
 
 
 @inlined
@@ -90,13 +85,7 @@ def under_cap(
 
     ``(effective clock in GHz, duration in s, energy per GPU in J)``.
     """
-    duration = latency_s(c, tokens, attn_work, cached, n_seq, freq_ghz)
-    joules = iteration_energy_j(c, tokens, attn_work, cached, n_seq, duration, freq_ghz)
-    if joules <= c.p_cap_w * duration:
-        return freq_ghz, duration, joules
-    freq = effective_freq_ghz(c, tokens, attn_work, cached, n_seq, freq_ghz, p.freq_min_ghz)
-    duration = latency_s(c, tokens, attn_work, cached, n_seq, freq)
-    return freq, duration, iteration_energy_j(c, tokens, attn_work, cached, n_seq, duration, freq)
+    return iteration_under_cap(c, tokens, attn_work, cached, n_seq, freq_ghz, p.freq_min_ghz)
 
 
 class WorkDone(NamedTuple):

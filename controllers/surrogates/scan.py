@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from biscale_env.core.jit import compiled
 from biscale_env.models import COEFFICIENT_DTYPE, IterationModel
-from biscale_env.models.physics import effective_freq_ghz, iteration_energy_j, latency_s
+from biscale_env.models.physics import iteration_under_cap
 from controllers.base import Floats, PolicyContext
 from controllers.columns import DECODE, PREFILL
 from controllers.records import Records
@@ -61,13 +61,9 @@ def scan(
             energy[i, :] = 0.0
             continue
         for k in range(clocks_ghz.size):
-            f = clocks_ghz[k]
-            t = latency_s(c, tokens, attn_work, cached, n_seq, f)
-            e = iteration_energy_j(c, tokens, attn_work, cached, n_seq, t, f)
-            if e > c.p_cap_w * t:
-                f = effective_freq_ghz(c, tokens, attn_work, cached, n_seq, f, freq_min_ghz)
-                t = latency_s(c, tokens, attn_work, cached, n_seq, f)
-                e = iteration_energy_j(c, tokens, attn_work, cached, n_seq, t, f)
+            _, t, e = iteration_under_cap(
+                c, tokens, attn_work, cached, n_seq, clocks_ghz[k], freq_min_ghz
+            )
             latency[i, k] = t
             energy[i, k] = e * c.n_gpus
 

@@ -333,8 +333,6 @@ def test_energy_of_an_iteration_does_not_depend_on_how_it_is_cut():
     whole = physics.iteration_energy_j(c, 64.0, 0.0, 6e4, 64.0, 0.03, 1.4)
     core, fixed = physics.work_energy_j(c, 64.0, 0.0, 6e4, 64.0)
     v = physics.voltage(c, 1.4)
-    host = c.p_seq_w * 64.0 * c.host_s_per_seq
-    parts = 0.03 * (
-        physics.idle_power_w(c, 1.4) + c.energy_factor * c.p_busy_w * v * v
-    ) + c.energy_factor * (v * v * (core + host) + fixed)
+    busy = c.energy_factor * c.p_busy_w * v * v
+    parts = 0.03 * (physics.idle_power_w(c, 1.4) + busy) + v * v * core + fixed
     assert math.isclose(whole, parts, rel_tol=1e-12)
