@@ -20,6 +20,8 @@ Rows = NDArray[np.bool_] | NDArray[np.intp]
 ERROR_SCALE = 0.02
 SMALLEST_S = 1e-15  # stands for zero in logarithms
 TINY = 1e-9  # keeps a start that lies on its bound inside
+LEAST_SKEW = 0.1  # assumed: fewer rows do not touch so many experts, whatever the routing
+LOWER = {"expert_skew": LEAST_SKEW}  # coefficients with a lower bound above zero
 UPPER = {"core_share": 1.0, "expert_skew": 1.0}  # coefficients with an upper bound
 LATENCY_FIELDS = (
     "weights_s",
@@ -57,31 +59,37 @@ def _fit_gemm(tokens: Floats, seconds: Floats, constant_s: float) -> tuple[float
 
 
 def _fit_experts(tokens: Floats, seconds: Floats, expert_miss: float) -> dict[str, float]:
-    """Time of the stream of all experts, compute time per row, s, and the skew of the routing."""
+    """Time of the stream of all experts, compute time per row, s, and the skew of the routing.
+
+    Beside them a constant, ``elem0_s``: sorting rows by expert and launching one GEMM per expert
+    take their time whatever the number of rows. The least error of several starts, since few rows
+    alone tell a skew from a constant.
+    """
 
     def residual(q: Floats) -> Floats:
         share = 1.0 - expert_miss ** (np.exp(q[2]) * tokens)
-        return np.asarray(
-            physics.smooth_max(np.exp(q[0]) * share, np.exp(q[1]) * tokens) / seconds - 1.0
-        )
+        time = physics.smooth_max(np.exp(q[0]) * share, np.exp(q[1]) * tokens)
+        return np.asarray((time + np.exp(q[3])) / seconds - 1.0)
 
-    few, many = int(np.argmin(tokens)), int(np.argmax(tokens))
-    compute = float(np.log(seconds[many] / tokens[many]))
-    top = np.array([np.inf, np.inf, 0.0])
+    per_row, least = np.log(seconds.max() / tokens.max()), np.log(0.5 * seconds.min())
+    bounds = (
+        np.array([-np.inf, -np.inf, np.log(LEAST_SKEW), -np.inf]),
+        np.array([np.inf, np.inf, 0.0, np.inf]),
+    )
     found = [
         least_squares(
             residual,
-            np.array([np.log(seconds[few] / share), compute, np.log(skew)]),
-            bounds=(-np.inf, top),
+            np.array([np.log(np.median(seconds) * part), per_row, skew, least]),
+            bounds=bounds,
             loss="soft_l1",
             f_scale=ERROR_SCALE,
         )
-        for skew in (0.9, 0.3)
-        for share in {1.0 - expert_miss ** (skew * float(tokens[few])), 1.0}
+        for part in (0.3, 1.0)
+        for skew in (-0.2, -1.0, -2.0)
     ]
-    q = min(found, key=lambda solution: float(solution.cost)).x
-    names = ("experts_s", "expert_s_per_token", "expert_skew")
-    return dict(zip(names, np.exp(q).tolist(), strict=True))
+    best = min(found, key=lambda s: float(s.cost))
+    names = ("experts_s", "expert_s_per_token", "expert_skew", "elem0_s")
+    return dict(zip(names, np.exp(best.x).tolist(), strict=True))
 
 
 def fit_components(
@@ -111,12 +119,13 @@ def fit_components(
     attention = _relative_nnls([one, n, quadratic], table.column("attn_s")[train])
     comm = _relative_nnls([one, n], table.column("comm_s")[train]) if table.tp > 1 else np.zeros(2)
     elem = _relative_nnls([one, n], table.column("elem_s")[train])
+    sorting_s = found.pop("elem0_s", 0.0)
     return found | {
         "attn0_s": float(attention[0]),
         WORK_FIELD[table.phase]: float(attention[2]) * (hbm if table.phase == "decode" else 1.0),
         "comm0_s": float(comm[0]),
         "comm_s_per_token": float(comm[1]),
-        "elem0_s": float(elem[0]),
+        "elem0_s": float(elem[0]) + sorting_s,
         "elem_s_per_token": float(elem[1] + attention[1]),
     }
 
@@ -160,13 +169,16 @@ def refine(
         error = physics.latency_s(unpack(q), tokens, attn_work, cached, n_seq, clock) / target - 1.0
         return np.concatenate([error, q * (ERROR_SCALE / sigma * np.sqrt(len(target)))])
 
+    bottom = np.array(
+        [np.log(LOWER[f] / getattr(start, f)) - TINY if f in LOWER else -np.inf for f in moved]
+    )
     top = np.array(
         [np.log(UPPER[f] / getattr(start, f)) + TINY if f in UPPER else np.inf for f in moved]
     )
     solution = least_squares(
         residual,
         np.zeros(len(moved)),
-        bounds=(-np.inf, top),
+        bounds=(bottom, top),
         loss="soft_l1",
         f_scale=ERROR_SCALE,
         xtol=1e-14,
