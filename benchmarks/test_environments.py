@@ -59,7 +59,7 @@ def test_vector_steps(meter: Meter, phase: str) -> None:
 def test_single_steps(meter: Meter, phase: str) -> None:
     """Steps per second through gymnasium.make within one long episode."""
     env = gym.make(
-        f"BiScale/{phase.capitalize()}-v0", rate_rps=RATE_RPS, episode_s=3600.0, n_workloads=1
+        f"BiScale/{phase.capitalize()}-v1", rate_rps=RATE_RPS, episode_s=3600.0, n_workloads=1
     )
     env.reset(seed=0)
     actions = [a[0] for a in actions_of(1, 64)]
@@ -93,7 +93,7 @@ def timed_episodes(env: gym.Env, steps: int) -> tuple[np.ndarray, float, float]:
 @pytest.mark.parametrize("phase", PHASES)
 def test_resets(meter: Meter, phase: str) -> None:
     """Median reset of the default environment, and what resets leave of the step rate."""
-    env = gym.make(f"BiScale/{phase.capitalize()}-v0")
+    env = gym.make(f"BiScale/{phase.capitalize()}-v1")
     env.reset(seed=0)
     timed_episodes(env, 4000)  # compiles; most workloads are still to be made
     resets, stepping, total = meter.once(lambda: timed_episodes(env, RESET_STEPS[phase]))
@@ -116,9 +116,9 @@ def test_resets(meter: Meter, phase: str) -> None:
 @pytest.mark.parametrize("phase", PHASES)
 def test_beside_cartpole(meter: Meter, phase: str) -> None:
     """Rates of the default environments, resets included, as multiples of the single CartPole."""
-    single = gym.make(f"BiScale/{phase.capitalize()}-v0")
+    single = gym.make(f"BiScale/{phase.capitalize()}-v1")
     single.reset(seed=0)
-    vector = gym.make_vec(f"BiScale/{phase.capitalize()}-v0", num_envs=NUM_ENVS)
+    vector = gym.make_vec(f"BiScale/{phase.capitalize()}-v1", num_envs=NUM_ENVS)
     vector.reset(seed=0)
     actions = actions_of(NUM_ENVS, VECTOR_STEPS)
 

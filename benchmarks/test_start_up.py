@@ -9,7 +9,7 @@ from meter import Meter, Metric
 IMPORT = "import time; t = time.perf_counter(); import biscale_env; print(time.perf_counter() - t)"
 MAKE = (
     "import time, biscale_env, gymnasium as gym; t = time.perf_counter();"
-    "env = gym.make('BiScale/{phase}-v0'); print(time.perf_counter() - t);"
+    "env = gym.make('BiScale/{phase}-v1'); print(time.perf_counter() - t);"
     "t = time.perf_counter(); env.reset(seed=0); print(time.perf_counter() - t)"
 )
 

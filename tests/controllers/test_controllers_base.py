@@ -68,7 +68,7 @@ def test_predict_keeps_nothing_outside_its_state(phase, name):
 @pytest.mark.parametrize(("phase", "name"), [p for p in ALL if p[1] != "mpc-dompc"])
 def test_sb3_evaluates_it(phase, name):
     sb3 = pytest.importorskip("stable_baselines3.common.evaluation")
-    env = gym.make(f"BiScale/{phase.capitalize()}-v0", rate_rps=2.0, episode_s=5.0)
+    env = gym.make(f"BiScale/{phase.capitalize()}-v1", rate_rps=2.0, episode_s=5.0)
     policy = make_policy(name, context(phase))
     with pytest.warns(UserWarning, match="Monitor"):
         rewards, lengths = sb3.evaluate_policy(

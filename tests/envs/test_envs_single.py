@@ -202,7 +202,7 @@ def test_drain_serves_everything() -> None:
 @pytest.mark.parametrize("phase", PHASES)
 def test_discrete_twin_is_the_continuous_one_at_its_levels(phase: str) -> None:
     name = phase.capitalize()
-    twin, env = make(f"BiScale/{name}Discrete-v0"), make(f"BiScale/{name}-v0")
+    twin, env = make(f"BiScale/{name}Discrete-v1"), make(f"BiScale/{name}-v1")
     levels = twin.plant.clocks.levels_mhz
     assert twin.action_space == gym.spaces.Discrete(len(levels))
     order = [int(k) for k in np.random.default_rng(0).integers(0, len(levels), 50)]
