@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import write_whole
 
 CHUNK_BYTES: Final = 1 << 20
 TIMEOUT_S: Final = 30.0
@@ -95,7 +96,7 @@ class PartialFile:
         self._need_room((total or 0) - done)
         version = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
         if version and not version.startswith("W/"):  # weak marks do not hold for ranges
-            self._mark.write_text(version)
+            write_whole(self._mark, version)
         with self.path.open("ab" if continues else "wb") as file:
             progress(done, total)
             for chunk in _chunks(response):

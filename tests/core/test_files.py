@@ -228,7 +228,7 @@ def test_a_lock_that_cannot_be_made_is_an_error_that_names_it(tmp_path) -> None:
 
 ROOT = Path(__file__).resolve().parents[2]
 MAKERS = {"mkstemp", "NamedTemporaryFile", "savefig", "to_parquet"}
-ALLOWED = {"biscale_env/core/files.py", "biscale_env/traces/download.py"}
+ALLOWED = {"biscale_env/core/files.py", "biscale_env/traces/partial_file.py"}
 
 
 def by_hand(source: str) -> list[int]:

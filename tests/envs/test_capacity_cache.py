@@ -149,18 +149,23 @@ def copied(tmp_path):
     return tmp_path / "prefill-bf16-tp4.yaml"
 
 
-@pytest.mark.parametrize("which", ["coefficients", "ensemble"])
+@pytest.mark.parametrize("which", ["work", "host", "ensemble"])
 def test_the_key_changes_with_a_fitted_model(tmp_path, which):
     file = copied(tmp_path)
     before = key_of(model=str(file))
     assert before == key_of(), "the same content elsewhere is the same model"
-    if which == "coefficients":
-        data = yaml.safe_load(file.read_text())
-        data["coefficients"]["host0_s"]["value"] *= 2
-        file.write_text(yaml.safe_dump(data))
-    else:
+    if which == "ensemble":
         table = file.with_suffix(".ensemble.csv")
         table.write_text(table.read_text().rsplit("\n", 2)[0] + "\n")
+    else:
+        data = yaml.safe_load(file.read_text())
+        given = data["coefficients"]
+        if which == "work":
+            given["gemm_s_per_token"]["value"] *= 2
+        else:  # the GPU's layer gives it, unless the model's own file does
+            assert "host0_s" not in given
+            given["host0_s"] = {"value": 0.5, "provenance": "assumed", "source": "this test"}
+        file.write_text(yaml.safe_dump(data))
     assert key_of(model=str(file)) != before
 
 

@@ -113,17 +113,53 @@ def test_every_input_is_digested_and_a_change_of_each_shows(tmp_path):
     point = Scenario(name="s", duration_s=20.0, model=str(family), seeds=1)
     before = inputs_of([job(point), job(point, "static:1200")])
     kinds = [name.split()[0] for name in before]
-    assert kinds == ["GPU", "LLM", "SLO", "model", "model", "workload"]
+    assert kinds == ["GPU", "LLM", "SLO", "model", "workload"]
     assert all(len(digest) == 64 for digest in before.values())
     assert case_inputs(resolve(point, "prefill")) == before
-    for file in sorted(family.glob("prefill-bf16-tp4*")):
+    files = sorted(family.glob("prefill-bf16-tp4*"))
+    assert [file.name for file in files] == [
+        "prefill-bf16-tp4.ensemble.csv",
+        "prefill-bf16-tp4.yaml",
+    ]
+    for file in files:
         text = file.read_text()
         file.write_text(text + "# changed\n")
         changed = inputs_of([job(point)])
-        assert [n for n in before if changed[n] != before[n]] == [f"model {family} ({file.name})"]
+        assert [n for n in before if changed[n] != before[n]] == [
+            f"model {family} (prefill-bf16-tp4)"
+        ]
         file.write_text(text)
+    assert inputs_of([job(point)]) == before
     other = inputs_of([job(point.model_copy(update={"profile": "poisson-fixed"}))])
     assert set(other) - set(before) == {"workload poisson-fixed of s at load 0.75 (prefill)"}
+
+
+def test_a_change_of_the_gpus_layer_shows_in_the_model(tmp_path):
+    gpu = tmp_path / "mine.yaml"
+    gpu.write_text((configs_dir() / "gpus" / "h100-sxm.yaml").read_text())
+    layer = tmp_path / "fitted" / "mine.yaml"
+    layer.parent.mkdir()
+    layer.write_text((configs_dir() / "gpus" / "fitted" / "h100-sxm.yaml").read_text())
+    point = Scenario(name="s", duration_s=20.0, gpu=str(gpu), seeds=1)
+    before = inputs_of([job(point)])
+    content = yaml.safe_load(layer.read_text())
+    content["coefficients"]["p_static_w"]["value"] += 1.0
+    layer.write_text(yaml.safe_dump(content))
+    changed = inputs_of([job(point)])
+    assert [n.split()[0] for n in before if changed[n] != before[n]] == ["model"]
+
+
+def test_models_of_one_family_have_digests_of_their_own():
+    point = Scenario(name="s", duration_s=20.0, seeds=1)
+    others = [{"tp": 8}, {"dtype": "fp8"}, {"gpu": "h200-sxm", "model": "h100-sxm/llama-3.3-70b"}]
+    points = [point, *(Scenario(name="s", duration_s=20.0, seeds=1, **o) for o in others)]
+    models = [n for n in inputs_of([job(p) for p in points]) if n.startswith("model ")]
+    assert models == [
+        "model h100-sxm/llama-3.3-70b (prefill-bf16-tp4)",
+        "model h100-sxm/llama-3.3-70b (prefill-bf16-tp8)",
+        "model h100-sxm/llama-3.3-70b (prefill-fp8-tp4)",
+        "model h100-sxm/llama-3.3-70b (prefill-bf16-tp4) on h200-sxm with llama-3.3-70b",
+    ]
 
 
 def test_checkpoints_are_digested_with_the_configuration_of_a_zip(tmp_path):

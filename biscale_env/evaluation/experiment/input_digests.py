@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from biscale_env.evaluation.experiment.compare import ComparisonJob
 from biscale_env.evaluation.experiment.scenarios import Case, resolve
 from biscale_env.evaluation.runs.provenance import file_hash, text_hash
+from biscale_env.models.coefficient_files import stem
+from biscale_env.models.iteration_model import IterationModel
 from biscale_env.policies import find_policy
 from biscale_env.policies.checkpoint_source import CheckpointSource
 from biscale_env.policies.class_source import ClassSource
@@ -15,8 +17,9 @@ def inputs_of(jobs: Iterable[ComparisonJob]) -> dict[str, str]:
     """SHA-256 of every input of some jobs, by its name in a sentence.
 
     GPU, LLM and SLO are hashed as they were read, so that a comment in a file changes nothing;
-    fitted models and checkpoints by file; traces by the parts that tuning and tables take.
-    Generated workloads by the first one, since it also tells a changed generator.
+    fitted models by all their files, the GPU's layer among them; checkpoints by file; traces
+    by the parts that tuning and tables take. Generated workloads by the first one, since it also
+    tells a changed generator.
     """
     found: dict[str, str] = {}
     done = set()
@@ -38,7 +41,7 @@ def case_inputs(case: Case) -> dict[str, str]:
         f"LLM {plant.llm.name}": text_hash(plant.llm.model_dump_json()),
         f"SLO {plant.slo.name}": text_hash(plant.slo.model_dump_json()),
     }
-    found[f"model {plant.model.name} ({case.phase})"] = plant.model.digest
+    found[f"model {_model_name(scenario.instance.family, plant.model)}"] = plant.model.digest
     if case.part is not None and case.tune_part is not None:
         parts = f"{case.tune_part.sha256} {case.part.sha256}"
         found[f"trace {scenario.trace} ({case.phase})"] = text_hash(parts)
@@ -46,6 +49,12 @@ def case_inputs(case: Case) -> dict[str, str]:
         name = f"workload {scenario.profile} of {scenario.name} at load {scenario.load:g}"
         found[f"{name} ({case.phase})"] = case.workload(0).sha256
     return found
+
+
+def _model_name(family: str, model: IterationModel) -> str:
+    """Name that no other model of the same comparison has: a family has one per TP and format."""
+    made = f"{family} ({stem(model.phase, model.dtype, model.tp, model.ep)})"
+    return f"{made} on {model.gpu.name} with {model.llm.name}" if model.fitted_on else made
 
 
 def policy_inputs(build: str, phase: str) -> dict[str, str]:

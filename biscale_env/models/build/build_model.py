@@ -12,6 +12,7 @@ import yaml
 from biscale_env.config import Gpu, Llm, list_names, load_gpu, load_llm
 from biscale_env.config.hardware import Dtype
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import write_whole
 from biscale_env.models.build.borrowed_layer import borrowed_layer, layer_texts_of
 from biscale_env.models.build.kernel_tables import KernelTable, kernel_table
 from biscale_env.models.build.llm_names import find_llm
@@ -105,7 +106,7 @@ def _fitted(llm: Llm, on: OnGpu, tables: Sequence[KernelTable], text: str) -> di
     source = Source(tables[0].source, KERNELS, digest, "measured" if measured else "assumed")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, KERNELS)
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
         profiles = [cut(t) for t in read_profile(path)]  # as anybody reads it who fits it again
     return fit_tables(profiles, llm, on, source, f"{on.gpu.name}/{llm.name}")
 

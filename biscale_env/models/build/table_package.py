@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from biscale_env.config.hardware import Gpu, Llm
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.files import write_whole
 from biscale_env.models.build.grid import WorkPoint
 from biscale_env.models.build.partition import Partition
 
@@ -181,7 +182,7 @@ def _compiled(llm: Llm, system: str, engine: str, part: Partition, way: _Way) ->
         fmha_quant_mode="bfloat16",
     )
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(hub_config(llm)), encoding="utf-8")
+        write_whole(Path(folder, "config.json"), json.dumps(hub_config(llm)))
         builders.apply_nextn(config, 0)
         model = models.get_model(folder, config, engine)
         if llm.window_layers and not llm.kv_lora_rank:
