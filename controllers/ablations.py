@@ -19,10 +19,10 @@ PREFILL: dict[str, str] = {
     "MPC + idle clock": "mpc:idle_clock=1",
     "MPC + idle credit, idle clock": "mpc:idle_credit=1,idle_clock=0.5",
     "MPC + delay, forecast": "mpc:delay_aware=true,forecast=4",
+    "MPC + delay, forecast tuned": "mpc-plus",
     "MPC + delay, forecast, idle credit, idle clock": (
         "mpc:delay_aware=true,forecast=4,idle_credit=1,idle_clock=0.5"
     ),
-    "the same, forecast and idle clock tuned": "mpc-plus",
     "MPC + everything": "mpc:delay_aware=true,forecast=4,idle_credit=1,idle_clock=0.5,give_up=true",
 }
 DECODE: dict[str, str] = {
@@ -30,12 +30,12 @@ DECODE: dict[str, str] = {
     "slack, no KV guard": "slack:kv_guard=2",
     "slack + energy floor": "slack:energy_floor=true",
     "slack + load floor": "slack:load_floor=true",
-    "slack + fine clocks": "slack:fine=true",
+    "slack + fine clocks": "slack-plus",
     "slack + accumulated slack": "slack:accumulated=true",
     "slack + delay": "slack:delay_aware=true,hysteresis=0",
     "slack + delay, hysteresis": "slack:delay_aware=true",
     "slack + fine, load floor": "slack:fine=true,load_floor=true",
-    "slack + fine, load floor, accumulated": "slack-plus",
+    "slack + fine, load floor, accumulated": "slack:fine=true,load_floor=true,accumulated=true",
     "slack + everything": "slack:fine=true,load_floor=true,accumulated=true,delay_aware=true",
 }
 # members of the model ensemble: consistent with the evidence, none is the plant's nominal model

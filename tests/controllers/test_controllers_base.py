@@ -155,19 +155,16 @@ def test_every_tunable_value_can_be_used(phase, name):
 def test_presets_are_parameters_and_can_be_overruled():
     preset, spelled = (
         make_policy("mpc-plus", context("prefill")),
-        make_policy(
-            "mpc:delay_aware=true,forecast=4,idle_credit=1,idle_clock=0.5", context("prefill")
-        ),
+        make_policy("mpc:delay_aware=true,forecast=4", context("prefill")),
     )
     assert preset.problem.options == spelled.problem.options
     assert make_policy("mpc-plus:forecast=1", context("prefill")).problem.options.forecast == 1.0
     slack = make_policy("slack-plus:0.2", context("decode"))
-    assert (slack.margin, slack.load_floor, slack.accumulated, slack.delay_aware) == (
-        0.2,
-        True,
-        True,
-        False,
-    )
+    spelled_out = make_policy("slack:0.2,fine=true", context("decode"))
+    assert slack.margin == spelled_out.margin == 0.2
+    assert (slack.load_floor, slack.accumulated, slack.delay_aware) == (False, False, False)
+    obs = np.zeros((1, context("decode").spec.dim), dtype=np.float32)
+    assert slack.predict(obs)[0] == pytest.approx(spelled_out.predict(obs)[0])
 
 
 def test_member_changes_what_it_believes():
@@ -198,11 +195,8 @@ def test_settings_vary_one_parameter_at_a_time_and_joint_ones_together():
     assert all(len(setting) == 1 for setting in agft)
     assert {key for setting in agft for key in setting} == {"penalty", "explore"}
     plus = policy_settings("mpc-plus", "prefill")
-    assert plus[0] == {"margin": 0.0, "forecast": 4.0, "idle_clock": 0.5}
-    assert len({tuple(s.items()) for s in plus}) == len(plus) == 6 * len(MARGINS["margin"])
-    assert policy_settings("mpc-plus:0.1,forecast=2,idle_clock=1", "prefill") == []
-    assert [s["forecast"] for s in policy_settings("mpc-plus:0.1,idle_clock=0", "prefill")] == [
-        4.0,
-        8.0,
-        16.0,
-    ]
+    assert plus[0] == {"margin": 0.0, "forecast": 0.0}
+    assert len({tuple(s.items()) for s in plus}) == len(plus) == 3 * len(MARGINS["margin"])
+    assert policy_settings("mpc-plus:0.1,forecast=2", "prefill") == []
+    settings = policy_settings("mpc-plus:0.1", "prefill")
+    assert [s["forecast"] for s in settings] == [0.0, 2.0, 4.0]
