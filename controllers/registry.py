@@ -47,8 +47,8 @@ def both(path: str, positional: str | None = None) -> PolicyEntry:
 
 # What helped at equal attainment in the ablation (`biscale compare --experiment ablation`, made of
 # workloads that no table judges). Credit for idle time and a clock of its own to wait at cost
-# energy on the models of 0.2: waiting at a low clock is cheap anyway. Load floor and accumulated slack add
-# nothing to fine clocks.
+# energy on the models of 0.2: waiting at a low clock is cheap anyway. Load floor and accumulated
+# slack add nothing to fine clocks.
 MPC_PLUS: dict[str, Any] = {"delay_aware": True, "forecast": 4.0}
 # Room for arrivals pays where prompts are long and bursts matter, and costs where they do not.
 MPC_PLUS_JOINT: dict[str, tuple[Any, ...]] = {"forecast": (0.0, 2.0, 4.0)}
