@@ -11,6 +11,7 @@ import numpy as np
 
 from biscale_env.envs.cluster.cluster_settings import ClusterPlant, ClusterSettings
 from biscale_env.envs.cluster.whole_run import cluster_capacity
+from biscale_env.reproduce.paper import TablesOf
 from biscale_env.reproduce.systems import SYSTEMS, Bench, result_row, run_system, tune
 from biscale_env.traces import Trace
 from controllers.oracle.prefill_optimum import solve_prefill_oracle
@@ -34,6 +35,8 @@ class ReproductionJob:
         window_s: period of tier 1.
         spare_w: what BiScale's ILP takes an unused GPU to draw, W.
         alpha: headroom of tier 1; None: chosen on the tuning workloads.
+        tables: ``window``: tier 1 plans with a table of the window before; ``workload``: with one
+            of the first tuning workload throughout.
         oracle: solve the prefill stage of DistServe in hindsight too (first workload only).
     """
 
@@ -46,6 +49,7 @@ class ReproductionJob:
     window_s: float
     spare_w: float = 0.0
     alpha: float | None = None
+    tables: TablesOf = "workload"
     oracle: bool = False
 
 
@@ -79,7 +83,15 @@ def run_job(job: ReproductionJob) -> list[dict[str, Any]]:
     """
     table = table_for(job.settings, job.tune_workloads[0])
     distserve_plan(table, job.rate_rps, job.settings.gpus)  # nothing else is compared without it
-    bench = Bench(job.settings, table, job.rate_rps, job.window_s, job.spare_w, job.alpha)
+    bench = Bench(
+        job.settings,
+        table,
+        job.rate_rps,
+        job.window_s,
+        job.spare_w,
+        job.alpha,
+        per_window=job.tables == "window",
+    )
     rows = []
     for name in job.systems:
         system = SYSTEMS[name]

@@ -3,6 +3,7 @@
 Operating points, plants, systems, what is varied.
 """
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from pydantic import Field, model_validator
 from biscale_env.config.hardware import Dtype
 from biscale_env.config.instance import IdleRule
 from biscale_env.config.loader import Config, load_named
-from biscale_env.traces import Trace, generate, with_lengths
+from biscale_env.traces import Trace, generate, load_lengths, with_lengths
 from biscale_env.traces import load_named as load_trace
 from biscale_env.traces.download import cached_path, load_downloads
 from biscale_env.traces.reading_options import ReadingOptions
@@ -20,6 +21,11 @@ from biscale_env.traces.synthetic.profiles import load_workload, profile_names
 
 TUNE_SEED = 1_000_003  # workloads for tuning are made from here on, those for tables from 0
 OWN_LENGTHS = "own"
+PAPER_LENGTHS = "sharegpt-pd"
+"""Lengths of the authors' own ShareGPT sample; see ``configs/traces/lengths-sharegpt-pd.yaml``."""
+
+
+TablesOf = Literal["window", "workload"]
 
 
 class OperatingPoint(Config):
@@ -27,11 +33,13 @@ class OperatingPoint(Config):
 
     Attributes:
         name: short name used in tables.
-        workload: ``A`` (Gamma arrivals at a rate) or ``B`` (Azure arrivals at a fraction of the
+        workload: ``A`` (Poisson arrivals at a rate) or ``B`` (Azure arrivals at a fraction of the
             capacity).
         rate_rps: rate of workload A.
         load: fraction of the capacity of DistServe's placement at max clock, workload B.
-        lengths: length profile of workload B; ``own`` keeps the trace's.
+        lengths: length profile; ``own`` keeps the trace's, workload B.
+        arrivals: workload profile that workload B's arrivals are generated from; None: those of
+            the experiment's trace.
         dtype: ``bf16`` or ``fp8``.
     """
 
@@ -39,7 +47,8 @@ class OperatingPoint(Config):
     workload: Literal["A", "B"]
     rate_rps: float | None = Field(default=None, gt=0)
     load: float | None = Field(default=None, gt=0)
-    lengths: str = "sharegpt-like"
+    lengths: str = PAPER_LENGTHS
+    arrivals: str | None = None
     dtype: Dtype = "bf16"
 
     @model_validator(mode="after")
@@ -48,6 +57,11 @@ class OperatingPoint(Config):
             self.workload == "B"
         ):
             raise ValueError("workload A needs rate_rps, workload B needs load")
+        if self.workload == "A" and (self.lengths == OWN_LENGTHS or self.arrivals is not None):
+            raise ValueError(
+                "workload A has Poisson arrivals and a length profile: arrivals and "
+                f"lengths: {OWN_LENGTHS} are workload B's"
+            )
         return self
 
 
@@ -59,9 +73,11 @@ class Variation(Config):
         point: operating point it is changed on.
         settings: cluster settings that differ.
         spare_w: power that BiScale's ILP takes an unused GPU to draw, W.
-        gap_cv: burstiness of workload A's Gamma arrivals.
+        gap_cv: burstiness of workload A's arrivals, which are Gamma then.
+        lengths: length profile in place of the point's.
         load: fraction of capacity in place of the point's, workload B.
         alpha: headroom of tier 1, fixed instead of chosen on the tuning workloads.
+        tables: capacity table of every window, or one per workload, in place of the experiment's.
     """
 
     name: str
@@ -69,8 +85,10 @@ class Variation(Config):
     settings: dict[str, Any] = Field(default_factory=dict)
     spare_w: float = Field(default=0.0, ge=0)
     gap_cv: float | None = Field(default=None, gt=0)
+    lengths: str | None = None
     load: float | None = Field(default=None, gt=0)
     alpha: float | None = Field(default=None, gt=-1)
+    tables: TablesOf | None = None
 
 
 class PaperExperiment(Config):
@@ -91,6 +109,8 @@ class PaperExperiment(Config):
         duration_s: length of a workload A run.
         trace_s: length of a generated stand-in for the trace.
         window_s: period of tier 1.
+        tables: capacity table of every window from the requests of the window before, as in the
+            paper, or one per ``workload``.
         seeds: workload seeds in the nominal plant.
         tune_seeds: workloads that free parameters are chosen on.
         members: members of the model ensemble, spread evenly over it.
@@ -111,12 +131,13 @@ class PaperExperiment(Config):
     model: str | None = None
     idle: IdleRule = "last-clock"
     slo: str = "biscale"
-    profile: str = "gamma-sharegpt-like"
+    profile: str = "poisson-sharegpt-pd"
     trace: str = "azure-conv-2023"
     fallback: str = "azure-conv-like"
     duration_s: float = Field(default=600.0, gt=0)
     trace_s: float = Field(default=3600.0, gt=0)
     window_s: float = Field(default=300.0, gt=0)
+    tables: TablesOf = "window"
     seeds: int = Field(default=5, gt=0)
     tune_seeds: int = Field(default=3, gt=0)
     members: int = Field(default=16, ge=0)
@@ -200,13 +221,25 @@ def _at_hand(name: str) -> bool:
 def workload_a(
     experiment: PaperExperiment, point: OperatingPoint, seed: int, gap_cv: float | None = None
 ) -> Trace:
-    """Workload A: Gamma inter-arrivals at a fixed rate."""
+    """Workload A: Poisson arrivals (Gamma where a CV is given) at a rate, the point's lengths."""
     profile = load_workload(experiment.profile)
     if gap_cv is not None:
         profile = profile.model_copy(
             update={"arrivals": profile.arrivals.model_copy(update={"gap_cv": gap_cv})}
         )
-    return generate(profile, rate_rps=point.rate_rps, duration_s=experiment.duration_s, seed=seed)
+    return generate(
+        profile,
+        rate_rps=point.rate_rps,
+        duration_s=experiment.duration_s,
+        seed=seed,
+        lengths=load_lengths(point.lengths),
+    )
+
+
+@lru_cache
+def generated_arrivals(profile: str) -> Trace:
+    """Arrivals that an operating point of workload B names, as their profile describes them."""
+    return generate(profile)
 
 
 def workload_b(part: Trace, point: OperatingPoint, rate_rps: float, seed: int) -> Trace:

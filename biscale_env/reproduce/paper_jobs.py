@@ -26,10 +26,12 @@ from biscale_env.models import instance_model
 from biscale_env.reproduce import paper
 from biscale_env.reproduce.experiment import ReproductionJob, distserve_capacity_rps, run_job
 from biscale_env.reproduce.paper import (
+    OWN_LENGTHS,
     TUNE_SEED,
     OperatingPoint,
     PaperExperiment,
     Variation,
+    generated_arrivals,
     member_indices,
     workload_a,
     workload_b,
@@ -95,8 +97,9 @@ def job_of(experiment: PaperExperiment, task: Task, arrivals: Trace) -> Reproduc
     fraction of what DistServe's placement serves on the second half in this very plant.
     """
     point, settings, varied = task.point, settings_of(experiment, task), task.variation
-    if varied is not None and varied.load is not None:
-        point = point.model_copy(update={"load": varied.load})
+    if varied is not None:
+        given = {"load": varied.load, "lengths": varied.lengths}
+        point = point.model_copy(update={k: v for k, v in given.items() if v is not None})
     systems, seeds, oracle = scope_of(experiment, task)
     tune_seeds = range(TUNE_SEED, TUNE_SEED + experiment.tune_seeds)
     if point.workload == "A":
@@ -105,7 +108,7 @@ def job_of(experiment: PaperExperiment, task: Task, arrivals: Trace) -> Reproduc
         tuning = tuple(workload_a(experiment, point, seed, cv) for seed in tune_seeds)
         shown = tuple(workload_a(experiment, point, seed, cv) for seed in range(seeds))
     else:
-        first, second = arrivals.split(0.5)
+        first, second = arrivals_at(task, arrivals).split(0.5)
         rate = float(point.load or 0.0) * _capacity(settings, point, first, second)
         tuning = tuple(workload_b(first, point, rate, seed) for seed in tune_seeds)
         shown = tuple(workload_b(second, point, rate, seed) for seed in range(seeds))
@@ -117,6 +120,7 @@ def job_of(experiment: PaperExperiment, task: Task, arrivals: Trace) -> Reproduc
         "dtype": point.dtype,
         "load": point.load,
         "lengths": point.lengths,
+        "arrivals": point.arrivals or "",
     }
     return ReproductionJob(
         labels,
@@ -128,15 +132,22 @@ def job_of(experiment: PaperExperiment, task: Task, arrivals: Trace) -> Reproduc
         window_s=experiment.window_s,
         spare_w=varied.spare_w if varied else 0.0,
         alpha=varied.alpha if varied else None,
+        tables=(varied.tables if varied else None) or experiment.tables,
         oracle=oracle,
     )
+
+
+def arrivals_at(task: Task, arrivals: Trace) -> Trace:
+    """Arrivals of a task: those that its point names, else those of the experiment's trace."""
+    named = task.point.arrivals
+    return arrivals if named is None else generated_arrivals(named)
 
 
 def _capacity(
     settings: ClusterSettings, point: OperatingPoint, first: Trace, second: Trace
 ) -> float:
     parts = [first, second]
-    if point.lengths != "own":
+    if point.lengths != OWN_LENGTHS:
         parts = [with_lengths(part, point.lengths, TUNE_SEED) for part in parts]
     return distserve_capacity_rps(settings, *parts)
 
@@ -144,7 +155,7 @@ def _capacity(
 def task_key(experiment: PaperExperiment, task: Task, arrivals: Trace) -> str:
     """Hash of everything the rows of a task depend on: settings, workloads, coefficients, code."""
     depends = experiment.model_dump(
-        include={"gpus", "slo", "profile", "duration_s", "window_s", "tune_seeds"}
+        include={"gpus", "slo", "profile", "duration_s", "window_s", "tables", "tune_seeds"}
     )
     parts = [
         depends,
@@ -153,7 +164,7 @@ def task_key(experiment: PaperExperiment, task: Task, arrivals: Trace) -> str:
         task.member,
         task.variation.model_dump() if task.variation else None,
     ]
-    table = table_key(TableRequest(settings_of(experiment, task)), arrivals)
+    table = table_key(TableRequest(settings_of(experiment, task)), arrivals_at(task, arrivals))
     return hashlib.sha256(
         (json.dumps(parts, sort_keys=True) + table + _code()).encode()
     ).hexdigest()[:24]

@@ -4,12 +4,13 @@ Ratios to DistServe on the same work, intervals, feasibility.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from biscale_env.evaluation.stats.bootstrap import student_interval
+from biscale_env.reproduce.paper import OWN_LENGTHS, PAPER_LENGTHS
 
 KEY = ["point", "variation", "member", "seed"]
 NOMINAL = -1
@@ -21,6 +22,7 @@ SETTING = (
     "dtype",
     "load",
     "lengths",
+    "arrivals",
     "rate_rps",
     "placement",
     "alpha",
@@ -160,19 +162,47 @@ def published(low_high: tuple[int, int] | None) -> str:
     return f"−{-low_high[1]}..−{-low_high[0]} %"
 
 
-def chosen(
-    summary: pd.DataFrame, workload: str, load: float | None, system: str, dtype: str, lengths: str
-) -> pd.DataFrame:
-    """Feasible nominal rows of one line of the headline table.
+class Column(NamedTuple):
+    """What the points of one column of the headline table have in common.
 
-    DistServe itself must be feasible there, too.
+    Attributes:
+        title: what the column is called.
+        dtype: number format.
+        lengths: length profile.
+        generated: workload B's arrivals are generated, not those of the experiment's trace.
     """
+
+    title: str
+    dtype: str
+    lengths: str = PAPER_LENGTHS
+    generated: bool = False
+
+    @property
+    def of_b_only(self) -> bool:
+        """Whether workload A has no such points."""
+        return self.generated or self.lengths == OWN_LENGTHS
+
+
+COLUMNS = (
+    Column("bf16", "bf16"),
+    Column("fp8", "fp8"),
+    Column("bf16, Azure 2024 code-like arrivals", "bf16", generated=True),
+    Column("bf16, the trace's own lengths", "bf16", OWN_LENGTHS),
+)
+
+
+def chosen(
+    summary: pd.DataFrame, workload: str, load: float | None, system: str, column: Column
+) -> pd.DataFrame:
+    """Nominal rows of one cell of the headline table, where DistServe itself is feasible."""
     rows = summary[
         (summary["variation"] == "")
         & (summary["workload"] == workload)
-        & (summary["dtype"] == dtype)
+        & (summary["dtype"] == column.dtype)
     ]
-    rows = rows[rows["lengths"] == lengths]
+    rows = rows[
+        (rows["lengths"] == column.lengths) & ((rows["arrivals"] != "") == column.generated)
+    ]
     if load is not None:
         rows = rows[np.isclose(rows["load"].astype(float), load)]
     served = set(rows[(rows["system"] == "distserve") & rows["feasible"]]["point"])
@@ -184,17 +214,16 @@ def headline(summary: pd.DataFrame) -> list[list[str]]:
 
     Stage, system, the paper's range, ours per setting.
     """
-    settings = [("bf16", "sharegpt-like"), ("fp8", "sharegpt-like"), ("bf16", "own")]
     lines = []
     for workload, load in (("A", None), ("B", 0.67), ("B", 0.85)):
         for stage in ("prefill", "decode"):
             for system in ("placeonly", "biscale"):
                 cells = []
-                for dtype, lengths in settings:
-                    if workload == "A" and lengths == "own":
+                for column in COLUMNS:
+                    if workload == "A" and column.of_b_only:
                         cells.append("–")
                         continue
-                    rows = chosen(summary, workload, load, system, dtype, lengths)
+                    rows = chosen(summary, workload, load, system, column)
                     cells.append(_cell(rows, stage))
                 name = {"placeonly": "PlaceOnly", "biscale": "BiScale"}[system]
                 where = "A" if load is None else f"B {100 * load:.0f} %"

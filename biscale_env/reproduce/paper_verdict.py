@@ -6,7 +6,9 @@ By how much it is not, and which changed assumption closes the difference.
 import numpy as np
 import pandas as pd
 
+from biscale_env.reproduce.paper import OWN_LENGTHS
 from biscale_env.reproduce.paper_tables import (
+    COLUMNS,
     PUBLISHED,
     PUBLISHED_TIER2,
     chosen,
@@ -58,16 +60,16 @@ def verdict(summary: pd.DataFrame, rows: pd.DataFrame) -> str:
     """The section that says what is reproduced and what carries the rest."""
     lines = []
     for (workload, load, stage, system), paper in PUBLISHED.items():
-        for dtype in ("bf16", "fp8"):
-            found = chosen(summary, workload, load, system, dtype, "sharegpt-like").dropna(
-                subset=[stage]
-            )
+        for column in COLUMNS:
+            if column.lengths == OWN_LENGTHS:
+                continue  # the paper's lengths are not the trace's
+            found = chosen(summary, workload, load, system, column).dropna(subset=[stage])
             if not len(found):
                 continue
             where = f"{workload}{'' if load is None else f' {100 * load:.0f} %'}"
             said = _compared(summary, found, stage, system, paper)
             lines.append(
-                f"- {where}, {stage}, {TITLES[system]}, {dtype}: {span(found[stage])} {said}"
+                f"- {where}, {stage}, {TITLES[system]}, {column.title}: {span(found[stage])} {said}"
             )
     parts = [
         _load(summary),

@@ -18,6 +18,7 @@ from biscale_env.envs.cluster.cluster_options import fitting_tps
 from biscale_env.envs.cluster.cluster_settings import ClusterPlant, ClusterSettings
 from biscale_env.envs.cluster.whole_run import ClusterRun, Planner, Window, run_windows
 from biscale_env.traces import Trace
+from controllers.placement.capacity_table import MIN_REQUESTS, TableRequest, capacity_table
 from controllers.placement.ilp import (
     PHASES,
     CapacityTable,
@@ -112,6 +113,8 @@ class Bench:
         window_s: period of tier 1.
         spare_w: what BiScale's ILP takes an unused GPU to draw, W.
         alpha: headroom of tier 1; None: chosen on the tuning workloads.
+        per_window: BiScale's tier 1 measures a table of its own on the requests of every window.
+        measured: tables of windows, by the hash of the window: tuning meets each many times.
     """
 
     settings: ClusterSettings
@@ -120,6 +123,20 @@ class Bench:
     window_s: float
     spare_w: float = 0.0
     alpha: float | None = None
+    per_window: bool = False
+    measured: dict[str, CapacityTable] = field(default_factory=dict, compare=False, repr=False)
+
+    def table_after(self, window: Trace) -> CapacityTable:
+        """Capacity table that tier 1 plans with once it has seen a window.
+
+        A window of too few requests for a table of its own leaves that of the tuning workload.
+        """
+        if not self.per_window or len(window) < MIN_REQUESTS:
+            return self.table
+        if window.sha256 not in self.measured:
+            request = TableRequest(self.settings, tuple(self.levels_mhz()))
+            self.measured[window.sha256] = capacity_table(request, window)
+        return self.measured[window.sha256]
 
     def plant(self, system: System, tuned: TunedSystem) -> ClusterPlant:
         """The cluster with the system's rules and margins."""
@@ -152,8 +169,9 @@ def colocated_placement(gpus: int, tp: int, freq_mhz: float) -> Placement:
 def planner_of(system: System, tuned: TunedSystem, bench: Bench) -> Planner:
     """Tier 1 of a system: called at the start of every window.
 
-    BiScale's forecast is the load of the window before. If no placement serves it with the
-    headroom, DistServe's is taken; a window without requests changes nothing.
+    BiScale's forecast is the load of the window before, and where the bench says so its table is
+    measured on the same requests. If no placement serves it with the headroom, DistServe's is
+    taken; a window without requests changes nothing.
     """
     gpus = bench.settings.gpus
     if system.tier1 == "colocated":
@@ -170,8 +188,9 @@ def planner_of(system: System, tuned: TunedSystem, bench: Bench) -> Planner:
     def plan(k: int, before: Trace | None) -> Placement:
         rate = bench.rate_rps if before is None else before.rate_rps
         if rate > 0:
+            table = bench.table if before is None else bench.table_after(before)
             try:
-                chosen = biscale_plan(bench.table, rate, gpus, tuned.alpha, bench.spare_w).placement
+                chosen = biscale_plan(table, rate, gpus, tuned.alpha, bench.spare_w).placement
             except NoPlacementError:
                 chosen = base.placement
             current["placement"] = chosen

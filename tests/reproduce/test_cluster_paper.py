@@ -124,6 +124,47 @@ def test_planner_follows_the_load_and_survives_the_impossible(bench):
     assert plan(5, empty) == before
 
 
+def same_arrivals(trace, prompt_tokens, output_tokens):
+    """Its arrivals, every request of the same lengths."""
+    lengths = [np.full(len(trace), n, dtype=np.int32) for n in (prompt_tokens, output_tokens)]
+    return replace(trace, prompt_tokens=lengths[0], output_tokens=lengths[1])
+
+
+def test_a_table_of_the_window_sees_what_one_of_the_workload_cannot(bench):
+    """The load is the same in both windows, the prompts are eight times longer in one."""
+    window = random_trace(2000, rate_rps=8.0)
+    short, long = same_arrivals(window, 200, 60), same_arrivals(window, 1600, 60)
+    kept = planner_of(SYSTEMS["placeonly"], TunedSystem(), bench)
+    assert kept(1, short) == kept(2, long)
+    own = planner_of(SYSTEMS["placeonly"], TunedSystem(), replace(bench, per_window=True))
+    before, after = (
+        sum(i.tp * i.freq_mhz for i in own(k, w).instances("prefill"))
+        for k, w in ((1, short), (2, long))
+    )
+    assert after > 1.5 * before
+
+
+def test_a_window_is_measured_once_and_a_scarce_one_not_at_all(bench, monkeypatch):
+    measured = []
+
+    def count(request, trace):
+        measured.append((request.freqs_mhz, trace.sha256))
+        return bench.table
+
+    monkeypatch.setattr(systems, "capacity_table", count)
+    every = replace(bench, per_window=True, measured={})
+    first, second = random_trace(300, rate_rps=8.0), random_trace(400, rate_rps=8.0, seed=2)
+    for name in ("placeonly", "biscale"):
+        for alpha in (0.1, 0.3):
+            plan = planner_of(SYSTEMS[name], TunedSystem(alpha=alpha), every)
+            for k, window in enumerate((None, first, second, first)):
+                plan(k, window)
+    clocks = (810.0, 1200.0, 1605.0, 1980.0)
+    assert measured == [(clocks, first.sha256), (clocks, second.sha256)]
+    assert every.table_after(random_trace(99, rate_rps=8.0)) is bench.table
+    assert len(measured) == 2
+
+
 def rows(values):
     """Rows of one point: {(system, member, seed): (prefill, decode)} in J per token."""
     made = []
@@ -138,7 +179,8 @@ def rows(values):
                 "workload": "A",
                 "dtype": "bf16",
                 "load": None,
-                "lengths": "sharegpt-like",
+                "lengths": "sharegpt-pd",
+                "arrivals": "",
                 "rate_rps": 1.0,
                 "placement": "x",
                 "alpha": 0.1,
@@ -194,8 +236,23 @@ def test_tables_by_hand():
     gains = tier2_gain(with_ratios(frame), summary.reset_index())
     assert gains["prefill"][0] == pytest.approx(100 * (0.65 / 0.8 - 1))
     lines = headline(summary.reset_index())
-    assert lines[0] == ["A prefill", "PlaceOnly", "−20..−31 %", "−20 % [−10 %]", "–", "–"]
+    assert lines[0] == ["A prefill", "PlaceOnly", "−20..−31 %", "−20 % [−10 %]", "–", "–", "–"]
     assert lines[1][3] == "−35 % [−50 %]"
+
+
+def test_points_of_generated_arrivals_have_a_column_and_a_verdict_of_their_own():
+    of_trace = b67({"": (0.7, 0.6)})
+    generated = b67({"": (0.65, 0.55)}, point="B-67-code").assign(arrivals="azure-code-2024-mean")
+    own = b67({"": (0.9, 0.8)}, point="B-67-own").assign(lengths="own")
+    frame = with_ratios(pd.concat([of_trace, generated, own]))
+    summary = summarise(frame)
+    cells = {(line[0], line[1]): line[3:] for line in headline(summary)}
+    assert cells["B 67 % prefill", "BiScale"] == ["−30 %", "–", "−35 %", "−10 %"]
+    assert cells["B 67 % decode", "BiScale"] == ["−40 %", "–", "−45 %", "−20 %"]
+    said = verdict(summary, frame)
+    assert "bf16, Azure 2024 code-like arrivals: −45 % overlaps" in said
+    assert "bf16: −40 % saves 4.0 points less" in said
+    assert "−20 %" not in said  # the trace's own lengths are not the paper's
 
 
 def b67(cases, system="biscale", point="B-67"):
@@ -295,6 +352,10 @@ def test_wrong_experiments_are_explained():
         PaperExperiment(**{**good, "oracle": ("nowhere",)})
     with pytest.raises(ValueError, match="needs 'distserve'"):
         PaperExperiment(**{**good, "systems": ("biscale",)})
+    for wrong in ({"lengths": "own"}, {"arrivals": "azure-code-2024-mean"}):
+        point = {"name": "A", "workload": "A", "rate_rps": 3.0, **wrong}
+        with pytest.raises(ValueError, match="are workload B's"):
+            PaperExperiment(**{**good, "points": (point,)})
     with pytest.raises(ValueError, match="workload A needs rate_rps"):
         PaperExperiment(**{**good, "points": ({"name": "A", "workload": "A"},)})
     assert member_indices(3, 64) == [0, 31, 63]

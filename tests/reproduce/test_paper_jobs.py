@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -11,10 +12,18 @@ from biscale_env.reproduce import paper_jobs, systems
 from biscale_env.reproduce.day import DayPlan, run_days
 from biscale_env.reproduce.day_report import about_day, write_day
 from biscale_env.reproduce.experiment import ReproductionJob, run_job
-from biscale_env.reproduce.paper import PaperExperiment, arrivals_of
-from biscale_env.reproduce.paper_jobs import Task, run_experiment, run_kept, run_task, tasks_of
+from biscale_env.reproduce.paper import PaperExperiment, Variation, arrivals_of, workload_a
+from biscale_env.reproduce.paper_jobs import (
+    Task,
+    job_of,
+    run_experiment,
+    run_kept,
+    run_task,
+    task_key,
+    tasks_of,
+)
 from biscale_env.reproduce.systems import SYSTEMS, Bench, TunedSystem, planner_of
-from biscale_env.traces import Trace
+from biscale_env.traces import Trace, describe, generate
 from controllers.placement.ilp import CapacityEntry, CapacityTable, NoPlacementError
 
 ARRIVALS = Trace("t", [0.0, 1.0], [10, 20], [5, 5], "here")
@@ -35,6 +44,59 @@ def experiment():
             "variations": [{"name": "fewer GPUs", "point": "A-20", "settings": {"gpus": 4}}],
         }
     )
+
+
+def test_workload_a_is_poisson_with_the_lengths_of_the_authors(experiment):
+    point = experiment.points[0]
+    trace = workload_a(experiment, point, 0)
+    assert trace.rate_rps == pytest.approx(20.0, rel=0.05)
+    assert describe(trace).gap_cv == pytest.approx(1.0, abs=0.05)
+    assert trace.prompt_tokens.mean() == pytest.approx(772, rel=0.03)
+    assert trace.output_tokens.mean() == pytest.approx(195, rel=0.05)
+    assert describe(workload_a(experiment, point, 0, gap_cv=2.0)).gap_cv > 1.8
+
+
+def test_a_variation_exchanges_lengths_burstiness_and_tables(experiment):
+    def job(**changes):
+        varied = Variation.model_validate({"name": "v", "point": "A-20", **changes})
+        return job_of(experiment, Task(experiment.points[0], -1, varied), ARRIVALS)
+
+    assert job_of(experiment, Task(experiment.points[0], -1), ARRIVALS).tables == "window"
+    assert job(tables="workload").tables == "workload"
+    before = job(lengths="sharegpt-like")
+    assert before.labels["lengths"] == "sharegpt-like"
+    for workload in (*before.workloads, *before.tune_workloads):
+        assert workload.prompt_tokens.mean() == pytest.approx(161, rel=0.1)
+    assert describe(job(gap_cv=2.0).workloads[0]).gap_cv > 1.8
+
+
+def test_arrivals_that_a_point_names_are_thinned_and_take_the_place_of_the_trace(
+    experiment, monkeypatch
+):
+    seen = []
+
+    def capacity(settings, first, second):
+        seen.append((first, second))
+        return 20.0
+
+    monkeypatch.setattr(paper_jobs, "distserve_capacity_rps", capacity)
+    named = {"arrivals": "azure-code-2024-mean", "name": "B-code"}
+    point = experiment.points[1].model_copy(update=named)
+    job = job_of(experiment, Task(point, -1), ARRIVALS)
+    first, second = generate("azure-code-2024-mean").split(0.5)
+    assert [len(part) for part in seen[0]] == [len(first), len(second)]
+    assert job.labels["arrivals"] == "azure-code-2024-mean"
+    for part, workloads in ((first, job.tune_workloads), (second, job.workloads)):
+        for workload in workloads:
+            assert workload.rate_rps == pytest.approx(0.67 * 20.0, rel=0.05)
+            assert np.isin(workload.arrival_s, part.arrival_s).all()
+            assert workload.prompt_tokens.mean() == pytest.approx(772, rel=0.03)
+    ours, others = (
+        task_key(experiment, Task(p, -1), ARRIVALS) for p in (point, experiment.points[1])
+    )
+    assert ours != others
+    moved = experiment.model_copy(update={"tables": "workload"})
+    assert task_key(moved, Task(point, -1), ARRIVALS) != ours
 
 
 def failing(error):

@@ -238,6 +238,33 @@ def test_lognormal_lengths_have_their_mean_and_limit():
     assert max(prompt.max(), output.max()) <= 2048
 
 
+def test_lengths_of_the_authors_have_the_figures_of_their_sample():
+    """Figures of the 8,000 conversations, not of the quantiles that the profile keeps of them."""
+    pair = sample_lengths(load_lengths("sharegpt-pd"), 200_000, np.random.default_rng(0))
+    for tokens, mean, median, p99 in zip(pair, (772, 195), (717, 83), (1915, 991), strict=True):
+        assert tokens.mean() == pytest.approx(mean, rel=0.015)
+        assert np.quantile(tokens, 0.5) == pytest.approx(median, rel=0.02)
+        assert np.quantile(tokens, 0.99) == pytest.approx(p99, rel=0.02)
+    # quantiles that the profile does not hold
+    assert np.quantile(pair[0], [0.33, 0.67, 0.87]) == pytest.approx([439, 996, 1468], rel=0.02)
+    assert np.quantile(pair[1], [0.33, 0.67, 0.87]) == pytest.approx([25, 247, 448], rel=0.04)
+    assert spearmanr(*pair).statistic == pytest.approx(-0.13, abs=0.01)
+
+
+@pytest.mark.parametrize(("name", "factor"), [("mean", 1.0), ("peak", 3.0)])
+def test_code_like_hours_of_2024_are_where_their_names_say(name, factor):
+    """Rate relative to the week's mean of 27.78 requests/s, and no burst beyond Poisson's."""
+    profile = load_workload(f"azure-code-2024-{name}")
+    trace = generate(profile)
+    assert trace.rate_rps / 27.78 == pytest.approx(factor, rel=0.05)
+    assert describe(trace).gap_cv == pytest.approx(1.0, abs=0.02)
+    factors = np.array(load_envelope("azure-code-week").factors)
+    there = np.interp(profile.arrivals.start_s / 3600, np.arange(factors.size), factors)
+    assert there == pytest.approx(factor, rel=0.05)
+    if name == "peak":
+        assert there > 0.98 * factors.max()
+
+
 def test_fixed_lengths_are_fixed():
     trace = generate("poisson-fixed")
     assert set(trace.prompt_tokens.tolist()) == {1024}
