@@ -59,8 +59,8 @@ bench-hardware: $(READY)     ## the hook, and the closed loop on emulated engine
 bench-cluster: $(READY)      ## the same for the cluster, tier 1, a day and the quick headline experiment (minutes)
 	$(BIN)/python -m pytest -q benchmarks -m cluster --benchmark-json=runs/bench-cluster.json --benchmark-columns=min,median,rounds
 
-fit: $(READY)                ## regenerate the coefficient files and the model-against-measurement table
-	$(BIN)/biscale fit --report
+fit: $(READY)                ## regenerate the shipped models from kernel tables and evidence (minutes)
+	$(BIN)/biscale fit
 
 docs: $(READY)               ## regenerate the figures of README and docs that need no long experiment
 	$(BIN)/python docs/update.py
