@@ -162,7 +162,7 @@ def test_a_changed_formula_is_never_answered_from_the_cache(copy: Path, tmp_path
     assert before == run(code, **setting).split()
     formula = copy / "models" / "physics.py"
     text = formula.read_text()
-    changed = text.replace("core = c.e_flop_j * flops", "core = 0.9 * c.e_flop_j * flops")
+    changed = text.replace("per_flop = c.e_flop_j *", "per_flop = 0.9 * c.e_flop_j *")
     assert changed != text
     formula.write_text(changed)
     after = run(code, **setting).split()
