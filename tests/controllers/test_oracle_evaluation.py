@@ -90,11 +90,15 @@ def test_nobody_beats_the_decode_bound_on_the_evaluation_workloads(workload, pat
     case = case_of(workload, 0.75, "decode", 0.05, paths)
     traces = [case.workload(seed) for seed in range(2)]
     bounds = [DecodeFluid(case.plant, trace) for trace in traces]
+    # the looseness is held against the best policy: at the highest clock all waste over half
+    tightest = np.zeros(len(traces))
     for name in DECODE:
         runs = rollout(
             make_policy(name, context_of(case.plant)), case.plant, traces, time_probe=False
         )
-        for run, bound in zip(runs, bounds, strict=True):
+        for k, (run, bound) in enumerate(zip(runs, bounds, strict=True)):
             least = bound.energy_j(int(run.totals["n_violations"]))
             assert np.isfinite(least)
-            assert 0.5 * run.totals["energy_j"] < least <= run.totals["energy_j"], name
+            assert least <= run.totals["energy_j"], name
+            tightest[k] = max(tightest[k], least / run.totals["energy_j"])
+    assert (tightest > 0.8).all(), "a bound far below the best policy says nothing"
