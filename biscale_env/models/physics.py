@@ -30,7 +30,7 @@ from biscale_env.core.roots import bracket, false_position, narrowed
 
 Number = Any  # float, ndarray or CasADi expression
 HINGE_WIDTH_GHZ = 0.05  # assumed: rounding of the voltage hinge
-CAP_TOLERANCE_W = 1e-6  # of the power at the effective clock
+CAP_TOLERANCE_W = 1e-7  # of the power at the effective clock
 FEW_ROWS = 2048.0  # GEMM rows at which half of ``few_rows_saving`` is left; chosen with the fit
 
 
@@ -314,8 +314,7 @@ def iteration_under_cap(
 
     Floats only; energy per GPU. The effective clock is the highest up to the request at which the
     iteration's mean power keeps the cap. Power rises in the clock, so the crossing is bracketed by
-    ``freq_min_ghz`` and the request and found by :mod:`biscale_env.core.roots` to a millionth of a
-    watt. At the lowest clock the hardware has nothing left to lower: it is returned even above the
+    ``freq_min_ghz`` and the request and found by :mod:`biscale_env.core.roots` to 1e-7 W. At the lowest clock the hardware has nothing left to lower: it is returned even above the
     cap.
     """
     parts = time_parts(c, tokens, attn_work, cached, n_seq)

@@ -132,8 +132,8 @@ def test_a_failed_solve_falls_back_to_the_shifted_plan_then_to_the_highest_clock
 
 
 def compare(rows, options, member=-1):
-    """Share of equal clocks, greatest difference in MHz, greatest relative excess of the fast
-    objective; the reference must not fail.
+    """Share of equal clocks or clocks of equal objective (flat optima), greatest difference in MHz,
+    greatest relative excess of the fast objective; the reference must not fail.
     """
     c = context("prefill", member)
     slow, fast = DoMpcController(c, **options), FastMpcController(c, **options)
@@ -152,7 +152,7 @@ def compare(rows, options, member=-1):
     a, b = np.array(clocks).T
     j = np.array(costs)
     return (
-        float(np.mean(a == b)),
+        float(np.mean((a == b) | (np.abs(j[:, 1] - j[:, 0]) <= 1e-6 * np.abs(j[:, 0])))),
         float(np.max(np.abs(a - b))),
         float(np.max((j[:, 1] - j[:, 0]) / np.abs(j[:, 0]))),
     )

@@ -63,10 +63,11 @@ def test_nobody_beats_the_prefill_oracle_on_any_evaluation_seed(workload, load, 
     before = [
         PrefillProblem(plant, trace).energy_before_j for trace in traces
     ]  # spent before the first decision
-    # near capacity plan and bound may differ by one late request (its price); the cells of time add
-    # little
+    # near capacity plan and bound may differ by a late request (its price), at 90 % of the judged
+    # part's own capacity by two, since its busy periods are longest; the cells of time add little
+    late = 2.0 if load > 0.8 else 1.0
     for o in found:
-        assert o.upper_bound - o.lower_bound <= weight + 0.002 * o.lower_bound
+        assert o.upper_bound - o.lower_bound <= late * weight + 0.002 * o.lower_bound
     for name in PREFILL:
         for case in (at_once, delayed):
             runs = rollout(
