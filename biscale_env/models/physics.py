@@ -314,8 +314,8 @@ def iteration_under_cap(
 
     Floats only; energy per GPU. The effective clock is the highest up to the request at which the
     iteration's mean power keeps the cap. Power rises in the clock, so the crossing is bracketed by
-    ``freq_min_ghz`` and the request and found by :mod:`biscale_env.core.roots` to 1e-7 W. At the lowest clock the hardware has nothing left to lower: it is returned even above the
-    cap.
+    ``freq_min_ghz`` and the request and found by :mod:`biscale_env.core.roots` to 1e-7 W. At the
+    lowest clock the hardware has nothing left to lower: it is returned even above the cap.
     """
     parts = time_parts(c, tokens, attn_work, cached, n_seq)
     core, fixed = work_energy_j(c, tokens, attn_work, cached, n_seq)
