@@ -486,10 +486,10 @@ def test_the_whole_command_on_a_small_case(tmp_path):
         "2\ntune_seeds: 1\nmembers: 1\n"
         "member_seeds: 1\nsystems: [distserve, placeonly, biscale, colocated]\nmember_systems: "
         "[distserve, biscale]\n"
-        "points:\n  - {name: A-20, workload: A, rate_rps: 20}\n  - {name: B-67, workload: B, load: "
+        "points:\n  - {name: A-10, workload: A, rate_rps: 10}\n  - {name: B-67, workload: B, load: "
         "0.67}\n"
-        "variations:\n  - {name: spare off, point: A-20, settings: {spare: 'off'}}\noracle: "
-        "[A-20]\n"
+        "variations:\n  - {name: spare off, point: A-10, settings: {spare: 'off'}}\noracle: "
+        "[A-10]\n"
     )
     code, _ = command(
         "reproduce", "paper", "--config", str(config), "--out", str(tmp_path / "out"), "--jobs", "1"
@@ -516,6 +516,6 @@ def test_the_whole_command_on_a_small_case(tmp_path):
     }
     oracle = found[found["system"] == "oracle-prefill"].iloc[0]
     reference = found[
-        (found["system"] == "distserve") & (found["point"] == "A-20") & (found["member"] == -1)
+        (found["system"] == "distserve") & (found["point"] == "A-10") & (found["member"] == -1)
     ]
     assert oracle["prefill_j_per_token"] < reference["prefill_j_per_token"].mean()
