@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
 def paper(
     *,
     quick: Annotated[
-        bool, typer.Option("--quick", help="One rate, one load, few seeds: under two minutes.")
+        bool, typer.Option("--quick", help="One rate, one load, few seeds: a few minutes.")
     ] = False,
     config: Annotated[
         str | None,
