@@ -12,7 +12,7 @@ from biscale_env.models.coefficient import rounded
 from biscale_env.models.fit.gpu_evidence import evidence_dir, load_gpu_evidence
 from biscale_env.models.fit.kernel_profiles import shipped_profiles
 from biscale_env.models.fit.latency import LATENCY_FIELDS, fit_components, mape, predict_s, refine
-from biscale_env.models.fit.llm_files import stale_files, write_family
+from biscale_env.models.fit.llm_files import same_fit, stale_files, write_family
 from biscale_env.models.fit.profile_table import ProfileTable, read_profile, sha256
 from biscale_env.models.fit.shipped import fit_shipped
 from biscale_env.models.fit.work_fit import COMPUTE_FIELDS, ZERO, fit_work, gemm_kernels
@@ -261,6 +261,14 @@ def test_committed_files_are_what_the_fit_gives(tmp_path):
         assert stale_files(files, folder) == [], folder
     write_family(files, tmp_path)
     assert stale_files(files, tmp_path) == []
+
+
+def test_a_fit_made_again_says_the_same_within_its_tolerance():
+    assert same_fit("value: 1.0001\nsource: 'x, 3'", "value: 1.0002\nsource: 'x, 3'")
+    assert not same_fit("value: 1.00", "value: 1.05")
+    assert not same_fit("value: 1.0", "value: 1.0\nsource: x")
+    assert not same_fit("sha256: ab12", "sha256: ab13")
+    assert same_fit("a,b\n1e-12,2\n", "a,b\n1.001e-12,2\n")
 
 
 def test_stale_files_are_those_that_differ_lack_or_are_too_many(tmp_path):

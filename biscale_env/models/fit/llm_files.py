@@ -1,5 +1,7 @@
 """From kernel tables to the committed folders of an LLM on a GPU."""
 
+import math
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,8 @@ from biscale_env.models.gpu_layer import (
 
 Floats = NDArray[np.float64]
 MEMBER_DIGITS: Final = 5
+FIT_TOLERANCE: Final = 0.02  # relative, of a fitted number made again
+WORDS: Final = re.compile(r"[^\s,:\[\]{}']+")
 TIMES: Final = tuple(
     n for n in (*LATENCY_FIELDS, *WORK_FIELD.values()) if n.endswith("_s") or "_s_per" in n
 )
@@ -270,6 +274,28 @@ def write_family(files: Mapping[str, str], folder: Path) -> None:
         raise BiscaleError(f"cannot write into {folder}: {error.strerror}") from None
 
 
+def same_fit(one: str, other: str) -> bool:
+    """Whether two texts of fitted files say the same.
+
+    Words must be equal and numbers within ``FIT_TOLERANCE``: an optimum is found to about that on
+    another processor or with another linear algebra.
+    """
+    if one == other:
+        return True
+    ours, theirs = WORDS.findall(one), WORDS.findall(other)
+    return len(ours) == len(theirs) and all(map(_same_word, ours, theirs))
+
+
+def _same_word(one: str, other: str) -> bool:
+    if one == other:
+        return True
+    try:
+        a, b = float(one), float(other)
+    except ValueError:
+        return False
+    return math.isclose(a, b, rel_tol=FIT_TOLERANCE)
+
+
 def stale_files(files: Mapping[str, str], folder: Path) -> list[str]:
     """Names of fitted files that differ from those in a folder or are missing there, or too many.
 
@@ -278,6 +304,6 @@ def stale_files(files: Mapping[str, str], folder: Path) -> list[str]:
     differ = [
         n
         for n, text in files.items()
-        if not (folder / n).is_file() or (folder / n).read_text(encoding="utf-8") != text
+        if not (folder / n).is_file() or not same_fit((folder / n).read_text("utf-8"), text)
     ]
     return differ + sorted({p.name for p in folder.glob("*-tp*")} - set(files))
