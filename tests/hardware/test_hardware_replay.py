@@ -54,7 +54,13 @@ def write_trace(path, n, rate, prompt=(20, 1500), output=(5, 60), seed=0):
     at_ms = np.cumsum(rng.exponential(1000 / rate, n))
     lines = [
         json.dumps(
-            {"timestamp": float(t), "input_length": int(p), "output_length": int(o), "hash_ids": []}
+            {
+                "timestamp": float(t),
+                "input_length": int(p),
+                "output_length": int(o),
+                "hash_ids": [],
+                "time_unit": "ms",  # fractions of a millisecond might as well be seconds
+            }
         )
         for t, p, o in zip(
             at_ms - at_ms[0], rng.integers(*prompt, n), rng.integers(*output, n), strict=True
