@@ -224,7 +224,14 @@ def write_trace(folder, n, rate):
         strict=True,
     )
     lines = [
-        json.dumps({"timestamp": 1e3 * float(t), "input_length": int(p), "output_length": int(o)})
+        json.dumps(
+            {
+                "timestamp": 1e3 * float(t),
+                "input_length": int(p),
+                "output_length": int(o),
+                "time_unit": "ms",
+            }
+        )
         for t, p, o in rows
     ]
     path = folder / "trace.jsonl"
