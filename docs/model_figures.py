@@ -14,7 +14,6 @@ from biscale_env.config import load_gpu
 from biscale_env.models.fit.gpu_evidence import KernelPoint, load_gpu_evidence
 from biscale_env.models.fit.gpu_fit import predict_kernels
 from biscale_env.models.fit.report import measured_servers
-from biscale_env.models.gemm import layer_values
 from biscale_env.models.gpu_layer import load_layer
 
 mpl.rcParams |= {
@@ -81,7 +80,7 @@ def one_shape(
     gpu: str, points: list[KernelPoint], label: str, color: str, power: Axes, time: Axes
 ) -> None:
     """Points and lines of one shape."""
-    layer, description = layer_values(load_layer(gpu)), load_gpu(gpu)
+    layer, description = load_layer(gpu).values, load_gpu(gpu)
     clocks = CLOCKS[description.freq_max_mhz >= CLOCKS]
     line = [points[0].model_copy(update={"freq_mhz": float(f)}) for f in clocks]
     seconds, watts = predict_kernels(line, description, layer)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
@@ -227,10 +226,3 @@ def read_members(
     for field, value in zip(Coefficients._fields, complete.as_tuple(), strict=True):
         records[field] = columns.get(field, value)
     return records, np.array(columns.get(DELAY_COLUMN, np.full(n, complete.delay_s or 0.0)))
-
-
-def dump_model_file(content: ModelFile) -> str:
-    """Return the YAML text of a coefficient file."""
-    return yaml.safe_dump(
-        content.model_dump(mode="json"), sort_keys=False, width=150, allow_unicode=True
-    )

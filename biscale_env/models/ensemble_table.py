@@ -1,14 +1,18 @@
-"""Ensembles as CSV: one row per member, one column per coefficient that varies."""
+"""Ensembles as CSV, read and written: a row per member, a column per coefficient that varies."""
 
 import csv
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.models.coefficient import rounded
+
+DIGITS: Final = 5  # significant ones of a member's figure
 
 
 def read_table(
@@ -32,6 +36,18 @@ def read_table(
     if not np.all(np.isfinite(values) & (values >= 0.0)):
         raise BiscaleError(f"{path}: every value must be a finite number, zero or above")
     return {name: column.copy() for name, column in zip(names, values.T, strict=True)}
+
+
+def table_text(comment: str, columns: Mapping[str, ArrayLike]) -> str:
+    """Text of an ensemble.
+
+    Args:
+        comment: what the members are, for the first line.
+        columns: column name to values, one per member.
+    """
+    values = [np.asarray(column, dtype=np.float64).tolist() for column in columns.values()]
+    rows = [",".join(repr(rounded(v, DIGITS)) for v in row) for row in zip(*values, strict=True)]
+    return "\n".join([f"# {comment}", ",".join(columns), *rows]) + "\n"
 
 
 def _cells(path: Path, content: bytes) -> tuple[list[str], NDArray[np.float64]]:

@@ -14,7 +14,7 @@ from biscale_env.config import Gpu, load_gpu
 from biscale_env.config.hardware import MXFP4_BYTES, Dtype
 from biscale_env.core.errors import BiscaleError
 from biscale_env.models import physics
-from biscale_env.models.gpu_layer import DTYPES, GpuLayer, load_layer, names_in_layer
+from biscale_env.models.gpu_layer import DTYPES, load_layer, names_in_layer
 from biscale_env.models.physics import Coefficients
 
 WEIGHT_BYTES: Final = {"bf16": 2.0, "fp8": 1.0, "mxfp4": MXFP4_BYTES}
@@ -76,11 +76,6 @@ def gemm_coefficients(
     return Coefficients(**{name: (own | work).get(name, 0.0) for name in Coefficients._fields})
 
 
-def layer_values(layer: GpuLayer) -> dict[str, float]:
-    """Nominal values of a layer by name."""
-    return {name: c.value for name, c in layer.coefficients.items()}
-
-
 def predict_gemm(
     gpu: str, rows: float, k: float, n: float, dtype: str = "bf16", freq_mhz: float | None = None
 ) -> GemmResult:
@@ -104,7 +99,7 @@ def predict_gemm(
             raise BiscaleError(f"{name} of a GEMM must be 1 or more, but is {value:g}")
     description = load_gpu(gpu)
     freq = description.freq_max_mhz if freq_mhz is None else description.check_clock(freq_mhz)
-    c = gemm_coefficients(layer_values(load_layer(gpu)), description, dtype, k, n)
+    c = gemm_coefficients(load_layer(gpu).values, description, dtype, k, n)
     f = physics.effective_freq_ghz(
         c, rows, 0.0, 0.0, 1.0, freq * 1e-3, description.freq_min_mhz * 1e-3
     )

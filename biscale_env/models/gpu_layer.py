@@ -67,6 +67,11 @@ class GpuLayer(Config):
             )
         return self
 
+    @property
+    def values(self) -> dict[str, float]:
+        """Nominal value of every one of ``LAYER_FIELDS``."""
+        return {name: c.value for name, c in self.coefficients.items()}
+
     def value(self, name: str) -> float:
         """Nominal value of one of ``LAYER_FIELDS``."""
         return self.coefficients[name].value

@@ -425,16 +425,18 @@ def read_model(
     path = find_file(name, phase, dtype, tp, ep)
     if not path.is_file():
         raise BiscaleError(f"model file {path} does not exist")
-    own = fitted_hardware(path)
-    named = _named_hardware(read_bytes(path), str(path))[0]
+    content = read_bytes(path)
+    named = _named_hardware(content, str(path))
+    own = Hardware(load_gpu(named[0], path.parent), load_llm(named[1], path.parent))
+    own_layer = _layer_of(named[0], path.parent, None)
     asked = Hardware(load_gpu(gpu) if gpu else own.gpu, load_llm(llm) if llm else own.llm)
     ensemble = ensemble_path(path)
     origin = _Origin(
         str(path.resolve()),
-        read_bytes(path),
+        content,
         read_bytes(ensemble) if ensemble.is_file() else None,
-        _layer_of(named, path.parent, gpu),
-        _layer_of(named, path.parent, None),
+        _layer_of(named[0], path.parent, gpu) if gpu else own_layer,
+        own_layer,
         own.as_json(),
         asked.as_json(),
     )

@@ -301,6 +301,16 @@ def power_w(
 
 
 @register_jitable
+def _at_clock(
+    c: Any, parts: TimeParts, core_j: float, fixed_j: float, freq_ghz: float
+) -> tuple[float, float, float]:
+    """Duration, s, and energy, J, of work at a clock, and how far its power is above the cap, W."""
+    time = duration_of(c, parts, freq_ghz)
+    joules = energy_of(c, core_j, fixed_j, time, freq_ghz)
+    return time, joules, joules / time - c.p_cap_w
+
+
+@register_jitable
 def iteration_under_cap(
     c: Any,
     tokens: float,
@@ -319,22 +329,16 @@ def iteration_under_cap(
     """
     parts = time_parts(c, tokens, attn_work, cached, n_seq)
     core, fixed = work_energy_j(c, tokens, attn_work, cached, n_seq)
-    time = duration_of(c, parts, freq_ghz)
-    joules = energy_of(c, core, fixed, time, freq_ghz)
+    time, joules, excess_hi = _at_clock(c, parts, core, fixed, freq_ghz)
     if joules <= c.p_cap_w * time or freq_ghz <= freq_min_ghz:
         return freq_ghz, time, joules
-    hi, excess_hi = freq_ghz, joules / time - c.p_cap_w
-    f = freq_min_ghz
-    time = duration_of(c, parts, f)
-    joules = energy_of(c, core, fixed, time, f)
-    excess = joules / time - c.p_cap_w
+    hi, f = freq_ghz, freq_min_ghz
+    time, joules, excess = _at_clock(c, parts, core, fixed, f)
     if excess < 0.0:
         b = bracket(f, excess, hi, excess_hi)
         for _ in range(60):
             f = false_position(b)
-            time = duration_of(c, parts, f)
-            joules = energy_of(c, core, fixed, time, f)
-            excess = joules / time - c.p_cap_w
+            time, joules, excess = _at_clock(c, parts, core, fixed, f)
             if abs(excess) < CAP_TOLERANCE_W or b.hi - b.lo < 1e-10:
                 break
             b = narrowed(b, f, excess)

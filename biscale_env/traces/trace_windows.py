@@ -118,7 +118,8 @@ def _cut(
         for piece in held
     ]
     times, prompts, outputs = join_rows(inside)
-    day, label = _day(start_s, about.origin_unix_s)
+    # days are the file's, times those after the start of the part that was asked for
+    day, label = _day(held[0].part_s[0] + start_s, about.origin_unix_s)
     name = f"{Path(about.file).name.split('.')[0]}[{start_s:g}:{start_s + length_s:g}s]"
     relative_s = np.clip(times - start_s, 0.0, length_s)
     trace = Trace(name, relative_s, prompts, outputs, about.file, duration_s=length_s)

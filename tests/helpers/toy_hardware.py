@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from biscale_env.config import InstanceSpec, load_gpu, load_llm
-from biscale_env.models.coefficient_files import dump_model_file, stem
+from biscale_env.models.coefficient import dump_fitted
+from biscale_env.models.coefficient_files import stem
 from biscale_env.models.gpu_layer import ensemble_path
 from biscale_env.models.iteration_model import read_model
 from biscale_env.models.physics import Coefficients
@@ -39,7 +40,7 @@ def toy_family(folder: Path, tps: tuple[int, ...] = (2, 4)) -> Path:
             model = read_model(phase, tp, name=TOY_MODEL, gpu=TOY_GPU, llm=TOY_LLM)
             named = {"name": "toy", "gpu": Path(TOY_GPU).name, "llm": Path(TOY_LLM).name}
             path = folder / f"{stem(phase, 'bf16', tp)}.yaml"
-            path.write_text(dump_model_file(model.content.model_copy(update=named)))
+            path.write_text(dump_fitted(model.content.model_copy(update=named)))
             rows = [model.member(k)._asdict() for k in range(MEMBERS)]
             varied = {n for n in Coefficients._fields if np.ptp([r[n] for r in rows]) > 0}
             table = pd.DataFrame([{k: r[k] for k in sorted(varied)} for r in rows])

@@ -177,10 +177,10 @@ def test_exit_code_two_and_no_traceback():
 def test_a_model_without_members_has_no_spread(tmp_path):
     model = load_model("decode", 4)
     content = model.content
-    from biscale_env.models.coefficient_files import dump_model_file
+    from biscale_env.models.coefficient import dump_fitted
 
     path = tmp_path / "bare.yaml"
-    path.write_text(dump_model_file(content))
+    path.write_text(dump_fitted(content))
     p = predict_decode(load_model("decode", 4, "bf16", str(path)), 64, 512, 1200.0)
     assert p.spread == {}
     assert p.latency_s == predict_decode(model, 64, 512, 1200.0).latency_s

@@ -23,7 +23,7 @@ NAME = "h100-sxm/llama-3.3-70b"
 PROFILE = next(p for p in shipped_profiles("h100-sxm") if p.family == NAME)
 TABLES = PROFILE.tables()
 ALL = [(p, t) for p in shipped_profiles() for t in p.tables()]
-LAYER = {n: c.value for n, c in load_layer("h100-sxm").coefficients.items()}
+LAYER = load_layer("h100-sxm").values
 # Held-out errors above the target, as they are. fp8 on Blackwell and H200: the tables
 # jump between neighbouring sizes (few measured GEMMs, estimates between them). A100: all-reduce of
 # large messages is not linear in their size.
@@ -225,7 +225,7 @@ def test_held_out_latency_as_promised(profile, table):
     again = fit_work(
         table,
         profile.llm,
-        {n: c.value for n, c in load_layer(profile.gpu).coefficients.items()},
+        load_layer(profile.gpu).values,
         load_gpu(profile.gpu).multiplies_mxfp4,
     )
     assert again.held_out_mape == pytest.approx(fit["held_out_mape"], abs=2e-4)

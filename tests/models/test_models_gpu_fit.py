@@ -3,6 +3,7 @@ committed layers meet what was measured.
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from biscale_env.config import configs_dir, load_gpu
 from biscale_env.core.errors import BiscaleError
 from biscale_env.models import load_model, physics
+from biscale_env.models.ensemble_table import read_table, table_text
 from biscale_env.models.fit import gpu_fit
 from biscale_env.models.fit.gpu_evidence import (
     GpuEvidence,
@@ -27,12 +29,12 @@ from biscale_env.models.fit.gpu_files import servers_of
 from biscale_env.models.fit.gpu_fit import GpuFit, fixed_values, predict_kernels, predict_points
 from biscale_env.models.fit.host_fit import NO_HOST, fit_energy_factor, fit_host
 from biscale_env.models.fit.server_model import mixture, predict_server, prompt_tokens_of
-from biscale_env.models.gemm import gemm_coefficients, layer_values, predict_gemm
+from biscale_env.models.gemm import gemm_coefficients, predict_gemm
 from biscale_env.models.gpu_layer import LAYER_FIELDS, layer_files, layer_path, load_layer
 
 H100 = load_gpu("h100-sxm")
 EVIDENCE = load_gpu_evidence("h100-sxm")
-LAYER = layer_values(load_layer("h100-sxm"))
+LAYER = load_layer("h100-sxm").values
 
 
 def test_a_large_gemm_runs_at_the_sustained_rate_and_a_small_one_streams_its_weights():
@@ -302,6 +304,29 @@ def test_host_time_and_energy_factor_come_back(dense):
     assert fit_host(EVIDENCE, H100, LAYER, []).by_server == {}
     none = predict_points(EVIDENCE, H100, LAYER, server, NO_HOST)
     assert all(a.itl_p50_s < b.itl_p50_s for a, b in zip(none, made, strict=True))
+
+
+def test_prompts_of_the_chat_servers_are_about_as_long_as_the_evidence_says():
+    """Quartiles, as the comment of the evidence file states them."""
+    found = []
+    groups = [g for g in EVIDENCE.serving.groups if g.task == "chat"]
+    for server in servers_of(EVIDENCE, LAYER, groups)[0]:
+        g = server.group
+        c = load_model("decode", g.tp, g.dtype, f"h100-sxm/{g.llm}", ep=g.ep).coefficients
+        for p in g.points:
+            context = gpu_fit.context_tokens(EVIDENCE, p, EVIDENCE.serving.prompt_tokens["chat"])
+            found.append(prompt_tokens_of(c, p, 1.98, context, 0.51))
+    assert None not in found
+    assert np.percentile(found, (25, 75)) == pytest.approx([310, 410], abs=10)
+
+
+def test_an_ensemble_is_read_as_it_was_written():
+    columns = {"weights_s": [0.0123456789, 1e-12], "delay_s": np.array([0.05, 0.0])}
+    text = table_text("of a test", columns)
+    assert text.splitlines()[:2] == ["# of a test", "weights_s,delay_s"]
+    back = read_table(Path("mine.csv"), text.encode(), ("weights_s", "delay_s"))
+    assert list(back["weights_s"]) == [0.012346, 1e-12]  # five digits
+    assert list(back["delay_s"]) == [0.05, 0.0]
 
 
 # --- the committed layer against what was measured --------------------------------------------

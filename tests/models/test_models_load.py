@@ -15,9 +15,9 @@ from biscale_env.models import (
     load_model,
     physics,
 )
+from biscale_env.models.coefficient import dump_fitted
 from biscale_env.models.coefficient_files import (
     WORK_AXES,
-    dump_model_file,
     files_in,
     known_names,
     read_model_file,
@@ -226,7 +226,7 @@ def rewrite(path, change):
 
 
 def test_a_complete_file_of_ones_own_needs_no_members(copied):
-    copied.write_text(dump_model_file(load_model("decode").content))
+    copied.write_text(dump_fitted(load_model("decode").content))
     model = load_model("decode", 4, "bf16", str(copied))
     assert model.coefficients == load_model("decode").coefficients
     assert model.n_members == 0

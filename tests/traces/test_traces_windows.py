@@ -81,6 +81,7 @@ def test_days_are_calendar_days_where_there_are_dates(tmp_path):
     part = ReadingOptions(start="2024-05-11 00:00", stop="2024-05-12")
     second = list(read_windows(tmp_path / "week.csv", 3600.0, 6 * 3600.0, options=part))
     assert [w.trace.prompt_tokens[0] for w in second] == [13, 25, 37, 49]
+    assert [(w.day, w.label) for w in second] == [(1, "2024-05-11")] * 4
     days = [w.label for w in windows_of(made(100, 3 * DAY_S), 100.0, DAY_S, 3600.0)]
     assert days == ["day 0", "day 1", "day 2"]
 

@@ -14,7 +14,7 @@ from biscale_env.core.files import write_whole
 from biscale_env.hardware.clocks import owner
 from biscale_env.hardware.clocks.backend import ClockBackend, ClockError
 from biscale_env.models import coefficient_files
-from biscale_env.models.coefficient import rounded
+from biscale_env.models.coefficient import dump_fitted, rounded
 from biscale_env.models.gpu_layer import ensemble_path
 
 POLL_S = 0.0005
@@ -206,6 +206,6 @@ def write_delays(folder: Path, switches: Sequence[Switch], seed: int = 0) -> lis
             table = pd.read_csv(members, comment="#")
             table[coefficient_files.DELAY_COLUMN] = rng.choice(known, len(table)).round(6)
             write_whole(members, table.to_csv(index=False))
-        write_whole(path, coefficient_files.dump_model_file(new))
+        write_whole(path, dump_fitted(new))
         changed.append(path)
     return changed

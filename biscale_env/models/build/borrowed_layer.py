@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import pandas as pd
-import yaml
 
 from biscale_env.config import DEFAULT_GPU, Gpu, load_gpu
-from biscale_env.models.coefficient import Coefficient, rounded
-from biscale_env.models.fit.llm_files import MEMBER_DIGITS
+from biscale_env.models.coefficient import Coefficient, dump_fitted, rounded
+from biscale_env.models.ensemble_table import table_text
 from biscale_env.models.gpu_layer import GpuLayer, LayerFiles, layer_files, layer_path
 
 LENDER: Final = DEFAULT_GPU
@@ -71,10 +69,8 @@ def borrowed_layer(gpu: Gpu) -> LayerFiles:
     }
     kept = {"borrowed_from": LENDER, "server_power": files.layer().fit["server_power"]}
     layer = GpuLayer(gpu=gpu.name, coefficients=made, fit=kept)
-    text = yaml.safe_dump(
-        layer.model_dump(mode="json"), sort_keys=False, width=150, allow_unicode=True
-    )
-    return LayerFiles(f"{gpu.name}.yaml", text.encode(), _members(gpu, files, scale, layer))
+    members = _members(gpu, files, scale, layer)
+    return LayerFiles(f"{gpu.name}.yaml", dump_fitted(layer).encode(), members)
 
 
 def _members(gpu: Gpu, lent: LayerFiles, scale: dict[str, float], layer: GpuLayer) -> bytes:
@@ -92,9 +88,8 @@ def _members(gpu: Gpu, lent: LayerFiles, scale: dict[str, float], layer: GpuLaye
             continue
         sigma = SPREAD["clock" if clock else "energy"]
         columns[name] = lender * scale[name] * np.exp(rng.normal(0.0, sigma, n))
-    rows = pd.DataFrame(columns).map(lambda v: rounded(v, MEMBER_DIGITS))
-    head = f"# Members of {LENDER}, scaled to {gpu.name} and widened: nothing of it is measured\n"
-    return (head + rows.to_csv(index=False, lineterminator="\n")).encode()
+    comment = f"Members of {LENDER}, scaled to {gpu.name} and widened: nothing of it is measured"
+    return table_text(comment, columns).encode()
 
 
 def layer_texts_of(files: LayerFiles, folder: str = "fitted") -> dict[str, str]:

@@ -20,7 +20,8 @@ from biscale_env.models.build.partition import Partition, check_partition
 from biscale_env.models.build.roofline import roofline_table
 from biscale_env.models.build.shipped_tables import table_text
 from biscale_env.models.build.table_package import SYSTEMS, tables_installed
-from biscale_env.models.coefficient_files import ModelFile, dump_model_file, parse_model_file
+from biscale_env.models.coefficient import dump_fitted
+from biscale_env.models.coefficient_files import ModelFile, parse_model_file
 from biscale_env.models.fit.kernel_profiles import cut
 from biscale_env.models.fit.llm_files import OnGpu, Source, fit_tables
 from biscale_env.models.fit.profile_table import read_profile
@@ -124,7 +125,7 @@ def _described(own: dict[str, str], llm: Llm, gpu: Gpu, shipped_gpu: bool) -> di
     for name, text in own.items():
         if name.endswith(".yaml") and names:
             content = parse_model_file(text.encode(), name).model_copy(update=names)
-            text = dump_model_file(content)
+            text = dump_fitted(content)
         out[name] = text
     if clash := set(out) & set(texts):
         raise BiscaleError(

@@ -7,23 +7,21 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import pandas as pd
-import yaml
 
 from biscale_env.config import Gpu, configs_dir, list_names, load_gpu, load_llm
-from biscale_env.models.coefficient import Coefficient, rounded
+from biscale_env.models.coefficient import Coefficient, dump_fitted, rounded
+from biscale_env.models.coefficient_files import OWN_FIELDS
+from biscale_env.models.ensemble_table import table_text
 from biscale_env.models.fit.gpu_evidence import (
     GpuEvidence,
     ServingGroup,
     evidence_dir,
-    load_gpu_evidence,
 )
 from biscale_env.models.fit.gpu_fit import (
     GpuFit,
     HostTime,
     ServerWork,
     fixed_values,
-    load_description,
     predict_kernels,
     predict_points,
     server_work,
@@ -32,12 +30,9 @@ from biscale_env.models.fit.host_fit import HostFit, fit_host, sample_host
 from biscale_env.models.fit.kernel_profiles import KernelProfile, profiles_dir
 from biscale_env.models.fit.profile_table import sha256
 from biscale_env.models.fit.work_fit import fit_work
-from biscale_env.models.gpu_layer import HOST_FIELDS, LAYER_FIELDS, GpuLayer, ensemble_path
-from biscale_env.models.physics import WORK_FIELDS
+from biscale_env.models.gpu_layer import LAYER_FIELDS, GpuLayer, ensemble_path
 
 ROUNDS: Final = 2  # fit and host time settle to 1e-3 in two
-MEMBER_DIGITS: Final = 5
-WORK: Final = tuple(n for n in WORK_FIELDS if n not in HOST_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,7 @@ def _work_of(
     }
     if set(fits) != {"prefill", "decode"}:
         return None
-    found = {name: getattr(fits["decode"], name) for name in WORK}
+    found = {name: getattr(fits["decode"], name) for name in OWN_FIELDS}
     return found | {"attn_prefill_s": fits["prefill"].attn_prefill_s}
 
 
@@ -112,7 +107,7 @@ def fit_gpu(
         n_members: other size of the ensemble.
         without_llm: an LLM whose servers are kept from the fit.
     """
-    gpu = load_description(ev)
+    gpu = load_gpu(ev.gpu)
     groups = [g for g in ev.serving.groups if g.llm != without_llm]
     values = fixed_values(ev)
     kernels_only = GpuFit(ev, gpu, (), {})
@@ -204,30 +199,23 @@ def server_errors(fitted: FittedGpu) -> list[tuple[float, float]]:
 
 def members_csv(fitted: FittedGpu) -> str:
     """Text of the layer's ensemble."""
-    rows = pd.DataFrame([{n: m[n] for n in LAYER_FIELDS} for m in fitted.members])
-    varied = [n for n in LAYER_FIELDS if rows[n].nunique() > 1]
-    head = (
-        f"# Randomised maxima of the posterior of {fitted.ev.gpu} (seed {fitted.ev.seed}): every "
-        "member is a fit to evidence and priors moved by their noise\n"
+    columns = {n: [m[n] for m in fitted.members] for n in LAYER_FIELDS}
+    comment = (
+        f"Randomised maxima of the posterior of {fitted.ev.gpu} (seed {fitted.ev.seed}): every "
+        "member is a fit to evidence and priors moved by their noise"
     )
-    table = rows[varied].map(lambda v: rounded(v, MEMBER_DIGITS))
-    return head + table.to_csv(index=False, lineterminator="\n")
+    return table_text(comment, {n: v for n, v in columns.items() if len(set(v)) > 1})
 
 
 def layer_texts(fitted: FittedGpu) -> dict[str, str]:
     """File name to text, ready to be written into ``configs/gpus/fitted``."""
     name = f"{fitted.ev.gpu}.yaml"
-    text = yaml.safe_dump(
-        layer_of(fitted).model_dump(mode="json"), sort_keys=False, width=150, allow_unicode=True
-    )
-    return {name: text, ensemble_path(Path(name)).name: members_csv(fitted)}
+    return {
+        name: dump_fitted(layer_of(fitted)),
+        ensemble_path(Path(name)).name: members_csv(fitted),
+    }
 
 
 def fitted_dir() -> Path:
     """Folder of the committed layers."""
     return configs_dir() / "gpus" / "fitted"
-
-
-def fit_layer(gpu: str) -> dict[str, str]:
-    """File name to text of one GPU's layer."""
-    return layer_texts(fit_gpu(load_gpu_evidence(gpu)))

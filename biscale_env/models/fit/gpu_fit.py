@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-from biscale_env.config import Gpu, load_gpu
+from biscale_env.config import Gpu
 from biscale_env.models import physics
 from biscale_env.models.fit.gpu_evidence import (
     GpuEvidence,
@@ -134,9 +134,9 @@ def predict_kernels(
     return time, power
 
 
-def correlated(sigma: Floats, labels: Sequence[object], group: float, shared: float) -> Floats:
+def correlated(sigma: Floats, labels: Sequence[str], group: float, shared: float) -> Floats:
     """Covariance of relative errors: each its own, one per label, one of all together."""
-    names = np.array([hash(label) for label in labels])
+    names = np.array(labels, dtype=str)
     same = names[:, None] == names[None, :]
     cov: Floats = np.diag(sigma**2) + group**2 * same + shared**2
     return cov
@@ -175,6 +175,7 @@ class GpuFit:
         self.kernel_power_w = np.array([p.power_w for p in points])
         long = self.kernel_time_s >= self.ev.kernels.long_us * 1e-6
         own = np.where(long, noise.kernel_power, noise.short_kernel_power)
+        self._kernel_sigma = own
         self.server_power_w = np.array([p.power_w for s in self.servers for p in s.group.points])
         labels = [s.group.label for s in self.servers for _ in s.group.points]
         point = np.full(len(labels), noise.serving_power)
@@ -253,12 +254,10 @@ class GpuFit:
     def moved(self, rng: np.random.Generator) -> "Moved":
         """The evidence moved by its noise, once."""
         n, k = self.ev.noise, self.kernel_time_s.size
-        long = self.kernel_time_s >= self.ev.kernels.long_us * 1e-6
-        own = np.where(long, n.kernel_power, n.short_kernel_power)
         return Moved(
             rng.normal(size=len(self.fields)),
             1.0 + rng.normal(0.0, n.kernel_time, k),
-            1.0 + rng.normal(0.0, 1.0, k) * own + rng.normal(0.0, n.kernel_gain),
+            1.0 + rng.normal(0.0, 1.0, k) * self._kernel_sigma + rng.normal(0.0, n.kernel_gain),
             1.0
             + rng.normal(0.0, n.serving_power, self.server_power_w.size)
             + rng.normal(0.0, n.server_gain),
@@ -304,8 +303,3 @@ def _idle_w(values: Mapping[str, float], freq_ghz: float) -> float:
 def fixed_values(ev: GpuEvidence, rng: np.random.Generator | None = None) -> dict[str, float]:
     """Every field at its prior's mean, or sampled from it."""
     return {name: p.mean if rng is None else p.sample(rng) for name, p in ev.prior.items()}
-
-
-def load_description(ev: GpuEvidence) -> Gpu:
-    """The GPU that the evidence is about."""
-    return load_gpu(ev.gpu)

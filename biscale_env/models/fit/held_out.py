@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from biscale_env.config import configs_dir
+from biscale_env.config import configs_dir, load_gpu
 from biscale_env.config.loader import read_yaml
 from biscale_env.core.files import write_whole
 from biscale_env.models.fit.gpu_evidence import GpuEvidence, evidence_dir, load_gpu_evidence
@@ -19,22 +19,15 @@ from biscale_env.models.fit.gpu_fit import (
     HostTime,
     ServerWork,
     fixed_values,
-    load_description,
     predict_kernels,
     predict_points,
 )
-from biscale_env.models.fit.llm_files import TABLE_SPREAD
+from biscale_env.models.fit.llm_files import TABLE_SPREAD, TIMES
 from biscale_env.models.fit.profile_table import sha256
 from biscale_env.models.fit.server_model import ServerPrediction
-from biscale_env.models.physics import Coefficients
 
 Floats = NDArray[np.float64]
 BAND: Final = (5.0, 95.0)  # percentiles of the members
-KERNEL_TIMES: Final = tuple(
-    n
-    for n in Coefficients._fields
-    if (n.endswith("_s") or "_s_per" in n) and not n.startswith(("host", "gemm0"))
-)
 
 
 @dataclass(frozen=True)
@@ -126,7 +119,7 @@ def _of_member(
     """Prediction of one member, its kernels and its energy off as those of a new LLM may be."""
     scale = float(np.exp(rng.normal(0.0, TABLE_SPREAD)))
     factor = float(np.exp(rng.normal(0.0, fitted.ev.noise.server_power)))
-    work = {n: v * scale if n in KERNEL_TIMES else v for n, v in server.work.items()}
+    work = {n: v * scale if n in TIMES else v for n, v in server.work.items()}
     off = ServerWork(server.group, work, server.prompt_tokens, server.mixtures)
     host = HostTime(member["decode_host0_s"], member["decode_host_s_per_seq"])
     return predict_points(fitted.ev, fitted.gpu, member, off, host, factor)
@@ -151,7 +144,7 @@ class HeldOutClock:
 
 def leave_one_clock_out(ev: GpuEvidence) -> Iterator[HeldOutClock]:
     """Fit the kernels without each requested clock in turn."""
-    gpu = load_description(ev)
+    gpu = load_gpu(ev.gpu)
     points = ev.kernels.points
     for clock in sorted({p.freq_mhz for p in points}):
         rest = tuple(p for p in points if p.freq_mhz != clock)

@@ -9,22 +9,20 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from biscale_env.config import Gpu, Llm, load_gpu
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import write_whole
-from biscale_env.models.coefficient import Coefficient, Provenance, rounded
-from biscale_env.models.coefficient_files import OWN_FIELDS, ModelFile, dump_model_file, stem
-from biscale_env.models.ensemble_table import read_table
+from biscale_env.models.coefficient import Coefficient, Provenance, dump_fitted, rounded
+from biscale_env.models.coefficient_files import OWN_FIELDS, ModelFile, stem
+from biscale_env.models.ensemble_table import table_text
 from biscale_env.models.fit.host_fit import HostFit, MeasuredLlm
 from biscale_env.models.fit.latency import LATENCY_FIELDS, WORK_FIELD
 from biscale_env.models.fit.profile_table import ProfileTable
 from biscale_env.models.fit.work_fit import COMPUTE_FIELDS, WorkFit, fit_work
 from biscale_env.models.gpu_layer import (
     HOST_FIELDS,
-    LAYER_FIELDS,
     LayerFiles,
     ensemble_path,
     layer_files,
@@ -32,7 +30,6 @@ from biscale_env.models.gpu_layer import (
 )
 
 Floats = NDArray[np.float64]
-MEMBER_DIGITS: Final = 5
 FIT_TOLERANCE: Final = 0.02  # relative, of a fitted number made again
 WORDS: Final = re.compile(r"[^\s,:\[\]{}']+")
 TIMES: Final = tuple(
@@ -40,7 +37,7 @@ TIMES: Final = tuple(
 )
 TABLE_SPREAD: Final = 0.09  # of kernel sums against engines, beside host time: see held_out
 ESTIMATE_SPREAD: Final = 0.20  # more of it where all of them are estimates; assumed
-FROM_TABLE: Final = (*(n for n in TIMES if n != "gemm0_s"), "expert_skew")
+FROM_TABLE: Final = (*TIMES, "expert_skew")
 OWN_HOST_SPREAD: Final = 0.4  # of what servers differ by: a measured LLM's host time; assumed
 
 
@@ -74,11 +71,6 @@ class OnGpu:
     gpu: Gpu
     files: LayerFiles
     measured: Mapping[str, MeasuredLlm]
-
-    @property
-    def values(self) -> dict[str, float]:
-        """Nominal fields of the layer."""
-        return {n: c.value for n, c in self.files.layer().coefficients.items()}
 
 
 def on_gpu(gpu: str, measured: Mapping[str, MeasuredLlm] | None = None) -> OnGpu:
@@ -125,7 +117,7 @@ def fit_tables(
         source: of the tables.
         family: name of the model family.
     """
-    layer = on.values
+    layer = on.files.layer().values
     native = on.gpu.multiplies_mxfp4
     fits: dict[tuple[str, str, int, int], WorkFit] = {
         (t.phase, t.dtype, t.tp, t.ep): fit_work(t, llm, layer, native) for t in tables
@@ -141,7 +133,7 @@ def fit_tables(
         extra = {WORK_FIELD[other]: getattr(both.coefficients, WORK_FIELD[other])}
         content = _content(fit, extra, llm, on, source, family)
         path = Path(f"{stem(phase, dtype, tp, ep)}.yaml")
-        files[path.name] = dump_model_file(content)
+        files[path.name] = dump_fitted(content)
         share = (estimated_share(fit.table) + estimated_share(both.table)) / 2.0
         files[ensemble_path(path).name] = _members(content, share, llm, on)
     return files
@@ -228,15 +220,14 @@ def _members(content: ModelFile, share: float, llm: Llm, on: OnGpu) -> str:
     All kernel times of a member are off by one factor; GEMMs also by the clock that their table ran
     at, which is the GPU member's.
     """
-    path = Path(on.files.path)
-    layer = read_table(ensemble_path(path), on.files.members or b"", LAYER_FIELDS)
+    layer = on.files.table()
     n = len(next(iter(layer.values())))
     rng = np.random.default_rng(zlib.crc32(f"{content.name} {content.dtype} {content.tp}".encode()))
     scale = np.exp(rng.normal(0.0, np.hypot(TABLE_SPREAD, ESTIMATE_SPREAD * share), n))
     columns: dict[str, Floats] = {}
     for name in TIMES:
         value = content.coefficients[name].value
-        if value > 0 and name != "gemm0_s":
+        if value > 0:
             columns[name] = value * scale
     clock = on.files.layer().value("gemm_profile_ghz")
     for name in COMPUTE_FIELDS:
@@ -252,11 +243,10 @@ def _members(content: ModelFile, share: float, llm: Llm, on: OnGpu) -> str:
             own_spread = OWN_HOST_SPREAD * getattr(host.spread, name)
             drawn = getattr(host.mean, name) + own_spread * rng.normal(size=n)
             columns[name] = np.maximum(drawn, 0.0)
-    table = pd.DataFrame(columns).map(lambda v: rounded(v, MEMBER_DIGITS))
-    head = (
-        f"# Kernel and host times of member k of {on.gpu.name}; its other columns are the GPU's\n"
+    return table_text(
+        f"Kernel and host times of member k of {on.gpu.name}; its other columns are the GPU's",
+        columns,
     )
-    return head + table.to_csv(index=False, lineterminator="\n")
 
 
 def write_family(files: Mapping[str, str], folder: Path) -> None:

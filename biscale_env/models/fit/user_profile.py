@@ -19,8 +19,9 @@ from biscale_env.config import configs_dir
 from biscale_env.config.loader import find_named
 from biscale_env.core.errors import BiscaleError
 from biscale_env.models import physics
-from biscale_env.models.coefficient import Coefficient, rounded
-from biscale_env.models.coefficient_files import ModelFile, dump_model_file, find_file, stem
+from biscale_env.models.coefficient import Coefficient, dump_fitted, rounded
+from biscale_env.models.coefficient_files import ModelFile, find_file, stem
+from biscale_env.models.ensemble_table import table_text
 from biscale_env.models.fit.latency import LATENCY_FIELDS, WORK_FIELD, Rows, mape, predict_s, refine
 from biscale_env.models.fit.linear_energy import (
     ENERGY_NAMES,
@@ -29,7 +30,7 @@ from biscale_env.models.fit.linear_energy import (
     energy_columns,
     remainder,
 )
-from biscale_env.models.fit.llm_files import MEMBER_DIGITS, domain_of
+from biscale_env.models.fit.llm_files import domain_of
 from biscale_env.models.fit.profile_table import ONE_GPU_LACKS, ProfileTable, read_profile, sha256
 from biscale_env.models.geometry import counted_work
 from biscale_env.models.gpu_layer import ensemble_path
@@ -72,14 +73,12 @@ class UserFit:
 
     def files(self, path: Path) -> dict[str, str]:
         """File name to text for a coefficient file at ``path``, its ensemble, its GPU and LLM."""
-        head = (
-            "# Bootstrap members: the table resampled, everything refitted; delays as in the start "
-            "model\n"
+        comment = (
+            "Bootstrap members: the table resampled, everything refitted; delays as in the start "
+            "model"
         )
-        text = self.members.map(lambda v: rounded(v, MEMBER_DIGITS)).to_csv(
-            index=False, lineterminator="\n"
-        )
-        own = {path.name: dump_model_file(self.content), ensemble_path(path).name: head + text}
+        text = table_text(comment, {str(name): self.members[name] for name in self.members})
+        own = {path.name: dump_fitted(self.content), ensemble_path(path).name: text}
         if clash := set(own) & set(self.descriptions):
             raise BiscaleError(
                 f"{min(clash)} is the name of the coefficient file and of a GPU or LLM: rename one"
