@@ -7,10 +7,10 @@ YAML file.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from biscale_env.config.hardware import Dtype, load_llm
 from biscale_env.config.loader import Config, configs_dir, load_yaml, validate
@@ -26,6 +26,17 @@ DEFAULT_MODEL: Final = f"{DEFAULT_GPU}/{DEFAULT_LLM}"
 TO_MOVE: Final = (DEFAULT_MODEL, f"{DEFAULT_GPU}/qwen3-32b")
 MAX_SEQS_LIMIT: Final = 4096  # requests of a batch that the simulator has room for
 IdleRule = Literal["last-clock", "parked"]
+
+
+def _known_cache(text: str) -> str:
+    kind, colon, tokens = text.partition(":")
+    sized = kind == "lru" and tokens.isascii() and tokens.isdigit() and int(tokens) > 0
+    if text not in ("off", "lru", "infinite") and not (colon and sized):
+        raise ValueError("a prefix cache is off, lru, lru:<tokens> or infinite")
+    return text
+
+
+PrefixCacheRule = Annotated[str, AfterValidator(_known_cache)]
 _FILES: Final = {"gpu": "gpus", "llm": "llms", "model": "models", "slo": "slos"}
 
 
@@ -59,6 +70,10 @@ class InstanceSpec(Config):
         parked_power_w: power of one GPU while parked, W; None: the fitted model's idle power at the
             lowest clock.
         parked_ramp_s: how long work runs at the lowest clock after a wait, s.
+        prefix_cache: prefix cache of a prefill instance. ``off``: every prompt is computed whole.
+            ``lru``: its KV room keeps the blocks that were used last, ``lru:100000`` so many
+            tokens of them; ``infinite``: nothing is ever given up. Without meaning for traces that
+            do not say what their prompts share.
     """
 
     gpu: str | None = None
@@ -74,6 +89,20 @@ class InstanceSpec(Config):
     idle: IdleRule = "last-clock"
     parked_power_w: float | None = Field(default=None, ge=0)
     parked_ramp_s: float = Field(default=PARKED_RAMP_S, ge=0)
+    prefix_cache: PrefixCacheRule = "lru"
+
+    def prefix_cache_tokens(self, kv_capacity_tokens: int) -> int | None:
+        """Room of the prefix cache, tokens; 0: there is none, None: it gives nothing up.
+
+        Args:
+            kv_capacity_tokens: KV room of the instance, which a cache cannot exceed.
+        """
+        kind, _, tokens = self.prefix_cache.partition(":")
+        if kind == "infinite":
+            return None
+        if kind == "off":
+            return 0
+        return min(int(tokens), kv_capacity_tokens) if tokens else kv_capacity_tokens
 
     @model_validator(mode="before")
     @classmethod
@@ -99,8 +128,21 @@ class InstanceSpec(Config):
         return validate(values, cls, "instance")
 
     def changed(self, **values: Any) -> "InstanceSpec":
-        """A copy with some values changed, validated anew."""
-        return self.of(**{**self.model_dump(exclude_unset=True), **values})
+        """A copy with some values changed, validated anew.
+
+        With another LLM the number format is the one that it is published in, unless this one's was
+        chosen to be another than the published one.
+        """
+        data = self.model_dump(exclude_unset=True)
+        if self.takes_format_of(values):
+            data.pop("dtype", None)
+        return self.of(**{**data, **values})
+
+    def takes_format_of(self, values: Mapping[str, Any]) -> bool:
+        """Whether changed values bring an LLM whose published number format comes with it."""
+        if values.get("llm") in (None, self.llm) or values.get("dtype") is not None:
+            return False
+        return self.dtype == load_llm(self.llm or DEFAULT_LLM).dtype
 
     def to_yaml(self, path: str | Path) -> Path:
         """Write the description to a YAML file, for a child process or for later.
@@ -188,7 +230,10 @@ class WithInstance(Config):
         Raises:
             BiscaleError: an unknown key or an impossible value.
         """
-        return validate({**self.model_dump(), **values}, type(self), type(self).__name__)
+        data = self.model_dump()
+        if self.instance.takes_format_of(values):
+            del data["instance"]["dtype"]
+        return validate({**data, **values}, type(self), type(self).__name__)
 
     @property
     def tp(self) -> int:

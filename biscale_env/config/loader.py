@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Final, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from biscale_env.config.installed_files import installed_names, installed_path
 from biscale_env.core.errors import BiscaleError
 
 M = TypeVar("M", bound=BaseModel)
@@ -156,9 +157,11 @@ def load_yaml(path: Path, model: type[M]) -> M:
 def find_named(kind: str, name: str, beside: Path | None = None) -> Path:
     """Path of shipped configuration ``configs/<kind>/<name>.yaml``, or of a YAML file.
 
+    Shipped names come before paths, and those before names of installed packages.
+
     Args:
         kind: folder below ``configs``, e.g. ``gpus``.
-        name: shipped name or path of a ``.yaml`` file.
+        name: shipped name, path of a ``.yaml`` file, or a name that an installed package brings.
         beside: folder in which a file is looked for first.
 
     Raises:
@@ -171,7 +174,10 @@ def find_named(kind: str, name: str, beside: Path | None = None) -> Path:
         for file in ([beside / name] if beside else []) + [Path(name)]:
             if file.is_file():
                 return file
-    known = list_names(kind)
+    outside = installed_path(kind, name)
+    if outside is not None:
+        return outside
+    known = [*list_names(kind), *installed_names(kind)]
     raise BiscaleError(
         f"unknown {kind.rstrip('s')} '{name}'; known: {', '.join(known)}, or the path of a YAML "
         f"file; the nearest name is '{nearest(name, known)}'"

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.markdown import markdown_table
 
 HORIZON = 8  # projected batches, K = 8 as in BiScale (arXiv 2602.18755)
 NOW = "at the decision"
@@ -105,12 +106,20 @@ class ObservationSpec:
     def markdown(self) -> str:
         """Table of the whole vector for documentation."""
         head = ("index", "name", "unit", "scale", "low", "high", "when", "meaning")
-        lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-        for i, f in enumerate(self.features):
-            numbers = (f"{f.scale:g}", f"{f.low:g}", f"{f.high:g}")
-            row = (str(i), f"`{f.name}`", f.unit, *numbers, f.when, f.meaning)
-            lines.append(f"| {' | '.join(row)} |")
-        return "\n".join(lines)
+        rows = [
+            (
+                i,
+                f"`{f.name}`",
+                f.unit,
+                f"{f.scale:g}",
+                f"{f.low:g}",
+                f"{f.high:g}",
+                f.when,
+                f.meaning,
+            )
+            for i, f in enumerate(self.features)
+        ]
+        return markdown_table(head, rows, "l")
 
 
 def _projected(

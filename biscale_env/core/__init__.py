@@ -1,1 +1,1 @@
-"""What every room uses and none owns: the user's error, compilation of kernels."""
+"""What every package uses and none owns: the user's error, compilation of kernels."""

@@ -5,7 +5,7 @@ A change in *any* file of the physics must drop it, not only in the file that ho
 Numba checks only the file that defines a cached function. Our kernels inline the formula and the
 transitions from other files, so a changed coefficient formula would silently go on running as it
 was. The cache therefore lives in a folder named after the sources: those of the simulator, and for
-kernels of other rooms (controllers, hardware) also all files of their room.
+kernels of other packages (controllers, hardware) also all files of their package.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ SOURCES = (
     "sim",
     "envs",
 )
-SHARED_ROOMS = frozenset(source.partition("/")[0] for source in SOURCES)
+SHARED_PACKAGES = frozenset(source.partition("/")[0] for source in SOURCES)
 
 KERNEL: dict[str, Any] = {"error_model": "numpy", "_nrt": False}
 KEPT_FOLDERS = 16
@@ -46,31 +46,31 @@ def python_files(path: Path) -> list[Path]:
     return sorted(path.rglob("*.py")) if path.is_dir() else [path]
 
 
-def source_digest(package: Path = PACKAGE, room: Path | None = None) -> str:
+def source_digest(package: Path = PACKAGE, other: Path | None = None) -> str:
     """Hash of every source file that kernels are made from.
 
     Constants of other files are frozen into kernels too.
 
     Args:
         package: where the sources of the shared parts lie.
-        room: the room of a kernel that lies elsewhere; every file below it counts too.
+        other: the package of a kernel that lies elsewhere; every file below it counts too.
     """
     digest = hashlib.sha256(numba.__version__.encode())
-    for root in [package / source for source in SOURCES] + ([room] if room else []):
+    for root in [package / source for source in SOURCES] + ([other] if other else []):
         for file in python_files(root):
             name = file.relative_to(root.parent).as_posix()
             digest.update(name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def room_of(folder: Path) -> Path | None:
-    """Room whose files a kernel in this folder may inline, beside the shared ones.
+def package_of(folder: Path) -> Path | None:
+    """Package whose files a kernel in this folder may inline, beside the shared ones.
 
-    None if it lies in a shared room itself.
+    None if it lies in a shared package itself.
     """
     if folder.is_relative_to(PACKAGE):
         first = folder.relative_to(PACKAGE).parts[:1]
-        return None if not first or first[0] in SHARED_ROOMS else PACKAGE / first[0]
+        return None if not first or first[0] in SHARED_PACKAGES else PACKAGE / first[0]
     while (folder / "__init__.py").is_file() and (folder.parent / "__init__.py").is_file():
         folder = folder.parent
     return folder
@@ -86,7 +86,7 @@ def cache_dir(folder: Path | None = None) -> Path | None:
     root = user_cache.writable_root(os.environ.get("NUMBA_CACHE_DIR"))
     if root is None:
         return None
-    digest = source_digest(PACKAGE, room_of(folder) if folder else None)
+    digest = source_digest(PACKAGE, package_of(folder) if folder else None)
     made = root / "kernels" / digest
     if not made.is_dir():
         user_cache.prune(made.parent, KEPT_FOLDERS, "[0-9a-f]" * len(digest))

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from biscale_env.config import configs_dir
 from biscale_env.config.hardware import Dtype, Gpu
+from biscale_env.config.installed_files import installed_names, installed_path
 from biscale_env.config.loader import Config, nearest, parse_yaml, read_bytes, validate
 from biscale_env.core.errors import BiscaleError
 from biscale_env.models.coefficient import Coefficient
@@ -147,7 +148,10 @@ def find_folder(name: str) -> Path | None:
             return folder
     if Path(name).suffix in {".yaml", ".yml"}:
         return None
-    known = known_names()
+    outside = installed_path("models", name)
+    if outside is not None:
+        return outside
+    known = [*known_names(), *installed_names("models")]
     raise BiscaleError(
         f"unknown model '{name}'; known: {', '.join(known)}, or a path to files of `biscale models "
         "build` or `biscale fit`; "

@@ -131,7 +131,7 @@ def fourth_root(x: Number) -> Number:
 @register_jitable
 def smooth_max(x: Number, y: Number) -> Number:
     """Smooth maximum of two numbers >= 0: at most 19 % above the larger, where they are equal."""
-    x2, y2 = x * x, y * y
+    x2, y2 = 1.0 * x * x, 1.0 * y * y  # tokens are integers, whose fourth power overflows
     return fourth_root(x2 * x2 + y2 * y2)
 
 
@@ -211,15 +211,30 @@ def time_parts(
     )
 
 
+class ClockTerms(NamedTuple):
+    """What a constant SM clock makes of any work; a simulator keeps it while the clock stands."""
+
+    freq_ghz: Number
+    ratio: Number  # core-clocked time relative to that at the profile clock
+    stretch: Number  # memory-bound time relative to that of HBM alone
+    voltage: Number  # relative to its minimum
+
+
 @register_jitable
-def duration_of(c: Any, t: TimeParts, freq_ghz: Number) -> Number:
-    """Duration of work in s at a constant SM clock in GHz."""
-    ratio = c.freq_profile_ghz / freq_ghz
-    stretch = memory_stretch(c, freq_ghz)
-    gemm = smooth_max(t.stream * stretch, t.compute * ratio)
+def clock_terms(c: Any, freq_ghz: Number) -> ClockTerms:
+    """What an SM clock in GHz makes of any work."""
+    return ClockTerms(
+        freq_ghz, c.freq_profile_ghz / freq_ghz, memory_stretch(c, freq_ghz), voltage(c, freq_ghz)
+    )
+
+
+@register_jitable
+def duration_of(c: Any, t: TimeParts, at: ClockTerms) -> Number:
+    """Duration of work in s at a constant SM clock."""
+    gemm = smooth_max(t.stream * at.stretch, t.compute * at.ratio)
     if c.experts_s > 0.0:
-        gemm = gemm + smooth_max(t.expert_stream * stretch, t.expert_compute * ratio)
-    return gemm + t.clocked * ratio + t.memory * stretch + t.constant
+        gemm = gemm + smooth_max(t.expert_stream * at.stretch, t.expert_compute * at.ratio)
+    return gemm + t.clocked * at.ratio + t.memory * at.stretch + t.constant
 
 
 @register_jitable
@@ -230,7 +245,7 @@ def latency_s(
 
     No power cap; see ``effective_freq_ghz``.
     """
-    return duration_of(c, time_parts(c, tokens, attn_work, cached, n_seq), freq_ghz)
+    return duration_of(c, time_parts(c, tokens, attn_work, cached, n_seq), clock_terms(c, freq_ghz))
 
 
 @register_jitable
@@ -254,26 +269,31 @@ def work_energy_j(
 
 
 @register_jitable
-def idle_power_w(c: Any, freq_ghz: Number) -> Number:
-    """Power per GPU in W of an instance that waits at this clock with its context loaded."""
-    v = voltage(c, freq_ghz)
+def waiting_w(c: Any, freq_ghz: Number, v: Number) -> Number:
+    """Power per GPU in W without work, at a clock in GHz and its relative voltage."""
     return c.p_static_w + c.p_clock_w_per_ghz * freq_ghz * v * v
 
 
 @register_jitable
-def energy_of(c: Any, core_j: Number, fixed_j: Number, time_s: Number, freq_ghz: Number) -> Number:
-    """Energy per GPU in J of work that takes ``time_s`` at a constant SM clock in GHz.
+def idle_power_w(c: Any, freq_ghz: Number) -> Number:
+    """Power per GPU in W of an instance that waits at this clock with its context loaded."""
+    return waiting_w(c, freq_ghz, voltage(c, freq_ghz))
+
+
+@register_jitable
+def energy_of(c: Any, core_j: Number, fixed_j: Number, time_s: Number, at: ClockTerms) -> Number:
+    """Energy per GPU in J of work that takes ``time_s`` at a constant SM clock.
 
     Args:
         c: coefficients.
         core_j: energy of the work that scales with V^2, J.
         fixed_j: energy of the work that does not, J.
         time_s: duration, s.
-        freq_ghz: clock, GHz.
+        at: of the clock.
     """
-    v = voltage(c, freq_ghz)
+    v = at.voltage
     busy = c.energy_factor * c.p_busy_w * time_s
-    return time_s * idle_power_w(c, freq_ghz) + v * v * (core_j + busy) + fixed_j
+    return time_s * waiting_w(c, at.freq_ghz, v) + v * v * (core_j + busy) + fixed_j
 
 
 @register_jitable
@@ -288,7 +308,7 @@ def iteration_energy_j(
 ) -> Number:
     """Energy per GPU in J of an iteration that takes ``time_s`` at a constant SM clock in GHz."""
     core, fixed = work_energy_j(c, tokens, attn_work, cached, n_seq)
-    return energy_of(c, core, fixed, time_s, freq_ghz)
+    return energy_of(c, core, fixed, time_s, clock_terms(c, freq_ghz))
 
 
 @register_jitable
@@ -302,12 +322,47 @@ def power_w(
 
 @register_jitable
 def _at_clock(
-    c: Any, parts: TimeParts, core_j: float, fixed_j: float, freq_ghz: float
+    c: Any, parts: TimeParts, core_j: float, fixed_j: float, at: ClockTerms
 ) -> tuple[float, float, float]:
     """Duration, s, and energy, J, of work at a clock, and how far its power is above the cap, W."""
-    time = duration_of(c, parts, freq_ghz)
-    joules = energy_of(c, core_j, fixed_j, time, freq_ghz)
+    time = duration_of(c, parts, at)
+    joules = energy_of(c, core_j, fixed_j, time, at)
     return time, joules, joules / time - c.p_cap_w
+
+
+@register_jitable
+def iteration_at(
+    c: Any,
+    tokens: float,
+    attn_work: float,
+    cached: float,
+    n_seq: float,
+    at: ClockTerms,
+    freq_min_ghz: float,
+) -> tuple[float, float, float]:
+    """What an iteration does at a requested clock: effective clock, GHz; duration, s; energy, J.
+
+    Floats only; energy per GPU. The effective clock is the highest up to the request at which the
+    iteration's mean power keeps the cap. Power rises in the clock, so the crossing is bracketed by
+    ``freq_min_ghz`` and the request and found by :mod:`biscale_env.core.roots` to 1e-7 W. At the
+    lowest clock the hardware has nothing left to lower: it is returned even above the cap.
+    """
+    parts = time_parts(c, tokens, attn_work, cached, n_seq)
+    core, fixed = work_energy_j(c, tokens, attn_work, cached, n_seq)
+    time, joules, excess_hi = _at_clock(c, parts, core, fixed, at)
+    if joules <= c.p_cap_w * time or at.freq_ghz <= freq_min_ghz:
+        return at.freq_ghz, time, joules
+    hi, f = at.freq_ghz, freq_min_ghz
+    time, joules, excess = _at_clock(c, parts, core, fixed, clock_terms(c, f))
+    if excess < 0.0:
+        b = bracket(f, excess, hi, excess_hi)
+        for _ in range(60):
+            f = false_position(b)
+            time, joules, excess = _at_clock(c, parts, core, fixed, clock_terms(c, f))
+            if abs(excess) < CAP_TOLERANCE_W or b.hi - b.lo < 1e-10:
+                break
+            b = narrowed(b, f, excess)
+    return f, time, joules
 
 
 @register_jitable
@@ -320,29 +375,9 @@ def iteration_under_cap(
     freq_ghz: float,
     freq_min_ghz: float,
 ) -> tuple[float, float, float]:
-    """What an iteration does at a requested clock: effective clock, GHz; duration, s; energy, J.
-
-    Floats only; energy per GPU. The effective clock is the highest up to the request at which the
-    iteration's mean power keeps the cap. Power rises in the clock, so the crossing is bracketed by
-    ``freq_min_ghz`` and the request and found by :mod:`biscale_env.core.roots` to 1e-7 W. At the
-    lowest clock the hardware has nothing left to lower: it is returned even above the cap.
-    """
-    parts = time_parts(c, tokens, attn_work, cached, n_seq)
-    core, fixed = work_energy_j(c, tokens, attn_work, cached, n_seq)
-    time, joules, excess_hi = _at_clock(c, parts, core, fixed, freq_ghz)
-    if joules <= c.p_cap_w * time or freq_ghz <= freq_min_ghz:
-        return freq_ghz, time, joules
-    hi, f = freq_ghz, freq_min_ghz
-    time, joules, excess = _at_clock(c, parts, core, fixed, f)
-    if excess < 0.0:
-        b = bracket(f, excess, hi, excess_hi)
-        for _ in range(60):
-            f = false_position(b)
-            time, joules, excess = _at_clock(c, parts, core, fixed, f)
-            if abs(excess) < CAP_TOLERANCE_W or b.hi - b.lo < 1e-10:
-                break
-            b = narrowed(b, f, excess)
-    return f, time, joules
+    """As :func:`iteration_at`, for a clock in GHz."""
+    at = clock_terms(c, freq_ghz)
+    return iteration_at(c, tokens, attn_work, cached, n_seq, at, freq_min_ghz)
 
 
 @register_jitable

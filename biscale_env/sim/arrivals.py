@@ -36,6 +36,7 @@ def admit_arrivals(st: Any, arrival_s: Floats, tokens: ShortInts | Floats) -> No
         for k in range(N_WINDOWS):
             st.rate_sum[k] += 1.0 / RATE_WINDOWS_S[k]
         st.token_rate_sum += tokens[st.tail] / TOKEN_RATE_WINDOW_S
+        st.queue_tokens += tokens[st.tail]
         st.tail += 1
 
 

@@ -22,7 +22,13 @@ from biscale_env.core.clockqueue import (
     wait_s,
 )
 from biscale_env.core.jit import inlined
-from biscale_env.models.physics import idle_power_w, iteration_under_cap
+from biscale_env.models.physics import (
+    ClockTerms,
+    clock_terms,
+    idle_power_w,
+    iteration_at,
+    iteration_under_cap,
+)
 
 
 @inlined
@@ -86,6 +92,19 @@ def under_cap(
     ``(effective clock in GHz, duration in s, energy per GPU in J)``.
     """
     return iteration_under_cap(c, tokens, attn_work, cached, n_seq, freq_ghz, p.freq_min_ghz)
+
+
+@inlined
+def at_clock(
+    st: Any, c: Any, p: Any, tokens: float, attn_work: float, cached: float, n_seq: float
+) -> Any:
+    """As :func:`under_cap`, at the clock in effect, whose terms are kept while it stands."""
+    if st.terms_ghz != st.freq_ghz:
+        new = clock_terms(c, st.freq_ghz)
+        st.terms_ghz, st.terms_ratio = new.freq_ghz, new.ratio
+        st.terms_stretch, st.terms_voltage = new.stretch, new.voltage
+    at = ClockTerms(st.freq_ghz, st.terms_ratio, st.terms_stretch, st.terms_voltage)
+    return iteration_at(c, tokens, attn_work, cached, n_seq, at, p.freq_min_ghz)
 
 
 class WorkDone(NamedTuple):
@@ -154,11 +173,12 @@ def run_work(
     work = WorkDone(1.0, 0.0, 0.0)
     if start < st.ramp_until_s:
         work = ramp_work(st, c, p, tokens, attn_work, cached, n_seq)
-    pace = under_cap(c, p, tokens, attn_work, cached, n_seq, st.freq_ghz)
-    while st.time_s + work.remaining * pace[1] > st.apply_at_s:
+    while True:
+        pace = at_clock(st, c, p, tokens, attn_work, cached, n_seq)
+        if not st.time_s + work.remaining * pace[1] > st.apply_at_s:
+            break
         work = work_until(st, work, pace, st.apply_at_s)
         apply_clock(st, p)
-        pace = under_cap(c, p, tokens, attn_work, cached, n_seq, st.freq_ghz)
     finish_work(st, c, start, work, pace)
 
 
@@ -197,6 +217,7 @@ def begin_step(st: Any) -> None:
     st.step_iterations = 0
     st.step_finished = 0
     st.step_violations = 0
+    st.step_missed = 0.0
 
 
 @inlined
@@ -210,6 +231,7 @@ def end_step(st: Any) -> None:
 def start_clock(st: Any, freq_ghz: float) -> None:
     """Begin an episode at a settled clock, without a ramp."""
     set_clock(st, settled_at(freq_ghz))
+    st.terms_ghz = 0.0  # the coefficients may be others than in the last episode
     st.ramp_until_s = 0.0
     st.n_switches = 0
 

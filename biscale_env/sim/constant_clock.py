@@ -1,15 +1,17 @@
 """Compiled runs at one constant clock.
 
 What capacity searches, tables of static clocks and the speed measurements use. The transitions are
-those of the environments; only the loop around them is compiled too.
+those of the environments; the whole run is one step, since nothing is decided on the way.
 """
 
 from typing import Any
 
+import numpy as np
+
 from biscale_env.core.jit import compiled
 from biscale_env.sim.clock import snap_ghz
-from biscale_env.sim.decode import decode_reset, decode_step
-from biscale_env.sim.prefill import prefill_reset, prefill_step
+from biscale_env.sim.decode import decode_reset, run_iterations
+from biscale_env.sim.prefill import prefill_reset, run_batches
 from biscale_env.sim.state import Requests, RequestTimes, RunningRequests, Span
 
 
@@ -23,8 +25,8 @@ def prefill_static(
     """
     everything = Span(0, requests.arrival_s.size)
     prefill_reset(st, c, p, requests, everything, snap_ghz(p, freq_ghz))
-    while st.done == 0:
-        prefill_step(st, c, p, requests, times, freq_ghz)
+    if st.done == 0:
+        run_batches(st, c, p, requests, times, np.inf)
 
 
 @compiled
@@ -43,5 +45,5 @@ def decode_static(
     """
     everything = Span(0, requests.arrival_s.size)
     decode_reset(st, c, p, requests, times, run, everything, snap_ghz(p, freq_ghz))
-    while st.done == 0:
-        decode_step(st, c, p, requests, times, run, freq_ghz)
+    if st.done == 0:
+        run_iterations(st, c, p, requests, times, run, np.inf)

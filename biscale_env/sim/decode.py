@@ -6,13 +6,14 @@ An iteration costs O(1) amortised. Every running request gains one token per ite
 cached tokens grow by the batch; when a request will finish is known on admission (the simulator
 knows its length, no controller does), so it is linked into a timing wheel (a bucket queue) by
 iteration number; and the tightest TPOT slack is the root of a tournament tree over keys that are
-fixed on admission.
+fixed on admission. That is so where all requests have one bound; with SLO classes the slacks are
+looked up one by one (:func:`slacks`), once a decision.
 
 The first token of a request comes from the prefill pool: ``arrival_s`` here is when the request
 (with its KV) reaches the decode pool, and TPOT counts from there, waiting included.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from biscale_env.core.jit import inlined
 from biscale_env.sim.arrivals import admit_arrivals
 from biscale_env.sim.clock import begin_step, end_step, request_clock, run_work, snap_ghz
 from biscale_env.sim.episode import idle_or_end, out_of_time, start_episode
+from biscale_env.sim.slo_classes import bound_s, count_violation
 from biscale_env.sim.state import Floats, Requests, RequestTimes, RunningRequests, Span
 
 NO_SLOT = -1
@@ -128,6 +130,7 @@ def admit_waiting(
             st.recompute_attn += 0.5 * tokens * tokens
         else:
             st.head += 1
+            st.queue_tokens -= requests.prompt[request]
             if times.start_s.size > 0:
                 times.start_s[request] = st.time_s
         st.cached += tokens
@@ -161,14 +164,43 @@ def finish_requests(
         output = requests.output[request]
         if times.finish_s.size > 0:
             times.finish_s[request] = st.time_s
-        if st.time_s - requests.arrival_s[request] > p.slo_s * (output - 1):
-            st.step_violations += 1
-            st.violations += 1
+        if st.time_s - requests.arrival_s[request] > bound_s(p, requests, request) * (output - 1):
+            count_violation(st, p, requests, request)
         st.step_finished += 1
         st.finished += 1
         st.cached -= requests.prompt[request] + output
         leave(st, run, slot, output)
         slot = following
+
+
+class Slacks(NamedTuple):
+    """How the running requests stand to their bounds."""
+
+    bound_s: float  # tightest bound of any of them
+    least_s: float  # least time ahead of a deadline
+    mean_s: float
+
+
+@inlined
+def slacks(st: Any, p: Any, requests: Requests, run: RunningRequests) -> Slacks:
+    """Bounds and TPOT slacks of the running requests; there is at least one.
+
+    The slack of a request is the time by which its next token, made now, would be early.
+    """
+    if p.classes == 0:
+        base = p.slo_s * (st.iterations - 1) - st.time_s
+        return Slacks(p.slo_s, run.tree[1] + base, st.key_sum / st.batch + base)
+    tightest, least, total = np.inf, np.inf, 0.0
+    slot = st.admitted_last
+    while slot != NO_SLOT:
+        s = run.slots[slot]
+        bound = bound_s(p, requests, s.request)
+        slack = requests.arrival_s[s.request] + bound * (st.iterations - 1 - s.origin) - st.time_s
+        tightest = min(tightest, bound)
+        least = min(least, slack)
+        total += slack
+        slot = s.older
+    return Slacks(tightest, least, total / st.batch)
 
 
 @inlined
@@ -238,6 +270,27 @@ def decode_reset(
 
 
 @inlined
+def run_iterations(
+    st: Any,
+    c: Any,
+    p: Any,
+    requests: Requests,
+    times: RequestTimes,
+    run: RunningRequests,
+    until_s: float,
+) -> None:
+    """Run at least one iteration, and so on to a time or the end of the episode."""
+    while True:
+        st.step_requests = st.batch
+        st.step_tokens = st.batch + st.recompute_tokens
+        run_work(st, c, p, st.step_tokens, st.recompute_attn, st.cached, st.batch)
+        end_iteration(st, p, requests, times, run)
+        wait_for_work(st, c, p, requests, times, run)
+        if st.done == 1 or st.time_s >= until_s:
+            break
+
+
+@inlined
 def decode_step(
     st: Any,
     c: Any,
@@ -250,15 +303,7 @@ def decode_step(
     """One decision: request a clock, run at least one iteration, admit what has come."""
     begin_step(st)
     request_clock(st, p, snap_ghz(p, freq_ghz))
-    until = st.time_s + p.min_interval_s
     st.step_queue = st.tail - st.head + st.preempted
     st.step_kv_use = st.cached / p.kv_capacity
-    while True:
-        st.step_requests = st.batch
-        st.step_tokens = st.batch + st.recompute_tokens
-        run_work(st, c, p, st.step_tokens, st.recompute_attn, st.cached, st.batch)
-        end_iteration(st, p, requests, times, run)
-        wait_for_work(st, c, p, requests, times, run)
-        if st.done == 1 or st.time_s >= until:
-            break
+    run_iterations(st, c, p, requests, times, run, st.time_s + p.min_interval_s)
     end_step(st)

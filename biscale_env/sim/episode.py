@@ -25,6 +25,7 @@ def start_episode(st: Any, span: Span, freq_ghz: float) -> None:
     st.token_rate_sum = 0.0
     st.rate_time_s = 0.0
     st.rate_start_s = 0.0
+    st.queue_tokens = 0.0
     st.last_time_s = 0.0
     st.last_power_w = 0.0
     st.energy_j = 0.0

@@ -19,10 +19,10 @@ def prefill_batches(
     """
     works = []
     head = head_done = 0
+    cached = np.full(len(prompt), prefix, dtype=np.int32)
     while head < len(prompt):
-        b = form_batch(prompt, head, head_done, len(prompt), token_budget, max_seqs)
-        pairs = b.attn_work + float(b.tokens) * prefix
-        works.append((float(b.tokens), float(pairs), 0.0, float(b.n_seq)))
+        b = form_batch(prompt, cached, head, head_done, len(prompt), token_budget, max_seqs)
+        works.append((float(b.tokens), float(b.attn_work), 0.0, float(b.n_seq)))
         head, head_done = b.head, b.head_done
     return works
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from biscale_env.config.slo import MOST_CLASSES
+
 # time constants of the arrival-rate estimates, s; assumed: a batch, a burst, a minute
 RATE_WINDOWS_S = (1.0, 10.0, 60.0)
 TOKEN_RATE_WINDOW_S = 10.0
@@ -36,6 +38,9 @@ PARAMS_DTYPE = np.dtype(
         ("parked_ramp_s", np.float64),  # from the arrival of work to the end of the lowest clock
         ("energy_ref_j", np.float64),  # one unit of the reward's energy term
         ("violation_weight", np.float64),  # reward taken off per SLO-violating request
+        ("classes", np.int64),  # SLO classes of requests; 0: one bound for all
+        ("class_scale", np.float64, (MOST_CLASSES,)),  # bound of each, in units of slo_s
+        ("class_weight", np.float64, (MOST_CLASSES,)),  # of its violations in the reward
     ]
 )
 
@@ -46,6 +51,10 @@ CLOCK_FIELDS = [
     ("requested_ghz", np.float64),  # newest request
     ("ramp_until_s", np.float64),  # until then a woken instance runs at the lowest clock
     ("n_switches", np.int64),  # clock changes that took effect
+    ("terms_ghz", np.float64),  # clock that the following are of; 0: of none
+    ("terms_ratio", np.float64),  # see models.physics.ClockTerms
+    ("terms_stretch", np.float64),
+    ("terms_voltage", np.float64),
 ]
 
 STEP_FIELDS = [
@@ -63,6 +72,7 @@ STEP_FIELDS = [
     ("step_iterations", np.int64),
     ("step_finished", np.int64),
     ("step_violations", np.int64),
+    ("step_missed", np.float64),  # the same, weighted by class
 ]
 
 COMMON_FIELDS = [
@@ -76,6 +86,7 @@ COMMON_FIELDS = [
     ("token_rate_sum", np.float64),
     ("rate_time_s", np.float64),  # when the sums were last decayed
     ("rate_start_s", np.float64),  # since when arrivals are counted
+    ("queue_tokens", np.float64),  # prompt tokens of requests ``head`` to ``tail``
     ("last_time_s", np.float64),  # duration of the last iteration
     ("last_power_w", np.float64),  # its mean power per GPU
     ("energy_j", np.float64),
@@ -122,18 +133,27 @@ SLOT_DTYPE = np.dtype(
     ]
 )
 
+NO_CLASSES: NDArray[np.int8] = np.zeros(0, dtype=np.int8)
+"""For requests that share one bound."""
+
+NO_PREFIXES: NDArray[np.int32] = np.zeros(0, dtype=np.int32)
+"""For requests of which nothing is cached."""
+
 Records = NDArray[np.record]  # records with the fields of a dtype above
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 ShortInts = NDArray[np.int32]
+Classes = NDArray[np.int8]
 
 
 class Requests(NamedTuple):
     """Requests in order of arrival, one row each."""
 
     arrival_s: Floats  # decode: when the request reaches the pool; its TPOT counts from there
-    prompt: ShortInts
+    prompt: ShortInts  # tokens to be computed, behind the cached prefix; decode: all of it
     output: ShortInts
+    prefix: ShortInts  # tokens before these in the prefix cache; empty: none; decode: unused
+    slo_class: Classes  # SLO class; empty where there is one bound for all
 
 
 class RequestTimes(NamedTuple):

@@ -158,6 +158,8 @@ def refine(
         Moved coefficients.
     """
     moved = [f for f in fields if getattr(start, f) > SMALLEST_S]
+    if not moved:
+        return start
     origin = np.array([getattr(start, f) for f in moved])
     tokens, attn_work, cached, n_seq = (axis[train] for axis in table.work.as_tuple())
     target, clock = table.column("latency_s")[train], freq_ghz[train]

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from biscale_env.config import configs_dir, load_gpu, load_llm
+from biscale_env.core.markdown import markdown_table
 from biscale_env.models import physics
 from biscale_env.models.coefficient_files import files_in, known_names, read_model_file
 from biscale_env.models.fit.gpu_evidence import GpuEvidence, known_evidence, load_gpu_evidence
@@ -33,11 +34,9 @@ CONTEXT: Final = 1000.0
 
 def frame_markdown(frame: pd.DataFrame) -> str:
     """A frame as a Markdown table; numbers to the right."""
-    right = [pd.api.types.is_numeric_dtype(frame[c]) for c in frame]
-    lines = ["| " + " | ".join(map(str, frame.columns)) + " |"]
-    lines.append("|" + "|".join("---:" if r else "---" for r in right) + "|")
-    lines += ["| " + " | ".join(map(str, row)) + " |" for row in frame.itertuples(index=False)]
-    return "\n".join(lines)
+    sides = ("r" if pd.api.types.is_numeric_dtype(frame[c]) else "l" for c in frame)
+    heads = [str(name) for name in frame.columns]
+    return markdown_table(heads, frame.itertuples(index=False), "".join(sides))
 
 
 def percent(value: float, signed: bool = False) -> str:

@@ -5,7 +5,8 @@ Prompts are prefilled in chunks inside decode iterations (chunked prefill).
 The baseline that disaggregation is measured against (Sarathi-Serve, OSDI 2024; vLLM's default). An
 iteration holds every running request and, in what is left of the token budget, a chunk of the
 prompts in order of arrival. KV for a prompt is reserved when its first chunk is scheduled. Running
-requests have priority; preempted ones are recomputed before new prompts are taken.
+requests have priority; preempted ones are recomputed before new prompts are taken. There is no
+prefix cache here.
 """
 
 import numpy as np
@@ -41,10 +42,11 @@ def end_chunk(a: ClusterArrays, j: int) -> None:
         prompt, output = q.prompt[j, r], q.output[j, r]
         q.first_s[j, r] = now_s
         meta.reserved_tokens -= prompt
+        st.queue_tokens -= prompt
         count_prompt(a.totals, output)
         if output == 1:
             request, arrival_s = q.request[j, r], q.arrival_s[j, r]
-            done = FinishedRequest(request, arrival_s, now_s, now_s, prompt, output, -1, j)
+            done = FinishedRequest(request, arrival_s, now_s, now_s, prompt, output, 0, -1, j)
             write_log(a.totals, a.log, done)
         else:
             start_decoding(dc, j, r)
@@ -84,7 +86,7 @@ def take_chunk(dc: Decodes, j: int) -> BatchWork:
     limit = reserve(dc, j) if st.preempted == 0 else st.head
     budget = max(p.token_budget - st.batch - st.recompute_tokens, 0)
     tokens, attn_work, n_seq, head, head_done = form_batch(
-        prompt[j], st.head, done, limit, budget, p.max_seqs - st.batch
+        prompt[j], dc.queue.cached[j], st.head, done, limit, budget, p.max_seqs - st.batch
     )
     touched = head + 1 if head_done > 0 else head
     for r in range(st.head + (1 if done > 0 else 0), touched):
@@ -147,7 +149,7 @@ def advance_colocated(a: ClusterArrays, until_s: float) -> None:
             return
         a.totals.clock_s = now_s
         if arrival_s <= now_s:
-            new = take_arrival(a)
+            new = take_arrival(a, 0)
             j = route_decode(a.totals, a.decodes, a.levels_ghz, new.prompt, now_s)
             insert_ready(a.decodes, j, new)
         else:

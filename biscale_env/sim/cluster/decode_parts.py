@@ -10,14 +10,14 @@ from biscale_env.sim.decode import (
     make_room,
     running_of,
 )
-from biscale_env.sim.state import Floats, Requests, RequestTimes, Span
+from biscale_env.sim.state import NO_CLASSES, Floats, Requests, RequestTimes, Span
 
 
 @inlined
 def requests_of(pool: Decodes, j: int) -> Requests:
     """The queue of instance ``j``; TPOT counts from the first token."""
     q = pool.queue
-    return Requests(q.first_s[j], q.prompt[j], q.output[j])
+    return Requests(q.first_s[j], q.prompt[j], q.output[j], q.cached[j], NO_CLASSES)
 
 
 @inlined

@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from biscale_env.sim.prefix_cache import Blocks, PrefixCache
 from biscale_env.sim.state import Floats, Ints, Records, RunningRequests, ShortInts
 
 STATIC, SLACK, MPC, ECOFREQ, THROTTLLEM, EXTERNAL = range(6)  # tier-2 rules, see tier2_rules
 POLICIES = ("static", "slack", "mpc", "ecofreq", "throttllem", "external")
 
-WEIGHTED, ROUND_ROBIN, SHORTEST, WHAT_IF = range(4)  # routers, see routing
-ROUTERS = ("weighted", "round_robin", "shortest", "what_if")
+WEIGHTED, ROUND_ROBIN, SHORTEST, WHAT_IF, CACHE_AWARE = range(5)  # routers, see routing
+ROUTERS = ("weighted", "round_robin", "shortest", "what_if", "cache_aware")
 
 INSTANCE_DTYPE = np.dtype(
     [
@@ -38,6 +39,7 @@ INSTANCE_DTYPE = np.dtype(
         ("next_head_done", np.int64),
         ("load_tokens", np.int64),  # tokens not yet prefilled / queued and not yet admitted
         ("held_tokens", np.int64),  # prefill: KV of requests that decode has not admitted yet
+        ("cache_tokens", np.int64),  # prefill: room of the prefix cache; 0: none
         ("reserved_tokens", np.int64),  # co-located: KV of prompts in progress
         ("link_free_s", np.float64),  # prefill: its network link is busy until then
         ("link_bytes_per_s", np.float64),  # network of all its GPUs together
@@ -77,6 +79,7 @@ LOG_DTYPE = np.dtype(
         ("finish_s", np.float64),
         ("prompt_tokens", np.int32),
         ("output_tokens", np.int32),
+        ("cached_tokens", np.int32),  # of the prompt, found in the prefix cache
         ("prefill", np.int32),  # instances that served it
         ("decode", np.int32),  # -1: a single output token needs no decode
     ]
@@ -87,10 +90,10 @@ class PromptQueue(NamedTuple):
     """Requests of prefill instances in order of arrival, (instances, rows)."""
 
     arrival_s: Floats
-    prompt: ShortInts
+    prompt: ShortInts  # tokens to be computed, behind the cached prefix
     output: ShortInts
+    prefix: ShortInts  # tokens before these that are in the prefix cache
     request: Ints  # number of the request since the beginning
-    cumulative: Ints  # (instances, rows + 1): prompt tokens before each row
 
 
 class BatchPlans(NamedTuple):
@@ -112,6 +115,7 @@ class Prefills(NamedTuple):
     next_s: Floats  # time of the next event, inf: asleep
     queue: PromptQueue
     plans: BatchPlans
+    cache: PrefixCache
 
 
 class ReadyQueue(NamedTuple):
@@ -122,9 +126,9 @@ class ReadyQueue(NamedTuple):
     arrival_s: Floats
     prompt: ShortInts
     output: ShortInts
+    cached: ShortInts  # tokens of the prompt that prefill found in its prefix cache
     request: Ints
     source: ShortInts  # prefill instance that holds the KV, -1: none
-    cumulative: Ints  # (instances, rows + 1): prompt tokens before each row
 
 
 class Decodes(NamedTuple):
@@ -146,6 +150,7 @@ class OfferedWork(NamedTuple):
     prompt: ShortInts
     output: ShortInts
     first: int  # number of the first request
+    blocks: Blocks  # of the prompts; without starts where nobody knows them
 
 
 class ClusterArrays(NamedTuple):
@@ -168,6 +173,7 @@ class QueuedRequest(NamedTuple):
     arrival_s: float
     prompt: int
     output: int
+    cached: int
     request: int
     source: int
 
@@ -181,5 +187,6 @@ class FinishedRequest(NamedTuple):
     finish_s: float
     prompt_tokens: int
     output_tokens: int
+    cached_tokens: int
     prefill: int
     decode: int

@@ -6,9 +6,10 @@ from biscale_env.core.jit import compiled, inlined
 from biscale_env.sim.clock import run_idle, snap_ghz
 from biscale_env.sim.cluster.decode_parts import reset
 from biscale_env.sim.cluster.layout import ClusterArrays, Decodes, Floats, Ints, Prefills
-from biscale_env.sim.cluster.queues import drop_finished, drop_prompts
+from biscale_env.sim.cluster.queues import drop_finished, drop_prompts, prompts_of
 from biscale_env.sim.prefill import prefill_reset
-from biscale_env.sim.state import Requests, Span
+from biscale_env.sim.prefix_cache import cache_of, forget
+from biscale_env.sim.state import Span
 
 
 @inlined
@@ -23,12 +24,11 @@ def enter_service(st: np.record, now_s: float) -> None:
 @compiled
 def open_prefill(pool: Prefills, i: int, now_s: float, freq_ghz: float) -> None:
     """Put prefill instance ``i`` into service, empty, at a settled clock."""
-    st, p, q = pool.states[i], pool.params[i], pool.queue
-    requests = Requests(q.arrival_s[i], q.prompt[i], q.output[i])
-    prefill_reset(st, pool.coefs[i], p, requests, Span(0, 0), snap_ghz(p, freq_ghz))
+    st, p = pool.states[i], pool.params[i]
+    prefill_reset(st, pool.coefs[i], p, prompts_of(pool, i), Span(0, 0), snap_ghz(p, freq_ghz))
     enter_service(st, now_s)
     pool.next_s[i] = np.inf
-    q.cumulative[i, 0] = 0
+    forget(cache_of(pool.cache, i))
 
 
 @compiled
@@ -37,7 +37,6 @@ def open_decode(pool: Decodes, j: int, now_s: float, freq_ghz: float, no_times: 
     reset(pool, no_times, j, snap_ghz(pool.params[j], freq_ghz))
     enter_service(pool.states[j], now_s)
     pool.next_s[j] = np.inf
-    pool.queue.cumulative[j, 0] = 0
 
 
 @compiled

@@ -33,8 +33,14 @@ from biscale_env.sim.cluster.layout import (
     Prefills,
     QueuedRequest,
 )
-from biscale_env.sim.cluster.queues import append_prompt, insert_ready, log_finishing, write_log
-from biscale_env.sim.cluster.routing import route_decode, route_prefill
+from biscale_env.sim.cluster.queues import (
+    append_prompt,
+    insert_ready,
+    log_finishing,
+    prompts_of,
+    write_log,
+)
+from biscale_env.sim.cluster.routing import find_and_keep, route_decode, route_prefill
 from biscale_env.sim.cluster.tier2_rules import BatchWork, decode_ghz, prefill_ghz
 from biscale_env.sim.prefill import finish_requests, form_batch
 
@@ -71,16 +77,17 @@ def hand_over(a: ClusterArrays, i: int, r: int) -> None:
     Log it if that was all, else send its KV to decode.
     """
     now_s, q = a.prefills.states[i].time_s, a.prefills.queue
-    prompt, output, request = q.prompt[i, r], q.output[i, r], q.request[i, r]
+    cached, output, request = q.prefix[i, r], q.output[i, r], q.request[i, r]
+    prompt = q.prompt[i, r] + cached  # its KV travels whole
     arrival_s = q.arrival_s[i, r]
     count_prompt(a.totals, output)
     if output == 1:
-        done = FinishedRequest(request, arrival_s, now_s, now_s, prompt, output, i, -1)
+        done = FinishedRequest(request, arrival_s, now_s, now_s, prompt, output, cached, i, -1)
         write_log(a.totals, a.log, done)
         return
     j = route_decode(a.totals, a.decodes, a.levels_ghz, prompt, now_s)
     ready_s = send_kv(a, i, j, prompt, now_s)
-    new = QueuedRequest(ready_s, now_s, arrival_s, prompt, output, request, i)
+    new = QueuedRequest(ready_s, now_s, arrival_s, prompt, output, cached, request, i)
     insert_ready(a.decodes, j, new)
 
 
@@ -91,7 +98,7 @@ def end_batch(a: ClusterArrays, i: int) -> None:
     st, meta = pf.states[i], pf.meta[i]
     for r in range(st.head, meta.next_head):
         hand_over(a, i, r)
-    finish_requests(st, pf.params[i], pf.queue.arrival_s[i], a.no_times, meta.next_head)
+    finish_requests(st, pf.params[i], prompts_of(pf, i), a.no_times, meta.next_head)
     st.head_done = meta.next_head_done
     meta.load_tokens -= st.step_tokens
     meta.running = 0
@@ -125,6 +132,15 @@ def run_batch(pf: Prefills, i: int, work: BatchWork, freq_ghz: float) -> None:
 
 
 @inlined
+def reused_tokens(pf: Prefills, i: int, head: int, head_done: int) -> int:
+    """Cached prefixes of the requests of a batch that ends at ``head``, tokens."""
+    tokens = 0
+    for r in range(pf.states[i].head, head + 1 if head_done > 0 else head):
+        tokens += pf.queue.prefix[i, r]
+    return tokens
+
+
+@inlined
 def prefill_event(a: ClusterArrays, i: int) -> bool:
     """A batch of instance ``i`` ends or a request reaches it while it sleeps.
 
@@ -143,12 +159,20 @@ def prefill_event(a: ClusterArrays, i: int) -> bool:
     if st.head == st.tail:
         return True
     tokens, attn_work, n_seq, head, head_done = form_batch(
-        pf.queue.prompt[i], st.head, st.head_done, st.tail, p.token_budget, p.max_seqs
+        pf.queue.prompt[i],
+        pf.queue.prefix[i],
+        st.head,
+        st.head_done,
+        st.tail,
+        p.token_budget,
+        p.max_seqs,
     )
-    if meta.held_tokens > 0 and meta.held_tokens + st.head_done + tokens > p.kv_capacity:
-        meta.stalled = 1
-        a.totals.stalls += 1
-        return True
+    if meta.held_tokens > 0:
+        needed = reused_tokens(pf, i, head, head_done) + st.head_done + tokens
+        if meta.held_tokens + needed > p.kv_capacity:
+            meta.stalled = 1
+            a.totals.stalls += 1
+            return True
     st.backpressure = kv_spoken_for(a.decodes)
     if meta.policy == EXTERNAL and meta.decided_ghz == 0.0:
         pf.next_s[i] = st.time_s
@@ -250,13 +274,14 @@ def next_arrival_s(a: ClusterArrays) -> float:
 
 
 @inlined
-def take_arrival(a: ClusterArrays) -> QueuedRequest:
-    """The next request on offer arrives, in no queue yet."""
+def take_arrival(a: ClusterArrays, cached: int) -> QueuedRequest:
+    """The next request on offer arrives, in no queue yet; so many tokens of it are cached."""
     k = a.totals.next
     a.totals.next += 1
     a.totals.arrived += 1
     now_s, number = a.work.arrival_s[k], a.work.first + k
-    return QueuedRequest(now_s, np.nan, now_s, a.work.prompt[k], a.work.output[k], number, -1)
+    prompt, output = a.work.prompt[k], a.work.output[k]
+    return QueuedRequest(now_s, np.nan, now_s, prompt, output, cached, number, -1)
 
 
 @compiled
@@ -277,8 +302,9 @@ def advance(a: ClusterArrays, until_s: float) -> int:
             return UNTIL
         a.totals.clock_s = now_s
         if arrival_s <= now_s:
-            i = route_prefill(a.totals, a.prefills, now_s)
-            append_prompt(a.prefills, i, take_arrival(a))
+            i = route_prefill(a.totals, a.prefills, a.work, now_s)
+            cached = find_and_keep(a.prefills, i, a.work, a.totals.next)
+            append_prompt(a.prefills, i, take_arrival(a, cached))
         elif pf_next_s[i] <= now_s:
             if not prefill_event(a, i):
                 return i

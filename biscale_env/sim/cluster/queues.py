@@ -16,21 +16,33 @@ from biscale_env.sim.cluster.layout import (
     Records,
 )
 from biscale_env.sim.decode import NO_SLOT
+from biscale_env.sim.state import NO_CLASSES, Requests
+
+
+@inlined
+def prompts_of(pool: Prefills, i: int) -> Requests:
+    """The queue of prefill instance ``i``."""
+    q = pool.queue
+    return Requests(q.arrival_s[i], q.prompt[i], q.output[i], q.prefix[i], NO_CLASSES)
 
 
 @inlined
 def append_prompt(pool: Prefills, i: int, arrived: QueuedRequest) -> None:
-    """Put a request behind the queue of prefill instance ``i`` and wake it if it sleeps."""
+    """Put a request behind the queue of prefill instance ``i`` and wake it if it sleeps.
+
+    Only what the prefix cache lacks is to be computed.
+    """
     st, q = pool.states[i], pool.queue
     row = st.end
+    new = arrived.prompt - arrived.cached
     q.arrival_s[i, row] = arrived.arrival_s
-    q.prompt[i, row] = arrived.prompt
+    q.prompt[i, row] = new
     q.output[i, row] = arrived.output
+    q.prefix[i, row] = arrived.cached
     q.request[i, row] = arrived.request
-    q.cumulative[i, row + 1] = q.cumulative[i, row] + arrived.prompt
     st.end += 1
     pool.meta[i].routed += 1
-    pool.meta[i].load_tokens += arrived.prompt
+    pool.meta[i].load_tokens += new
     if pool.meta[i].running == 0:
         pool.next_s[i] = max(arrived.arrival_s, pool.meta[i].ready_s)
 
@@ -43,6 +55,7 @@ def copy_row(q: ReadyQueue, j: int, to: int, row: int) -> None:
     q.arrival_s[j, to] = q.arrival_s[j, row]
     q.prompt[j, to] = q.prompt[j, row]
     q.output[j, to] = q.output[j, row]
+    q.cached[j, to] = q.cached[j, row]
     q.request[j, to] = q.request[j, row]
     q.source[j, to] = q.source[j, row]
 
@@ -63,11 +76,10 @@ def insert_ready(pool: Decodes, j: int, new: QueuedRequest) -> None:
     q.arrival_s[j, row] = new.arrival_s
     q.prompt[j, row] = new.prompt
     q.output[j, row] = new.output
+    q.cached[j, row] = new.cached
     q.request[j, row] = new.request
     q.source[j, row] = new.source
     st.end += 1
-    for r in range(row, st.end):
-        q.cumulative[j, r + 1] = q.cumulative[j, r] + q.prompt[j, r]
     st.incoming = st.end - st.tail
     pool.meta[j].routed += 1
     pool.meta[j].load_tokens += new.prompt
@@ -85,6 +97,7 @@ def write_log(totals: np.record, log: Records, done: FinishedRequest) -> None:
     row.finish_s = done.finish_s
     row.prompt_tokens = done.prompt_tokens
     row.output_tokens = done.output_tokens
+    row.cached_tokens = done.cached_tokens
     row.prefill = done.prefill
     row.decode = done.decode
     totals.logged += 1
@@ -108,6 +121,7 @@ def log_finishing(a: ClusterArrays, j: int) -> None:
             st.time_s,
             q.prompt[j, r],
             q.output[j, r],
+            q.cached[j, r],
             q.source[j, r],
             j,
         )
@@ -120,14 +134,12 @@ def drop_prompts(pool: Prefills, i: int) -> None:
     """Drop the rows of prefill instance ``i`` that are over."""
     st, q = pool.states[i], pool.queue
     gone = st.head
-    before = q.cumulative[i, gone]
     for r in range(gone, st.end):
         q.arrival_s[i, r - gone] = q.arrival_s[i, r]
         q.prompt[i, r - gone] = q.prompt[i, r]
         q.output[i, r - gone] = q.output[i, r]
+        q.prefix[i, r - gone] = q.prefix[i, r]
         q.request[i, r - gone] = q.request[i, r]
-    for r in range(gone, st.end + 1):
-        q.cumulative[i, r - gone] = q.cumulative[i, r] - before
     pool.meta[i].next_head -= gone
     st.begin = 0
     st.head = 0
@@ -160,11 +172,8 @@ def drop_finished(pool: Decodes, j: int) -> None:
         slot = run.slots[j, slot].older
     for k in range(st.preempted):
         run.stack[j, k, 0] -= gone
-    before = q.cumulative[j, gone]
     for r in range(gone, st.end):
         copy_row(q, j, r - gone, r)
-    for r in range(gone, st.end + 1):
-        q.cumulative[j, r - gone] = q.cumulative[j, r] - before
     pool.meta[j].next_head -= gone
     st.begin = 0
     st.head -= gone

@@ -1,21 +1,28 @@
-"""Routers: which instance a request goes to. The same four serve both pools."""
+"""Routers: which instance a request goes to.
+
+The same serve both pools, but for what only one phase knows: there they are `shortest`.
+"""
 
 import numpy as np
 
 from biscale_env.core.jit import inlined
 from biscale_env.laws.level_search import interval_limit_s, lowest_meeting_level
 from biscale_env.sim.cluster.layout import (
+    CACHE_AWARE,
     ROUND_ROBIN,
     WEIGHTED,
     WHAT_IF,
     Decodes,
     Floats,
+    OfferedWork,
     Prefills,
     Records,
 )
 from biscale_env.sim.cluster.tier2_rules import BatchWork, WorkAtClocks, capped_latency_s
+from biscale_env.sim.prefix_cache import cache_of, cached_prefix, keep_blocks
 
 NOWHERE = -1
+BALANCE = 1.5  # queue over the shortest up to which prefixes count; SGLang's balance-rel-threshold
 
 
 @inlined
@@ -86,13 +93,63 @@ def shortest_prefill(pool: Prefills, now_s: float) -> int:
 
 
 @inlined
-def route_prefill(totals: np.record, pool: Prefills, now_s: float) -> int:
-    """Prefill instance for a request that arrives now."""
+def knows_prefix(pool: Prefills, i: int, work: OfferedWork) -> bool:
+    """Whether prefill instance ``i`` has a prefix cache that the requests on offer can use."""
+    return bool(pool.meta[i].cache_tokens > 0 and work.blocks.starts.size > 0)
+
+
+@inlined
+def find_and_keep(pool: Prefills, i: int, work: OfferedWork, k: int) -> int:
+    """Tokens of request ``k`` on offer in the prefix cache of instance ``i``, which keeps it.
+
+    The instance admits requests in the order in which they come to it.
+    """
+    if not knows_prefix(pool, i, work):
+        return 0
+    cache = cache_of(pool.cache, i)
+    found = cached_prefix(cache, work.blocks, k, work.prompt[k])
+    keep_blocks(cache, work.blocks, k, work.prompt[k], pool.meta[i].cache_tokens)
+    return found
+
+
+@inlined
+def longest_prefix(pool: Prefills, work: OfferedWork, k: int, now_s: float) -> int:
+    """The open instance that has the longest prefix of request ``k``, unless its queue is long.
+
+    As the cache-aware router of SGLang: an instance is passed over whose queue (tokens over speed)
+    is longer than 1.5 times the shortest one. A queue of one batch never counts as long (assumed),
+    else an idle cluster would find nothing. Among equals the shortest queue.
+    """
+    least = np.inf
+    for i in range(pool.meta.size):
+        if is_open(pool.meta[i], now_s):
+            least = min(least, pool.meta[i].load_tokens / pool.meta[i].weight)
+    chosen, most, shortest = NOWHERE, -1, np.inf
+    for i in range(pool.meta.size):
+        meta = pool.meta[i]
+        if not is_open(meta, now_s):
+            continue
+        length = meta.load_tokens / meta.weight
+        if length > max(BALANCE * least, least + pool.params[i].token_budget / meta.weight):
+            continue
+        found = 0
+        if knows_prefix(pool, i, work):
+            found = cached_prefix(cache_of(pool.cache, i), work.blocks, k, work.prompt[k])
+        if found > most or (found == most and length < shortest):
+            chosen, most, shortest = i, found, length
+    return chosen
+
+
+@inlined
+def route_prefill(totals: np.record, pool: Prefills, work: OfferedWork, now_s: float) -> int:
+    """Prefill instance for the next request on offer, which arrives now."""
     if totals.router_prefill == WEIGHTED:
         chosen = weighted(totals, pool.meta, now_s)
     elif totals.router_prefill == ROUND_ROBIN:
         chosen = in_turn(pool.meta, totals.turn_prefill, now_s)
         totals.turn_prefill = chosen + 1
+    elif totals.router_prefill == CACHE_AWARE:
+        chosen = longest_prefix(pool, work, totals.next, now_s)
     else:
         chosen = shortest_prefill(pool, now_s)
     return chosen if chosen != NOWHERE else first_ready(pool.meta)

@@ -183,7 +183,13 @@ def project_batches(pool: Prefills, i: int, levels_ghz: Floats) -> int:
     while count < plans.deadline_s.shape[1] and head < st.tail:
         first = head
         tokens, attn_work, n_seq, head, head_done = form_batch(
-            pool.queue.prompt[i], head, head_done, st.tail, p.token_budget, p.max_seqs
+            pool.queue.prompt[i],
+            pool.queue.prefix[i],
+            head,
+            head_done,
+            st.tail,
+            p.token_budget,
+            p.max_seqs,
         )
         for k in range(levels_ghz.size):
             _, latency, joules = under_cap(c, p, tokens, attn_work, 0.0, n_seq, levels_ghz[k])
@@ -209,7 +215,13 @@ def spend_clock_delay(pool: Prefills, i: int, levels_ghz: Floats, n: int) -> Non
         return
     wait = time_to_apply_s(st, p) if st.requested_ghz == highest else p.delay_s
     tokens, attn_work, n_seq, _, _ = form_batch(
-        pool.queue.prompt[i], st.head, st.head_done, st.tail, p.token_budget, p.max_seqs
+        pool.queue.prompt[i],
+        pool.queue.prefix[i],
+        st.head,
+        st.head_done,
+        st.tail,
+        p.token_budget,
+        p.max_seqs,
     )
     slow = under_cap(pool.coefs[i], p, tokens, attn_work, 0.0, n_seq, now_ghz)[1]
     late = min(wait, slow) * (1.0 - plans.latency_s[i, 0, levels_ghz.size - 1] / slow)
