@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from biscale_env.traces.catalog import list_traces, load_named
     from biscale_env.traces.download import cache_dir, fetch
-    from biscale_env.traces.readers import LoadedTrace, iter_trace, load_file, read_trace
-    from biscale_env.traces.reading_options import ReadingOptions
-    from biscale_env.traces.recognised import Recognised
+    from biscale_env.traces.reading.readers import LoadedTrace, iter_trace, load_file, read_trace
+    from biscale_env.traces.reading.reading_options import ReadingOptions
+    from biscale_env.traces.reading.recognised import Recognised
     from biscale_env.traces.synthetic.profiles import (
         Arrivals,
         LengthProfile,
@@ -26,7 +26,13 @@ if TYPE_CHECKING:
     from biscale_env.traces.synthetic.synthesize import generate, with_lengths
     from biscale_env.traces.trace import Trace
     from biscale_env.traces.trace_statistics import TraceStatistics, describe
-    from biscale_env.traces.trace_windows import TraceWindow, read_windows, windows_of
+    from biscale_env.traces.trace_windows import (
+        TraceWindow,
+        WindowSpacing,
+        read_windows,
+        windows_of,
+    )
+    from biscale_env.traces.window_cache import named_windows
     from biscale_env.traces.writers import write_trace
 
 __all__ = [
@@ -40,6 +46,7 @@ __all__ = [
     "Trace",
     "TraceStatistics",
     "TraceWindow",
+    "WindowSpacing",
     "WorkloadProfile",
     "cache_dir",
     "describe",
@@ -52,6 +59,7 @@ __all__ = [
     "load_lengths",
     "load_named",
     "load_workload",
+    "named_windows",
     "read_trace",
     "read_windows",
     "windows_of",
@@ -62,13 +70,14 @@ __all__ = [
 _HOMES = {
     "catalog": ("list_traces", "load_named"),
     "download": ("cache_dir", "fetch"),
-    "readers": ("LoadedTrace", "iter_trace", "load_file", "read_trace"),
-    "reading_options": ("ReadingOptions",),
-    "recognised": ("Recognised",),
+    "reading.readers": ("LoadedTrace", "iter_trace", "load_file", "read_trace"),
+    "reading.reading_options": ("ReadingOptions",),
+    "reading.recognised": ("Recognised",),
     "trace": ("Trace",),
     "trace_statistics": ("TraceStatistics", "describe"),
     "synthetic.synthesize": ("generate", "with_lengths"),
-    "trace_windows": ("TraceWindow", "read_windows", "windows_of"),
+    "trace_windows": ("TraceWindow", "WindowSpacing", "read_windows", "windows_of"),
+    "window_cache": ("named_windows",),
     "writers": ("write_trace",),
 }
 

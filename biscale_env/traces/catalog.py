@@ -5,8 +5,8 @@ from pathlib import Path
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.traces.download import cached_path, load_downloads
-from biscale_env.traces.readers import LoadedTrace, load_file
-from biscale_env.traces.reading_options import ReadingOptions
+from biscale_env.traces.reading.readers import LoadedTrace, load_file
+from biscale_env.traces.reading.reading_options import ReadingOptions
 from biscale_env.traces.synthetic.profiles import load_workload, profile_names
 from biscale_env.traces.synthetic.synthesize import generate
 from biscale_env.traces.trace import Trace
@@ -67,17 +67,29 @@ def load_with_notes(name: str, options: ReadingOptions | None = None) -> LoadedT
         BiscaleError: as `load_named`, or options of files for a trace that is generated.
     """
     options = options or ReadingOptions()
-    if name in profile_names() or Path(name).suffix in {".yaml", ".yml"}:
+    path = trace_file(name)
+    if path is None:
         return LoadedTrace(_generated(name, options))
+    return load_file(path, name if name in load_downloads().files else None, options)
+
+
+def trace_file(name: str) -> Path | None:
+    """The file that a name of `load_named` stands for; None for a trace that is generated.
+
+    Raises:
+        BiscaleError: no such name or file, or a public trace that was not fetched yet.
+    """
+    if name in profile_names() or Path(name).suffix in {".yaml", ".yml"}:
+        return None
     if name in load_downloads().files:
         path = cached_path(name)
         if path is None:
             raise BiscaleError(
                 f"trace '{name}' is not in the cache yet: run 'biscale traces fetch {name}' first"
             )
-        return load_file(path, name, options)
+        return path
     if Path(name).is_file() or Path(name).suffix:
-        return load_file(name, None, options)
+        return Path(name)
     known = ", ".join(entry.name for entry in list_traces())
     raise BiscaleError(f"there is no trace '{name}'; known: {known}, or the path of a file")
 

@@ -59,6 +59,8 @@ def check_times(
     Raises:
         BiscaleError: names the first offending row.
     """
+    if _are_in_order(arrival_s, after_s):
+        return
     bad = ~np.isfinite(arrival_s)
     if bad.any():
         raise BiscaleError(
@@ -79,7 +81,17 @@ def check_times(
         )
 
 
-def check_lengths(tokens: ArrayLike, field: str, where: Where, minimum: int = 1) -> None:
+def _are_in_order(time_s: NDArray[np.float64], after_s: float) -> bool:
+    """Whether all is well, in one pass: what is not a number compares as out of order."""
+    if not time_s.size:
+        return True
+    least_s = max(after_s, 0.0)
+    return bool(time_s[0] >= least_s and time_s[-1] < np.inf and (time_s[1:] >= time_s[:-1]).all())
+
+
+def check_lengths(
+    tokens: ArrayLike, field: str, where: Where, minimum: int = 1, advice: str = ""
+) -> None:
     """Refuse lengths that are not whole numbers of at least ``minimum`` tokens.
 
     Args:
@@ -87,11 +99,16 @@ def check_lengths(tokens: ArrayLike, field: str, where: Where, minimum: int = 1)
         field: name of the column.
         where: names a row.
         minimum: smallest length allowed.
+        advice: what the user may do about others, in words.
 
     Raises:
         BiscaleError: names the first offending row.
     """
     values: NDArray[Any] = np.asarray(tokens)
+    if values.dtype.kind in "iu" and (
+        not values.size or (values.min() >= minimum and values.max() <= MAX_TOKENS)
+    ):
+        return
     bad = ~np.isfinite(values) | (values < minimum) | (values > MAX_TOKENS)
     if values.dtype.kind == "f":
         bad |= values != np.floor(values)
@@ -102,5 +119,5 @@ def check_lengths(tokens: ArrayLike, field: str, where: Where, minimum: int = 1)
         )
         raise BiscaleError(
             f"{where(i)}: {field} {found}; a length must be a whole number from {minimum} to "
-            f"{MAX_TOKENS}"
+            f"{MAX_TOKENS}{advice}"
         )

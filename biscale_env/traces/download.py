@@ -18,7 +18,7 @@ from biscale_env.core import user_cache
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import lock
 from biscale_env.traces.partial_file import PartialFile, Progress
-from biscale_env.traces.readers import iter_trace
+from biscale_env.traces.reading.readers import iter_trace
 from biscale_env.traces.synthetic.profiles import DOWNLOADS, FOLDER
 
 READABLE_S = 1.0  # of a file without a known digest, the window that must be readable

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.traces.checks import MAX_REQUESTS, RowName, check_lengths, check_times
+from biscale_env.traces.prompts.prompt_blocks import PromptBlocks, by_appearance
+from biscale_env.traces.request_classes import RequestClasses
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +30,9 @@ class Trace:
             arrival".
         first_line: line of the file that holds request 0, for error messages; 0 where there is no
             such file.
+        blocks: sessions, and hashes of the blocks of every prompt, for prefix caches; None where
+            nobody says what prompts share.
+        classes: SLO class of every request; None where nobody says.
 
     Raises:
         BiscaleError: on construction, when a value breaks one of these rules; it names the request
@@ -41,6 +46,8 @@ class Trace:
     source: str
     duration_s: float = 0.0
     first_line: int = 0
+    blocks: PromptBlocks | None = None
+    classes: RequestClasses | None = None
 
     def __post_init__(self) -> None:
         arrival_s = _own(self.arrival_s, np.float64)
@@ -68,6 +75,23 @@ class Trace:
                 f"{last_s:g} s"
             )
         object.__setattr__(self, "duration_s", duration_s)
+        if self.blocks is not None:
+            self._check_blocks(self.blocks, where)
+        if self.classes is not None and len(self.classes) != len(self):
+            raise BiscaleError(
+                f"{self.name}: classes of {len(self.classes)} requests for {len(self)}"
+            )
+
+    def _check_blocks(self, blocks: PromptBlocks, where: RowName) -> None:
+        if len(blocks) != len(self):
+            raise BiscaleError(
+                f"{self.name}: blocks of {len(blocks)} prompts for {len(self)} requests"
+            )
+        if (i := blocks.first_beyond(self.prompt_tokens)) is not None:
+            raise BiscaleError(
+                f"{where(i)}: {blocks.counts[i]} blocks of {blocks.block_tokens} tokens are more "
+                f"than a prompt of {self.prompt_tokens[i]} has"
+            )
 
     def __len__(self) -> int:
         return int(self.arrival_s.size)
@@ -85,7 +109,9 @@ class Trace:
 
     @property
     def sha256(self) -> str:
-        """Hex digest of the requests and the duration (not of the name).
+        """Hex digest of the requests, what they share and are promised, and the duration.
+
+        Not of the name.
 
         The same work has the same digest.
         """
@@ -95,7 +121,14 @@ class Trace:
             self.output_tokens,
             np.float64(self.duration_s),
         )
-        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
+        shared = self.blocks.content() if self.blocks is not None else b""
+        promised = self.classes.content() if self.classes is not None else b""
+        content = b"".join(part.tobytes() for part in parts) + shared + promised
+        return hashlib.sha256(content).hexdigest()
+
+    def without_blocks(self) -> "Trace":
+        """The same requests without what is known of their prompts, as a prefix cache needs it."""
+        return self if self.blocks is None else replace(self, blocks=None)
 
     def window(self, start_s: float, end_s: float) -> "Trace":
         """Requests that arrive in ``[start_s, end_s)``, with times counted from ``start_s``.
@@ -144,7 +177,8 @@ class Trace:
         request with probability m - floor(m). The first copy keeps its times, every further one is
         shifted circularly by its own random offset, so that bursts do not line up. For one seed the
         requests of a lower rate are a subset of those of a higher one: a search over the load is
-        monotone in the work.
+        monotone in the work. Where sessions are known whole sessions are chosen, since a part of
+        them would find less in a prefix cache; further copies share no block with the first.
 
         Args:
             rate_rps: wanted mean rate, requests per s.
@@ -173,20 +207,31 @@ class Trace:
                 f"{self.name}: {rate_rps:g} requests/s is {multiple:.3g} times its own rate: over "
                 f"{MAX_REQUESTS} requests"
             )
-        times, rows = [], []
+        times, rows, copy_of = [], [], []
         for copy, child in enumerate(np.random.SeedSequence(seed).spawn(copies)):
             rng = np.random.default_rng(child)
             offset_s = _offset_s(rng, copy, self.duration_s)
-            kept = np.flatnonzero(rng.random(len(self)) < multiple - copy)
+            kept = self._chosen(rng, multiple - copy)
             shifted = self.arrival_s[kept] + offset_s
             times.append(np.where(shifted > self.duration_s, shifted - self.duration_s, shifted))
             rows.append(kept)
+            copy_of.append(np.full(kept.size, copy, dtype=np.int64))
         all_times, all_rows = np.concatenate(times), np.concatenate(rows)
         order = np.argsort(all_times, kind="stable")
         scaled = self._take(
             all_rows[order], all_times[order], self.duration_s, f"{self.name}@{rate_rps:.4g}rps"
         )
+        if scaled.blocks is not None:
+            apart = scaled.blocks.apart(np.concatenate(copy_of)[order], copies)
+            scaled = replace(scaled, blocks=apart)
         return replace(scaled, source=f"{self.source}; {multiple:.4g} x its rate, seed {seed}")
+
+    def _chosen(self, rng: np.random.Generator, probability: float) -> NDArray[np.intp]:
+        """Rows of a copy: each request, or each session, with this probability."""
+        if self.blocks is None:
+            return np.flatnonzero(rng.random(len(self)) < probability)
+        session = by_appearance(self.blocks.session)  # whatever the numbers are
+        return np.flatnonzero(rng.random(len(self))[session] < probability)
 
     def copies_at(self, rate_rps: float, seed: int) -> tuple[tuple[float, float], ...]:
         """What :meth:`scaled_to` puts together: offset (s) and share of the requests of each copy.
@@ -239,7 +284,18 @@ class Trace:
         Every choice of requests goes through here, so that a further column has one place.
         """
         prompt, output = self.prompt_tokens[index], self.output_tokens[index]
-        return Trace(name, arrival_s, prompt, output, self.source, duration_s=duration_s)
+        blocks = self.blocks.take(index) if self.blocks is not None else None
+        classes = self.classes.take(index) if self.classes is not None else None
+        return Trace(
+            name,
+            arrival_s,
+            prompt,
+            output,
+            self.source,
+            duration_s=duration_s,
+            blocks=blocks,
+            classes=classes,
+        )
 
 
 def _copies(multiple: float) -> int:

@@ -5,18 +5,62 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from pydantic import Field, model_validator
 
+from biscale_env.config.loader import Config
 from biscale_env.core.errors import BiscaleError
-from biscale_env.traces.arrivals_of_rows import RequestRows
-from biscale_env.traces.readers import join_rows, stream_rows
-from biscale_env.traces.reading_options import ReadingOptions
-from biscale_env.traces.recognised import Recognised
+from biscale_env.traces.prompts.block_numbers import finished
+from biscale_env.traces.reading.arrivals_of_rows import RequestRows
+from biscale_env.traces.reading.readers import join_rows, stream_rows
+from biscale_env.traces.reading.reading_options import ReadingOptions, moment_s
+from biscale_env.traces.reading.recognised import LOGGER, Recognised
 from biscale_env.traces.trace import Trace
 
 DAY_S: Final = 86400.0
+
+
+class WindowSpacing(Config):
+    """How a long trace is cut into windows of several days.
+
+    Also read from text, ``LENGTH/EVERY`` with units as in ``30min/1d``.
+
+    Attributes:
+        length_s: length of a window, s.
+        every_s: time from one start to the next, s, at least the length.
+    """
+
+    length_s: float = Field(gt=0)
+    every_s: float = Field(gt=0)
+
+    @classmethod
+    def of_text(cls, text: str) -> "WindowSpacing":
+        """A plan from ``LENGTH/EVERY``.
+
+        Raises:
+            BiscaleError: another form, a time that cannot be read, or windows that overlap.
+        """
+        length, found, every = text.partition("/")
+        if not found or "/" in every:
+            raise BiscaleError(
+                "--windows takes LENGTH/EVERY, such as 30min/1d for half an hour of every day, "
+                f"got '{text}'"
+            )
+        length_s, every_s = (moment_s(part, "--windows", None, "") for part in (length, every))
+        _checked(length_s, every_s, 0.0)
+        return cls(length_s=length_s, every_s=every_s)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_text(cls, value: Any) -> Any:
+        return cls.of_text(value).model_dump() if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "WindowSpacing":
+        _checked(self.length_s, self.every_s, 0.0)
+        return self
 
 
 @dataclass(frozen=True)
@@ -35,6 +79,14 @@ class TraceWindow:
     start_s: float
     day: int
     label: str
+
+    def sentence(self, file: str) -> str:
+        """One line on it, for whoever waits for a long file."""
+        stop_s = self.start_s + self.trace.duration_s
+        return (
+            f"{file}: {self.label}, {self.start_s:.9g} to {stop_s:.9g} s of the trace: "
+            f"{len(self.trace):,} requests"
+        )
 
 
 def windows_of(
@@ -98,11 +150,15 @@ def read_windows(
     held: list[RequestRows] = []
     with contextlib.closing(stream_rows(path, options, about)) as pieces:
         for piece in pieces:
+            if not held and k == 0:
+                LOGGER.info(about.kind())
             held.append(piece)
             last_s = float(piece.arrival_s[-1])
             # a window is done once a request behind it was seen
             while last_s >= first_s + k * every_s + length_s:
-                yield _cut(held, first_s + k * every_s, length_s, about)
+                window = _cut(held, first_s + k * every_s, length_s, about)
+                LOGGER.info(window.sentence(about.file))
+                yield window
                 k += 1
             held = [piece for piece in held if piece.arrival_s[-1] >= first_s + k * every_s]
     if k == 0:
@@ -117,12 +173,21 @@ def _cut(
         piece.part(slice(*np.searchsorted(piece.arrival_s, (start_s, start_s + length_s))))
         for piece in held
     ]
-    times, prompts, outputs = join_rows(inside)
+    times, prompts, outputs, blocks, classes = join_rows(inside)
     # days are the file's, times those after the start of the part that was asked for
     day, label = _day(held[0].part_s[0] + start_s, about.origin_unix_s)
     name = f"{Path(about.file).name.split('.')[0]}[{start_s:g}:{start_s + length_s:g}s]"
     relative_s = np.clip(times - start_s, 0.0, length_s)
-    trace = Trace(name, relative_s, prompts, outputs, about.file, duration_s=length_s)
+    trace = Trace(
+        name,
+        relative_s,
+        prompts,
+        outputs,
+        about.file,
+        duration_s=length_s,
+        blocks=finished(blocks),
+        classes=classes,
+    )
     return TraceWindow(trace, start_s, day, label)
 
 

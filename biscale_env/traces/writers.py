@@ -13,7 +13,8 @@ import pyarrow.parquet
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import open_whole
-from biscale_env.traces.layouts import KNOWN, META_KEY, UNIT_KEY
+from biscale_env.traces.prompts.raw_blocks import HASHES, SESSIONS
+from biscale_env.traces.rows.layouts import BLOCK_KEY, KNOWN, META_KEY, SLO_CLASS, UNIT_KEY
 from biscale_env.traces.trace import Trace
 
 MS_DECIMALS = 6
@@ -21,9 +22,10 @@ MS_DECIMALS = 6
 
 def _write_csv(trace: Trace, path: Path) -> None:
     columns = (trace.arrival_s, trace.prompt_tokens, trace.output_tokens)
-    pd.DataFrame(dict(zip(KNOWN["biscale"].layout.columns, columns, strict=True))).to_csv(
-        path, index=False
-    )
+    frame = pd.DataFrame(dict(zip(KNOWN["biscale"].layout.columns, columns, strict=True)))
+    if trace.classes is not None:
+        frame[SLO_CLASS] = trace.classes.each()
+    frame.to_csv(path, index=False)
 
 
 def _write_jsonl(trace: Trace, path: Path) -> None:
@@ -37,6 +39,13 @@ def _write_jsonl(trace: Trace, path: Path) -> None:
     if len(frame) and (frame[names[0]].iloc[0] or (frame[names[0]] % 1).any()):
         # Mooncake has whole milliseconds from 0 on: anything else says what it is
         frame[UNIT_KEY] = "ms"
+    if trace.classes is not None:
+        frame[SLO_CLASS] = trace.classes.each()
+    if (blocks := trace.blocks) is not None:
+        pieces = np.split(blocks.ids, blocks.starts[1:-1]) if len(blocks) else []
+        frame[HASHES] = pd.Series(pieces, dtype=object)
+        frame[SESSIONS[0]] = blocks.session
+        frame[BLOCK_KEY] = blocks.block_tokens
     frame.to_json(path, orient="records", lines=True, double_precision=MS_DECIMALS)
 
 
@@ -44,6 +53,13 @@ def _write_parquet(trace: Trace, path: Path) -> None:
     columns = (trace.arrival_s, trace.prompt_tokens, trace.output_tokens)
     table = pa.table(dict(zip(KNOWN["biscale"].layout.columns, columns, strict=True)))
     meta = {META_KEY: repr(float(trace.duration_s))}
+    if trace.classes is not None:
+        table = table.append_column(SLO_CLASS, pa.array(trace.classes.each()))
+    if (blocks := trace.blocks) is not None:
+        table = table.append_column(
+            HASHES, pa.ListArray.from_arrays(blocks.starts.astype(np.int32), blocks.ids)
+        ).append_column(SESSIONS[0], pa.array(blocks.session))
+        meta[BLOCK_KEY] = str(blocks.block_tokens)
     pa.parquet.write_table(table.replace_schema_metadata(meta), path)
 
 
@@ -59,7 +75,8 @@ def write_trace(trace: Trace, path: str | Path) -> Path:
 
     CSV and Parquet keep times exactly, Mooncake JSON lines to the nanosecond (with a further key
     ``time_unit`` where the milliseconds are not whole). Only Parquet also
-    keeps the observed duration; from the others it is read back as the last arrival.
+    keeps the observed duration; from the others it is read back as the last arrival. What prompts
+    share is kept in Parquet and JSON lines, not in CSV; SLO classes in all.
 
     Args:
         trace: what to write.

@@ -31,6 +31,8 @@ class PiecewiseRate:
     rate: FloatArray
 
     def __mul__(self, other: "PiecewiseRate") -> "PiecewiseRate":
+        if len(self.rate) == 1 and (self.edges_s == other.edges_s[[0, -1]]).all():
+            return PiecewiseRate(other.edges_s, self.rate * other.rate)
         edges = np.union1d(self.edges_s, other.edges_s)
         middle = (edges[:-1] + edges[1:]) / 2
         return PiecewiseRate(edges, self.at(middle) * other.at(middle))
@@ -104,7 +106,8 @@ def renewal_points(gap_cv: float, length: float, rng: np.random.Generator) -> Fl
         points = np.concatenate(
             [points, points[-1] + np.cumsum(rng.gamma(shape, 1 / shape, count))]
         )
-    return points[(points >= 0) & (points < length)]
+    first, stop = np.searchsorted(points, (0.0, length))  # gaps are not negative
+    return points[first:stop]
 
 
 def sample_arrivals(

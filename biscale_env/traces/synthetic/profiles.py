@@ -5,10 +5,10 @@ rate over days, every other file a whole workload: arrivals, lengths, default ra
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from biscale_env.config import list_names, load_yaml
 from biscale_env.config.loader import Config, configs_dir
@@ -181,6 +181,49 @@ class Arrivals(Config):
     start_s: float = Field(default=0.0, ge=0)
 
 
+class Sessions(Config):
+    """How requests belong together, and what their prompts share.
+
+    Attributes:
+        repeated_share: share of sessions with more than one turn.
+        turns_mean: mean turns of those, geometric from 2 on (that form is assumed).
+        lengths: name of the ``lengths-`` profile of their first turns; outputs of later turns too.
+        message_tokens: what a later turn adds.
+        grows: a prompt is the chat so far (prompts, answers, the new message); without, it is
+            another message behind the same document, which the first prompt held.
+        think_mean_s: mean time from a turn to the next, s; gamma.
+        think_cv: its coefficient of variation.
+        system_prompts: different system prompts that sessions begin with; 0 for none.
+        system_tokens: length of each, added to the lengths of the profiles.
+        longest_tokens: a session whose chat is longer than this ends.
+        block_tokens: tokens of a block.
+    """
+
+    repeated_share: float = Field(ge=0, le=1)
+    turns_mean: float = Field(ge=2)
+    lengths: str
+    message_tokens: Marginal
+    grows: bool
+    think_mean_s: float = Field(gt=0)
+    think_cv: float = Field(default=1.0, ge=0.05, le=20)
+    system_prompts: int = Field(default=0, ge=0)
+    system_tokens: int = Field(default=0, ge=0)
+    longest_tokens: int = Field(default=131072, gt=0)
+    block_tokens: int = Field(default=16, gt=0)
+
+
+class ClassShare(Config):
+    """Requests of one SLO class of a generated workload.
+
+    Attributes:
+        share: share of the requests; with sessions, of the sessions.
+        lengths: name of the ``lengths-`` profile of their lengths; None: the workload's.
+    """
+
+    share: float = Field(gt=0, le=1)
+    lengths: str | None = None
+
+
 class WorkloadProfile(Config):
     """A workload that `generate` can make.
 
@@ -190,7 +233,9 @@ class WorkloadProfile(Config):
         duration_s: default duration, s.
         seed: default seed.
         arrivals: arrival process.
-        lengths: name of a ``lengths-`` profile.
+        lengths: name of a ``lengths-`` profile; with sessions, of those with one turn.
+        sessions: how requests belong together; None: every request stands for itself.
+        classes: SLO classes of requests by name; what their shares leave are requests of none.
         measured: statistics of the trace that the profile was fitted to, for comparison; not used
             to generate.
         source: where the numbers come from.
@@ -202,8 +247,26 @@ class WorkloadProfile(Config):
     seed: int = Field(default=0, ge=0)
     arrivals: Arrivals
     lengths: str
+    sessions: Sessions | None = None
+    classes: dict[str, ClassShare] = Field(default_factory=dict)
     measured: dict[str, float] = Field(default_factory=dict)
     source: str
+
+    @model_validator(mode="after")
+    def _classes_are_shares(self) -> "WorkloadProfile":
+        if sum(one.share for one in self.classes.values()) > 1 + 1e-9:
+            raise ValueError("shares of classes must not add up to more than 1")
+        if self.sessions is not None and any(one.lengths for one in self.classes.values()):
+            raise ValueError("sessions have the same lengths in every class: leave lengths out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, plain: Any) -> Any:
+        """A profile without classes is written as it always was: digests depend on it."""
+        found = plain(self)
+        if not self.classes:
+            found.pop("classes", None)
+        return found
 
 
 def profile_names(prefix: str = "") -> list[str]:

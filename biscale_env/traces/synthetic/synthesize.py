@@ -1,7 +1,7 @@
 """Making workloads from profiles: deterministic in the seed, the global random state untouched."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Self
 
@@ -9,6 +9,8 @@ import numpy as np
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.traces.synthetic.arrival_times import sample_arrivals
+from biscale_env.traces.synthetic.chats import SessionSampler
+from biscale_env.traces.synthetic.class_shares import RequestClassShares
 from biscale_env.traces.synthetic.lengths import LengthSampler, sample_lengths
 from biscale_env.traces.synthetic.profiles import (
     LengthProfile,
@@ -35,11 +37,15 @@ class WorkloadRecipe:
         profile: arrivals, default rate, duration and seed.
         lengths: prompt and output lengths.
         envelope: shape of the rate over days; None without one.
+        several: lengths of sessions with several turns; None where requests stand for themselves.
+        of_classes: lengths of SLO classes that have their own, by name.
     """
 
     profile: WorkloadProfile
     lengths: LengthProfile
     envelope: RateEnvelope | None
+    several: LengthProfile | None = None
+    of_classes: dict[str, LengthProfile] = field(default_factory=dict)
 
     @classmethod
     def of(cls, profile: WorkloadProfile | str, lengths: LengthProfile | None = None) -> Self:
@@ -55,7 +61,14 @@ class WorkloadRecipe:
         profile = load_workload(profile) if isinstance(profile, str) else profile
         named = profile.arrivals.envelope
         envelope = load_envelope(named) if named is not None else None
-        return cls(profile, lengths or load_lengths(profile.lengths), envelope)
+        # other lengths say nothing about sessions
+        chats = profile.sessions if lengths is None else None
+        several = load_lengths(chats.lengths) if chats is not None else None
+        named_lengths = {
+            name: load_lengths(one.lengths) for name, one in profile.classes.items() if one.lengths
+        }
+        own = lengths or load_lengths(profile.lengths)
+        return cls(profile, own, envelope, several, {} if lengths is not None else named_lengths)
 
     @cached_property
     def sampler(self) -> LengthSampler:
@@ -65,7 +78,7 @@ class WorkloadRecipe:
     @cached_property
     def digest(self) -> str:
         """Hash of everything that the workloads depend on but rate, duration and seed."""
-        parts = (self.profile, self.lengths, self.envelope)
+        parts = (self.profile, self.lengths, self.envelope, self.several, *self.of_classes.values())
         told = "\n".join(part.model_dump_json() for part in parts if part is not None)
         return hashlib.sha256(told.encode()).hexdigest()
 
@@ -84,13 +97,35 @@ class WorkloadRecipe:
             BiscaleError: a rate or duration that is not positive, or a negative seed.
         """
         name = self.profile.name
-        arrival_rng, length_rng = _seed_sequences(seed, 2)
+        arrival_rng, length_rng, class_rng = _seed_sequences(seed, 3)
         arrival_s = sample_arrivals(
             self.profile.arrivals, rate_rps, duration_s, arrival_rng, self.envelope
         )
-        prompt, output = self.sampler.sample(arrival_s.size, length_rng)
         source = f"generated: {name}, {rate_rps:g} requests/s for {duration_s:g} s, seed {seed}"
-        return Trace(name, arrival_s, prompt, output, source, duration_s=duration_s)
+        each = RequestClassShares.of(self.profile, class_rng)
+        if self.several is not None and self.profile.sessions is not None:
+            sampler = SessionSampler(self.profile.sessions, self.sampler, self.several)
+            made = sampler.sample(arrival_s, length_rng)
+            return Trace(
+                name,
+                arrival_s,
+                made.prompt,
+                made.output,
+                source,
+                duration_s=duration_s,
+                blocks=made.blocks,
+                classes=each.of_sessions(made.blocks),
+            )
+        prompt, output = self.sampler.sample(arrival_s.size, length_rng)
+        classes = each.of_requests(arrival_s.size)
+        if classes is not None:
+            names = classes.each()
+            for told, lengths in self.of_classes.items():
+                mine = np.flatnonzero(names == told)
+                prompt[mine], output[mine] = sample_lengths(lengths, mine.size, class_rng)
+        return Trace(
+            name, arrival_s, prompt, output, source, duration_s=duration_s, classes=classes
+        )
 
 
 def generate(
@@ -124,7 +159,8 @@ def generate(
 def with_lengths(trace: Trace, lengths: LengthProfile | str, seed: int) -> Trace:
     """The arrivals of a trace with lengths sampled from a profile.
 
-    As in BiScale's workload B: arrivals of Azure with lengths like ShareGPT.
+    As in BiScale's workload B: arrivals of Azure with lengths like ShareGPT. What the trace's own
+    prompts share says nothing about them.
 
     Args:
         trace: where the arrival times come from.
@@ -136,5 +172,11 @@ def with_lengths(trace: Trace, lengths: LengthProfile | str, seed: int) -> Trace
     source = f"{trace.source}; lengths {lengths.name}, seed {seed}"
     name = f"{trace.name}+{lengths.name}"
     return replace(
-        trace, name=name, prompt_tokens=prompt, output_tokens=output, source=source, first_line=0
+        trace,
+        name=name,
+        prompt_tokens=prompt,
+        output_tokens=output,
+        source=source,
+        first_line=0,
+        blocks=None,
     )

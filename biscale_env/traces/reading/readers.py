@@ -12,16 +12,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.traces.arrivals_of_rows import RequestRows, checked_rows, tell_part
-from biscale_env.traces.formats import RowBatches, TraceFormat, format_of, read_batches
-from biscale_env.traces.json_rows import count_lines
-from biscale_env.traces.raw_columns import parquet_duration_s
-from biscale_env.traces.reading_options import ReadingOptions
-from biscale_env.traces.recognised import Recognised
-from biscale_env.traces.time_units import mean_rate_rps
+from biscale_env.traces.prompts.block_numbers import finished
+from biscale_env.traces.prompts.prompt_blocks import PromptBlocks, joined
+from biscale_env.traces.reading.arrivals_of_rows import RequestRows, checked_rows, tell_part
+from biscale_env.traces.reading.formats import RowBatches, TraceFormat, format_of, read_batches
+from biscale_env.traces.reading.reading_options import ReadingOptions
+from biscale_env.traces.reading.recognised import Recognised
+from biscale_env.traces.reading.time_units import mean_rate_rps
+from biscale_env.traces.request_classes import RequestClasses
+from biscale_env.traces.rows.json_objects import count_lines
+from biscale_env.traces.rows.raw_columns import parquet_duration_s
 from biscale_env.traces.trace import Trace
 
-Joined = tuple[NDArray[np.float64], NDArray[np.int32], NDArray[np.int32]]
+Joined = tuple[
+    NDArray[np.float64],
+    NDArray[np.int32],
+    NDArray[np.int32],
+    PromptBlocks | None,
+    RequestClasses | None,
+]
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ def _format(path: Path) -> TraceFormat:
 
 
 def _batches(form: TraceFormat, path: Path, options: ReadingOptions) -> RowBatches:
-    names = ("time_column", "prompt_column", "output_column", "time_unit")
+    names = ("time_column", "prompt_column", "output_column", "class_column", "time_unit")
     columns = {name: getattr(options, name) for name in names}
     with _readable(path), contextlib.closing(read_batches(form, path, columns)) as batches:
         yield from batches
@@ -98,11 +107,15 @@ def stream_rows(
 
 
 def join_rows(rows: list[RequestRows]) -> Joined:
-    """Times, prompt and output lengths of consecutive pieces."""
+    """Times, prompt and output lengths, blocks and classes of consecutive pieces."""
+    classes = [r.classes for r in rows if r.classes is not None]
+    blocks = [r.blocks for r in rows if r.blocks is not None]
     return (
         np.concatenate([r.arrival_s for r in rows]),
         np.concatenate([r.prompt_tokens for r in rows]),
         np.concatenate([r.output_tokens for r in rows]),
+        joined(blocks) if len(blocks) == len(rows) else None,
+        RequestClasses.joined(classes) if len(classes) == len(rows) else None,
     )
 
 
@@ -123,17 +136,19 @@ def read_trace(
 ) -> Trace:
     """Read a trace file; its format follows from what is in it.
 
-    Formats of installed packages go first, see :mod:`biscale_env.traces.formats`. Times count from
-    the first request, but for our own schema, whose zero is kept. An output of 0 tokens is read as
-    1, since prefill itself makes the first token; how many there were stands in ``source``.
+    Formats of installed packages go first, see :mod:`biscale_env.traces.reading.formats`. Times
+    count from the first request, but for our own schema, whose zero is kept. An output of 0 tokens
+    is read as 1, since prefill itself makes the first token; how many there were stands in
+    ``source``.
     `load_file` says what was recognised.
 
     Args:
         path: CSV, JSON (either may be compressed: gzip, bzip2, Zstandard, xz, lz4) or Parquet.
         name: name of the trace, default the file's.
         options: how to read it.
-        given: single options of :class:`~biscale_env.traces.reading_options.ReadingOptions`:
-            ``time_column``, ``prompt_column``, ``output_column``, ``time_unit`` (s, ms, us, ns) of
+        given: single options of
+            :class:`~biscale_env.traces.reading.reading_options.ReadingOptions`: ``time_column``,
+            ``prompt_column``, ``output_column``, ``time_unit`` (s, ms, us, ns) of
             other headers, ``sort``, ``start``, ``stop``, ``drop_failed``.
 
     Raises:
@@ -157,7 +172,7 @@ def load_file(
     form, about = _format(path), Recognised(str(path))
     rows = [part for part in _rows(form, path, options, about) if part.arrival_s.size]
     if not rows:
-        raise BiscaleError(_nothing(path, options, about))
+        raise BiscaleError(_nothing(path, options, about, form.name != "jsonl"))
     trace = _trace(rows, path, name, options, about)
     duration_s = 0.0
     if form.name == "parquet" and not (options.sort and about.part):
@@ -171,12 +186,14 @@ def load_file(
     return LoadedTrace(trace, about)
 
 
-def _nothing(path: Path, options: ReadingOptions, about: Recognised) -> str:
+def _nothing(
+    path: Path, options: ReadingOptions, about: Recognised, has_header: bool = True
+) -> str:
     if about.rows_dropped:
         return f"{path}: no request is left without the {about.rows_dropped} rows that failed"
     if about.part:
         return f"{path} has no request in the {about.part}"
-    return f"{path} holds a header but no request"
+    return f"{path} holds {'a header but ' if has_header else ''}no request"
 
 
 def _trace(
@@ -186,17 +203,21 @@ def _trace(
     options: ReadingOptions,
     about: Recognised,
 ) -> Trace:
-    arrival_s, prompt, output = join_rows(rows)
+    arrival_s, prompt, output, blocks, classes = join_rows(rows)
     (first_s, last_s), is_cut = rows[0].part_s, rows[-1].is_cut
     if options.sort:
         order = np.argsort(arrival_s, kind="stable")
         arrival_s, prompt, output = arrival_s[order], prompt[order], output[order]
+        blocks = None if blocks is None else blocks.take(order)
+        classes = None if classes is None else classes.take(order)
         shift_s = 0.0 if rows[0].keeps_zero else float(arrival_s[0])
         first_s, last_s = _from_the_earliest(shift_s, options, about)
         arrival_s = arrival_s - shift_s
         is_cut = bool(arrival_s[-1] >= last_s)
         inside = slice(*np.searchsorted(arrival_s, (first_s, last_s)))
         arrival_s, prompt, output = arrival_s[inside], prompt[inside], output[inside]
+        blocks = None if blocks is None else blocks.take(inside)
+        classes = None if classes is None else classes.take(inside)
         if not arrival_s.size:
             raise BiscaleError(_nothing(path, options, about))
     about.requests = int(arrival_s.size)
@@ -208,7 +229,11 @@ def _trace(
     for column in (arrival_s, prompt, output):
         column.setflags(write=False)
     observed_s = last_s - first_s if is_cut else 0.0
-    return Trace(name or path.name.split(".")[0], arrival_s, prompt, output, source, observed_s)
+    title = name or path.name.split(".")[0]
+    blocks = finished(blocks)
+    return Trace(
+        title, arrival_s, prompt, output, source, observed_s, blocks=blocks, classes=classes
+    )
 
 
 def _from_the_earliest(
@@ -286,7 +311,16 @@ def iter_trace(
 def _window(
     rows: list[RequestRows], name: str, path: Path, k: int, window_s: float, duration_s: float
 ) -> Trace:
-    arrival_s, prompt, output = join_rows(rows)
+    arrival_s, prompt, output, blocks, classes = join_rows(rows)
     title = f"{name}[{k * window_s:g}:{k * window_s + duration_s:g}s]"
     relative_s = np.clip(arrival_s - k * window_s, 0.0, duration_s)
-    return Trace(title, relative_s, prompt, output, str(path), duration_s=duration_s)
+    return Trace(
+        title,
+        relative_s,
+        prompt,
+        output,
+        str(path),
+        duration_s=duration_s,
+        blocks=finished(blocks),
+        classes=classes,
+    )

@@ -4,7 +4,7 @@ import re
 from datetime import UTC, datetime
 from typing import Final
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from biscale_env.config.loader import Config
 from biscale_env.core.errors import BiscaleError
@@ -19,7 +19,9 @@ class ReadingOptions(Config):
         time_column: column of the arrival time; None (as for the others): by the known formats.
         prompt_column: column of the prompt length.
         output_column: column of the output length.
+        class_column: column of SLO classes; None takes ``slo_class``, where there is one.
         time_unit: unit of a numeric time: s, ms, us or ns.
+        block_tokens: tokens of a block of ``hash_ids``; None: as documented, or by the lengths.
         sort: accept unsorted times and sort them, instead of refusing the file.
         start: use requests from here on: seconds after the trace's start (``90``, ``15min``,
             ``2h``, ``1d``), or a date for a trace of dates; times count from there.
@@ -31,7 +33,9 @@ class ReadingOptions(Config):
     time_column: str | None = None
     prompt_column: str | None = None
     output_column: str | None = None
+    class_column: str | None = None
     time_unit: str | None = None
+    block_tokens: int | None = Field(default=None, gt=0)
     sort: bool = False
     start: str | None = None
     stop: str | None = None

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.traces.layouts import NS_PER_UNIT, Layout, TimeUnit
+from biscale_env.traces.rows.layouts import NS_PER_UNIT, Layout, TimeUnit
 
 UNIX_TIME_S: Final = 1e8
 MOST_RPS: Final = 1000.0  # mean rates beyond these two are implausible for one trace of requests
@@ -65,8 +65,9 @@ def choose_unit(
         return UnitChoice(unit, "as told", _is_unix(times, unit))
     if layout.keeps_zero and layout.unit is not None:  # the unit is in the name of the column
         return UnitChoice(layout.unit, "as documented", _is_unix(times, layout.unit))
+    name = re.sub(r"\W+", "_", layout.time.lower()).strip("_")  # also "time (ms)", "time [ms]"
     for unit, pattern in SUFFIXES.items():
-        if layout.unit is None and re.search(pattern, layout.time.lower()):
+        if layout.unit is None and re.search(pattern, name):
             return UnitChoice(unit, "as its column says", _is_unix(times, unit))
     dated = [unit for unit in SUFFIXES if _is_dated(times, unit)]
     if dated:

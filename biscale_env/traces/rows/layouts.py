@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -12,6 +12,10 @@ TimeUnit = Literal["s", "ms", "us", "ns"]
 
 NS_PER_UNIT: Final[dict[str, int]] = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1000, "ns": 1}
 META_KEY = "biscale_duration_s"  # Parquet metadata that `write_trace` leaves
+BLOCK_KEY = "biscale_block_tokens"  # likewise; in JSON lines it is a key
+BLOCK_SIZES: Final = ("block_size", "block_tokens", "hash_block_size")  # likewise, of others
+N_COLUMNS: Final = 3  # time, prompt, output
+SLO_CLASS: Final = "slo_class"  # column of SLO classes, ours; --class-column names another
 UNIT_KEY = "time_unit"  # key that `write_trace` adds to JSON lines whose times are fractions of ms
 
 
@@ -30,6 +34,9 @@ class Layout:
         keeps_zero: times count from the file's own zero, as written; others count from the first
             request.
         is_named: the user named the time column; its zero is kept where the file starts there.
+        block_tokens: tokens of a block of a prompt, as documented; None: by the lengths.
+        block_told: likewise, as the file itself says.
+        slo_class: column of SLO classes; None where there is none.
     """
 
     time: str
@@ -40,6 +47,9 @@ class Layout:
     rival: TimeUnit | None = None
     keeps_zero: bool = False
     is_named: bool = False
+    block_tokens: int | None = None
+    block_told: int | None = None
+    slo_class: str | None = None
 
     @property
     def columns(self) -> tuple[str, str, str]:
@@ -59,7 +69,8 @@ _MOONCAKE: Final = ("timestamp", "input_length", "output_length")
 # Units as documented: Mooncake, FAST25-release/README; Qwen-Bailian, README of
 # qwen-bailian-usagetraces-anon; BurstGPT, README ("seconds from 0:00:00 on the first day");
 # splitwise-sim and Vidur, their trace generators; ServeGen, README (seconds); vLLM, `start_times`
-# of `vllm bench serve --save-detailed` (perf_counter).
+# of `vllm bench serve --save-detailed` (perf_counter). Blocks of prompts: 512 tokens in Mooncake's
+# README, 16 in Qwen-Bailian's.
 KNOWN: Final[dict[str, KnownLayout]] = {
     "biscale": KnownLayout(
         Layout("arrival_s", "prompt_tokens", "output_tokens", title="biscale-env", keeps_zero=True)
@@ -68,10 +79,10 @@ KNOWN: Final[dict[str, KnownLayout]] = {
         Layout("TIMESTAMP", "ContextTokens", "GeneratedTokens", None, "Azure 2023/2024")
     ),
     "qwen-bailian": KnownLayout(
-        Layout(*_MOONCAKE, "s", "Qwen-Bailian", rival="ms"),
+        Layout(*_MOONCAKE, "s", "Qwen-Bailian", rival="ms", block_tokens=16),
         ("chat_id", "parent_chat_id", "turn", "type"),
     ),
-    "mooncake": KnownLayout(Layout(*_MOONCAKE, "ms", "Mooncake", rival="s")),
+    "mooncake": KnownLayout(Layout(*_MOONCAKE, "ms", "Mooncake", rival="s", block_tokens=512)),
     "burstgpt": KnownLayout(
         Layout("Timestamp", "Request tokens", "Response tokens", "s", "BurstGPT")
     ),
@@ -95,6 +106,7 @@ TIMES: Final = (
     "arrived_at", "timestamp", "request_timestamp", "request_time", "start_time", "start_times",
     "arrival", "arrival_time_s", "arrival_time_ms", "timestamp_s", "timestamp_ms", "timestamp_us",
     "timestamp_ns", "request_start_ns", "start_time_s", "start_time_ms", "created_at", "ts",
+    "created",
 )  # fmt: skip
 PROMPTS: Final = (
     "prompt_tokens", "input_tokens", "input_length", "input_len", "input_lens", "prompt_length",
@@ -122,6 +134,7 @@ def find_layout(
     time_column: str | None = None,
     prompt_column: str | None = None,
     output_column: str | None = None,
+    class_column: str | None = None,
     **_: object,
 ) -> Layout:
     """Choose the columns.
@@ -135,13 +148,14 @@ def find_layout(
         time_column: name of the arrival time column.
         prompt_column: name of the prompt length column.
         output_column: name of the output length column.
+        class_column: name of the column of SLO classes; None takes `SLO_CLASS`, if it is there.
 
     Raises:
         BiscaleError: a column is not there, or the header fits no known layout.
     """
     named = (time_column, prompt_column, output_column)
     own_names = {plain(name): name for name in reversed(header)} | {name: name for name in header}
-    for name in named:
+    for name in (*named, class_column):
         if name and name not in header:
             raise BiscaleError(
                 f"{path}, line 1: there is no column '{name}'; the columns are {_few(header)}"
@@ -154,7 +168,8 @@ def find_layout(
             f"{path}, line 1: time, prompt and output must be three different columns, each named "
             "once"
         )
-    return layout
+    own_class = own_names.get(SLO_CLASS) or own_names.get(plain(SLO_CLASS))
+    return replace(layout, slo_class=class_column or own_class)
 
 
 def _known_layout(
@@ -171,7 +186,7 @@ def _known_layout(
         base = known.layout
         if named[0] and plain(named[0]) != plain(base.time):
             return Layout(time, prompt, output, None, is_named=True)
-        return Layout(time, prompt, output, base.unit, base.title, base.rival, base.keeps_zero)
+        return replace(base, time=time, prompt=prompt, output=output)
     return None
 
 
@@ -179,7 +194,7 @@ def _usual_layout(
     own_names: dict[str, str], named: tuple[str | None, str | None, str | None]
 ) -> Layout | None:
     found = [
-        name or next((own_names[plain(n)] for n in usual if plain(n) in own_names), None)
+        name or next((own_names[n] for n in _spellings(usual) if n in own_names), None)
         for name, usual in zip(named, (TIMES, PROMPTS, OUTPUTS), strict=True)
     ]
     if None in found:
@@ -187,6 +202,11 @@ def _usual_layout(
     time, prompt, output = (str(name) for name in found)
     title = "named columns" if all(named) else f"columns {time}, {prompt}, {output}"
     return Layout(time, prompt, output, None, title, is_named=named[0] is not None)
+
+
+def _spellings(usual: Sequence[str]) -> list[str]:
+    """Plain forms of usual names, those of a column of a request behind them."""
+    return [*(plain(name) for name in usual), *(f"request{plain(name)}" for name in usual)]
 
 
 def _few(header: Sequence[str]) -> str:

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from biscale_env.core.errors import BiscaleError, BiscaleWarning
-from biscale_env.traces.csv_rows import csv_batches
-from biscale_env.traces.json_rows import json_batches
-from biscale_env.traces.raw_columns import RawColumns, parquet_batches
-from biscale_env.traces.text_files import HEAD_BYTES, UTF16, FileFormat, text_format
+from biscale_env.traces.rows.csv_rows import csv_batches
+from biscale_env.traces.rows.json_rows import json_batches
+from biscale_env.traces.rows.raw_columns import RawColumns, parquet_batches
+from biscale_env.traces.rows.text_files import HEAD_BYTES, UTF16, FileFormat, text_format
 
 ENTRY_POINTS: Final = "biscale.trace_formats"
 

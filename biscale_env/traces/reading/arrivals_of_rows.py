@@ -9,12 +9,16 @@ from numpy.typing import NDArray
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.traces.checks import check_lengths, check_times
-from biscale_env.traces.layouts import NS_PER_UNIT
-from biscale_env.traces.raw_columns import RawColumns, RowNumber
-from biscale_env.traces.reading_options import ReadingOptions
-from biscale_env.traces.recognised import Recognised
-from biscale_env.traces.time_units import UnitChoice, choose_unit, known_unit
+from biscale_env.traces.prompts.block_numbers import BlockNumbers
+from biscale_env.traces.prompts.prompt_blocks import PromptBlocks
+from biscale_env.traces.reading.reading_options import ReadingOptions
+from biscale_env.traces.reading.recognised import Recognised
+from biscale_env.traces.reading.time_units import UnitChoice, choose_unit, known_unit
+from biscale_env.traces.request_classes import RequestClasses
+from biscale_env.traces.rows.layouts import NS_PER_UNIT
+from biscale_env.traces.rows.raw_columns import RawColumns, RowNumber
 
+ADVICE = " (--drop-failed leaves out requests without an answer)"
 WHOLE_S = (0.0, float("inf"))
 
 
@@ -30,6 +34,8 @@ class RequestRows:
         is_cut: a request behind the part was seen, so that the part was observed to its end.
         keeps_zero: the start is the file's own zero, not the first request.
         first_line: line of the first of these rows; 0 where it is not known.
+        blocks: blocks of the prompts, numbered alike in all pieces; None where nobody knows them.
+        classes: SLO class of each request; None where nobody says.
     """
 
     arrival_s: NDArray[np.float64]
@@ -39,6 +45,8 @@ class RequestRows:
     is_cut: bool = False
     keeps_zero: bool = False
     first_line: int = 0
+    blocks: PromptBlocks | None = None
+    classes: RequestClasses | None = None
 
     def part(self, rows: slice) -> "RequestRows":
         """Some of these rows."""
@@ -48,6 +56,8 @@ class RequestRows:
             prompt_tokens=self.prompt_tokens[rows],
             output_tokens=self.output_tokens[rows],
             first_line=self.first_line + (rows.start or 0) if self.first_line else 0,
+            blocks=None if self.blocks is None else self.blocks.take(rows),
+            classes=None if self.classes is None else self.classes.take(rows),
         )
 
     def after(self, start_s: float) -> "RequestRows":
@@ -85,6 +95,7 @@ def checked_rows(
     if options.time_unit is not None:
         known_unit(options.time_unit)
     clock: _FileTime | None = None
+    numbers: BlockNumbers | None = None
     part_s = WHOLE_S
     last_s = -np.inf
     for raw in batches:
@@ -93,15 +104,22 @@ def checked_rows(
             continue
         if clock is None:
             clock = _clock(path, batch, options, about)
+            told = options.block_tokens or batch.layout.block_told
+            numbers = BlockNumbers(str(path), batch.layout.block_tokens, told)
             if not options.sort:  # else the earliest request is not known yet
                 part_s = options.part_s(about.origin_unix_s, str(path))
                 tell_part(part_s, about)
         arrival_s = _seconds(batch, clock, last_s, options)
         _check_answers(batch)
         last_s = float(arrival_s[-1])
-        rows = _cut(batch, arrival_s, clock, part_s)
+        rows = _cut(batch, arrival_s, clock, part_s, numbers)
+        if numbers is not None and numbers.block_tokens:
+            about.block_tokens = numbers.block_tokens
+            about.has_sessions = numbers.is_told
         about.zero_outputs += int(np.count_nonzero(rows[1] == 0))
         about.requests += rows[0].arrival_s.size
+        if rows[0].classes is not None:
+            about.classes = tuple(dict.fromkeys([*about.classes, *rows[0].classes.names]))
         yield rows[0]
         if rows[0].is_cut:
             return
@@ -111,8 +129,10 @@ def _kept(raw: RawColumns, options: ReadingOptions, about: Recognised) -> RawCol
     """The rows of a batch that count as requests."""
     about.rows_dropped += raw.left_out
     if not options.drop_failed:
+        if raw.failed is not None:
+            about.failed_kept += int(np.count_nonzero(raw.failed & (raw.output > 0)))
         return raw
-    failed = (raw.output == 0) | np.isnan(raw.output) | np.isnan(raw.prompt)
+    failed = ~(raw.output > 0) | np.isnan(raw.prompt)  # -1 stands for no answer here and there
     if raw.failed is not None:
         failed |= raw.failed
     about.rows_dropped += int(np.count_nonzero(failed))
@@ -176,7 +196,7 @@ def _check_answers(batch: RawColumns) -> None:
                 "leave such requests out with --drop-failed"
             )
     check_lengths(batch.prompt, batch.layout.prompt, batch.where)
-    check_lengths(batch.output, batch.layout.output, batch.where, minimum=0)
+    check_lengths(batch.output, batch.layout.output, batch.where, 0, ADVICE)
 
 
 def _cut(
@@ -184,6 +204,7 @@ def _cut(
     arrival_s: NDArray[np.float64],
     clock: _FileTime,
     part_s: tuple[float, float],
+    numbers: BlockNumbers | None,
 ) -> tuple[RequestRows, NDArray[np.float64]]:
     """The rows inside the part, and their outputs as they stand in the file."""
     first, stop = 0, arrival_s.size
@@ -192,14 +213,20 @@ def _cut(
     inside = slice(first, stop)
     line = batch.where.first_row if isinstance(batch.where, RowNumber) else 0
     output = batch.output[inside]
+    prompts, outputs = batch.prompt.astype(np.int32), np.maximum(batch.output, 1).astype(np.int32)
+    blocks = None
+    if batch.blocks is not None and numbers is not None:
+        blocks = numbers.blocks(batch.blocks, prompts, outputs, batch.where)
     rows = RequestRows(
         arrival_s[inside],
-        batch.prompt[inside].astype(np.int32),
-        np.maximum(output, 1).astype(np.int32),
+        prompts[inside],
+        outputs[inside],
         part_s,
         bool(stop < arrival_s.size),
         clock.keeps_zero,
         line + first if line else 0,
+        None if blocks is None else blocks.take(inside),
+        None if batch.classes is None else batch.classes.take(inside),
     )
     return rows, output
 

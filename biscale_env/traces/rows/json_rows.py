@@ -6,8 +6,7 @@ JSON lines with plain keys go through Arrow, everything else row by row through 
 import contextlib
 import itertools
 import json
-import re
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -17,32 +16,64 @@ import pyarrow as pa
 import pyarrow.json
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.traces import raw_columns
-from biscale_env.traces.benchmark_results import (
+from biscale_env.traces.checks import Where
+from biscale_env.traces.prompts.raw_blocks import json_types, row_blocks
+from biscale_env.traces.prompts.session_files import DELAY, is_session_row, session_columns
+from biscale_env.traces.request_classes import RequestClasses
+from biscale_env.traces.rows import raw_columns
+from biscale_env.traces.rows.benchmark_results import (
     as_float,
     benchmark_columns,
     is_aiperf_record,
     refuse_summary,
 )
-from biscale_env.traces.checks import Where
-from biscale_env.traces.layouts import UNIT_KEY, Layout, find_layout
-from biscale_env.traces.raw_columns import RawColumns, RowNumber, date_type, growing, raw_batch
-from biscale_env.traces.text_files import UTF8_MARK, UTF16, first_bytes, open_bytes, open_text
+from biscale_env.traces.rows.failed_requests import arrow_type, failure_columns, row_failed
+from biscale_env.traces.rows.json_documents import (
+    Row,
+    flat_row,
+    has_layout,
+    holds_rows,
+    inner_rows,
+    lists_of,
+    merged_row,
+)
+from biscale_env.traces.rows.json_objects import JsonLineName, array_rows, json_object, line_rows
+from biscale_env.traces.rows.layouts import (
+    BLOCK_KEY,
+    BLOCK_SIZES,
+    N_COLUMNS,
+    UNIT_KEY,
+    Layout,
+    find_layout,
+)
+from biscale_env.traces.rows.raw_columns import (
+    ZONE,
+    RawColumns,
+    RowNumber,
+    date_type,
+    growing,
+    raw_batch,
+)
+from biscale_env.traces.rows.text_files import (
+    UTF8,
+    UTF8_MARK,
+    encoding_of,
+    first_bytes,
+    open_bytes,
+    open_text,
+)
 
 Shape = Literal["lines", "array", "document"]
-READ_CHARS: Final = 1 << 20
-WRAPPERS: Final = ("requests", "data", "records", "trace", "traces", "items")
-
-N_COLUMNS: Final = 3  # time, prompt, output
-Row = dict[str, Any]
+SAMPLE_ROWS: Final = 100  # rows, and characters of them, that tell the keys of a file
+SAMPLE_CHARS: Final = 1 << 24
 
 
 def json_batches(path: Path, **columns: Any) -> Iterator[RawColumns]:
     """Batches of a JSON file.
 
     One object per line, an array of objects, one object that holds such an array or arrays of
-    numbers, or results of AIPerf and ``vllm bench serve``. Other keys, such as ``hash_ids``, are
-    not kept.
+    numbers, or results of AIPerf and ``vllm bench serve``. Of other keys, ``hash_ids`` and those of
+    sessions are kept.
 
     Args:
         path: file, may be compressed.
@@ -56,11 +87,13 @@ def json_batches(path: Path, **columns: Any) -> Iterator[RawColumns]:
     if shape == "document":
         yield from _document_batches(path, first, columns)
     elif shape == "array":
-        rows = enumerate(_array_rows(path), start=1)
+        rows = enumerate(array_rows(path), start=1)
         yield from _row_batches(path, rows, "item", columns)
     elif is_aiperf_record(first):
-        with contextlib.closing(_json_rows(path)) as lines:
-            yield from _row_batches(path, lines, "line", columns)
+        yield from _parsed_lines(path, columns)
+    elif is_session_row(first) and _has_delays(path):
+        with contextlib.closing(line_rows(path)) as lines:
+            yield session_columns(path, lines)
     else:
         yield from _line_batches(path, first, columns)
 
@@ -71,10 +104,10 @@ def _shape(path: Path, columns: dict[str, Any]) -> tuple[Shape, Row]:
         line = next((text for text in file if text.strip()), "")
         if line.lstrip().startswith("["):
             return "array", {}
-        first = _object(line)
+        first = json_object(line)
         rest = next((text for text in file if text.strip()), "")
     if first is not None:
-        if is_aiperf_record(first) or not _holds_rows(path, first, columns):
+        if is_aiperf_record(first) or not holds_rows(path, first, columns):
             return "lines", first
         if rest:
             raise BiscaleError(f"{path} holds several results, one per line: keep one of them")
@@ -88,38 +121,19 @@ def _shape(path: Path, columns: dict[str, Any]) -> tuple[Shape, Row]:
     return "lines", {}
 
 
-def _holds_rows(path: Path, first: Row, columns: dict[str, Any]) -> bool:
-    """Whether an object is no row, but holds rows or columns."""
-    with contextlib.suppress(BiscaleError):
-        find_layout(path, [k for k, v in first.items() if not isinstance(v, list)], **columns)
-        return False
-    inner = any(isinstance(first.get(name), list) for name in (*WRAPPERS, "experiments"))
-    return inner or len(_lists(first)) >= N_COLUMNS
-
-
-def _object(text: str) -> Row | None:
-    with contextlib.suppress(ValueError):
-        row = json.loads(text)
-        return row if isinstance(row, dict) else None
-    return None
-
-
-def _lists(document: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Keys that hold lists of numbers (or of dates): columns, where three of them are."""
-    return {
-        key: value
-        for key, value in document.items()
-        if isinstance(value, list) and (not value or isinstance(value[0], int | float | str))
-    }
+def _has_delays(path: Path) -> bool:
+    """Whether turns of a session file say how long after the turn before they come."""
+    with contextlib.closing(line_rows(path)) as rows:
+        return any(DELAY in row for _, row in rows)
 
 
 def _document_batches(path: Path, document: Row, columns: dict[str, Any]) -> Iterator[RawColumns]:
     """Batches of one object: rows under a key, or columns of its own."""
-    rows = next((document[k] for k in WRAPPERS if isinstance(document.get(k), list)), None)
+    rows = inner_rows(path, document, columns)
     if rows is not None:
         yield from _row_batches(path, enumerate(rows, start=1), "item", columns)
         return
-    lists = _lists(document)
+    lists = lists_of(document)
     layout = find_layout(path, list(lists), **columns)
     lengths = {name: len(lists[name]) for name in layout.columns}
     if len(set(lengths.values())) > 1:
@@ -139,6 +153,7 @@ def _row_batches(
 ) -> Iterator[RawColumns]:
     """Batches of parsed rows, each with its number in the file."""
     layout: Layout | None = None
+    is_nested = False
     for chunk in _chunks(rows):
         numbers = np.array([number for number, _ in chunk])
         where = _Numbered(path, what, numbers)
@@ -148,12 +163,44 @@ def _row_batches(
         if is_aiperf_record(chunk[0][1]):
             yield benchmark_columns([row for _, row in chunk], where)
             continue
-        first = chunk[0][1]
-        layout = layout or _told_unit(find_layout(path, list(first), **columns), first)
-        values = [
-            _column([row.get(name) for _, row in chunk], name, where) for name in layout.columns
-        ]
-        yield RawColumns(values[0], values[1], values[2], where, layout)
+        if (
+            layout is None
+            and len(lists_of(chunk[0][1])) >= N_COLUMNS
+            and not has_layout(
+                path, [k for k, v in chunk[0][1].items() if not isinstance(v, list)], columns
+            )
+        ):  # no row, but columns: a benchmark's result inside an array, or under a key
+            if len(chunk) > 1:
+                raise BiscaleError(f"{path} holds several results: keep one of them")
+            refuse_summary(path, chunk[0][1])
+            yield from _document_batches(path, chunk[0][1], columns)
+            continue
+        found = [row for _, row in chunk]
+        if layout is None:
+            sample = merged_row(found[:SAMPLE_ROWS])
+            is_nested = not has_layout(path, list(sample), columns)
+            sample = merged_row([flat_row(row) for row in found[:SAMPLE_ROWS]])
+            layout = _told(find_layout(path, list(sample), **columns), sample)
+        found = [flat_row(row) for row in found] if is_nested else found
+        yield _raw_rows(found, layout, where)
+
+
+def _parsed_lines(path: Path, columns: dict[str, Any], done: int = 0) -> Iterator[RawColumns]:
+    """Batches of objects on a line each, from row ``done`` on."""
+    with contextlib.closing(line_rows(path)) as rows:
+        yield from _row_batches(path, itertools.islice(rows, done, None), "line", columns)
+
+
+def _raw_rows(rows: list[Row], layout: Layout, where: Where) -> RawColumns:
+    values = [_column([row.get(name) for row in rows], name, where) for name in layout.columns]
+    name = layout.slo_class
+    classes = RequestClasses.of([row.get(name) for row in rows]) if name else None
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    blocks = row_blocks(rows, names, where)
+    failed = row_failed(rows, names)
+    return RawColumns(
+        values[0], values[1], values[2], where, layout, failed, blocks=blocks, classes=classes
+    )
 
 
 def _chunks(rows: Iterable[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
@@ -178,7 +225,8 @@ def _column(values: list[Any], name: str, where: Where) -> Any:
     Raises:
         BiscaleError: a value is neither.
     """
-    kind = date_type(values[0]) if values and isinstance(values[0], str) else None
+    first = next((value for value in values if value is not None), None)
+    kind = date_type(first) if isinstance(first, str) else None
     if kind is not None:
         return _dates(pa.array(values), kind, name, where)
     out = np.empty(len(values))
@@ -198,30 +246,37 @@ def _dates(texts: pa.Array, kind: pa.DataType, name: str, where: Where) -> Any:
             try:
                 pa.array([text], pa.string()).cast(kind)
             except pa.ArrowInvalid:
-                raise BiscaleError(
-                    f"{where(i)}: {name}: '{text}' is not a date of the expected form"
-                ) from None
+                has = bool(ZONE.search(text.strip()))
+                fault = "is not a date of the expected form"
+                if date_type(text) is not None and has != (kind.tz is not None):
+                    fault = f"has {'a' if has else 'no'} zone offset, unlike others"
+                raise BiscaleError(f"{where(i)}: {name}: '{text}' {fault}") from None
         raise
 
 
 def _line_batches(path: Path, first: Row, columns: dict[str, Any]) -> Iterator[RawColumns]:
     """One flat object per line, through Arrow."""
-    layout = find_layout(path, list(first), **columns)
-    layout = _told_unit(layout, first)
-    sample = first.get(layout.time)
-    dated = date_type(sample) if isinstance(sample, str) else None
-    kinds = {name: pa.float64() for name in layout.columns}
+    sample = _sample(path) or first
+    start = first_bytes(path)
+    is_plain = encoding_of(start) == UTF8 and not start.startswith(UTF8_MARK)
+    kinds = json_types(sample)
+    if kinds is None or not is_plain or not has_layout(path, list(sample), columns):
+        yield from _parsed_lines(path, columns)  # Arrow takes plain UTF-8 and rows only
+        return
+    layout = _told(find_layout(path, list(sample), **columns), sample)
+    written = sample.get(layout.time)
+    dated = date_type(written) if isinstance(written, str) else None
+    kinds |= {name: pa.float64() for name in layout.columns}
+    if layout.slo_class:
+        kinds[layout.slo_class] = pa.string()
+    for column in failure_columns(list(sample)):
+        kinds[column.name] = arrow_type(sample[column.name]) or pa.string()
     if dated is not None:
         kinds[layout.time] = pa.string()
-    start = first_bytes(path)
-    if start[:2] in UTF16 or start.startswith(UTF8_MARK):  # Arrow takes plain UTF-8 only
-        with contextlib.closing(_json_rows(path)) as lines:
-            yield from _row_batches(path, lines, "line", columns)
-        return
     done = 0
     try:
         for record in growing(lambda block, _: _json_records(path, kinds, block)):
-            where = _JsonLineName(path, done)
+            where = JsonLineName(path, done)
             done += record.num_rows
             if dated is None:
                 yield raw_batch(record, layout, where)
@@ -232,13 +287,34 @@ def _line_batches(path: Path, first: Row, columns: dict[str, Any]) -> Iterator[R
             yield raw_batch(record.set_column(at, layout.time, stamps), layout, where)
     except pa.ArrowInvalid as error:
         _refuse_first_fault(path, layout, dated is not None)
+        if len(kinds) > N_COLUMNS:  # hashes or sessions that are not all alike: row by row
+            yield from _parsed_lines(path, columns, done)
+            return
         raise BiscaleError(
             f"{path} is not a readable JSON-lines file: {str(error).splitlines()[0]}"
         ) from None
 
 
-def _told_unit(layout: Layout, row: Row) -> Layout:
-    """The layout with the unit that the row itself tells, as our own JSON lines do."""
+def _sample(path: Path) -> Row:
+    """A row with every key of the first rows: what is told late is told too."""
+    rows: list[Row] = []
+    chars = 0
+    with open_text(path) as file:
+        for text in file:
+            chars += len(text)
+            row = json_object(text)
+            if row is not None:
+                rows.append(row)
+            if len(rows) == SAMPLE_ROWS or chars > SAMPLE_CHARS or (row is None and text.strip()):
+                break
+    return merged_row(rows)
+
+
+def _told(layout: Layout, row: Row) -> Layout:
+    """The layout with unit and block size that the row itself tells, as our own JSON lines do."""
+    size = next((row[k] for k in (BLOCK_KEY, *BLOCK_SIZES) if isinstance(row.get(k), int)), None)
+    if size is not None and size > 0:
+        layout = replace(layout, block_told=size)
     unit = row.get(UNIT_KEY)
     if unit not in ("s", "ms", "us", "ns"):
         return layout
@@ -258,7 +334,7 @@ def _json_records(
 
 def _refuse_first_fault(path: Path, layout: Layout, dated: bool) -> None:
     """Name the first row whose columns are not numbers, if there is one."""
-    with contextlib.closing(_json_rows(path)) as rows:
+    with contextlib.closing(line_rows(path)) as rows:
         for line, row in rows:
             for name in layout.columns:
                 value = row.get(name)
@@ -268,72 +344,3 @@ def _refuse_first_fault(path: Path, layout: Layout, dated: bool) -> None:
                     raise BiscaleError(
                         f"{path}, line {line}: {name} is missing or not a number"
                     ) from None
-
-
-def count_lines(path: Path) -> int:
-    """Lines of a text file, which may be compressed; one without an end counts too."""
-    count, last = 0, b"\n"
-    with open_bytes(path) as file:
-        while piece := file.read(READ_CHARS):
-            count, last = count + piece.count(b"\n"), piece[-1:]
-    return count + (last != b"\n")
-
-
-def _json_rows(path: Path) -> Generator[tuple[int, Row], None, None]:
-    with open_text(path) as file:
-        for line, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            row = _object(text)
-            if row is None:
-                raise BiscaleError(f"{path}, line {line}: malformed row: not a JSON object")
-            yield line, row
-
-
-def _json_row(path: Path, k: int) -> tuple[int, Row]:
-    """Line and content of JSON row ``k``, counted from 0; (0, {}) behind the last."""
-    with contextlib.closing(_json_rows(path)) as rows:
-        return next(itertools.islice(rows, k, None), (0, {}))
-
-
-@dataclass(frozen=True)
-class _JsonLineName:
-    """Name of a row; blank lines are allowed, so its line is counted when an error needs it."""
-
-    path: Path
-    done: int
-
-    def __call__(self, i: int) -> str:
-        return f"{self.path}, line {_json_row(self.path, self.done + i)[0]}"
-
-
-def _array_rows(path: Path) -> Iterator[Any]:
-    """Items of a JSON array, parsed one after the other as the file is read.
-
-    Raises:
-        BiscaleError: an item cannot be parsed.
-    """
-    decoder = json.JSONDecoder()
-    between = re.compile(r"[\s,]*")
-    with open_text(path) as file:
-        text, at, count, wanted = file.read(READ_CHARS), 0, 0, READ_CHARS
-        at = text.index("[") + 1
-        while True:
-            at = between.match(text, at).end()  # type: ignore[union-attr]
-            if text.startswith("]", at):
-                return
-            try:
-                item, end = decoder.raw_decode(text, at)
-                if end == len(text):  # a number may go on in the next part
-                    raise ValueError
-            except ValueError:
-                more = file.read(wanted)
-                if not more:
-                    raise BiscaleError(
-                        f"{path}, item {count + 1}: malformed row: not a JSON object"
-                    ) from None
-                # an item that is longer than what was read: read twice as much the next time
-                text, at, wanted = text[at:] + more, 0, 2 * wanted
-                continue
-            yield item
-            at, count, wanted = end, count + 1, READ_CHARS

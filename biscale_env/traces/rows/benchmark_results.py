@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.traces.checks import Where
-from biscale_env.traces.layouts import Layout
-from biscale_env.traces.raw_columns import ChosenRow, RawColumns
+from biscale_env.traces.prompts.raw_blocks import RawBlocks
+from biscale_env.traces.rows.layouts import Layout
+from biscale_env.traces.rows.raw_columns import ChosenRow, RawColumns
 
 AIPERF: Final = Layout(
     "request_start_ns", "input_sequence_length", "output_sequence_length", "ns", "AIPerf"
 )
+
+# of one run of a chat, and of the chat that it repeats
+SESSION_KEYS: Final = ("x_correlation_id", "conversation_id")
 
 
 def is_aiperf_record(row: Any) -> bool:
@@ -42,7 +47,7 @@ def benchmark_columns(records: list[Mapping[str, Any]], where: Where) -> RawColu
     Raises:
         BiscaleError: a record says nothing about when it was sent.
     """
-    kept, times, prompts, outputs, failed = [], [], [], [], []
+    kept, times, prompts, outputs, failed, sessions = [], [], [], [], [], []
     for i, record in enumerate(records):
         about = record.get("metadata") or {}
         if about.get("benchmark_phase") == "warmup":
@@ -57,6 +62,7 @@ def benchmark_columns(records: list[Mapping[str, Any]], where: Where) -> RawColu
         output = _value(metrics, AIPERF.output)
         outputs.append(_value(metrics, "output_token_count") if np.isnan(output) else output)
         failed.append(bool(record.get("error")) or bool(about.get("was_cancelled")))
+        sessions.append(next((about[k] for k in SESSION_KEYS if about.get(k) is not None), i))
     order = np.argsort(np.array(times, dtype=np.int64), kind="stable")
     return RawColumns(
         np.array(times, dtype=np.int64)[order],
@@ -66,7 +72,15 @@ def benchmark_columns(records: list[Mapping[str, Any]], where: Where) -> RawColu
         AIPERF,
         np.array(failed, dtype=bool)[order],
         len(records) - len(kept),
+        _chats(np.array(sessions, dtype=object)[order]),
     )
+
+
+def _chats(sessions: NDArray[Any]) -> RawBlocks | None:
+    """Sessions of the records; None where each is a request by itself."""
+    if len(set(sessions.tolist())) == sessions.size:
+        return None
+    return RawBlocks(None, np.zeros(sessions.size + 1, dtype=np.int64), sessions)
 
 
 def _value(metrics: Mapping[str, Any], name: str) -> float:

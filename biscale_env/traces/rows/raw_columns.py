@@ -8,12 +8,16 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet
 from numpy.typing import ArrayLike, NDArray
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.traces.checks import Where
-from biscale_env.traces.layouts import META_KEY, Layout, find_layout
+from biscale_env.traces.prompts.raw_blocks import BlockColumns, RawBlocks, arrow_blocks
+from biscale_env.traces.request_classes import RequestClasses
+from biscale_env.traces.rows.failed_requests import arrow_failed, failure_columns
+from biscale_env.traces.rows.layouts import BLOCK_KEY, META_KEY, Layout, find_layout
 
 BLOCK_BYTES = 1 << 20
 MOST_BLOCK_BYTES = 1 << 30  # longest line that can be read
@@ -36,6 +40,8 @@ class RawColumns:
         layout: columns of the file.
         failed: requests that the file says got no answer, bool; None where it does not say.
         left_out: rows that the reader left out, since they are no requests of the workload.
+        blocks: what the rows say about the content of their prompts; None where nothing.
+        classes: SLO class of each row; None where the file has none.
     """
 
     time: NDArray[Any]
@@ -45,6 +51,8 @@ class RawColumns:
     layout: Layout
     failed: NDArray[np.bool_] | None = None
     left_out: int = 0
+    blocks: RawBlocks | None = None
+    classes: RequestClasses | None = None
 
     @classmethod
     def of(
@@ -78,6 +86,8 @@ class RawColumns:
             output=self.output[kept],
             where=ChosenRow(self.where, indices),
             failed=None if self.failed is None else self.failed[kept],
+            blocks=None if self.blocks is None else self.blocks.rows(indices),
+            classes=None if self.classes is None else self.classes.take(indices),
         )
 
 
@@ -115,11 +125,30 @@ def date_type(sample: str) -> pa.DataType | None:
 
 
 def raw_batch(record: Any, layout: Layout, where: Where) -> RawColumns:
-    """The three columns of an Arrow batch."""
+    """The three columns of an Arrow batch, and what it says about prompts."""
     time, prompt, output = (
         record.column(record.schema.get_field_index(name)) for name in layout.columns
     )
-    return RawColumns(_times(time), _numbers(prompt), _numbers(output), where, layout)
+    blocks = arrow_blocks(record, where)
+    at = -1 if layout.slo_class is None else record.schema.get_field_index(layout.slo_class)
+    return RawColumns(
+        _times(time),
+        _numbers(prompt),
+        _numbers(output),
+        where,
+        layout,
+        arrow_failed(record),
+        blocks=blocks,
+        classes=None if at < 0 else _classes(record.column(at)),
+    )
+
+
+def _classes(column: Any) -> RequestClasses:
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    told = column.cast(pa.string()).dictionary_encode()
+    codes = pa.compute.fill_null(told.indices, -1).to_numpy(zero_copy_only=False)
+    return RequestClasses.of_codes(told.dictionary.to_pylist(), codes)
 
 
 def _times(column: Any) -> NDArray[Any]:
@@ -194,7 +223,13 @@ def parquet_batches(path: Path, **columns: Any) -> Iterator[RawColumns]:
         with pa.parquet.ParquetFile(path) as file:
             layout = find_layout(path, file.schema_arrow.names, **columns)
             row = 1
-            for record in file.iter_batches(BLOCK_ROWS, columns=list(layout.columns)):
+            told = file.schema_arrow.metadata or {}
+            names = file.schema_arrow.names
+            layout = replace(layout, block_told=int(told.get(BLOCK_KEY.encode(), b"0")) or None)
+            wanted = [*layout.columns, *BlockColumns.of(names).all]
+            wanted += [layout.slo_class] if layout.slo_class else []
+            wanted += [column.name for column in failure_columns(names)]
+            for record in file.iter_batches(BLOCK_ROWS, columns=list(dict.fromkeys(wanted))):
                 yield raw_batch(record, layout, RowNumber(path, row))
                 row += record.num_rows
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:

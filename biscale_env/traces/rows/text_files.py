@@ -32,9 +32,20 @@ MAGIC: Final = {
     b"\x04\x22\x4d\x18": "lz4",
 }
 COMPRESSED: Final = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz", ".lz4": "lz4"}
-NOT_TEXT: Final = {b"PK\x03\x04": "a zip archive or a workbook", b"\xd0\xcf\x11\xe0": "a workbook"}
+NOT_TEXT: Final = {
+    b"PK\x03\x04": "a zip archive or a workbook",
+    b"\xd0\xcf\x11\xe0": "a workbook",
+    b"7z\xbc\xaf": "an archive",
+    b"Rar!": "an archive",
+    b"ARROW1": "an Arrow (Feather) file",
+    b"\x89HDF": "an HDF5 file",
+    b"SQLite format 3": "a database",
+}
+TAR: Final = (257, b"ustar")  # where a tar archive says that it is one
 UTF16: Final = (b"\xff\xfe", b"\xfe\xff")
 UTF8_MARK: Final = b"\xef\xbb\xbf"
+UTF8: Final = "utf-8-sig"
+SAMPLE_BYTES: Final = 64
 HEAD_BYTES: Final = 4096
 
 
@@ -73,9 +84,31 @@ def open_bytes(path: Path) -> Iterator[Any]:
         yield stream
 
 
+def encoding_of(head: bytes) -> str:
+    """Encoding of a text by its first bytes: UTF-8, or UTF-16 or 32 with a mark or without.
+
+    What is not UTF-8 is known by its zeros: names of columns are plain letters.
+    """
+    if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "utf-32"
+    if head[:2] in UTF16:
+        return "utf-16"
+    start = head[: min(SAMPLE_BYTES, len(head) // 4 * 4)]
+    zeros = [bool(start) and not any(start[k::4]) for k in range(4)]
+    if sum(zeros) == 3:
+        return "utf-32-le" if not zeros[0] else "utf-32-be"
+    if zeros in ([False, True, False, True], [True, False, True, False]):
+        return "utf-16-be" if zeros[0] else "utf-16-le"
+    return UTF8
+
+
 @contextmanager
-def open_text(path: Path) -> Iterator[IO[str]]:
+def open_text(path: Path, errors: str = "strict") -> Iterator[IO[str]]:
     """The text, decoded and without a byte order mark; line ends are kept.
+
+    Args:
+        path: the file.
+        errors: what becomes of bytes that are no text, as for `open`.
 
     Raises:
         OSError: it cannot be read.
@@ -83,9 +116,8 @@ def open_text(path: Path) -> Iterator[IO[str]]:
     """
     with open_bytes(path) as stream:
         raw = io.BufferedReader(_Readable(stream))
-        mark = raw.peek(4)[:3]
-        encoding = "utf-16" if mark[:2] in UTF16 else "utf-8-sig"
-        yield io.TextIOWrapper(raw, encoding=encoding, newline="")
+        encoding = encoding_of(raw.peek(SAMPLE_BYTES)[:SAMPLE_BYTES])
+        yield io.TextIOWrapper(raw, encoding=encoding, errors=errors, newline="")
 
 
 class _Readable(io.RawIOBase):
@@ -134,8 +166,10 @@ def text_format(path: Path, head: bytes) -> FileFormat:
     if named == "parquet":
         return "parquet"
     text = first_bytes(path) if packed else head
-    if text[:2] in UTF16:
-        text = text.decode("utf-16", errors="ignore").encode()
+    if text[TAR[0] :].startswith(TAR[1]):
+        raise BiscaleError(f"{path} is a tar archive: unpack it")
+    if (encoding := encoding_of(text)) != UTF8:
+        text = text.decode(encoding, errors="ignore").encode()
     start = text.removeprefix(UTF8_MARK).lstrip()
     if start[:1] == b"{" or (start[:1] == b"[" and named != "csv"):
         return "jsonl"

@@ -1,8 +1,9 @@
 """Batches of raw columns out of CSV files, however their rows are written, with little memory."""
 
 import csv
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,8 +12,10 @@ import pyarrow as pa
 import pyarrow.csv
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.traces.layouts import find_layout
-from biscale_env.traces.raw_columns import (
+from biscale_env.traces.prompts.raw_blocks import BlockColumns
+from biscale_env.traces.rows.failed_requests import failure_columns
+from biscale_env.traces.rows.layouts import find_layout
+from biscale_env.traces.rows.raw_columns import (
     MOST_BLOCK_BYTES,
     RawColumns,
     RowNumber,
@@ -20,10 +23,12 @@ from biscale_env.traces.raw_columns import (
     growing,
     raw_batch,
 )
-from biscale_env.traces.text_files import UTF16, open_bytes, open_text
+from biscale_env.traces.rows.text_files import UTF8, encoding_of, first_bytes, open_bytes, open_text
 
 FORMS: Final = " (1234.5, or 2024-05-10 08:00:00.25 with or without a zone)"
 DELIMITERS: Final = ",;\t|"
+LOOK_ROWS: Final = 100  # rows that tell how a file is written
+BLANK: Final = " \t\r\n\x1a"  # the last: an end of file of old
 DECIMAL_COMMA: Final = re.compile(r"[-+]?\d+,\d+$")
 ARROW_ROW: Final = re.compile(
     r"(?:In CSV column #(?P<column>\d+): )?Row #(?P<row>\d+): (?P<what>.*)", re.DOTALL
@@ -32,27 +37,34 @@ ARROW_ROW: Final = re.compile(
 
 @dataclass(frozen=True)
 class _CsvLook:
-    """How a CSV file is written: its header and the line of that, its separators."""
+    """How a CSV file is written: its header and the line of that, its separators, some rows."""
 
     header: list[str]
     header_line: int
     delimiter: str
-    sample: dict[str, str]
+    rows: list[list[str]]
     quoted: bool
 
     @property
-    def decimal(self) -> str:
-        """The decimal point, a comma in some countries."""
+    def sample(self) -> dict[str, str]:
+        """The first row."""
+        return dict(zip(self.header, self.rows[0], strict=False)) if self.rows else {}
+
+    def decimal(self, names: Sequence[str]) -> str:
+        """The decimal point of some columns, a comma in some countries."""
         if self.delimiter == ",":
             return "."
-        return "," if any(DECIMAL_COMMA.match(v.strip()) for v in self.sample.values()) else "."
+        at = [self.header.index(name) for name in names]
+        cells = [row[k].strip() for row in self.rows for k in at if k < len(row)]
+        return "," if any(DECIMAL_COMMA.match(cell) for cell in cells) else "."
 
 
 def _look(path: Path) -> _CsvLook:
     """Find the header: behind blank lines, comments and a line ``sep=;`` of spreadsheets."""
     limit = csv.field_size_limit(MOST_BLOCK_BYTES)
     try:
-        with open_text(path) as file:
+        # what is no text plays no role in columns that nobody reads
+        with open_text(path, "surrogateescape") as file:
             line, text, delimiter = 0, "", ""
             for text in file:
                 line += 1
@@ -60,16 +72,15 @@ def _look(path: Path) -> _CsvLook:
                 delimiter = told[1] if told else delimiter
                 if text.strip() and not told and not text.startswith("#"):
                     break
+            text.encode()  # names of columns are text
             delimiter = delimiter or max(DELIMITERS, key=text.count)
             header = next(csv.reader([text], delimiter=delimiter), [])
-            first = next(csv.reader(file, delimiter=delimiter), None)
-            text += "".join(first or [])
-            quoted = '"' in text or (first is not None and any("\n" in cell for cell in first))
+            rows = list(itertools.islice(csv.reader(file, delimiter=delimiter), LOOK_ROWS))
+            text += "".join(cell for row in rows for cell in row)
+            quoted = '"' in text or any("\n" in cell for row in rows for cell in row)
     finally:
         csv.field_size_limit(limit)
-    names = [name.strip() for name in header]
-    sample = dict(zip(names, first or [], strict=False))
-    return _CsvLook(names, line, delimiter, sample, quoted)
+    return _CsvLook([name.strip() for name in header], line, delimiter, rows, quoted)
 
 
 def csv_batches(path: Path, **columns: Any) -> Iterator[RawColumns]:
@@ -94,9 +105,15 @@ def csv_batches(path: Path, **columns: Any) -> Iterator[RawColumns]:
         return
     types = {layout.prompt: pa.float64(), layout.output: pa.float64(), layout.time: pa.float64()}
     types[layout.time] = date_type(sample or "") or pa.float64()
+    if layout.slo_class:
+        types[layout.slo_class] = pa.string()
+    types |= {column.name: pa.string() for column in failure_columns(look.header)}
+    if (blocks := BlockColumns.of(look.header)).hashes:
+        types |= {name: pa.string() for name in blocks.all}
+    decimal = look.decimal(layout.columns)
     try:
         records = _without_blank_end(
-            growing(lambda block, again: _csv_records(path, look, types, block, again))
+            growing(lambda block, again: _csv_records(path, look, types, decimal, block, again))
         )
         for record in records:
             yield raw_batch(record, layout, RowNumber(path, line, "line"))
@@ -106,26 +123,30 @@ def csv_batches(path: Path, **columns: Any) -> Iterator[RawColumns]:
 
 
 def _csv_records(
-    path: Path, look: _CsvLook, types: dict[str, pa.DataType], block_bytes: int, again: bool
+    path: Path,
+    look: _CsvLook,
+    types: dict[str, pa.DataType],
+    decimal: str,
+    block_bytes: int,
+    again: bool,
 ) -> Iterator[pa.RecordBatch]:
-    with path.open("rb") as file:
-        encoding = "utf-16" if file.read(2) in UTF16 else "utf8"
+    encoding = encoding_of(first_bytes(path))
     options = (
         pa.csv.ReadOptions(
             use_threads=False,
             block_size=block_bytes,
             column_names=look.header,
             skip_rows=look.header_line,
-            encoding=encoding,
+            encoding="utf8" if encoding == UTF8 else encoding,
         ),
         pa.csv.ParseOptions(
             delimiter=look.delimiter,
             ignore_empty_lines=False,
             newlines_in_values=look.quoted or again,
-            invalid_row_handler=lambda row: "error" if row.text.strip() else "skip",
+            invalid_row_handler=lambda row: "error" if row.text.strip(BLANK) else "skip",
         ),
         pa.csv.ConvertOptions(
-            include_columns=list(types), column_types=types, decimal_point=look.decimal
+            include_columns=list(types), column_types=types, decimal_point=decimal
         ),
     )
     with open_bytes(path) as file, pa.csv.open_csv(file, *options) as stream:
@@ -142,7 +163,8 @@ def _without_blank_end(
     held: list[pa.RecordBatch] = []
     for record in records:
         last = record.num_rows
-        while last and all(not column[last - 1].is_valid for column in record.columns):
+        told = [column for column in record.columns if not pa.types.is_string(column.type)]
+        while last and all(not column[last - 1].is_valid for column in told):
             last -= 1
         if last:
             yield from held
@@ -163,6 +185,10 @@ def _csv_fault(path: Path, header: list[str], message: str) -> str:
         else "malformed row: "
     )
     what = found["what"].splitlines()[0][:160]
-    value = re.search(r"invalid value ('.*')", what)
-    fault = f"{value[1]} is not a number or date of the expected form{FORMS}" if value else what
+    if value := re.search(r"invalid value ('.*')", what):
+        fault = f"{value[1]} is not a number or date of the expected form{FORMS}"
+    elif zone := re.search(r"expected (no|a) zone offset in ('.*?')", what):
+        fault = f"{zone[2]} has {'a' if zone[1] == 'no' else 'no'} zone offset, unlike others"
+    else:
+        fault = what
     return f"{path}, line {found['row']}: {field}{fault}"

@@ -1,0 +1,1 @@
+"""What prompts share: sessions and block hashes, out of files and in a trace."""

@@ -1,0 +1,1 @@
+"""From raw columns to a trace: what a file is, its units, arrivals."""
