@@ -102,7 +102,7 @@ class ActionReader:
                 )
             return self._levels[flat]
         read = np.ascontiguousarray(flat, dtype=np.float32)
-        if np.isnan(read.sum()) and np.isnan(read).any():  # the sum alone is the quicker question
+        if np.isnan(read.dot(read)):  # quicker than asking each
             where = f" of environment {int(np.argmax(np.isnan(read)))}" if read.size > 1 else ""
             raise BiscaleError(f"the action{where} is not a number (NaN): give one in [-1, 1]")
         return read

@@ -4,9 +4,9 @@ Single env, vector env and rollouts are all this.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,15 @@ from biscale_env.core.errors import BiscaleError
 from biscale_env.core.jit import native
 from biscale_env.envs import kernels
 from biscale_env.envs.kernels import Instances, OfferedRequests, Results, Starts
+from biscale_env.envs.loads.prefix_hits import cached_prefixes
 from biscale_env.envs.observe import Encoding
 from biscale_env.envs.plant import Plant
+from biscale_env.envs.power_caps import PowerCaps
 from biscale_env.models import COEFFICIENT_DTYPE
 from biscale_env.sim.state import (
     DECODE_DTYPE,
+    NO_CLASSES,
+    NO_PREFIXES,
     PARAMS_DTYPE,
     PREFILL_DTYPE,
     Requests,
@@ -31,11 +35,35 @@ from biscale_env.sim.state import (
 from biscale_env.traces import Trace
 
 REWARD_TERMS = ("energy", "slo")
+BOUND = (
+    "_step",
+    "_reset",
+    "_results",
+    "_words",
+    "told",
+)  # of a batch, made from its other attributes
+
+
+class ToldRows(NamedTuple):
+    """What infos tell of every row after a step or reset, (n,) each; written by the kernels."""
+
+    time_s: NDArray[np.float64]  # since the start of the episode
+    dt: NDArray[np.float64]  # length of the step, s
+    energy_j: NDArray[np.float64]  # of the step
+    freq_mhz: NDArray[np.float64]  # mean clock while busy
+    cost: NDArray[np.float64]  # requests of the step that missed their SLO
+    done: NDArray[np.float64]  # 1: the episode is over
 
 
 @dataclass(frozen=True)
 class RequestTable:
-    """Workloads laid end to end: requests of workload k are rows ``begins[k] .. ends[k] - 1``."""
+    """Workloads laid end to end: requests of workload k are rows ``begins[k] .. ends[k] - 1``.
+
+    In prefill ``prompt`` holds the tokens that are to be computed, ``prefix`` those before them
+    that the prefix cache has; in decode ``prompt`` is the whole prompt and ``prefix`` 0.
+    ``cumulative`` counts ``prompt``. ``slo_class`` is empty where the SLO has one bound for all.
+    ``reuses``: some ``prefix`` may be above 0; kernels look at it only then.
+    """
 
     arrival_s: NDArray[np.float64]
     prompt: NDArray[np.int32]
@@ -44,44 +72,93 @@ class RequestTable:
     begins: NDArray[np.int64]
     ends: NDArray[np.int64]
     durations_s: NDArray[np.float64]
+    prefix: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    slo_class: NDArray[np.int8] = field(default_factory=lambda: NO_CLASSES)
+    reuses: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.prefix.size:  # not given: nothing is cached
+            object.__setattr__(self, "prefix", np.zeros(self.prompt.size, dtype=np.int32))
+            object.__setattr__(self, "reuses", False)
 
     @classmethod
-    def of(cls, plant: Plant, workloads: Sequence[Trace]) -> "RequestTable":
+    def of(
+        cls,
+        plant: Plant,
+        workloads: Sequence[Trace],
+        owners: Sequence[Plant] | None = None,
+    ) -> "RequestTable":
         """Concatenate workloads.
 
         A decode pool never sees requests of a single output token (prefill makes it), so they are
         left out there.
 
+        Args:
+            plant: instance that will run them.
+            workloads: each is served by one instance, with a prefix cache of its own.
+            owners: the instance that runs each workload, where they are of several kinds.
+
         Raises:
             BiscaleError: no request at all, or one that cannot fit into the instance.
         """
         decode = plant.phase == "decode"
-        parts = []
-        for w in workloads:
-            plant.check_fits(w)
+        parts, promised = [], []
+        for k, w in enumerate(workloads):
+            owner = plant if owners is None else owners[k]
+            owner.check_fits(w)
             keep = w.output_tokens >= 2 if decode else np.ones(len(w), dtype=bool)
-            parts.append((w.arrival_s[keep], w.prompt_tokens[keep], w.output_tokens[keep]))
-        sizes = np.array([len(a) for a, _, _ in parts], dtype=np.int64)
+            finds = w.blocks is not None and not decode
+            prefix = cached_prefixes(w, owner.prefix_cache_tokens if finds else 0)
+            prompt = w.prompt_tokens - prefix
+            parts.append((w.arrival_s[keep], prompt[keep], w.output_tokens[keep], prefix[keep]))
+            numbers = plant.class_numbers(w)
+            promised.append(NO_CLASSES if numbers is None else numbers[keep])
+        sizes = np.array([len(part[0]) for part in parts], dtype=np.int64)
         if not len(sizes) or sizes.min() == 0:
             raise BiscaleError(
                 f"a {plant.phase} workload has no requests: use a longer window or a higher rate"
             )
         ends = np.cumsum(sizes)
-        prompt = np.concatenate([p for _, p, _ in parts]).astype(np.int32)
+        arrival_s, new, output, cached = (
+            np.concatenate(column) for column in zip(*parts, strict=True)
+        )
+        prompt = new.astype(np.int32)
         return cls(
-            np.concatenate([a for a, _, _ in parts]).astype(np.float64),
+            arrival_s.astype(np.float64),
             prompt,
-            np.concatenate([o for _, _, o in parts]).astype(np.int32),
+            output.astype(np.int32),
             np.concatenate([[0], np.cumsum(prompt, dtype=np.int64)]),
             ends - sizes,
             ends,
             np.array([w.duration_s for w in workloads], dtype=np.float64),
+            cached.astype(np.int32),
+            np.concatenate(promised),
+            bool(cached.any()),
         )
 
     @property
     def requests(self) -> Requests:
         """The group that kernels take."""
-        return Requests(self.arrival_s, self.prompt, self.output)
+        prefix = self.prefix if self.reuses else NO_PREFIXES
+        return Requests(
+            np.ascontiguousarray(self.arrival_s, dtype=np.float64),
+            np.ascontiguousarray(self.prompt, dtype=np.int32),
+            np.ascontiguousarray(self.output, dtype=np.int32),
+            np.ascontiguousarray(prefix, dtype=np.int32),
+            np.ascontiguousarray(self.slo_class, dtype=np.int8),
+        )
+
+
+class InstanceRecords(NamedTuple):
+    """What the instances of some rows are: records as kernels take them, one per row."""
+
+    coefs: NDArray[Any]
+    params: NDArray[Any]
+
+
+def words(records: NDArray[Any]) -> NDArray[np.int64]:
+    """The memory of records of 8-byte fields, (n, fields): numpy copies it ten times as fast."""
+    return records.view(np.int64).reshape(len(records), -1)
 
 
 @cache
@@ -93,15 +170,16 @@ def calls(phase: str) -> tuple[Callable[..., None], Callable[..., None]]:
     param: NDArray[Any] = np.zeros(1, dtype=PARAMS_DTYPE)
     short, whole, floats = np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.int64), np.zeros(1)
     of, times = Instances(state, coef, param), RequestTimes(floats, floats)
-    work = OfferedRequests(Requests(floats, short, short), whole, times)
+    work = OfferedRequests(Requests(floats, short, short, short, NO_CLASSES.copy()), times)
     first = (of, work, running_requests((1,), 1)) if decode else (of, work)
     step = kernels.decode_step_batch if decode else kernels.prefill_step_batch
     reset = kernels.decode_reset_batch if decode else kernels.prefill_reset_batch
     how, obs = Encoding.of(spec), np.zeros((1, spec.dim), dtype=np.float32)
-    results = Results(obs, floats, np.zeros((1, len(REWARD_TERMS))))
+    table = np.zeros((len(ToldRows._fields), 1))
+    results = Results(obs, floats, np.zeros((1, len(REWARD_TERMS))), table)
     return (
         native(step, *first, np.zeros(1, dtype=np.float32), how, results),
-        native(reset, *first, Starts(whole, whole, whole), how, obs),
+        native(reset, *first, Starts(whole, whole, whole), how, results),
     )
 
 
@@ -114,6 +192,7 @@ class Batch:
         obs: encoded observations, float32 (n, dim); overwritten by every call, so hand out copies.
         reward: float64 (n,).
         terms: reward parts (n, 2): energy, slo.
+        told: what infos tell of them; ``told_table`` holds it, (6, n).
         times: per-request times, empty unless they are recorded.
         running: decode: what runs in each instance, with a leading axis (n,).
     """
@@ -131,15 +210,19 @@ class Batch:
         decode = plant.phase == "decode"
         self.states: NDArray[Any] = np.zeros(n, dtype=DECODE_DTYPE if decode else PREFILL_DTYPE)
         self.states["done"] = 1
+        self.told_table = np.zeros((len(ToldRows._fields), n))
         self.coefs: NDArray[Any] = np.zeros(n, dtype=COEFFICIENT_DTYPE)
         self.params: NDArray[Any] = np.zeros(n, dtype=PARAMS_DTYPE)
+        self._view()
         self.obs = np.zeros((n, plant.spec.dim), dtype=np.float32)
         self.reward = np.zeros(n)
         self.terms = np.zeros((n, len(REWARD_TERMS)))
         self.running = running_requests((n,), plant.settings.max_seqs if decode else 1)
         self._actions = np.zeros(n, dtype=np.float32)
         self._how = Encoding.of(plant.spec)
-        self._member_cache: dict[int, tuple[Any, Any]] = {}
+        self._member_rows: dict[int, int] = {}
+        self._members = words(self.coefs)[:0], words(self.params)[:0]
+        self._caps = PowerCaps(plant, n) if plant.settings.means == "cap" else None
         self.use(pool)
 
     def use(self, pool: RequestTable) -> None:
@@ -155,6 +238,10 @@ class Batch:
                 )
         self._bind()
 
+    def _view(self) -> None:
+        self.told = ToldRows(*self.told_table)
+        self._words = words(self.coefs), words(self.params)
+
     @property
     def start_s(self) -> NDArray[np.float64]:
         """When each request was first admitted, s (decode, if recorded)."""
@@ -168,35 +255,39 @@ class Batch:
     def _bind(self) -> None:
         """Fill in what kernels take; the types are those of :func:`calls`."""
         of = Instances(self.states, self.coefs, self.params)
-        p = self.pool
-        requests = Requests(
-            np.ascontiguousarray(p.arrival_s, dtype=np.float64),
-            np.ascontiguousarray(p.prompt, dtype=np.int32),
-            np.ascontiguousarray(p.output, dtype=np.int32),
-        )
-        work = OfferedRequests(
-            requests, np.ascontiguousarray(p.cumulative, dtype=np.int64), self.times
-        )
+        work = OfferedRequests(self.pool.requests, self.times)
         first = (of, work, self.running) if self.plant.phase == "decode" else (of, work)
         step, reset = calls(self.plant.phase)
-        results = Results(self.obs, self.reward, self.terms)
+        results = Results(self.obs, self.reward, self.terms, self.told_table)
         self._step = partial(step, *first, self._actions, self._how, results)
         self._reset = partial(reset, *first)
+        self._results = results
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs: compiled calls are looked up again."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_step", "_reset")}
+        return {k: v for k, v in self.__dict__.items() if k not in BOUND}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what was copied."""
         self.__dict__.update(state)
+        self._view()
         self._bind()
 
-    def _plant_of(self, member: int) -> tuple[Any, Any]:
-        if member not in self._member_cache:
-            coefs = np.array(tuple(self.plant.model.member(member)), dtype=COEFFICIENT_DTYPE)
-            self._member_cache[member] = (coefs, self.plant.params(member, 0.0))
-        return self._member_cache[member]
+    def _of_members(self, members: list[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Records of the plant in these ensemble members, as words, each worked out once."""
+        known = self._member_rows
+        for member in members:
+            if member not in known:
+                made = np.array([tuple(self.plant.model.member(member))], dtype=COEFFICIENT_DTYPE)
+                params = self.plant.params(member, 0.0).reshape(1)
+                kept = self._members
+                self._members = (
+                    np.concatenate([kept[0], words(made)]),
+                    np.concatenate([kept[1], words(params)]),
+                )
+                known[member] = len(known)
+        rows = [known[member] for member in members]
+        return self._members[0].take(rows, axis=0), self._members[1].take(rows, axis=0)
 
     def reset(
         self,
@@ -204,10 +295,12 @@ class Batch:
         workloads: NDArray[np.int64],
         members: NDArray[np.int64],
         changes: Mapping[str, NDArray[np.float64]] | None = None,
+        records: InstanceRecords | None = None,
     ) -> None:
         """Start episodes.
 
-        Row ``rows[k]`` runs workload ``workloads[k]`` in a plant of ensemble member ``members[k]``.
+        Row ``rows[k]`` runs workload ``workloads[k]`` in a plant of ensemble member ``members[k]``,
+        or of ``records[k]``, which may be of any GPU and LLM with the batch's ``max_seqs`` or less.
         ``changes`` sets engine parameters per episode (fields of ``PARAMS_DTYPE``, e.g.
         ``delay_s``, ``slo_s``), one value per row; training randomises with it.
 
@@ -216,29 +309,47 @@ class Batch:
                 made for.
         """
         p = self.pool
-        for member in set(members.tolist()):
-            mine = rows[members == member]
-            self.coefs[mine], self.params[mine] = self._plant_of(member)
+        if self._caps is not None:
+            if records is not None:
+                raise BiscaleError(
+                    "power caps are for one kind of instance: leave means='cap' out where the "
+                    "instances of a batch differ"
+                )
+            self._caps.reset(rows)
+        if records is None:
+            self._words[0][rows], self._words[1][rows] = self._of_members(members.tolist())
+        else:
+            self._check_seqs(records.params["max_seqs"])
+            self.coefs[rows], self.params[rows] = records
         self.params["end_s"][rows] = p.durations_s[workloads]
         for name, values in (changes or {}).items():
             self._change(name, rows, values)
         whole = (rows, p.begins[workloads], p.ends[workloads])
         starts = Starts(*(np.ascontiguousarray(x, dtype=np.int64) for x in whole))
-        self._reset(starts, self._how, self.obs)
+        self._reset(starts, self._how, self._results)
 
     def _change(self, name: str, rows: NDArray[np.int64], values: NDArray[np.float64]) -> None:
         known = PARAMS_DTYPE.names or ()
         if name not in known:
             raise BiscaleError(f"unknown engine parameter '{name}'; known: {', '.join(known)}")
-        limit = self.plant.settings.max_seqs
-        if name == "max_seqs" and np.max(values, initial=0) > limit:
-            raise BiscaleError(f"max_seqs {np.max(values):g} is above the {limit} of the settings")
+        if name == "max_seqs":
+            self._check_seqs(values)
         self.params[name][rows] = values
+
+    def _check_seqs(self, values: NDArray[Any]) -> None:
+        limit, most = self.plant.settings.max_seqs, np.max(values, initial=0)
+        if most > limit:
+            raise BiscaleError(f"max_seqs {most:g} is above the {limit} of the settings")
 
     def step(self, actions: NDArray[np.float32]) -> None:
         """One decision in every row that is not done; ``actions`` has shape (n,)."""
-        self._actions[:] = actions
+        if self._caps is None:
+            self._actions[:] = actions
+            self._step()
+            return
+        self._actions[:] = self._caps.ask(self, actions)
         self._step()
+        self._caps.show(self)
 
     @property
     def done(self) -> NDArray[np.bool_]:

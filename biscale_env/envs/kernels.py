@@ -36,7 +36,6 @@ class OfferedRequests(NamedTuple):
     """The requests of all workloads, and what becomes of them."""
 
     requests: Requests
-    cumulative: Ints  # (requests + 1,): prompt tokens before each row
     times: RequestTimes
 
 
@@ -48,12 +47,19 @@ class Starts(NamedTuple):
     ends: Ints
 
 
+AHEAD = 16  # rows whose requests are fetched together
+
+TIME, DT, ENERGY, FREQ, COST, DONE = range(6)
+"""Rows of the table of what is told of a step; see ``ToldRows`` in :mod:`.batch`."""
+
+
 class Results(NamedTuple):
     """What a step yields; written."""
 
     obs: NDArray[np.float32]  # (n, dim)
     reward: Floats  # (n,)
     terms: Floats  # (n, 2): energy, SLO
+    told: Floats  # (6, n)
 
 
 @inlined
@@ -62,16 +68,28 @@ def reward_terms(st: Any, p: Any) -> tuple[float, float]:
 
     The reward is their sum.
     """
-    return -st.step_energy_j / p.energy_ref_j, -p.violation_weight * st.step_violations
+    return -st.step_energy_j / p.energy_ref_j, -p.violation_weight * st.step_missed
+
+
+@inlined
+def tell(st: Any, told: Floats, i: int) -> None:
+    """What infos say of row ``i``, side by side: records of many rows are slow to gather."""
+    told[TIME, i] = st.time_s
+    told[DT, i] = st.time_s - st.step_start_s
+    told[ENERGY, i] = st.step_energy_j
+    told[FREQ, i] = st.step_freq_mean_ghz * 1e3
+    told[COST, i] = st.step_violations
+    told[DONE, i] = st.done
 
 
 @inlined
 def write_reward(st: Any, p: Any, results: Results, i: int) -> None:
-    """Put the reward and its parts into row ``i``."""
+    """Put the reward and its parts, and what is told, into row ``i``."""
     energy_term, slo_term = reward_terms(st, p)
     results.terms[i, 0] = energy_term
     results.terms[i, 1] = slo_term
     results.reward[i] = energy_term + slo_term
+    tell(st, results.told, i)
 
 
 @inlined
@@ -81,6 +99,7 @@ def rest(st: Any, results: Results, i: int) -> None:
     results.terms[i, 0] = 0.0
     results.terms[i, 1] = 0.0
     results.reward[i] = 0.0
+    tell(st, results.told, i)
 
 
 @inlined
@@ -95,9 +114,24 @@ def asked_ghz(p: Any, action: float) -> float:
     return p.freq_min_ghz + 0.5 * (max(action, -1.0) + 1.0) * (p.freq_max_ghz - p.freq_min_ghz)
 
 
+@inlined
+def look_ahead(of: Instances, requests: Requests, first: int, how: Encoding) -> None:
+    """Read what the next ``AHEAD`` rows need, at once.
+
+    Rows lie far apart in the tables of requests. What is read is not used (the scratch is written
+    anew): the processor fetches several lines of memory in the time of one.
+    """
+    seen = 0.0
+    for i in range(first, min(first + AHEAD, of.states.size)):
+        st = of.states[i]
+        if st.head < st.end:
+            seen += requests.arrival_s[st.head] + requests.prompt[st.head]
+    how.physical[0] = seen
+
+
 @compiled
 def prefill_reset_batch(
-    of: Instances, work: OfferedRequests, starts: Starts, how: Encoding, obs: NDArray[np.float32]
+    of: Instances, work: OfferedRequests, starts: Starts, how: Encoding, results: Results
 ) -> None:
     """Start episodes in some rows of the batch and observe."""
     for k in range(starts.rows.size):
@@ -105,8 +139,9 @@ def prefill_reset_batch(
         st, p = of.states[i], of.params[i]
         span = Span(starts.begins[k], starts.ends[k])
         prefill_reset(st, of.coefs[i], p, work.requests, span, p.freq_max_ghz)
-        observe_prefill(st, p, work.requests, work.cumulative, how.physical)
-        encode(how, obs[i])
+        observe_prefill(st, p, work.requests, how.physical)
+        encode(how, results.obs[i])
+        tell(st, results.told, i)
 
 
 @compiled
@@ -119,6 +154,8 @@ def prefill_step_batch(
 ) -> None:
     """One decision in every row that is not done; rows that are done rest."""
     for i in range(of.states.size):
+        if i % AHEAD == 0:
+            look_ahead(of, work.requests, i, how)
         st, p = of.states[i], of.params[i]
         if st.done == 1:
             rest(st, results, i)
@@ -126,7 +163,7 @@ def prefill_step_batch(
         freq = asked_ghz(p, actions[i])
         prefill_step(st, of.coefs[i], p, work.requests, work.times, freq)
         write_reward(st, p, results, i)
-        observe_prefill(st, p, work.requests, work.cumulative, how.physical)
+        observe_prefill(st, p, work.requests, how.physical)
         encode(how, results.obs[i])
 
 
@@ -137,7 +174,7 @@ def decode_reset_batch(
     running: RunningRequests,
     starts: Starts,
     how: Encoding,
-    obs: NDArray[np.float32],
+    results: Results,
 ) -> None:
     """Start episodes in some rows of the batch and observe."""
     for k in range(starts.rows.size):
@@ -145,8 +182,9 @@ def decode_reset_batch(
         st, p, run = of.states[i], of.params[i], running_of(running, i)
         span = Span(starts.begins[k], starts.ends[k])
         decode_reset(st, of.coefs[i], p, work.requests, work.times, run, span, p.freq_max_ghz)
-        observe_decode(st, p, work.requests, work.cumulative, run, how.physical)
-        encode(how, obs[i])
+        observe_decode(st, p, work.requests, run, how.physical)
+        encode(how, results.obs[i])
+        tell(st, results.told, i)
 
 
 @compiled
@@ -160,6 +198,8 @@ def decode_step_batch(
 ) -> None:
     """One decision in every row that is not done; rows that are done rest."""
     for i in range(of.states.size):
+        if i % AHEAD == 0:
+            look_ahead(of, work.requests, i, how)
         st, p = of.states[i], of.params[i]
         if st.done == 1:
             rest(st, results, i)
@@ -168,5 +208,5 @@ def decode_step_batch(
         freq = asked_ghz(p, actions[i])
         decode_step(st, of.coefs[i], p, work.requests, work.times, run, freq)
         write_reward(st, p, results, i)
-        observe_decode(st, p, work.requests, work.cumulative, run, how.physical)
+        observe_decode(st, p, work.requests, run, how.physical)
         encode(how, results.obs[i])

@@ -17,12 +17,13 @@ from biscale_env.contract.observation import (
 from biscale_env.core.jit import inlined
 from biscale_env.sim.arrivals import N_WINDOWS, decay_rates, rate_scale
 from biscale_env.sim.clock import running_ghz, time_to_apply_s
+from biscale_env.sim.decode import slacks
 from biscale_env.sim.prefill import form_batch
+from biscale_env.sim.slo_classes import bound_s
 from biscale_env.sim.state import (
     RATE_WINDOWS_S,
     TOKEN_RATE_WINDOW_S,
     Floats,
-    Ints,
     Requests,
     RunningRequests,
 )
@@ -111,8 +112,10 @@ def observe_rates(st: Any, out: Floats, at: RateIndices) -> None:
     decay_rates(st, st.time_s)
     counted_s = st.time_s - st.rate_start_s
     for k in range(N_WINDOWS):
-        out[at[k]] = st.rate_sum[k] * rate_scale(counted_s, RATE_WINDOWS_S[k])
-    out[at.token_rate_10s] = st.token_rate_sum * rate_scale(counted_s, TOKEN_RATE_WINDOW_S)
+        scale = rate_scale(counted_s, RATE_WINDOWS_S[k])
+        out[at[k]] = st.rate_sum[k] * scale
+        if RATE_WINDOWS_S[k] == TOKEN_RATE_WINDOW_S:
+            out[at.token_rate_10s] = st.token_rate_sum * scale
 
 
 @inlined
@@ -127,18 +130,25 @@ def observe_clock(st: Any, p: Any, out: Floats, at: ClockIndices) -> None:
 
 
 @inlined
-def observe_projected(st: Any, p: Any, requests: Requests, out: Floats) -> None:
-    """The next ``HORIZON`` prefill batches, if nothing more arrived."""
+def observe_projected(st: Any, p: Any, requests: Requests, out: Floats) -> int:
+    """The next ``HORIZON`` prefill batches, if nothing more arrived.
+
+    Returns:
+        The first request that does not complete in them.
+    """
     head = st.head
     head_done = st.head_done
+    prompt, prefix = requests.prompt, requests.prefix
+    slo_s, plain = p.slo_s, p.classes == 0  # looked up once, not for every request
     for k in range(HORIZON):
         first = head
-        batch = form_batch(requests.prompt, head, head_done, st.tail, p.token_budget, p.max_seqs)
+        batch = form_batch(prompt, prefix, head, head_done, st.tail, p.token_budget, p.max_seqs)
         head, head_done = batch.head, batch.head_done
         slack = NO_DEADLINE
         alive = NO_DEADLINE
         for r in range(first, head):
-            s = (requests.arrival_s[r] + p.slo_s - st.time_s) / p.slo_s
+            bound = slo_s if plain else bound_s(p, requests, r)
+            s = (requests.arrival_s[r] + bound - st.time_s) / slo_s
             slack = min(slack, s)
             if s > 0.0:
                 alive = min(alive, s)
@@ -148,18 +158,33 @@ def observe_projected(st: Any, p: Any, requests: Requests, out: Floats) -> None:
         out[P.batch_completing + k] = head - first
         out[P.batch_slack + k] = slack
         out[P.batch_slack_alive + k] = alive
+    return head
 
 
 @inlined
-def observe_prefill(st: Any, p: Any, requests: Requests, cumulative: Ints, out: Floats) -> None:
-    """Physical values of the prefill observation.
+def longest_wait_from(st: Any, p: Any, requests: Requests, stop: int) -> float:
+    """Since when the request that is nearest to its deadline waits, s.
 
-    ``cumulative[r]`` counts the prompt tokens before request r.
+    With one bound for all that is the first. A request of another class counts as if it had come so
+    much later (or earlier) as its bound is wider (or tighter); those up to ``stop`` are looked at.
     """
-    observe_projected(st, p, requests, out)
-    oldest = requests.arrival_s[st.head] if st.head < st.tail else st.time_s
+    if st.head >= st.tail:
+        return st.time_s
+    if p.classes == 0:
+        return requests.arrival_s[st.head]
+    oldest = np.inf
+    for r in range(st.head, min(stop + 1, st.tail)):
+        oldest = min(oldest, requests.arrival_s[r] + (bound_s(p, requests, r) - p.slo_s))
+    return oldest
+
+
+@inlined
+def observe_prefill(st: Any, p: Any, requests: Requests, out: Floats) -> None:
+    """Physical values of the prefill observation."""
+    stop = observe_projected(st, p, requests, out)
+    oldest = longest_wait_from(st, p, requests, stop)
     out[P.queue_requests] = st.tail - st.head
-    out[P.queue_tokens] = cumulative[st.tail] - cumulative[st.head] - st.head_done
+    out[P.queue_tokens] = st.queue_tokens - st.head_done
     out[P.oldest_wait] = (st.time_s - oldest) / p.slo_s
     observe_rates(st, out, P_RATES)
     observe_clock(st, p, out, P_CLOCK)
@@ -168,22 +193,20 @@ def observe_prefill(st: Any, p: Any, requests: Requests, cumulative: Ints, out: 
 
 
 @inlined
-def observe_decode(
-    st: Any, p: Any, requests: Requests, cumulative: Ints, run: RunningRequests, out: Floats
-) -> None:
+def observe_decode(st: Any, p: Any, requests: Requests, run: RunningRequests, out: Floats) -> None:
     """Physical values of the decode observation.
 
-    ``cumulative[r]`` counts the prompt tokens before request r. Of what runs, the root of the tree
-    and the stack are read.
+    With SLO classes the bound is the tightest of those that run, and slacks are in units of it.
+
+    Of what runs, the root of the tree and the stack are read.
     """
-    waiting_tokens = cumulative[st.tail] - cumulative[st.head] + (st.tail - st.head)
+    waiting_tokens = st.queue_tokens + (st.tail - st.head)
     oldest = st.time_s
     if st.head < st.tail:
         oldest = requests.arrival_s[st.head]
     for k in range(st.preempted):
         waiting_tokens += requests.prompt[run.stack[k, 0]] + run.stack[k, 1]
         oldest = min(oldest, requests.arrival_s[run.stack[k, 0]])
-    base = p.slo_s * (st.iterations - 1) - st.time_s
     out[D.batch] = st.batch
     out[D.cached_tokens] = st.cached
     out[D.kv_use] = st.cached / p.kv_capacity
@@ -192,11 +215,16 @@ def observe_decode(
     out[D.waiting_tokens] = waiting_tokens
     out[D.oldest_wait] = st.time_s - oldest
     out[D.incoming_requests] = st.incoming
-    out[D.tpot_slack_min] = (run.tree[1] + base) / p.slo_s if st.batch > 0 else 0.0
-    out[D.tpot_slack_mean] = (st.key_sum / st.batch + base) / p.slo_s if st.batch > 0 else 0.0
+    out[D.tpot_slack_min] = 0.0
+    out[D.tpot_slack_mean] = 0.0
+    out[D.slo] = p.slo_s
+    if st.batch > 0:
+        now = slacks(st, p, requests, run)
+        out[D.tpot_slack_min] = now.least_s / now.bound_s
+        out[D.tpot_slack_mean] = now.mean_s / now.bound_s
+        out[D.slo] = now.bound_s
     observe_rates(st, out, D_RATES)
     observe_clock(st, p, out, D_CLOCK)
-    out[D.slo] = p.slo_s
 
 
 @inlined

@@ -15,15 +15,18 @@ from biscale_env.config import Slo
 from biscale_env.config.load_share import checked_load
 from biscale_env.config.loader import nearest, validate
 from biscale_env.core.errors import BiscaleError, OptionError
-from biscale_env.envs.capacity import find_capacity, profile_capacity
+from biscale_env.envs.loads.capacity import find_capacity, profile_capacity
+from biscale_env.envs.loads.prefix_hits import with_cache
+from biscale_env.envs.loads.workloads import WorkloadSource, generated, trace_windows
 from biscale_env.envs.plant import Plant, PlantSettings
-from biscale_env.envs.workloads import WorkloadSource, generated, trace_windows
-from biscale_env.traces import Trace, load_named
+from biscale_env.traces import Trace
+from biscale_env.traces.prompts.prompt_blocks import PromptBlocks
 from biscale_env.traces.synthetic.profiles import WorkloadProfile, profile_names
 
 DEFAULT_PROFILE = "azure-conv-like"
 DEFAULT_LOAD = 0.75  # of the capacity at max clock: busy, yet served
 DEFAULT_EPISODE_S = 120.0
+MAX_PLAIN_REQUESTS = 200_000  # of a trace in memory that a spec writes out; about 10 MB of JSON
 RESET_KEYS = ("workload", "member")
 
 
@@ -44,17 +47,20 @@ class EnvOptions:
             BiscaleError: a reset option that there is not, or a workload or member that does not
                 exist.
         """
-        fixed = reset_options(fixed)
-        unknown = sorted(str(name) for name in set(fixed) - set(RESET_KEYS))
-        if unknown:
-            raise BiscaleError(
-                f"unknown reset option '{unknown[0]}'; known: {', '.join(RESET_KEYS)}"
-            )
+        if fixed is not None:
+            fixed = reset_options(fixed)
+            unknown = sorted(str(name) for name in set(fixed) - set(RESET_KEYS))
+            if unknown:
+                raise BiscaleError(
+                    f"unknown reset option '{unknown[0]}'; known: {', '.join(RESET_KEYS)}"
+                )
         workload = int(rng.integers(self.n_workloads))
         setting = self.plant.settings.ensemble_member
         member = (
             int(rng.integers(self.plant.model.n_members)) if setting == "random" else int(setting)
         )
+        if not fixed:
+            return workload, member
         workload = whole(fixed.get("workload", workload), "reset option 'workload'")
         member = whole(fixed.get("member", member), "reset option 'member'")
         if workload < 0:
@@ -118,8 +124,8 @@ class WorkloadOptions:
     """Which workloads the episodes run.
 
     Attributes:
-        trace: a trace, its path, or its name; episodes are random windows of it. The name of a
-            generator profile is the same as ``profile``.
+        trace: a trace, its path, its name, or a mapping of its columns; episodes are random windows
+            of it. The name of a generator profile is the same as ``profile``.
         profile: generator profile, used without a trace.
         load: fraction of the capacity at max clock; the default is 0.75.
         rate_rps: mean request rate instead of a load, requests/s.
@@ -131,7 +137,7 @@ class WorkloadOptions:
         BiscaleError: an impossible value.
     """
 
-    trace: Trace | str | Path | None = None
+    trace: Trace | str | Path | Mapping[str, Any] | None = None
     profile: str = DEFAULT_PROFILE
     load: float | None = None
     rate_rps: float | None = None
@@ -163,6 +169,7 @@ class WorkloadOptions:
         """
         trace, profile = self.loaded()
         if trace is not None:
+            trace = with_cache(plant.settings.instance.prefix_cache, trace)
             plant.check_fits(trace)
         rate_rps = self.rate_rps
         if rate_rps is None:
@@ -179,10 +186,42 @@ class WorkloadOptions:
         """
         if self.trace is None or isinstance(self.trace, Trace):
             return self.trace, self.profile
+        if isinstance(self.trace, Mapping):
+            return trace_of_columns(self.trace), self.profile
         named = str(self.trace)
         if named in profile_names():
             return None, named
+        from biscale_env.traces import load_named  # readers of files: half of the import's time
+
         return load_named(named), self.profile
+
+
+def trace_of_columns(columns: Mapping[str, Any]) -> Trace:
+    """A trace given as a mapping of its fields, as a spec holds it.
+
+    Raises:
+        BiscaleError: a field is missing or unknown, or a value is impossible.
+    """
+    known = [field.name for field in fields(Trace)]
+    given = {"name": "trace", "source": "given as columns", **columns}
+    for name in given:
+        if name not in known:
+            raise BiscaleError(f"a trace has no '{name}'; its columns are {', '.join(known)}")
+    for name in ("arrival_s", "prompt_tokens", "output_tokens"):
+        if name not in given:
+            raise BiscaleError(f"a trace given as a mapping needs '{name}'")
+    if isinstance(given.get("blocks"), Mapping):
+        given["blocks"] = _blocks_of(given["blocks"])
+    return Trace(**given)
+
+
+def _blocks_of(columns: Mapping[str, Any]) -> PromptBlocks:
+    known = [field.name for field in fields(PromptBlocks)]
+    if set(columns) != set(known):
+        raise BiscaleError(f"blocks given as a mapping have the fields {', '.join(known)}")
+    ids, starts, session = (np.asarray(columns[name]) for name in ("ids", "starts", "session"))
+    size, n_ids, n_sessions = (int(columns[k]) for k in ("block_tokens", "n_ids", "n_sessions"))
+    return PromptBlocks(ids, starts, session, size, n_ids, n_sessions)
 
 
 WORKLOAD_KEYS = tuple(field.name for field in fields(WorkloadOptions))
@@ -235,15 +274,31 @@ def make_options(phase: str, **options: Any) -> EnvOptions:
     return EnvOptions(plant, workloads.source(plant), workloads.n_workloads)
 
 
-def plain_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Options with plain values, so that a spec can be written as JSON.
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with plain values, so that a spec can be written as JSON and read again.
 
-    Configuration objects become mappings, members of an enumeration their names.
+    Configuration objects become mappings, traces their columns, members of an enumeration their
+    names, paths and numbers of NumPy those of Python. What is none of these stays what it is.
     """
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, BaseModel):
-            return value.model_dump(mode="json")
-        return value.name if isinstance(value, Enum) else value
-
     return {name: plain(value) for name, value in options.items()}
+
+
+def plain(value: Any) -> Any:
+    """A value of :func:`plain_options`."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, PromptBlocks) or (
+        isinstance(value, Trace) and len(value) <= MAX_PLAIN_REQUESTS
+    ):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, Mapping) and all(isinstance(key, tuple) for key in value):
+        return [[*map(plain, key), plain(inner)] for key, inner in value.items()]
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -7,10 +7,12 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from biscale_env.config import Gpu, Llm, Slo, WithInstance, load_slo
 from biscale_env.config.loader import validate
+from biscale_env.config.slo import MOST_CLASSES
 from biscale_env.contract import ClockRange, ObservationSpec, spec_for
 from biscale_env.core.errors import BiscaleError
 from biscale_env.models import IterationModel, instance_model
@@ -18,6 +20,7 @@ from biscale_env.models.physics import idle_power_w
 from biscale_env.sim.clock import waiting_power_w
 from biscale_env.sim.state import PARAMS_DTYPE
 from biscale_env.traces import Trace
+from biscale_env.traces.request_classes import class_numbers
 
 # one unit of energy in the reward: a prompt of this length, near the Azure conversation mean (1155)
 REFERENCE_PROMPT_TOKENS = 1024
@@ -25,6 +28,8 @@ REFERENCE_OUTPUT_TOKENS = (
     128  # or this many output tokens at batch 32: near that trace's median output (129)
 )
 REFERENCE_BATCH = 32
+
+Means = Literal["lock", "cap"]
 
 
 class PlantSettings(WithInstance):
@@ -41,8 +46,11 @@ class PlantSettings(WithInstance):
         ensemble_member: -1 nominal, k a member of the ensemble, ``random`` a fresh one per episode.
         violation_weight: reward lost per request that misses the SLO, in units of the reference
             energy. Assumed: 30, so that 1 % of SLO-violating requests cost as much as the 30 % of
-            energy that is at stake.
+            energy that is at stake. A request of an SLO class that may miss five times as many as
+            the SLO says costs a fifth of it.
         drain: run an episode on after its end until every request is served.
+        means: how a clock that is asked for is held: ``lock`` locks it, ``cap`` limits the power
+            instead, see :mod:`biscale_env.envs.power_caps`.
     """
 
     phase: Literal["prefill", "decode"]
@@ -51,6 +59,7 @@ class PlantSettings(WithInstance):
     ensemble_member: int | Literal["random"] = -1
     violation_weight: float = Field(default=30.0, ge=0)
     drain: bool = False
+    means: Means = "lock"
 
     @classmethod
     def of(cls, phase: str, **changes: Any) -> "PlantSettings":
@@ -98,6 +107,11 @@ class Plant:
         """Tokens of KV cache of the instance."""
         return int(self.model.kv_capacity_tokens)
 
+    @property
+    def prefix_cache_tokens(self) -> int | None:
+        """Room of the prefix cache, tokens; 0: there is none, None: it gives nothing up."""
+        return self.settings.instance.prefix_cache_tokens(self.kv_capacity_tokens)
+
     def check_fits(self, trace: Trace) -> None:
         """Refuse a workload with a request that can never fit into the KV cache.
 
@@ -108,6 +122,16 @@ class Plant:
                 file.
         """
         trace.check_fits(self.kv_capacity_tokens, with_output=self.phase == "decode")
+
+    def class_numbers(self, trace: Trace) -> NDArray[np.int8] | None:
+        """SLO class of each request of a workload by its number; None: one bound for all.
+
+        Raises:
+            BiscaleError: a class that the SLO does not name.
+        """
+        if not self.slo.classes:
+            return None
+        return class_numbers(trace.classes, self.slo, len(trace), trace.name)
 
     @cached_property
     def energy_ref_j(self) -> float:
@@ -165,7 +189,18 @@ class Plant:
             "parked_ramp_s": limits.parked_ramp_s,
             "energy_ref_j": self.energy_ref_j,
             "violation_weight": s.violation_weight,
+            **self._class_params(),
         }
         for name, value in values.items():
             record[name] = value
         return record
+
+    def _class_params(self) -> dict[str, Any]:
+        """Bounds and weights of the SLO's classes, in units of its own."""
+        if not self.slo.classes:
+            return {"classes": 0}
+        n = len(self.slo.class_names)
+        scale, weight = np.ones(MOST_CLASSES), np.ones(MOST_CLASSES)
+        scale[:n] = self.slo.class_scales(self.phase)
+        weight[:n] = [1.0 / self.slo.allowed(k) for k in range(n)]
+        return {"classes": n, "class_scale": scale, "class_weight": weight}

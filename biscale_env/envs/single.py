@@ -3,6 +3,7 @@
 ``BiScale/Prefill-v1``, ``BiScale/Decode-v1`` and their discrete twins.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -12,10 +13,13 @@ from numpy.typing import NDArray
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.actions import ActionReader
 from biscale_env.envs.batch import Batch
+from biscale_env.envs.instance_screen import InstanceScreen
+from biscale_env.envs.kpis import MaxClock, kpis_of
+from biscale_env.envs.loads.workload_tables import WorkloadTables
 from biscale_env.envs.options import EnvOptions, check_render_mode, make_options
 from biscale_env.envs.plain_spec import PlainSpec
 from biscale_env.envs.plant import Plant
-from biscale_env.envs.workload_tables import WorkloadTables
+from biscale_env.render.screen import RENDER_FPS, RENDER_MODES
 
 ROW = np.zeros(1, dtype=np.int64)
 
@@ -23,25 +27,44 @@ ROW = np.zeros(1, dtype=np.int64)
 class PhaseEnv(PlainSpec, gym.Env[NDArray[np.float32], Any]):
     """One instance of one phase.
 
-    A step is one engine iteration (or as many as fit into ``min_decision_interval_s``).
+    A step is one engine iteration (or as many as fit into ``min_decision_interval_s``), and what it
+    waits for work after it: steps differ in length, and a low clock makes long ones. A discount per
+    step therefore prefers high clocks; ``info["dt"]`` is the length, and
+    :class:`biscale_env.wrappers.TimeDiscount` discounts by time.
 
     Observation: :mod:`biscale_env.contract.observation`. Action: ``[-1, 1]``, shape (1,), over the
     clock range; in the discrete twin an index into the GPU's clock levels. Reward: ``- energy /
     reference energy - weight * SLO-violating requests``; the parts are in ``info`` as energy_j and
     cost. Episodes are only truncated, never terminated.
+
+    Info: ``time_s`` (since the start of the episode), ``dt`` (length of the step, s), ``energy_j``
+    (of the step), ``freq_mhz`` (mean clock while busy), ``cost`` and ``cost_ttft`` or ``cost_tpot``
+    (requests of the step that missed their SLO), ``workload``, ``ensemble_member``; at the end of
+    an episode ``kpis`` (see :func:`biscale_env.envs.kpis.kpis_of`).
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - Gymnasium's convention
+    metadata: dict[str, Any] = {  # noqa: RUF012 - Gymnasium's convention
+        "render_modes": list(RENDER_MODES),
+        "render_fps": RENDER_FPS,
+    }
 
     def __init__(
-        self, phase: str, discrete: bool = False, render_mode: str | None = None, **options: Any
+        self,
+        phase: str,
+        discrete: bool = False,
+        render_mode: str | None = None,
+        kpis: bool = True,
+        **options: Any,
     ) -> None:
         """Make the plant and its workloads.
 
         Args:
             phase: ``prefill`` or ``decode``.
             discrete: actions are indices of clock levels.
-            render_mode: None; there is nothing to show yet.
+            render_mode: ``ansi``: text; ``rgb_array``: a picture; ``human``: text in the terminal
+                at every step; None: nothing is kept for it.
+            kpis: tell ``info["kpis"]`` at the end of an episode of its own; where a wrapper cuts it
+                off before, ask :meth:`kpis`.
             **options: see :func:`biscale_env.envs.options.make_options`.
 
         Raises:
@@ -60,12 +83,26 @@ class PhaseEnv(PlainSpec, gym.Env[NDArray[np.float32], Any]):
         self._batch: Batch | None = None
         self._action = np.zeros(1, dtype=np.float32)
         self._episode = (0, -1)  # workload, ensemble member
+        self._told = 0.0, -1.0
         self._cost_name = "cost_ttft" if phase == "prefill" else "cost_tpot"
+        self._reference = MaxClock(self.plant) if kpis else None
+        self._screen = None if render_mode is None else InstanceScreen(self.plant, render_mode)
 
     @property
     def world(self) -> Plant:
         """The plant, under the name that scripts of version 0.1 know."""
         return self.plant
+
+    @property
+    def batch(self) -> Batch:
+        """The simulator's records, a batch of one.
+
+        Raises:
+            BiscaleError: before the first reset.
+        """
+        if self._batch is None:
+            raise BiscaleError("call reset() first: no episode has begun")
+        return self._batch
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -80,12 +117,29 @@ class PhaseEnv(PlainSpec, gym.Env[NDArray[np.float32], Any]):
         workload, member = self.options.choose(self.np_random, options)
         table = self._tables.of(workload)
         if self._batch is None:
-            self._batch = Batch(self.plant, 1, table)
+            self._batch = Batch(self.plant, 1, table, record=self._reference is not None)
         else:
             self._batch.use(table)
-        self._batch.reset(ROW, ROW, np.array([member]))
-        self._episode = workload, member
-        return self._batch.obs[0].copy(), self._info(self._batch)
+        self._episode, self._told = (workload, member), (float(workload), float(member))
+        return self.restart()
+
+    def restart(
+        self, changes: Mapping[str, NDArray[np.float64]] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Start the present episode again, with other engine parameters if any are given.
+
+        Args:
+            changes: see :meth:`biscale_env.envs.batch.Batch.reset`, arrays of one value.
+
+        Raises:
+            BiscaleError: before the first reset, or an unknown parameter.
+        """
+        batch = self.batch
+        batch.finish_s.fill(np.nan)
+        batch.reset(ROW, ROW, np.array([self._episode[1]]), changes)
+        if self._screen is not None:
+            self._screen.begin(batch)
+        return batch.obs[0].copy(), self._info(batch)
 
     def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """One decision.
@@ -98,28 +152,48 @@ class PhaseEnv(PlainSpec, gym.Env[NDArray[np.float32], Any]):
             raise BiscaleError("call reset() before step()")
         self._action[0] = self._reader.one(action)
         batch.step(self._action)
-        truncated = bool(batch.states["done"][0])
-        return (
-            batch.obs[0].copy(),
-            float(batch.reward[0]),
-            False,
-            truncated,
-            self._info(batch),
-        )
+        truncated = batch.told.done.item() == 1
+        info = self._info(batch)
+        if truncated and self._reference is not None:
+            info["kpis"] = self.kpis()
+        if self._screen is not None:
+            self._screen.step(batch)
+        return batch.obs[0].copy(), batch.reward.item(), False, truncated, info
 
-    def _info(self, batch: Batch) -> dict[str, float]:
+    def _info(self, batch: Batch) -> dict[str, Any]:
         """Plain floats, none of which depends on wall time; the same keys at reset and step."""
-        st = batch.states[0]
-        violations = float(st["step_violations"])
+        told, (workload, member) = batch.told, self._told
+        violations = told.cost.item()
         return {
-            "time_s": float(st["time_s"]),
-            "energy_j": float(st["step_energy_j"]),
-            "freq_mhz": float(st["step_freq_mean_ghz"]) * 1e3,
+            "time_s": told.time_s.item(),
+            "dt": told.dt.item(),
+            "energy_j": told.energy_j.item(),
+            "freq_mhz": told.freq_mhz.item(),
             "cost": violations,
             self._cost_name: violations,
-            "workload": float(self._episode[0]),
-            "ensemble_member": float(self._episode[1]),
+            "workload": workload,
+            "ensemble_member": member,
         }
+
+    def kpis(self) -> dict[str, float]:
+        """Key figures of the episode up to now; see :func:`biscale_env.envs.kpis.kpis_of`.
+
+        Raises:
+            BiscaleError: before the first reset, or the environment was made with ``kpis=False``.
+        """
+        if self._reference is None:
+            raise BiscaleError("there are no kpis: make the environment without kpis=False")
+        return kpis_of(self.batch, 0, 0, self._episode, self._reference)
+
+    def render(self) -> Any:
+        """The last ten seconds: text (``ansi``) or a picture (``rgb_array``), else None.
+
+        Raises:
+            BiscaleError: pictures are asked for and Pillow is not installed.
+        """
+        if self._screen is None or self.render_mode == "human":
+            return None
+        return self._screen.frame()
 
 
 class PrefillEnv(PhaseEnv):

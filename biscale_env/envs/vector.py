@@ -16,8 +16,12 @@ from numpy.typing import NDArray
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.actions import ActionReader
 from biscale_env.envs.batch import Batch, RequestTable
+from biscale_env.envs.instance_screen import InstanceScreen
+from biscale_env.envs.kpis import MaxClock, kpi_names, kpis_of
 from biscale_env.envs.options import check_render_mode, make_options, reset_options, whole
 from biscale_env.envs.plain_spec import PlainSpec
+from biscale_env.envs.row_tables import RowTables
+from biscale_env.render.screen import RENDER_FPS, RENDER_MODES
 
 Infos = dict[str, Any]
 Bools = NDArray[np.bool_]
@@ -56,7 +60,8 @@ class PhaseVectorEnv(PlainSpec, VectorEnv[NDArray[np.float32], Any, NDArray[Any]
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012 - Gymnasium's convention
-        "render_modes": [],
+        "render_modes": list(RENDER_MODES),
+        "render_fps": RENDER_FPS,
         "autoreset_mode": AutoresetMode.SAME_STEP,
     }
 
@@ -68,6 +73,7 @@ class PhaseVectorEnv(PlainSpec, VectorEnv[NDArray[np.float32], Any, NDArray[Any]
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         max_episode_steps: int | None = None,
         render_mode: str | None = None,
+        kpis: bool = False,
         **options: Any,
     ) -> None:
         """Make all workloads once.
@@ -78,7 +84,10 @@ class PhaseVectorEnv(PlainSpec, VectorEnv[NDArray[np.float32], Any, NDArray[Any]
             discrete: actions are indices of clock levels.
             autoreset_mode: Gymnasium's mode or its name.
             max_episode_steps: an episode is truncated after so many steps.
-            render_mode: None; there is nothing to show yet.
+            render_mode: as for the single environment; :meth:`render` answers for each.
+            kpis: tell ``kpis`` at the end of an episode as the single environment does. Keeping the
+                time of every request slows 1,024 environments down by up to half, so it has to be
+                asked for.
             **options: as for the single environment.
 
         Raises:
@@ -98,8 +107,13 @@ class PhaseVectorEnv(PlainSpec, VectorEnv[NDArray[np.float32], Any, NDArray[Any]
         self.render_mode, self.closed = render_mode, False
         self._make_spaces(discrete)
         source, count = self.options.source, self.options.n_workloads
-        table = RequestTable.of(self.plant, [source.workload(k) for k in range(count)])
-        self.batch = Batch(self.plant, num_envs, table)
+        self._table = RequestTable.of(self.plant, [source.workload(k) for k in range(count)])
+        self._rows = RowTables(self._table, num_envs) if kpis else None
+        self._reference = MaxClock(self.plant) if kpis else None
+        pool = self._table if self._rows is None else self._rows.pool
+        self.batch = Batch(self.plant, num_envs, pool, record=kpis)
+        shown = range(num_envs if render_mode is not None else 0)
+        self._screens = [InstanceScreen(self.plant, str(render_mode), row) for row in shown]
         self._generators: list[np.random.Generator] = []
         self._steps = np.zeros(num_envs, dtype=np.int64)
         self._ended = np.zeros(num_envs, dtype=bool)
@@ -118,15 +132,20 @@ class PhaseVectorEnv(PlainSpec, VectorEnv[NDArray[np.float32], Any, NDArray[Any]
         """Start episodes in some rows."""
         choose, generators = self.options.choose, self._generators
         chosen = np.array([choose(generators[i], fixed) for i in rows], dtype=np.int64)
-        known = len(self.batch.pool.begins)
+        known = len(self._table.begins)
         if chosen[:, 0].max() >= known:
             raise BiscaleError(
                 f"workload {chosen[:, 0].max()} does not exist here: choose 0 to {known - 1}, or "
                 "make the environment with more n_workloads"
             )
-        self.batch.reset(rows, chosen[:, 0], chosen[:, 1])
+        workloads = chosen[:, 0]
+        if self._rows is not None:
+            workloads = self._rows.take(rows, workloads, self.batch)
+        self.batch.reset(rows, workloads, chosen[:, 1])
         self._episode[:, rows] = chosen.T
         self._steps[rows], self._ended[rows] = 0, False
+        for i in rows if self._screens else ():
+            self._screens[i].begin(self.batch)
 
     def reset(
         self,
@@ -195,7 +214,7 @@ class PhaseVectorEnv(PlainSpec, VectorEnv[NDArray[np.float32], Any, NDArray[Any]
         if not self._generators:
             raise BiscaleError("call reset() before step()")
         flat = self._reader.many(actions, self.num_envs)
-        restarting = self._ended.copy()
+        restarting = self._ended  # replaced, never written, where it matters
         if self.autoreset_mode is AutoresetMode.DISABLED and restarting.any():
             raise BiscaleError(
                 f"the episode of environment {int(np.argmax(restarting))} has ended: reset it with "
@@ -203,50 +222,74 @@ class PhaseVectorEnv(PlainSpec, VectorEnv[NDArray[np.float32], Any, NDArray[Any]
             )
         batch = self.batch
         batch.step(flat)
-        truncated = batch.states["done"] == 1
+        truncated = batch.told.done == 1
         if self.max_episode_steps is not None:
             self._steps += 1
             truncated |= self._steps >= self.max_episode_steps
         reward, ends = batch.reward.copy(), {}
+        for i in np.flatnonzero(~restarting) if self._screens else ():
+            self._screens[i].step(batch)
+        told = {} if self._reference is None else self._kpis(truncated & ~restarting)
         if self.autoreset_mode is not AutoresetMode.SAME_STEP:
             if restarting.any():
-                self._start(np.flatnonzero(restarting))
                 reward[restarting], truncated[restarting] = 0.0, False
-            self._ended = truncated.copy()
+                self._start(np.flatnonzero(restarting))
+            self._ended, ends = truncated.copy(), told
         elif truncated.any():
-            ends = self._restart(np.flatnonzero(truncated))
+            ends = self._restart(truncated.nonzero()[0], told)
         none = np.zeros(self.num_envs, dtype=bool)
         return batch.obs.copy(), reward, none, truncated, {**ends, **self._infos()}
 
     def _infos(self, rows: NDArray[np.int64] | None = None) -> Infos:
         """What ``info`` of the single environment says, of all rows or some, with masks."""
-        states = self.batch.states
-        cost = states["step_violations"].astype(np.float64)
+        table = self.batch.told_table
+        if rows is None:
+            told, episode = table.copy(), self._episode.copy()
+            mask = np.ones(self.num_envs, dtype=bool)
+        else:
+            told, episode = np.zeros(table.shape), np.zeros(self._episode.shape)
+            told[:, rows], episode[:, rows] = table[:, rows], self._episode[:, rows]
+            mask = np.zeros(self.num_envs, dtype=bool)
+            mask[rows] = True
+        time_s, dt, energy_j, freq_mhz, cost, _ = told
         values = {
-            "time_s": states["time_s"].copy(),
-            "energy_j": states["step_energy_j"].copy(),
-            "freq_mhz": states["step_freq_mean_ghz"] * 1e3,
+            "time_s": time_s,
+            "dt": dt,
+            "energy_j": energy_j,
+            "freq_mhz": freq_mhz,
             "cost": cost,
             self._cost_name: cost.copy(),
-            "workload": self._episode[0].copy(),
-            "ensemble_member": self._episode[1].copy(),
+            "workload": episode[0],
+            "ensemble_member": episode[1],
         }
-        if rows is None:
-            return masked(values, np.ones(self.num_envs, dtype=bool))
-        mask = np.zeros(self.num_envs, dtype=bool)
-        mask[rows] = True
-        return masked({name: np.where(mask, value, 0.0) for name, value in values.items()}, mask)
+        return masked(values, mask)
 
-    def _restart(self, rows: NDArray[np.int64]) -> Infos:
+    def _kpis(self, ended: Bools) -> Infos:
+        """Key figures of the rows whose episode has ended, with masks; empty without any."""
+        if self._reference is None or not ended.any():
+            return {}
+        values = {name: np.zeros(self.num_envs) for name in kpi_names(self.plant.phase)}
+        for i in np.flatnonzero(ended):
+            workload, member = (int(x) for x in self._episode[:, i])
+            mine = kpis_of(self.batch, int(i), int(i), (workload, member), self._reference)
+            for name, value in mine.items():
+                values[name][i] = value
+        return masked({"kpis": masked(values, ended)}, ended)
+
+    def render(self) -> tuple[Any, ...] | None:
+        """What each environment shows, as the single one; None without a mode."""
+        if not self._screens or self.render_mode == "human":
+            return None
+        return tuple(screen.frame() for screen in self._screens)
+
+    def _restart(self, rows: NDArray[np.int64], told: Infos) -> Infos:
         """Restart the rows whose episode has ended; what the last step of each said."""
-        final = self._infos(rows)
+        final = {**self._infos(rows), **told}
         last = np.empty(self.num_envs, dtype=object)  # filled with None
         for i in rows:
             last[i] = self.batch.obs[i].copy()
         self._start(rows)
-        ended = np.zeros(self.num_envs, dtype=bool)
-        ended[rows] = True
-        return masked({"final_obs": last, "final_info": final}, ended)
+        return masked({"final_obs": last, "final_info": final}, final["_dt"].copy())
 
 
 def make_prefill(num_envs: int = 1, **options: Any) -> PhaseVectorEnv:

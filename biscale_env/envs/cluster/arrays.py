@@ -19,6 +19,7 @@ from biscale_env.sim.cluster.layout import (
     PromptQueue,
     ReadyQueue,
 )
+from biscale_env.sim.prefix_cache import PrefixCache, empty_cache
 from biscale_env.sim.state import (
     DECODE_DTYPE,
     PARAMS_DTYPE,
@@ -34,6 +35,7 @@ QUEUES: Mapping[str, Mapping[str, DTypeLike]] = {
         "arrival_s": np.float64,
         "prompt": np.int32,
         "output": np.int32,
+        "prefix": np.int32,
         "request": np.int64,
     },
     "decode": {
@@ -42,6 +44,7 @@ QUEUES: Mapping[str, Mapping[str, DTypeLike]] = {
         "arrival_s": np.float64,
         "prompt": np.int32,
         "output": np.int32,
+        "cached": np.int32,
         "request": np.int64,
         "source": np.int32,
     },
@@ -77,11 +80,11 @@ class InstanceArrays:
         self.queues: dict[str, NDArray[Any]] = {
             name: np.zeros((0, LEAST_ROWS), dtype=kind) for name, kind in QUEUES[phase].items()
         }
-        self.cumulative = np.zeros((0, LEAST_ROWS + 1), dtype=np.int64)
         self.slots = np.zeros((0, 1), dtype=SLOT_DTYPE)
         self.tree = np.zeros((0, 2))
         self.stack = np.zeros((0, 1, 2), dtype=np.int64)
         self.wheel = np.zeros((0, 4), dtype=np.int32)
+        self.cache = empty_cache((0,), 0)
         self.past = dict.fromkeys(
             ("energy_j", "energy_idle_j", "iterations", "preemptions", "gpu_s"), 0.0
         )  # of instances whose row was given to another
@@ -100,9 +103,10 @@ class InstanceArrays:
             setattr(self, name, grown(getattr(self, name), (n + 1,), np.inf))
         for name, queue in self.queues.items():
             self.queues[name] = grown(queue, (n + 1, queue.shape[1]))
-        for name in ("cumulative", "slots", "tree", "stack", "wheel"):
+        for name in ("slots", "tree", "stack", "wheel"):
             old = getattr(self, name)
             setattr(self, name, grown(old, (n + 1, *old.shape[1:])))
+        self.cache = PrefixCache(*(grown(old, (n + 1, old.shape[1])) for old in self.cache))
         return n
 
     def _clear(self, i: int) -> None:
@@ -127,11 +131,10 @@ class InstanceArrays:
 
     def fit_rows(self, rows: int) -> None:
         """Make every queue at least ``rows`` long."""
-        n, have = self.cumulative.shape[0], self.cumulative.shape[1] - 1
-        if rows > have:
-            for name, queue in self.queues.items():
+        for name, queue in self.queues.items():
+            n, have = queue.shape
+            if rows > have:
                 self.queues[name] = grown(queue, (n, rows))
-            self.cumulative = grown(self.cumulative, (n, rows + 1))
 
     def fit_slots(self, max_seqs: int) -> None:
         """Make room for ``max_seqs`` running requests per instance.
@@ -143,6 +146,13 @@ class InstanceArrays:
             self.slots = np.zeros((n, max_seqs), dtype=SLOT_DTYPE)
             self.tree = np.zeros((n, tree_size(max_seqs)))
             self.stack = np.zeros((n, max_seqs, 2), dtype=np.int64)
+
+    def fit_blocks(self, n_ids: int) -> None:
+        """Make room for so many block numbers in the prefix caches that there are."""
+        n, have = self.cache.tokens.shape
+        if n_ids + 1 > have and bool((self.meta["cache_tokens"] > 0).any()):
+            newer, older, tokens = (grown(old, (n, widen(n_ids + 1))) for old in self.cache[:3])
+            self.cache = PrefixCache(newer, older, tokens, self.cache.used)
 
     def fit_wheel(self, longest_output: int) -> None:
         """Make every timing wheel long enough; what is linked in the old ones moves over."""
@@ -168,8 +178,8 @@ class InstanceArrays:
             np.zeros((n, HORIZON)),
             np.zeros((n, HORIZON), dtype=np.int64),
         )
-        queue = PromptQueue(q["arrival_s"], q["prompt"], q["output"], q["request"], self.cumulative)
-        return Prefills(*self._records(), queue, plans)
+        queue = PromptQueue(q["arrival_s"], q["prompt"], q["output"], q["prefix"], q["request"])
+        return Prefills(*self._records(), queue, plans, self.cache)
 
     def decodes(self) -> Decodes:
         """The group that kernels take."""
@@ -180,9 +190,9 @@ class InstanceArrays:
             q["arrival_s"],
             q["prompt"],
             q["output"],
+            q["cached"],
             q["request"],
             q["source"],
-            self.cumulative,
         )
         slots: Any = self.slots  # a structured array stands for an array of records
         running = RunningRequests(slots, self.wheel, self.tree, self.stack)

@@ -3,6 +3,7 @@
 A step is one window, the action is the placement with its base clocks.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import gymnasium as gym
@@ -13,15 +14,18 @@ from biscale_env.config.cluster_layout import Placement
 from biscale_env.config.slo import within
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.actions import numbers
+from biscale_env.envs.cluster.cluster_kpis import cluster_kpis
 from biscale_env.envs.cluster.cluster_options import (
     ClusterOptions,
     enumerate_placements,
     make_cluster_options,
 )
+from biscale_env.envs.cluster.cluster_screen import show_window, windows_screen
 from biscale_env.envs.cluster.instance_capacities import Capacities
 from biscale_env.envs.cluster.whole_run import Window, WindowedRun, cut
 from biscale_env.envs.options import check_render_mode, real, whole
 from biscale_env.envs.plain_spec import PlainSpec
+from biscale_env.render.screen import RENDER_MODES
 from biscale_env.traces import Trace
 
 WINDOWS: Final = 12
@@ -62,10 +66,16 @@ class ClusterEnv(PlainSpec, gym.Env[NDArray[np.float32], Any]):
     nominal rate. Episodes are only truncated, never terminated; requests still in flight then are
     not judged.
 
+    Info: ``time_s``, ``dt``, ``energy_j`` (of the window), ``cost``, ``cost_ttft``, ``cost_tpot``
+    (requests that ended in it and missed a bound), ``workload``; at the end of an episode ``kpis``.
+
     Its vector form is :class:`biscale_env.envs.cluster.cluster_vector.ClusterVectorEnv`.
     """
 
-    metadata = {"render_modes": []}  # noqa: RUF012 - Gymnasium's convention
+    metadata: dict[str, Any] = {  # noqa: RUF012 - Gymnasium's convention
+        "render_modes": list(RENDER_MODES),
+        "render_fps": 1,
+    }
 
     def __init__(
         self,
@@ -74,7 +84,7 @@ class ClusterEnv(PlainSpec, gym.Env[NDArray[np.float32], Any]):
         *,
         episode_s: float | None = None,
         freqs_mhz: tuple[float, ...] | None = None,
-        capacities_rps: Capacities | None = None,
+        capacities_rps: Capacities | Sequence[Sequence[Any]] | None = None,
         prefill_policy: str = "mpc",
         decode_policy: str = "slack",
         render_mode: str | None = None,
@@ -87,18 +97,19 @@ class ClusterEnv(PlainSpec, gym.Env[NDArray[np.float32], Any]):
             window_s: length of a window, s; default 300, or the episode if that is shorter.
             episode_s: length of an episode, s, in place of ``windows``.
             freqs_mhz: base clocks to choose from, MHz; default: every second level of the GPU.
-            capacities_rps: load that one instance of (phase, TP, clock) serves, for the mask;
-                default: measured at the first call of :meth:`action_masks`.
+            capacities_rps: load that one instance of (phase, TP, clock) serves, for the mask, as a
+                mapping or as rows (phase, TP, clock, load); default: measured at the first call of
+                :meth:`action_masks`.
             prefill_policy: tier-2 rule of prefill.
             decode_policy: tier-2 rule of decode.
-            render_mode: must be None.
+            render_mode: ``ansi``, ``rgb_array``, ``human`` or None.
             **options: see :func:`biscale_env.envs.cluster.cluster_options.make_cluster_options`.
 
         Raises:
             BiscaleError: an unknown option or an impossible value.
         """
-        check_render_mode(render_mode, ())
-        self.render_mode = None
+        check_render_mode(render_mode, self.metadata["render_modes"])
+        self.render_mode = render_mode
         self.windows, self.window_s = episode_of(windows, window_s, episode_s)
         self.options: ClusterOptions = make_cluster_options(
             self.windows * self.window_s,
@@ -111,7 +122,7 @@ class ClusterEnv(PlainSpec, gym.Env[NDArray[np.float32], Any]):
         )
         self.plant = self.options.plant
         self.placements = enumerate_placements(self.plant.settings, freqs_mhz)
-        self._capacities = capacities_rps
+        self._capacities = capacities_of(capacities_rps)
         self._goodput: NDArray[np.float64] | None = None
         largest = {g.phase: g.tp for g in self.placements[-1].groups}
         plants = [self.plant.plant(phase, tp) for phase, tp in largest.items()]
@@ -120,6 +131,10 @@ class ClusterEnv(PlainSpec, gym.Env[NDArray[np.float32], Any]):
         self.action_space = gym.spaces.Discrete(len(self.placements))
         self._run: WindowedRun | None = None
         self._pieces: list[Trace] | None = None
+        self._seen: list[Window] = []
+        span_s = self.windows * self.window_s
+        gpus = self.plant.settings.gpus
+        self._screen = None if render_mode is None else windows_screen(render_mode, gpus, span_s)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -140,8 +155,11 @@ class ClusterEnv(PlainSpec, gym.Env[NDArray[np.float32], Any]):
         self._before: Trace | None = None
         self._rates = [0.0, 0.0]
         self._placement = self.placements[-1]
-        self._run = None
-        return self._observe(None), {"workload": float(workload)}
+        self._run, self._seen = None, []
+        self._workload = float(workload)
+        if self._screen is not None:
+            self._screen.clear()
+        return self._observe(None), self._info(0.0, 0.0, (0, 0))
 
     def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """One window under a placement of the set.
@@ -179,15 +197,43 @@ class ClusterEnv(PlainSpec, gym.Env[NDArray[np.float32], Any]):
         self._before = piece
         self._rates = [self._rates[1], piece.rate_rps]
         costs = self._costs(window)
-        info = {
-            "time_s": self._run.cluster.time_s,
-            "energy_j": window.energy.total_j,
+        self._seen.append(window)
+        now_s = self._run.cluster.time_s
+        info: dict[str, Any] = self._info(now_s, window.energy.total_j, costs)
+        over = self._step >= len(self._pieces)
+        if over:
+            info["kpis"] = self.kpis()
+        if self._screen is not None:
+            show_window(self._screen, window, now_s, sum(costs))
+        return self._observe(window), self._reward(window, sum(costs)), False, over, info
+
+    def _info(self, now_s: float, energy_j: float, costs: tuple[int, int]) -> dict[str, float]:
+        """The same keys at reset and step."""
+        return {
+            "time_s": now_s,
+            "dt": self.window_s if now_s > 0 else 0.0,
+            "energy_j": energy_j,
             "cost": float(sum(costs)),
             "cost_ttft": float(costs[0]),
             "cost_tpot": float(costs[1]),
+            "workload": self._workload,
         }
-        over = self._step >= len(self._pieces)
-        return self._observe(window), self._reward(window, sum(costs)), False, over, info
+
+    def kpis(self) -> dict[str, float]:
+        """Key figures up to now; see :func:`biscale_env.envs.cluster.cluster_kpis.cluster_kpis`.
+
+        Raises:
+            BiscaleError: before the first step of an episode.
+        """
+        if not self._seen or self._run is None:
+            raise BiscaleError("there are no kpis before the first window: call step() first")
+        return cluster_kpis(self._seen, self.plant.slo, self._run.cluster.in_flight)
+
+    def render(self) -> Any:
+        """The windows so far: text (``ansi``) or a picture (``rgb_array``), else None."""
+        if self._screen is None or self.render_mode == "human":
+            return None
+        return self._screen.frame()
 
     def _reward(self, window: Window, violations: int) -> float:
         expected = self.options.source.rate_rps * self.window_s
@@ -280,6 +326,25 @@ def episode_of(
             "change episode_s or window_s"
         )
     return count, length_s
+
+
+def capacities_of(given: Any) -> Capacities | None:
+    """Capacities given as a mapping or, as a spec's JSON has them, as rows.
+
+    Raises:
+        BiscaleError: neither.
+    """
+    if given is None or isinstance(given, Mapping):
+        return given
+    try:
+        return {
+            (str(phase), int(tp), float(mhz)): float(load_rps) for phase, tp, mhz, load_rps in given
+        }
+    except (TypeError, ValueError):
+        raise BiscaleError(
+            "capacities_rps is a mapping of (phase, TP, MHz) to requests/s, or rows of these four, "
+            f"got {given!r}"
+        ) from None
 
 
 def placement_index(action: Any, n: int) -> int:

@@ -17,6 +17,8 @@ from biscale_env.config.loader import validate
 from biscale_env.core.errors import BiscaleError, OptionError
 from biscale_env.envs.cluster.cluster_settings import ClusterPlant, ClusterSettings, check_gpus
 from biscale_env.envs.cluster.instance_capacities import InstanceCapacities
+from biscale_env.envs.loads.prefix_hits import with_cache
+from biscale_env.envs.loads.workloads import WorkloadSource, generated, trace_windows
 from biscale_env.envs.options import (
     WORKLOAD_KEYS,
     WorkloadOptions,
@@ -26,7 +28,6 @@ from biscale_env.envs.options import (
     whole,
 )
 from biscale_env.envs.plant import PlantSettings
-from biscale_env.envs.workloads import WorkloadSource, generated, trace_windows
 from biscale_env.models import instance_hardware, instance_model
 from biscale_env.traces import Trace
 
@@ -146,6 +147,8 @@ def make_cluster_options(
         trace, profile, load, rate_rps, episode_s, workload_seed, n_workloads
     )
     loaded, profile = workload.loaded()
+    if loaded is not None:
+        loaded = with_cache(plant.settings.prefix_cache, loaded)
     if loaded is not None and loaded.duration_s < episode_s:
         raise BiscaleError(
             f"{loaded.name} lasts {loaded.duration_s:g} s, but an episode needs {episode_s:g} s: "

@@ -10,14 +10,16 @@ from pydantic import Field, model_validator
 
 from biscale_env.config import InstanceSpec, Slo, load_slo, with_published_dtype
 from biscale_env.config.hardware import Dtype
-from biscale_env.config.instance import PARKED_RAMP_S, IdleRule
+from biscale_env.config.instance import PARKED_RAMP_S, IdleRule, PrefixCacheRule
 from biscale_env.config.loader import Config, validate
+from biscale_env.config.slo import one_bound
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.models.physics import idle_power_w
 from biscale_env.sim.cluster.layout import POLICIES, ROUTERS
+from biscale_env.sim.prefix_cache import NO_LIMIT
 
-Router = Literal["weighted", "round_robin", "shortest", "what_if"]
+Router = Literal["weighted", "round_robin", "shortest", "what_if", "cache_aware"]
 PrefillPolicy = Literal["static", "mpc", "ecofreq", "throttllem", "external"]
 DecodePolicy = Literal["static", "slack", "ecofreq", "throttllem", "external"]
 
@@ -77,7 +79,11 @@ class ClusterSettings(Config):
         parked_ramp_s: how long a parked instance runs at the lowest clock when work arrives, s.
         ensemble_member: -1 nominal, or a member of the ensemble; all instances live in the same
             member.
-        prefill_router: how requests are spread over prefill instances.
+        prefix_cache: prefix cache of the prefill instances, ``off``, ``lru``, ``lru:TOKENS`` or
+            ``infinite``; co-located servers have none. See
+            :class:`biscale_env.config.InstanceSpec`.
+        prefill_router: how requests are spread over prefill instances; ``cache_aware``: to the
+            longest cached prefix among instances whose queue is not long.
         decode_router: how requests are spread over decode instances.
         prefill_policy: tier-2 rule of prefill.
         decode_policy: tier-2 rule of decode (and of co-located servers).
@@ -108,6 +114,7 @@ class ClusterSettings(Config):
     parked_power_w: float | None = Field(default=None, ge=0)
     parked_ramp_s: float = Field(default=PARKED_RAMP_S, ge=0)
     ensemble_member: int = -1
+    prefix_cache: PrefixCacheRule = "lru"
     prefill_router: Router = "shortest"
     decode_router: Router = "shortest"
     prefill_policy: PrefillPolicy = "static"
@@ -151,6 +158,7 @@ class ClusterSettings(Config):
             idle=self.idle,
             parked_power_w=self.parked_power_w,
             parked_ramp_s=self.parked_ramp_s,
+            prefix_cache=self.prefix_cache,
         )
 
 
@@ -163,7 +171,7 @@ class ClusterPlant:
     def __init__(self, settings: ClusterSettings, slo: Slo | None = None) -> None:
         """Load what the settings name; ``slo`` overrides the named one."""
         self.settings = settings
-        self.slo = slo or load_slo(settings.slo)
+        self.slo = one_bound(slo or load_slo(settings.slo), "the cluster")
         self._plants: dict[tuple[str, int], Plant] = {}
 
     def plant(self, phase: str, tp: int) -> Plant:
@@ -201,8 +209,13 @@ class ClusterPlant:
             "margin": s.prefill_margin if prefill else s.decode_margin,
             "kv_guard": s.kv_guard,
             "ahead": s.ahead,
+            "cache_tokens": self._cache_tokens(tp) if prefill else 0,
             "link_bytes_per_s": s.transfer.gb_per_s_per_gpu * 1e9 * tp,
         }
+
+    def _cache_tokens(self, tp: int) -> int:
+        tokens = self.plant("prefill", tp).prefix_cache_tokens
+        return NO_LIMIT if tokens is None else tokens
 
     def spare_power_w(self, prefill_plant: Plant) -> float:
         """Power of one GPU outside the placement, W.

@@ -19,6 +19,7 @@ def _another(first: ClusterEnv, max_episode_steps: int | None) -> "gym.Env[Any, 
     """An environment before its first reset that shares what does not change."""
     env = copy.copy(first)
     env.action_space = copy.deepcopy(first.action_space)
+    env._screen = copy.deepcopy(first._screen)
     return env if max_episode_steps is None else TimeLimit(env, max_episode_steps)
 
 

@@ -27,11 +27,13 @@ from biscale_env.sim.cluster.layout import (
 )
 from biscale_env.sim.cluster.lifecycle import compact, open_decode, open_prefill, settle
 from biscale_env.sim.cluster.loop import UNTIL, advance
+from biscale_env.sim.prefix_cache import Blocks
 from biscale_env.traces import Trace
 
 PHASES = ("prefill", "decode")
 NO_TIMES = np.zeros(0)
-NO_WORK = OfferedWork(np.zeros(0), np.zeros(0, np.int32), np.zeros(0, np.int32), 0)
+NO_BLOCKS = Blocks(np.zeros(0, np.int32), np.zeros(0, np.int64), 1)
+NO_WORK = OfferedWork(np.zeros(0), np.zeros(0, np.int32), np.zeros(0, np.int32), 0, NO_BLOCKS)
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,10 @@ class Cluster:
         trace.check_fits(min(rooms))
         compact(self._groups())
         arrival_s = trace.arrival_s + (self.time_s if start_s is None else start_s)
-        self._work = OfferedWork(arrival_s, trace.prompt_tokens, trace.output_tokens, self._offered)
+        blocks = self._blocks_of(trace)
+        self._work = OfferedWork(
+            arrival_s, trace.prompt_tokens, trace.output_tokens, self._offered, blocks
+        )
         self._offered += len(trace)
         longest_queue = max(
             (int(a.states["end"].max()) for a in self._arrays.values() if len(a.states)), default=0
@@ -253,6 +258,17 @@ class Cluster:
         if len(self._log_buffer) < rows:
             self._log_buffer = np.zeros(rows, dtype=LOG_DTYPE)
         self._rebuild()
+
+    def _blocks_of(self, trace: Trace) -> Blocks:
+        """What prefix caches know of the requests to come, with room for it."""
+        shared = trace.blocks
+        if shared is None:
+            return NO_BLOCKS
+        prefill = self._arrays["prefill"]
+        prefill.fit_blocks(shared.n_ids)
+        if shared.n_ids + 1 > prefill.cache.tokens.shape[1]:  # nobody keeps prefixes
+            return NO_BLOCKS
+        return Blocks(shared.ids, shared.starts, shared.block_tokens)
 
     def advance(self, until_s: float = np.inf) -> int | None:
         """Let everything happen up to a time; infinity: until the last request is finished.

@@ -5,9 +5,9 @@ from functools import cached_property, partial
 from typing import Final
 
 from biscale_env.config.cluster_layout import InstanceGroup, Placement
-from biscale_env.envs.capacity import find_capacity
 from biscale_env.envs.cluster.cluster_settings import ClusterPlant
-from biscale_env.envs.workloads import Maker, generated
+from biscale_env.envs.loads.capacity import find_capacity
+from biscale_env.envs.loads.workloads import Maker, generated
 from biscale_env.traces import Trace
 
 # a shape of five minutes at 30 requests/s, one choice of requests, 5 % wide; assumed

@@ -11,8 +11,9 @@ from biscale_env.core.jit import compiled
 from biscale_env.envs.cluster.engine import Cluster
 from biscale_env.envs.observe import Encoding, encode, observe_decode, observe_prefill
 from biscale_env.sim.cluster.layout import Decodes, Prefills
+from biscale_env.sim.cluster.queues import prompts_of
 from biscale_env.sim.decode import running_of
-from biscale_env.sim.state import Requests
+from biscale_env.sim.state import NO_CLASSES, Requests
 
 
 @compiled
@@ -20,9 +21,7 @@ def observe_prefill_instance(
     pool: Prefills, i: int, how: Encoding, out: NDArray[np.float32]
 ) -> None:
     """Observation of prefill instance ``i``."""
-    q = pool.queue
-    requests = Requests(q.arrival_s[i], q.prompt[i], q.output[i])
-    observe_prefill(pool.states[i], pool.params[i], requests, q.cumulative[i], how.physical)
+    observe_prefill(pool.states[i], pool.params[i], prompts_of(pool, i), how.physical)
     encode(how, out)
 
 
@@ -30,8 +29,8 @@ def observe_prefill_instance(
 def observe_decode_instance(pool: Decodes, j: int, how: Encoding, out: NDArray[np.float32]) -> None:
     """Observation of decode instance ``j``."""
     q, run = pool.queue, running_of(pool.running, j)
-    requests = Requests(q.ready_s[j], q.prompt[j], q.output[j])
-    observe_decode(pool.states[j], pool.params[j], requests, q.cumulative[j], run, how.physical)
+    requests = Requests(q.ready_s[j], q.prompt[j], q.output[j], q.cached[j], NO_CLASSES)
+    observe_decode(pool.states[j], pool.params[j], requests, run, how.physical)
     encode(how, out)
 
 

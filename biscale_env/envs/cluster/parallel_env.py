@@ -15,9 +15,11 @@ from biscale_env.config.cluster_layout import Placement, load_placement
 from biscale_env.contract import DECODE_SPEC, PREFILL_SPEC, ObservationSpec
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.cluster.cluster_options import make_cluster_options
+from biscale_env.envs.cluster.cluster_screen import agents_screen, show_interval
 from biscale_env.envs.cluster.engine import Cluster
 from biscale_env.envs.cluster.instance_observer import ClusterObserver
-from biscale_env.envs.options import check_render_mode
+from biscale_env.envs.options import DEFAULT_LOAD, check_render_mode
+from biscale_env.render.screen import RENDER_MODES, Screen
 
 Observations = dict[str, NDArray[np.float32]]
 Infos = dict[str, dict[str, float]]
@@ -33,11 +35,16 @@ class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float3
     minus its own energy in reference energies, minus the weight for each request that missed its
     own bound there. All agents are truncated together at the end of the episode.
 
-    At the default 30 requests/s the default placement meets the SLO at most clocks: a ``load`` of
-    0.75 or more (a fraction of what the placement serves within the SLO at its clocks) is harder.
+    Info of an agent: as of a single instance, ``freq_mhz`` the clock in effect, ``cost`` the
+    requests that missed its own phase's bound; the same keys for every agent, at reset and step.
     """
 
-    metadata = {"name": "biscale_cluster_v1", "render_modes": [], "is_parallelizable": True}  # noqa: RUF012
+    metadata: dict[str, Any] = {  # noqa: RUF012
+        "name": "biscale_cluster_v1",
+        "render_modes": list(RENDER_MODES),
+        "render_fps": 10,
+        "is_parallelizable": True,
+    }
 
     def __init__(
         self,
@@ -53,13 +60,17 @@ class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float3
             placement: a disaggregated placement, its name, or a YAML file.
             interval_s: time between decisions, s.
             episode_s: length of an episode, s.
-            render_mode: must be None.
-            **options: see :func:`biscale_env.envs.cluster.cluster_options.make_cluster_options`.
+            render_mode: ``ansi``, ``rgb_array``, ``human`` or None.
+            **options: see :func:`biscale_env.envs.cluster.cluster_options.make_cluster_options`;
+                without ``load`` and ``rate_rps`` the load is 0.75 of what the placement is
+                predicted to serve within the SLO at its clocks.
 
         Raises:
             BiscaleError: an unknown option or an impossible value.
         """
-        check_render_mode(render_mode, ())
+        check_render_mode(render_mode, self.metadata["render_modes"])
+        if options.get("load") is None and options.get("rate_rps") is None:
+            options = {**options, "load": DEFAULT_LOAD}
         chosen = load_placement(placement) if isinstance(placement, str) else placement
         if chosen.colocated:
             raise BiscaleError(
@@ -91,6 +102,7 @@ class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float3
         }
         self._rng = np.random.default_rng()
         self.cluster: Cluster | None = None
+        self._screen: Screen | None = None
 
     def spec_of(self, agent: str) -> ObservationSpec:
         """Meaning of an agent's observation."""
@@ -126,16 +138,32 @@ class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float3
         self.cluster.offer(self.options.source.workload(self._workload))
         self.agents = list(self.possible_agents)
         self._read = self._totals()
-        return self._observations(), {agent: self._info(0.0, 0.0) for agent in self.agents}
+        if self.render_mode is not None:
+            self._screen = agents_screen(self.render_mode, self.cluster)
+        clocks_mhz = self._clocks_mhz()
+        return self._observations(), {
+            agent: self._info(0.0, 0.0, clocks_mhz[self._number[agent]]) for agent in self.agents
+        }
 
-    def _info(self, energy_j: float, cost: float) -> dict[str, float]:
+    def _info(self, energy_j: float, cost: float, freq_mhz: float) -> dict[str, float]:
         assert self.cluster is not None
+        now_s = self.cluster.time_s
         return {
-            "time_s": self.cluster.time_s,
+            "time_s": now_s,
+            "dt": self.interval_s if now_s > 0 else 0.0,
             "energy_j": energy_j,
+            "freq_mhz": freq_mhz,
             "cost": cost,
             "workload": float(self._workload),
+            "ensemble_member": float(self.options.plant.settings.ensemble_member),
         }
+
+    def _clocks_mhz(self) -> list[float]:
+        """Clock in effect per agent, MHz."""
+        assert self.cluster is not None
+        pools = (self.cluster.prefills.states, self.cluster.decodes.states)
+        ghz: list[float] = np.concatenate([states["freq_ghz"] for states in pools]).tolist()
+        return [1e3 * freq for freq in ghz]
 
     def _totals(self) -> NDArray[np.float64]:
         """Per agent: energy and violations so far, (agents, 2)."""
@@ -171,13 +199,17 @@ class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float3
         energy_j, missed = (now - self._read).T
         self._read = now
         over = cluster.time_s >= self.episode_s - 1e-9
+        if self._screen is not None:
+            total = (self.interval_s, float(energy_j.sum()), float(missed.sum()))
+            show_interval(self._screen, cluster, *total)
         agents, observations = self.agents, self._observations()
+        clocks_mhz = self._clocks_mhz()
         rewards: dict[str, float] = {}
         infos: Infos = {}
         for agent in agents:
             k, weight = self._number[agent], self.options.violation_weight
             rewards[agent] = float(-energy_j[k] / self._energy_ref_j[agent] - weight * missed[k])
-            infos[agent] = self._info(float(energy_j[k]), float(missed[k]))
+            infos[agent] = self._info(float(energy_j[k]), float(missed[k]), clocks_mhz[k])
         if over:
             self.agents = []
         ends, never = dict.fromkeys(agents, over), dict.fromkeys(agents, False)
@@ -202,8 +234,11 @@ class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float3
         pool = self.cluster.prefills if phase == "prefill" else self.cluster.decodes
         pool.meta[i]["base_ghz"] = freq_mhz / 1e3
 
-    def render(self) -> None:
-        """Nothing to draw; the figures of a report show runs."""
+    def render(self) -> Any:
+        """The last ten seconds: text (``ansi``) or a picture (``rgb_array``), else None."""
+        if self._screen is None or self.render_mode == "human":
+            return None
+        return self._screen.frame()
 
     def close(self) -> None:
         """Nothing to release."""

@@ -18,13 +18,13 @@ from biscale_env.core.errors import BiscaleError
 from biscale_env.core.jit import PACKAGE, python_files, source_digest
 from biscale_env.core.user_cache import cache_root, recall, remember
 from biscale_env.envs.batch import Batch, RequestTable
-from biscale_env.envs.plant import Plant
-from biscale_env.envs.workloads import (
+from biscale_env.envs.loads.workloads import (
     CAPACITY_SAMPLE_RPS,
     CAPACITY_SAMPLE_S,
     Maker,
     generated,
 )
+from biscale_env.envs.plant import Plant
 from biscale_env.sim.constant_clock import decode_static, prefill_static
 from biscale_env.sim.decode import running_of
 from biscale_env.traces import Trace
@@ -49,6 +49,7 @@ class StaticRun:
         busy_s: time spent in iterations, s.
         iterations: engine iterations.
         output_tokens: tokens asked for.
+        slo_class: number of each request's class in the SLO; empty where it has none.
     """
 
     latency_s: NDArray[np.float64]
@@ -57,6 +58,7 @@ class StaticRun:
     busy_s: float
     iterations: int
     output_tokens: int
+    slo_class: NDArray[np.int8]
 
 
 def run_static(plant: Plant, trace: Trace, freq_mhz: float, member: int = -1) -> StaticRun:
@@ -67,6 +69,10 @@ def run_static(plant: Plant, trace: Trace, freq_mhz: float, member: int = -1) ->
         trace: workload.
         freq_mhz: clock within the GPU's range, MHz.
         member: ensemble member, -1 nominal.
+
+    Raises:
+        BiscaleError: a clock that the GPU does not have, or coefficients that make times or
+            energies which are no numbers.
     """
     plant.gpu.check_clock(freq_mhz)
     batch = Batch(plant, 1, RequestTable.of(plant, [trace]), record=True)
@@ -87,7 +93,20 @@ def run_static(plant: Plant, trace: Trace, freq_mhz: float, member: int = -1) ->
         latency = (batch.times.finish_s - pool.arrival_s) / (pool.output - 1)
     output_tokens = int(pool.output.sum(dtype=np.int64))
     energy_j, time_s, busy_s = (float(st[name]) for name in ("energy_j", "time_s", "busy_s"))
-    return StaticRun(latency, energy_j, time_s, busy_s, int(st["iterations"]), output_tokens)
+    if not np.isfinite(latency).all() or not np.isfinite(energy_j):
+        raise BiscaleError(
+            f"model '{plant.model.name}' gives times or energies of {trace.name} that are not "
+            "finite: check its coefficients"
+        )
+    iterations = int(st["iterations"])
+    return StaticRun(latency, energy_j, time_s, busy_s, iterations, output_tokens, pool.slo_class)
+
+
+def attained_by(plant: Plant, runs: Sequence[StaticRun]) -> float:
+    """Attainment over the requests of several runs, see :meth:`Slo.attained`."""
+    latency_s = np.concatenate([run.latency_s for run in runs])
+    numbers = np.concatenate([run.slo_class for run in runs]) if plant.slo.classes else None
+    return plant.slo.attained(latency_s, plant.phase, numbers)
 
 
 def slowest_alone_s(plant: Plant, trace: Trace) -> float:
@@ -141,21 +160,48 @@ def loaded(trace: Trace, rate_rps: float, seed: int, make: Maker | None = None) 
     return trace.scaled_to(rate_rps, seed)
 
 
+def windows_of_work(work: Trace | Sequence[Trace]) -> tuple[Trace, ...]:
+    """The windows of a workload's shape: one trace, or those of several days."""
+    return (work,) if isinstance(work, Trace) else tuple(work)
+
+
+def mean_rate_rps(windows: Sequence[Trace]) -> float:
+    """Request rate over all windows together, requests/s; of a single one its own."""
+    seconds = sum(window.duration_s for window in windows)
+    return sum(len(window) for window in windows) / seconds if seconds > 0 else 0.0
+
+
 def attainment_at(
     plant: Plant,
-    trace: Trace,
+    trace: Trace | Sequence[Trace],
     rate_rps: float,
     freq_mhz: float,
     seeds: Sequence[int],
     member: int,
     make: Maker | None = None,
 ) -> float:
-    """Share of requests within the SLO at a load, over several choices of requests."""
-    runs = [
-        run_static(plant, loaded(trace, rate_rps, seed, make), freq_mhz, member).latency_s
-        for seed in seeds
-    ]
-    return plant.slo.attained(np.concatenate(runs), plant.phase)
+    """Share of requests within the SLO at a load, over several choices of requests.
+
+    Of several windows each is brought to the same multiple of its own rate, so that a busy day
+    stays busy, and the requests of all are pooled.
+    """
+    windows = windows_of_work(trace)
+    mean_rps = mean_rate_rps(windows)
+    runs = []
+    for window in windows:
+        own_rps = rate_rps * (window.rate_rps / mean_rps)
+        for seed in seeds:
+            load = loaded(window, own_rps, seed, make)
+            if len(windows) > 1 and not _judged(plant, load):
+                continue  # a calm window of several, at a low load
+            runs.append(run_static(plant, load, freq_mhz, member))
+    return attained_by(plant, runs)
+
+
+def _judged(plant: Plant, trace: Trace) -> bool:
+    """Whether a workload has a request that the phase sees."""
+    least = 2 if plant.phase == "decode" else 1
+    return bool((trace.output_tokens >= least).any())
 
 
 @dataclass(frozen=True)
@@ -177,7 +223,7 @@ class SearchSettings:
 
 def find_capacity(
     plant: Plant,
-    trace: Trace,
+    trace: Trace | Sequence[Trace],
     freq_mhz: float | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     member: int = -1,
@@ -190,7 +236,8 @@ def find_capacity(
 
     Args:
         plant: phase, hardware and engine settings.
-        trace: the workload's shape.
+        trace: the workload's shape; of several windows (of several days) the capacity is their mean
+            rate at the highest common multiple of their own rates.
         freq_mhz: clock; None is the highest.
         seeds: choices of requests that are pooled, so that one unlucky choice does not decide.
         member: ensemble member.
@@ -201,18 +248,21 @@ def find_capacity(
         BiscaleError: the trace is too short to make loads of (fewer than 100 requests), or a
             request cannot fit.
     """
-    plant.check_fits(trace)  # before requests are chosen, while their lines in the file are known
-    if len(trace) < MIN_REQUESTS:
+    windows = windows_of_work(trace)
+    for window in windows:  # before requests are chosen, while their lines in the file are known
+        plant.check_fits(window)
+    n_requests = sum(len(window) for window in windows)
+    if n_requests < MIN_REQUESTS:
+        names = ", ".join(window.name for window in windows)
         raise BiscaleError(
-            f"{trace.name} has {len(trace)} requests: a capacity search needs at least "
-            f"{MIN_REQUESTS}"
+            f"{names} has {n_requests} requests: a capacity search needs at least {MIN_REQUESTS}"
         )
     how = _settings(plant, freq_mhz, seeds, member, tolerance)
     told = getattr(getattr(make, "__self__", None), "digest", None)
     if make is not None and told is None:  # a generator that cannot say what it makes
-        return _search(plant, trace, how, make)
-    key = capacity_key(plant, how, f"{trace.sha256} {told}")
-    return _known(key) or _keep(key, _search(plant, trace, how, make))
+        return _search(plant, windows, how, make)
+    key = capacity_key(plant, how, f"{' '.join(window.sha256 for window in windows)} {told}")
+    return _known(key) or _keep(key, _search(plant, windows, how, make))
 
 
 def profile_capacity(
@@ -234,7 +284,7 @@ def profile_capacity(
         return kept
     trace = make(*sample)
     plant.check_fits(trace)
-    return _keep(key, _search(plant, trace, how, make))
+    return _keep(key, _search(plant, (trace,), how, make))
 
 
 def _settings(
@@ -244,20 +294,23 @@ def _settings(
     return SearchSettings(freq, tuple(int(seed) for seed in seeds), int(member), float(tolerance))
 
 
-def _search(plant: Plant, trace: Trace, how: SearchSettings, make: Maker | None) -> Capacity:
+def _search(
+    plant: Plant, windows: Sequence[Trace], how: SearchSettings, make: Maker | None
+) -> Capacity:
     """Bisect, see :func:`find_capacity`."""
     tried: list[tuple[float, float]] = []
 
     def meets(rate: float) -> bool:
-        got = attainment_at(plant, trace, rate, how.freq_mhz, how.seeds, how.member, make)
+        got = attainment_at(plant, windows, rate, how.freq_mhz, how.seeds, how.member, make)
         tried.append((rate, got))
         return got >= plant.slo.attainment
 
-    low, high = 0.0, trace.rate_rps
-    floor = MIN_JUDGED / (len(how.seeds) * trace.duration_s)
+    own_rps = mean_rate_rps(windows)
+    low, high = 0.0, own_rps
+    floor = MIN_JUDGED / (len(how.seeds) * sum(window.duration_s for window in windows))
     while meets(high):
         low, high = high, 2.0 * high
-        if high > HIGHEST_MULTIPLE * trace.rate_rps:
+        if high > HIGHEST_MULTIPLE * own_rps:
             break
     while high - low > how.tolerance * high and 0.5 * (low + high) >= floor:
         middle = 0.5 * (low + high)
@@ -280,6 +333,7 @@ def capacity_key(plant: Plant, how: SearchSettings, work: str) -> str:
     """Hash of all that a capacity depends on.
 
     The code, the coefficients with GPU and LLM, the engine limits, the ramp of a parked instance,
+    the prefix cache,
     the bounds of the SLO, the search and the workload. Not: actuation delay, reward, and names.
 
     Args:
@@ -288,10 +342,14 @@ def capacity_key(plant: Plant, how: SearchSettings, work: str) -> str:
         work: what tells the workload from others.
     """
     s, slo = plant.settings.instance, plant.slo
-    limits = [s.tp, s.dtype, s.token_budget, s.max_seqs, s.kv_watermark]
+    limits: list[Any] = [s.tp, s.dtype, s.token_budget, s.max_seqs, s.kv_watermark]
     if s.idle == "parked":  # its ramp delays requests; what it draws does not
         limits.append(s.parked_ramp_s)
-    bound = [slo.bound_s(plant.phase), slo.attainment]
+    if plant.phase == "prefill":
+        limits.append(s.prefix_cache)
+    bound: list[Any] = [slo.bound_s(plant.phase), slo.attainment]
+    if slo.classes:
+        bound.append(slo.model_dump_json())
     search = [how.freq_mhz, how.seeds, how.member, how.tolerance]
     parts = [_code(), plant.phase, plant.model.digest, limits, bound, search, work]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

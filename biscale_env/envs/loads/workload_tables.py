@@ -3,8 +3,8 @@
 from collections import OrderedDict
 
 from biscale_env.envs.batch import RequestTable
+from biscale_env.envs.loads.workloads import WorkloadSource
 from biscale_env.envs.plant import Plant
-from biscale_env.envs.workloads import WorkloadSource
 
 KEPT_REQUESTS = 2_000_000  # of about 30 bytes each, in one environment
 

@@ -1,0 +1,1 @@
+"""Workloads of episodes, and the capacity that loads refer to."""

@@ -1,0 +1,1 @@
+"""What a person sees of an environment: the last seconds, as text or as a picture."""
