@@ -3,6 +3,7 @@
 Metrics, statistics, the results frame, the run directory, the report.
 """
 
+from biscale_env.evaluation.first_look import evaluate
 from biscale_env.evaluation.runs.record import REFERENCE_POLICY, RunRecord
 from biscale_env.evaluation.runs.results import results_frame, summarise
 from biscale_env.evaluation.runs.run_view import Run, load_run
@@ -14,6 +15,7 @@ __all__ = [
     "Run",
     "RunDirectory",
     "RunRecord",
+    "evaluate",
     "load_run",
     "results_frame",
     "results_row",

@@ -60,6 +60,10 @@ class Day:
             ),
         }
 
+    def figures(self) -> dict[str, float]:
+        """Sums, and what the simulation took."""
+        return {**self.totals(), "seconds": self.seconds, "memory_mb": self.memory_mb}
+
 
 def day_row(window: Window, ttft_s: float, tpot_s: float) -> dict[str, Any]:
     """Metrics of a window; requests count where they end."""

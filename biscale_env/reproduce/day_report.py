@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 
 from biscale_env.core.files import write_whole
+from biscale_env.core.markdown import markdown_table
 from biscale_env.core.svg import can_plot, save_svg, svg_axes
 from biscale_env.envs.cluster.cluster_settings import ClusterSettings
+from biscale_env.jobs.workers import Workers
 from biscale_env.models import instance_hardware
+from biscale_env.reproduce.cells import CellsPlan
 from biscale_env.reproduce.day import DayPlan
-from biscale_env.reproduce.paper_tables import markdown
 
 HEAD = [
     "system",
@@ -44,7 +46,7 @@ def write_day(
     plotted = _plot(days, folder / "day" / "day.svg")
     reference = next(iter(totals.values()))
     lines = [_line(name, total, reference) for name, total in totals.items()]
-    parts = ["# A day of the cluster", about, markdown(HEAD, lines)]
+    parts = ["# A day of the cluster", about, markdown_table(HEAD, lines, "l")]
     if plotted:
         parts.append("![Load, power of all GPUs, and GPUs in service over the day](day/day.svg)")
     page = folder / "day.md"
@@ -84,6 +86,26 @@ def about_day(plan: DayPlan, requests: float) -> str:
         f"2024 conversation trace, SLO `{settings['slo']}`, headroom {100 * plan.alpha:g} % over "
         "the load of the window before, transitions not charged. Requests are generated window by "
         "window and never all in memory."
+    )
+
+
+def about_cells(plan: CellsPlan, requests: float, workers: Workers, took_s: float) -> str:
+    """What was run and what it took, in sentences.
+
+    Args:
+        plan: what the day was made of.
+        requests: how many were served.
+        workers: where it ran.
+        took_s: wall time, s.
+    """
+    how = {"random": "at random", "round_robin": "in turn"}[plan.front]
+    gpus = plan.cells * plan.day.settings["gpus"]
+    where = f"{workers.jobs} processes" if workers.ray is None else "a Ray cluster"
+    return (
+        f"{gpus:,} GPUs as {plan.cells} cells; a front router, which looks at no state, spreads "
+        f"the requests over the cells {how}; every cell plans for itself. All three systems on "
+        f"the same requests: {took_s / 60:.1f} min on {where}; *simulated in* adds up the "
+        "workers. " + about_day(plan.day, requests).replace(" on ", " on cells of ", 1)
     )
 
 

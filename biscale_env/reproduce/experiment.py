@@ -110,13 +110,32 @@ def run_job(job: ReproductionJob) -> list[dict[str, Any]]:
                     {
                         **row,
                         "system": "oracle-prefill",
-                        **oracle_figures(job, run.requests, windows[0].placement),
+                        **oracle_figures(job, run.requests, windows[0].placement, workload),
                     }
                 )
     return rows
 
 
-def oracle_figures(job: ReproductionJob, requests: np.ndarray, placement: Any) -> dict[str, Any]:
+def routed_requests(mine: np.ndarray, workload: Trace) -> Trace:
+    """Requests that a router sent to one instance, with the blocks that they have in the workload.
+
+    Args:
+        mine: their records, in the order of arrival.
+        workload: the whole cluster's.
+    """
+    return Trace(
+        "routed",
+        mine["arrival_s"],
+        mine["prompt_tokens"],
+        mine["output_tokens"],
+        "routed by DistServe",
+        blocks=None if workload.blocks is None else workload.blocks.take(mine["request"]),
+    )
+
+
+def oracle_figures(
+    job: ReproductionJob, requests: np.ndarray, placement: Any, workload: Trace
+) -> dict[str, Any]:
     """Hindsight optimum of the prefill stage.
 
     Every instance solved on the requests that DistServe's router sent it.
@@ -128,13 +147,7 @@ def oracle_figures(job: ReproductionJob, requests: np.ndarray, placement: Any) -
     energy, tokens, gap = 0.0, 0, 0.0
     for i in np.unique(requests["prefill"]):
         mine = requests[requests["prefill"] == i][:ORACLE_MOST_REQUESTS]
-        trace = Trace(
-            "routed",
-            mine["arrival_s"],
-            mine["prompt_tokens"],
-            mine["output_tokens"],
-            "routed by DistServe",
-        )
+        trace = routed_requests(mine, workload)
         found = solve_prefill_oracle(
             plant, trace, attainment=plant.slo.attainment, member=job.settings.ensemble_member
         )

@@ -11,12 +11,13 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from biscale_env.config.hardware import Dtype
-from biscale_env.config.instance import IdleRule
+from biscale_env.config.instance import IdleRule, PrefixCacheRule
 from biscale_env.config.loader import Config, load_named
+from biscale_env.envs.loads.prefix_hits import with_cache
 from biscale_env.traces import Trace, generate, load_lengths, with_lengths
 from biscale_env.traces import load_named as load_trace
 from biscale_env.traces.download import cached_path, load_downloads
-from biscale_env.traces.reading_options import ReadingOptions
+from biscale_env.traces.reading.reading_options import ReadingOptions
 from biscale_env.traces.synthetic.profiles import load_workload, profile_names
 
 TUNE_SEED = 1_000_003  # workloads for tuning are made from here on, those for tables from 0
@@ -102,6 +103,8 @@ class PaperExperiment(Config):
         ep: groups that experts are spread over; None: 1.
         model: fitted model; None: the default one.
         idle: what an instance that waits draws, ``last-clock`` or ``parked``.
+        prefix_cache: of prefill instances, where the trace says what its prompts share and keeps
+            its own lengths.
         slo: name of the SLO.
         profile: generator of workload A.
         trace: trace of workload B's arrivals, used when it is at hand.
@@ -130,6 +133,7 @@ class PaperExperiment(Config):
     ep: int | None = Field(default=None, gt=0)
     model: str | None = None
     idle: IdleRule = "last-clock"
+    prefix_cache: PrefixCacheRule = "lru"
     slo: str = "biscale"
     profile: str = "poisson-sharegpt-pd"
     trace: str = "azure-conv-2023"
@@ -164,7 +168,8 @@ class PaperExperiment(Config):
         """Cluster settings that the experiment gives."""
         named = {"gpu": self.gpu, "llm": self.llm, "model": self.model, "ep": self.ep}
         given = {key: value for key, value in named.items() if value is not None}
-        return {"gpus": self.gpus, "slo": self.slo, "idle": self.idle, **given}
+        fixed = {"gpus": self.gpus, "slo": self.slo, "idle": self.idle}
+        return {**fixed, "prefix_cache": self.prefix_cache, **given}
 
     def point(self, name: str) -> OperatingPoint:
         """An operating point by name."""
@@ -199,16 +204,24 @@ def arrivals_of(
         BiscaleError: a trace that is at hand, or given here, cannot be read.
     """
     if trace is not None:
-        loaded = load_trace(str(trace), reading)
+        loaded = _with_cache(experiment, load_trace(str(trace), reading))
         return loaded, f"arrivals of {loaded.name}"
     if not _at_hand(experiment.trace):
         made = generate(experiment.fallback, duration_s=experiment.trace_s, seed=0)
-        return made, (
+        return _with_cache(experiment, made), (
             f"generated arrivals {experiment.fallback} in place of {experiment.trace}, which was "
             "not at hand "
             f"(biscale traces fetch {experiment.trace})"
         )
-    return load_trace(experiment.trace, reading), f"arrivals of {experiment.trace}"
+    loaded = _with_cache(experiment, load_trace(experiment.trace, reading))
+    return loaded, f"arrivals of {experiment.trace}"
+
+
+def _with_cache(experiment: PaperExperiment, trace: Trace) -> Trace:
+    """The trace as prefix caches see it: other lengths share nothing that is known."""
+    keeps = any(p.workload == "B" and p.lengths == OWN_LENGTHS for p in experiment.points)
+    keeps |= any(v.lengths == OWN_LENGTHS for v in experiment.variations)
+    return with_cache(experiment.prefix_cache, trace if keeps else trace.without_blocks())
 
 
 def _at_hand(name: str) -> bool:
@@ -247,5 +260,6 @@ def workload_b(part: Trace, point: OperatingPoint, rate_rps: float, seed: int) -
 
     The rate is made by thinning and superposing requests.
     """
-    scaled = part.scaled_to(rate_rps, seed)
-    return scaled if point.lengths == OWN_LENGTHS else with_lengths(scaled, point.lengths, seed)
+    if point.lengths == OWN_LENGTHS:
+        return part.scaled_to(rate_rps, seed)
+    return with_lengths(part.without_blocks().scaled_to(rate_rps, seed), point.lengths, seed)

@@ -89,10 +89,12 @@ def _workload_b(summary: pd.DataFrame, path: Path) -> bool:
     points = [p for p in base["point"].unique() if p in set(served)]
     if not points:
         return False
+    from matplotlib.patches import Patch
+
     figure, axes = svg_axes(2, 1, (9.5, 6), sharex=True)
     width = 0.8 / len(LINES)
     for axis, stage in zip(axes, STAGES, strict=True):
-        for k, (system, (label, colour, _)) in enumerate(LINES.items()):
+        for k, (system, (_, colour, _)) in enumerate(LINES.items()):
             rows = base[base["system"] == system].set_index("point").reindex(points)
             x = np.arange(len(points)) + (k - (len(LINES) - 1) / 2) * width
             y = 100 * (rows[stage].to_numpy(dtype=float) - 1)
@@ -100,7 +102,7 @@ def _workload_b(summary: pd.DataFrame, path: Path) -> bool:
                 100 * (rows[f"{stage}_member_{e}"].to_numpy(dtype=float) - 1)
                 for e in ("low", "high")
             )
-            bars = axis.bar(x, y, width * 0.92, color=colour, label=label)
+            bars = axis.bar(x, y, width * 0.92, color=colour)
             axis.vlines(x, low, high, color="black", lw=1)
             for bar, ok in zip(bars, rows["feasible"], strict=True):
                 if not bool(ok) or pd.isna(ok):
@@ -110,8 +112,16 @@ def _workload_b(summary: pd.DataFrame, path: Path) -> bool:
         axis.set_ylabel(f"{stage}: energy\nagainst DistServe, %")
         axis.grid(axis="y", alpha=0.3)
         axis.axhline(0, color="black", lw=0.8)
-    axes[1].set_xticks(np.arange(len(points)), points)
-    axes[0].legend(fontsize=8, frameon=False, ncol=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes[1].set_xticks(np.arange(len(points)), [p.replace("-", "\n") for p in points], fontsize=8)
+    names = [Patch(color=colour, label=label) for label, colour, _ in LINES.values()]
+    axes[0].legend(
+        handles=names,
+        fontsize=8,
+        frameon=False,
+        ncol=4,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+    )
     save_svg(figure, path, bbox_inches="tight")
     return True
 

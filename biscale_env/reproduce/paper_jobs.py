@@ -4,15 +4,14 @@ Built where they run, so that only names travel between processes.
 """
 
 import hashlib
-import itertools
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import joblib
 import pandas as pd
 
 import controllers
@@ -22,6 +21,7 @@ from biscale_env.core import user_cache
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.cluster.cluster_options import fitting_tps
 from biscale_env.envs.cluster.cluster_settings import ClusterSettings
+from biscale_env.jobs.workers import Workers, run_each
 from biscale_env.models import instance_model
 from biscale_env.reproduce import paper
 from biscale_env.reproduce.experiment import ReproductionJob, distserve_capacity_rps, run_job
@@ -192,8 +192,8 @@ def run_kept(
         BiscaleError: the task fails for another reason than that nothing can be served.
     """
     path = folder / f"{task_key(experiment, task, arrivals)}.json"
-    kept = user_cache.recall(path)
-    if isinstance(kept, list):
+    kept = _kept_rows(path)
+    if kept is not None:
         return kept
     rows = run_task(experiment, task, arrivals)
     user_cache.remember(path, json.dumps(rows))
@@ -223,15 +223,17 @@ def run_task(experiment: PaperExperiment, task: Task, arrivals: Trace) -> list[d
 def run_experiment(
     experiment: PaperExperiment,
     arrivals: Trace,
-    jobs: int,
+    jobs: int | Workers,
     progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
     """All rows of the experiment; the first task runs alone, so that kernels are compiled once.
 
+    Rows come in the order of the tasks, however many workers there are.
+
     Args:
         experiment: what to run.
         arrivals: trace behind workload B.
-        jobs: processes.
+        jobs: processes, or which workers.
         progress: called with (done, all) after each task.
 
     Raises:
@@ -239,11 +241,28 @@ def run_experiment(
     """
     tasks = tasks_of(experiment)
     folder = (user_cache.writable_root() or user_cache.cache_root()) / "reproduce"
-    calls = (joblib.delayed(run_kept)(experiment, task, arrivals, folder) for task in tasks[1:])
-    rows = list(run_kept(experiment, tasks[0], arrivals, folder))
-    found = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)
-    for done, more in enumerate(itertools.chain([[]], found), start=1):
-        rows += more
-        if progress is not None:
-            progress(done, len(tasks))
-    return pd.DataFrame(rows)
+    paths = [folder / f"{task_key(experiment, task, arrivals)}.json" for task in tasks]
+    found = {k: kept for k, path in enumerate(paths) if (kept := _kept_rows(path)) is not None}
+    if 0 not in found:
+        found[0] = run_kept(experiment, tasks[0], arrivals, folder)
+    todo = [k for k in range(len(tasks)) if k not in found]
+    _tell(progress, len(found), len(tasks))
+    calls = [(experiment, tasks[k], arrivals, folder) for k in todo]
+    with closing(run_each(run_kept, calls, Workers.of(jobs))) as results:
+        for number, rows in results:
+            found[todo[number]] = rows
+            if _kept_rows(paths[todo[number]]) is None:  # a worker elsewhere kept them there
+                user_cache.remember(paths[todo[number]], json.dumps(rows))
+            _tell(progress, len(found), len(tasks))
+    return pd.DataFrame([row for k in range(len(tasks)) for row in found[k]])
+
+
+def _kept_rows(path: Path) -> list[dict[str, Any]] | None:
+    """Rows of a finished task; None: there are none."""
+    kept = user_cache.recall(path)
+    return kept if isinstance(kept, list) else None
+
+
+def _tell(progress: Callable[[int, int], None] | None, done: int, total: int) -> None:
+    if progress is not None:
+        progress(done, total)

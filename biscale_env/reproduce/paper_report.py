@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from biscale_env.core.files import open_whole, write_whole
+from biscale_env.core.markdown import markdown_table
 from biscale_env.envs.cluster.cluster_settings import ClusterSettings
 from biscale_env.models import instance_hardware
 from biscale_env.reproduce.paper import PAPER_LENGTHS, PaperExperiment
@@ -18,7 +19,6 @@ from biscale_env.reproduce.paper_tables import (
     NOMINAL,
     STAGES,
     headline,
-    markdown,
     percent,
     span,
     summarise,
@@ -83,7 +83,7 @@ def _headline(summary: pd.DataFrame) -> str:
         "## Energy against DistServe\n\nEnergy per output token and stage on the same requests. "
         "Ours: range over the operating points (nominal plant, mean of the workload seeds), in "
         "brackets the 5 to 95 % range of the members of the model ensemble.\n\n"
-        + markdown(head, headline(summary))
+        + markdown_table(head, headline(summary), "l")
     )
 
 
@@ -172,7 +172,7 @@ def _points(summary: pd.DataFrame, failed: pd.DataFrame) -> str:
         "DistServe's P99 TTFT / TPOT",
         "",
     ]
-    return "## Operating points\n\n" + markdown(head, lines)
+    return "## Operating points\n\n" + markdown_table(head, lines, "l")
 
 
 def _cell(row: pd.Series, stage: str) -> str:
@@ -231,7 +231,7 @@ def _systems(summary: pd.DataFrame) -> str:
     base = summary[summary["variation"] == ""]
     for point in base["point"].unique():
         of_point = base[base["point"] == point]
-        parts.append(f"### {point}\n\n" + markdown(SYSTEM_HEAD, _system_lines(of_point)))
+        parts.append(f"### {point}\n\n" + markdown_table(SYSTEM_HEAD, _system_lines(of_point), "l"))
     return "\n\n".join(parts)
 
 
@@ -246,7 +246,7 @@ def _ablation(summary: pd.DataFrame) -> str:
     head = ["what", "points served", *STAGES]
     return (
         "## Ablation: tier 1 and tier 2\n\nRange over the feasible points, nominal plant.\n\n"
-        + markdown(head, lines)
+        + markdown_table(head, lines, "l")
     )
 
 
@@ -290,7 +290,7 @@ def _sensitivity(summary: pd.DataFrame) -> str:
     head = ["assumption changed", "point", "system", *STAGES, "SLO"]
     return (
         "## Sensitivity\n\nLoads of workload B are shares of the capacity under the changed "
-        "assumption.\n\n" + markdown(head, lines)
+        "assumption.\n\n" + markdown_table(head, lines, "l")
     )
 
 
@@ -319,7 +319,7 @@ def _idle(summary: pd.DataFrame) -> str:
         "draw while they have nothing to run (an engine that lowers its clock by itself when idle "
         "would save most of that for "
         "everybody); *without spare GPUs* leaves out the GPUs outside the placement, as if they "
-        "were switched off or lent.\n\n" + markdown(head, lines)
+        "were switched off or lent.\n\n" + markdown_table(head, lines, "l")
     )
 
 
@@ -336,7 +336,9 @@ def _oracle(rows: pd.DataFrame) -> str:
         "its router sent them, every clock known in "
         "hindsight, no actuation delay; at most 6000 requests of an instance. For decode no "
         "optimum is defined in a cluster.\n\n"
-        + markdown(["point", "energy against DistServe", "at most above the true optimum"], lines)
+        + markdown_table(
+            ["point", "energy against DistServe", "at most above the true optimum"], lines, "l"
+        )
     )
 
 

@@ -3,7 +3,7 @@
 Ratios to DistServe on the same work, intervals, feasibility.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -267,9 +267,3 @@ def tier2_gain(frame: pd.DataFrame, summary: pd.DataFrame) -> dict[str, tuple[fl
         change = 100 * (wide["biscale"] / wide["placeonly"] - 1).dropna()
         gains[stage] = (float(change.mean()), float(change.min()), float(change.max()))
     return gains
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

@@ -19,6 +19,7 @@ from biscale_env.envs.cluster.cluster_settings import ClusterPlant, ClusterSetti
 from biscale_env.envs.cluster.whole_run import ClusterRun, Planner, Window, run_windows
 from biscale_env.traces import Trace
 from controllers.placement.capacity_table import MIN_REQUESTS, TableRequest, capacity_table
+from controllers.placement.coarse_rules import TUNE_GUARD
 from controllers.placement.ilp import (
     PHASES,
     CapacityTable,
@@ -30,8 +31,6 @@ from controllers.placement.ilp import (
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 MARGINS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-# assumed: in tuning, this fraction of the violations that the SLO allows is kept back
-TUNE_GUARD = 0.3
 # of a window's table: half the time of a workload's, and B-67 stays within 4 %
 WINDOW_CHOICES = (0,)
 WINDOW_TOLERANCE = 0.02

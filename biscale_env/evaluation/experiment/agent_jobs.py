@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.experiment.compare import ComparisonJob
 from biscale_env.evaluation.experiment.policy_jobs import plan, variant_of
-from biscale_env.evaluation.experiment.policy_list import choose
-from biscale_env.evaluation.experiment.scenarios import Case, Scenario, load_scenario, resolve
+from biscale_env.evaluation.experiment.policy_list import choose, named
+from biscale_env.evaluation.rollouts.scenarios import Case, Scenario, load_scenario, resolve
 from biscale_env.policies import find_policy, known_policies
 from biscale_env.policies.checkpoint_source import (
     CheckpointSource,
@@ -17,7 +18,7 @@ from biscale_env.policies.checkpoint_source import (
     phase_of,
     training_seed,
 )
-from biscale_env.policies.policy_source import AGENT, BISCALE_OWN, split_name
+from biscale_env.policies.policy_source import AGENT, BISCALE_OWN, FILES, split_name
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,13 @@ def candidates_of(target: str) -> list[Candidate]:
     """The policies that a target of ``biscale evaluate`` means.
 
     Args:
-        target: a policy in the syntax of :mod:`biscale_env.policies`, or a folder of run
-            directories ``seed-*``, each of which is a candidate.
+        target: ``[label=]name``: a policy in the syntax of :mod:`biscale_env.policies`, or a folder
+            of run directories ``seed-*``, each of which is a candidate.
 
     Raises:
         BiscaleError: no such policy, or a folder without a checkpoint.
     """
+    target = named(target).build
     base, rest = split_name(target, known_policies())
     behind = f":{rest}" if rest else ""
     folder = Path(base)
@@ -58,6 +60,27 @@ def candidates_of(target: str) -> list[Candidate]:
     return [Candidate(target, source.phases)]
 
 
+def label_of(target: str) -> str:
+    """How tables call a target of ``biscale evaluate``.
+
+    What stands before its ``=``; ``agent`` for the shipped agent and for training seeds together;
+    else the name of the file or run directory, or the whole name of a class or controller.
+    """
+    label, build = named(target)
+    if label != build:
+        return label
+    base, rest = split_name(build, known_policies())
+    path = Path(base)
+    if base == AGENT or (path.is_dir() and best_of(path) is None):
+        return AGENT
+    if build in known_policies():  # a reference of that name may stand beside it
+        return f"{build} (evaluated)"
+    if path.exists() and path.suffix in (*FILES, ""):
+        short = path.parent.resolve().name if path.stem in ("best", "last") else path.stem
+        return f"{short}:{rest}" if rest else short
+    return build
+
+
 def _of_file(path: Path, behind: str) -> Candidate:
     return Candidate(f"{path}{behind}", (phase_of(path),), training_seed(path))
 
@@ -68,8 +91,9 @@ def scenario_jobs(
     policies: Sequence[str],
     tuned: bool,
     oracle_seeds: int | None = None,
+    label: str = AGENT,
 ) -> list[ComparisonJob]:
-    """Jobs of one scenario and phase: the references, and every candidate as ``agent``.
+    """Jobs of one scenario and phase: the references, and every candidate under one label.
 
     Args:
         case: the scenario, resolved for the phase.
@@ -78,16 +102,26 @@ def scenario_jobs(
             and the best static clock in hindsight are always there.
         tuned: choose free parameters on tuning workloads.
         oracle_seeds: workloads for which the optimum is computed; None for all.
+        label: of the candidates.
+
+    Raises:
+        BiscaleError: a reference has the label already.
     """
     scenario, phase = case.scenario, case.phase
     own = policies or ("max", "static-best", BISCALE_OWN[phase])
-    jobs = plan(scenario, case, choose(own, (phase,))[phase], tuned, oracle_seeds)
-    seeds = scenario.workload_seeds
+    references = choose(own, (phase,))[phase]
+    if label in {one.label for one in references}:
+        raise BiscaleError(
+            f"two policies are called '{label}': give the one that is evaluated another name, "
+            f"e.g. mine={label}"
+        )
+    jobs = plan(scenario, case, references, tuned, oracle_seeds)
+    seeds = case.workload_seeds()
     return jobs + [
         ComparisonJob(
             scenario,
             phase,
-            AGENT,
+            label,
             one.build,
             member,
             seeds,

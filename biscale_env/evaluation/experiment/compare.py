@@ -3,42 +3,40 @@
 The jobs, run in parallel over cores, every finished run kept at once.
 """
 
-import gc
-import warnings
+import time
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import joblib
-
-from biscale_env.evaluation.experiment.hindsight import (
+from biscale_env.envs.loads.prefix_hits import cache_label
+from biscale_env.evaluation.rollouts.rollout import Rollout, rollout
+from biscale_env.evaluation.rollouts.scenarios import Case, Scenario, resolve
+from biscale_env.evaluation.runs.record import RunRecord
+from biscale_env.evaluation.stats import targets
+from biscale_env.evaluation.tuning.hindsight import (
     Hindsight,
     build_policy,
     settings_of,
 )
-from biscale_env.evaluation.experiment.judged_curves import (
+from biscale_env.evaluation.tuning.judged_curves import (
     builder,
     hindsight_static,
     policy_curve,
     static_curve,
 )
-from biscale_env.evaluation.experiment.member_spread import MemberRun, member_runs
-from biscale_env.evaluation.experiment.rollout import Rollout, rollout
-from biscale_env.evaluation.experiment.scenarios import Case, Scenario, resolve
-from biscale_env.evaluation.experiment.settings_search import Setting, setting_of
-from biscale_env.evaluation.experiment.tuning import (
+from biscale_env.evaluation.tuning.member_spread import MemberRun, member_runs
+from biscale_env.evaluation.tuning.settings_search import Setting, setting_of
+from biscale_env.evaluation.tuning.tuning import (
     TunedPolicy,
     best_static,
     max_clock,
     tune,
 )
-from biscale_env.evaluation.runs.record import RunRecord
-from biscale_env.evaluation.stats import targets
+from biscale_env.jobs.workers import Workers, run_each
 from biscale_env.policies import with_parameters
-from biscale_env.policies.policy_source import ORACLE, STATIC_BEST, STATIC_HINDSIGHT
+from biscale_env.policies.policy_source import STATIC_BEST, STATIC_HINDSIGHT, is_planned_each
 from biscale_env.traces import Trace
-
-IDLE_WORKER_S = 3600.0  # workers keep their compiled code for the whole comparison
 
 
 @dataclass(frozen=True)
@@ -101,8 +99,10 @@ def record_of(
         "tune_capacity_rps": case.tune_capacity.rate_rps,
         "workload": job.scenario.workload or job.scenario.name,
         "fold": job.scenario.fold,
-        "one_trace": case.part is not None,
+        "one_trace": case.of_trace,
         "idle": plant.settings.idle,
+        **case.judged.labels(seed),
+        "prefix_cache": cache_label(plant.settings.instance.prefix_cache, trace),
         **job.labels,
         **extra,
     }
@@ -125,7 +125,7 @@ def record_of(
         variant=job.variant,
         labels=labels,
         workload_s=trace.duration_s,
-        copies=((0.0, 1.0),) if case.part is None else case.part.copies_at(case.rate_rps, seed),
+        copies=case.copies(seed),
     )
 
 
@@ -140,6 +140,7 @@ class JobOutcome:
         reference: what max clock does on the tuning workloads; None without tuning.
         curve: settings on the judged workloads with their totals per window.
         members: the chosen setting in members of the ensemble.
+        cpu_s: processor time of the process that ran it, tuning included, s.
     """
 
     job: ComparisonJob
@@ -148,6 +149,7 @@ class JobOutcome:
     reference: Setting | None = None
     curve: tuple[Setting, ...] = ()
     members: tuple[MemberRun, ...] = ()
+    cpu_s: float = 0.0
 
 
 class Settled(NamedTuple):
@@ -195,11 +197,12 @@ def _reached(tuned: TunedPolicy, which: str = "tuning") -> str:
 
 def run_job(job: ComparisonJob) -> JobOutcome:
     """Run one job to its end in this process."""
+    begin_s = time.process_time()
     case = resolve(job.scenario, job.phase)
     workloads = [case.workload(seed) for seed in job.seeds]
     made = settle(job, case, workloads)
     # each workload has an optimum of its own
-    groups = [[w] for w in workloads] if job.build == ORACLE else [workloads]
+    groups = [[w] for w in workloads] if is_planned_each(job.build) else [workloads]
     records: list[RunRecord] = []
     runs: list[Rollout] = []
     for group in groups:
@@ -214,7 +217,8 @@ def run_job(job: ComparisonJob) -> JobOutcome:
             records.append(record_of(job, case, seed, run, trace, extra))
     curve = _curve(job, case, made, workloads, runs) if job.curve else []
     members = member_runs(made.build, case.plant, workloads[:1], job.spread)
-    return JobOutcome(job, records, made.tuned, made.reference, tuple(curve), tuple(members))
+    cpu_s = time.process_time() - begin_s
+    return JobOutcome(job, records, made.tuned, made.reference, tuple(curve), tuple(members), cpu_s)
 
 
 def _curve(
@@ -224,46 +228,24 @@ def _curve(
 
     The best static clock of the tuning workloads has the curve of the one in hindsight.
     """
-    if job.build in (ORACLE, STATIC_BEST):
+    if is_planned_each(job.build) or job.build == STATIC_BEST:
         return []
     params = made.tuned.chosen.params if made.tuned else {}
     if job.build == STATIC_HINDSIGHT:
         freq_mhz = float(made.build.partition(":")[2])
         return static_curve(case, workloads, job.member, freq_mhz)
-    chosen = [setting_of(params, runs)]
+    chosen = [setting_of(params, runs, case.plant)]
     if made.tuned is None:
         return chosen
     grid = settings_of(job.build, job.phase)
     return chosen + policy_curve(job.build, grid, case, workloads, job.member)
 
 
-def run_jobs(jobs: Sequence[ComparisonJob], n_jobs: int) -> Generator[JobOutcome]:
-    """Run jobs over cores and yield the outcome of each as it finishes.
+def run_jobs(jobs: Sequence[ComparisonJob], n_jobs: int | Workers) -> Generator[JobOutcome]:
+    """Run jobs over cores or a cluster and yield the outcome of each as it finishes.
 
     Close the iterator when it is left early (``contextlib.closing``): that ends the workers.
     """
-    if n_jobs == 1 or len(jobs) <= 1:
-        for job in jobs:
-            yield run_job(job)
-            gc.collect()
-        return
-    with joblib.parallel_config("loky", inner_max_num_threads=1, idle_worker_timeout=IDLE_WORKER_S):
-        parallel = joblib.Parallel(
-            n_jobs=min(n_jobs, len(jobs)), return_as="generator_unordered", batch_size=1
-        )
-        outcomes = parallel(joblib.delayed(run_job)(job) for job in jobs)
-        try:
-            # not `yield from`, which would close joblib's generator outside of the filter
-            for outcome in outcomes:  # noqa: UP028
-                yield outcome
-        finally:
-            _close_quietly(outcomes)
-
-
-def _close_quietly(outcomes: Any) -> None:
-    """Close joblib's generator; its warning is no news to whoever interrupted."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*tasks which were still being processed", category=UserWarning
-        )
-        outcomes.close()
+    with closing(run_each(run_job, [(job,) for job in jobs], Workers.of(n_jobs))) as found:
+        for _, outcome in found:
+            yield outcome

@@ -12,10 +12,12 @@ from biscale_env.evaluation.experiment.experiments import load_experiment
 from biscale_env.evaluation.experiment.input_digests import inputs_of
 from biscale_env.evaluation.experiment.policy_list import NamedPolicy, choose
 from biscale_env.evaluation.experiment.run_comparison import conclude, prepare, run_all
-from biscale_env.evaluation.experiment.scenarios import Scenario, load_scenario
+from biscale_env.evaluation.rollouts.scenarios import Scenario, load_scenario
 from biscale_env.evaluation.runs import run_files
 from biscale_env.evaluation.runs.rundir import RunDirectory
+from biscale_env.jobs.workers import Workers
 from biscale_env.policies.policy_source import PHASES
+from biscale_env.traces import WindowSpacing
 
 DEFAULT_SCENARIO: Final = "synthetic-default"
 DEFAULT_LOAD: Final = 0.5
@@ -23,7 +25,9 @@ DEFAULT_SECONDS: Final = 600.0
 QUICK_SECONDS: Final = 120.0
 QUICK_TRACE_SECONDS: Final = 300.0
 RUNS: Final = Path("runs")
-FREE_IN_EXPERIMENTS: Final = frozenset({"seeds", "load", "gpu", "llm", "model", "idle"})
+FREE_IN_EXPERIMENTS: Final = frozenset(
+    {"seeds", "load", "gpu", "llm", "model", "idle", "prefix_cache"}
+)
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,8 @@ def compare_scenario(
     given = {key: value for key, value in changes.items() if value is not None}
     if "trace" in given:
         base |= {"name": Path(given["trace"]).stem, "duration_s": None}
+    if isinstance(given.get("windows"), str):  # its own message
+        given["windows"] = WindowSpacing.of_text(given["windows"]).model_dump()
     if quick:
         base |= {"duration_s": QUICK_SECONDS, "seeds": 1}
     point = validate(base | given, Scenario, "compare")
@@ -130,7 +136,7 @@ def compare_experiment(
 
     Args:
         name: name or YAML file.
-        changes: keys that may be other here: seeds, load, gpu, llm, model, idle.
+        changes: keys that may be other here: seeds, load, gpu, llm, model, idle, prefix_cache.
         policies: entries instead of the experiment's; none for its own.
         phase: one of its phases only.
         quick: two minutes, one seed.
@@ -143,7 +149,8 @@ def compare_experiment(
         key = max(frozen_keys).removesuffix("_s")  # "trace" before "reading", which goes with it
         what = "the options of reading a trace" if key == "reading" else f"--{key}"
         raise BiscaleError(f"--experiment is frozen: leave out {what}")
-    update: dict[str, Any] = {key: given[key] for key in ("gpu", "llm", "model") if key in given}
+    named = ("gpu", "llm", "model", "prefix_cache")
+    update: dict[str, Any] = {key: given[key] for key in named if key in given}
     if "idle" in given:
         update["idles"] = (given["idle"],)
     if phase is not None:
@@ -178,7 +185,7 @@ def run_comparison(
     comparison: Comparison,
     out: Path | None = None,
     resume: bool = False,
-    n_jobs: int | None = None,
+    n_jobs: int | Workers | None = None,
 ) -> Path:
     """Run a comparison and keep everything in its run directory; print table and report.
 
@@ -187,7 +194,7 @@ def run_comparison(
         out: run directory; None makes a new one under ``runs``, or takes the newest of this
             comparison there to resume.
         resume: go on with an interrupted run.
-        n_jobs: processes; None for all cores.
+        n_jobs: processes, or which workers; None for all cores.
 
     Returns:
         The run directory.

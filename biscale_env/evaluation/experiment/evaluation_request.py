@@ -12,6 +12,7 @@ from biscale_env.evaluation.experiment.agent_jobs import (
     Candidate,
     candidates_of,
     case_of,
+    label_of,
     scenario_jobs,
 )
 from biscale_env.evaluation.experiment.compare import ComparisonJob
@@ -19,12 +20,14 @@ from biscale_env.evaluation.experiment.comparison import RUNS, checked_phases
 from biscale_env.evaluation.experiment.input_digests import inputs_of
 from biscale_env.evaluation.experiment.robustness import load_robustness
 from biscale_env.evaluation.experiment.run_comparison import conclude, run_all
-from biscale_env.evaluation.experiment.scenarios import Infeasible
 from biscale_env.evaluation.report import agent_table
 from biscale_env.evaluation.report.robustness_table import robustness_markdown
+from biscale_env.evaluation.rollouts.scenarios import Infeasible
 from biscale_env.evaluation.runs.run_view import load_run
 from biscale_env.evaluation.runs.rundir import RunDirectory
+from biscale_env.jobs.workers import Workers
 from biscale_env.policies.checkpoint_source import shipped_seeds
+from biscale_env.policies.policy_source import AGENT
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ def plan_evaluation(
     found = candidates_of(request.target)
     phases = phases_to_run(request, found)
     oracle_seeds = None if request.robustness else request.oracle_seeds
+    label = label_of(request.target)
     planned: list[ComparisonJob] = []
     infeasible: list[Infeasible] = []
     for (name, changes), phase in itertools.product(request.points(), phases):
@@ -113,7 +117,7 @@ def plan_evaluation(
         except Infeasible as error:
             infeasible.append(error)
             continue
-        planned += scenario_jobs(case, found, request.policies, request.tuned, oracle_seeds)
+        planned += scenario_jobs(case, found, request.policies, request.tuned, oracle_seeds, label)
     if not planned:
         nothing = BiscaleError("there is nothing to evaluate: give a scenario with --scenario")
         raise infeasible[0] if infeasible else nothing
@@ -124,7 +128,7 @@ def run_evaluation(
     request: EvaluationRequest,
     out: Path | None = None,
     resume: bool = False,
-    n_jobs: int | None = None,
+    n_jobs: int | Workers | None = None,
     table: Path | None = None,
 ) -> Path:
     """Run an evaluation and keep everything in its run directory; print table and report.
@@ -133,7 +137,7 @@ def run_evaluation(
         request: what to evaluate.
         out: run directory; None is ``runs/evaluate-<target>``.
         resume: go on with an interrupted evaluation.
-        n_jobs: processes; None for all cores.
+        n_jobs: processes, or which workers; None for all cores.
         table: also write the table with intervals to this Markdown file.
 
     Returns:
@@ -152,10 +156,12 @@ def run_evaluation(
         run_kept = load_run(folder)
         results, windows = run_kept.results, run_kept.windows
         by_split = request.robustness is not None
+        judged = label_of(request.target)
+        shipped = shipped_seeds() if judged == AGENT else None
         text = (
-            robustness_markdown(results, windows)
+            robustness_markdown(results, windows, judged)
             if by_split
-            else agent_table.markdown(results, windows, shipped_seeds())
+            else agent_table.markdown(results, windows, shipped, judged)
         )
         write_whole(table, text)
         print(f"table:         {table}")
@@ -164,5 +170,7 @@ def run_evaluation(
 
 def _file_name(target: str) -> str:
     """Last part of a target, fit for a file name."""
-    last = Path(target).name.removesuffix(".npz").removesuffix(".zip") or "agent"
+    last = (
+        Path(target).name.removesuffix(".npz").removesuffix(".zip").removesuffix(".onnx") or "agent"
+    )
     return "".join(c if c.isalnum() or c in "-_.=" else "-" for c in last)

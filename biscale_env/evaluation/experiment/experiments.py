@@ -11,7 +11,9 @@ from pydantic import Field
 from biscale_env.config.instance import IdleRule
 from biscale_env.config.loader import Config, list_names, load_named
 from biscale_env.core.errors import BiscaleError
-from biscale_env.evaluation.experiment.scenarios import Scenario, load_scenario
+from biscale_env.envs.plant import Means
+from biscale_env.evaluation.rollouts.scenarios import Scenario, load_scenario
+from biscale_env.traces import WindowSpacing
 
 
 class Experiment(Config):
@@ -29,10 +31,14 @@ class Experiment(Config):
         model: fitted model, likewise.
         idles: what an instance without work draws, ``last-clock`` or ``parked``: every policy is
             tuned and judged under each; a null entry takes the workload's.
+        prefix_cache: of prefill instances; None: that of the workloads.
         delays_s: actuation delays; a null entry takes that of the ensemble member.
         members: ensemble members.
+        means: how clocks are held, ``lock`` or ``cap``: policies are tuned and judged under each.
         policies: entries ``[label=]name``, each in the syntax of :mod:`biscale_env.policies`;
             ``all`` for the default ones of the phase, ``ablations``, ``beliefs``.
+        windows: cut the traces into windows of several days, such as ``30min/1d``; None takes the
+            workload's own.
         tune: choose the free parameters of every policy on tuning workloads.
         folds: which half of a trace tunes, ``forward`` the first, ``backward`` the second; a
             generated workload has one fold only.
@@ -53,9 +59,12 @@ class Experiment(Config):
     llm: str | None = None
     model: str | None = None
     idles: tuple[IdleRule | None, ...] = Field(default=(None,), min_length=1)
+    prefix_cache: str | None = None
     delays_s: tuple[float | None, ...] = (0.05,)
     members: tuple[int, ...] = (-1,)
+    means: tuple[Means, ...] = Field(default=("lock",), min_length=1)
     policies: tuple[str, ...] = ("all",)
+    windows: WindowSpacing | None = None
     tune: bool = True
     folds: tuple[Literal["forward", "backward"], ...] = Field(default=("forward",), min_length=1)
     seeds: int = Field(default=5, gt=0)
@@ -77,30 +86,44 @@ class Experiment(Config):
             traces: paths to use instead of named traces, by trace name.
         """
         made = []
-        for base, idle, load, slo, delay, fold in itertools.product(
-            self.workloads, self.idles, self.loads, self.slos, self.delays_s, self.folds
+        for base, idle, means, load, slo, delay, fold in itertools.product(
+            self.workloads,
+            self.idles,
+            self.means,
+            self.loads,
+            self.slos,
+            self.delays_s,
+            self.folds,
         ):
             scenario = load_scenario(base)
             if scenario.trace is None and fold != self.folds[0]:
                 continue
             path = (traces or {}).get(scenario.trace or "", scenario.trace)
             changes = {
-                "name": self._name(base, delay, fold, idle),
+                "name": self._name(base, delay, fold, idle, means),
                 "workload": base,
                 "trace": path,
                 "load": load,
                 "slo": slo,
                 "delay_s": delay,
                 "fold": fold,
+                "means": means,
                 "members": self.members,
                 "seeds": self.seeds,
                 **self._instance_changes(),
                 **({} if idle is None else {"idle": idle}),
+                **self._cut(scenario.trace),
             }
             made.append(scenario.changed(**changes))
         return made
 
-    def _name(self, base: str, delay_s: float | None, fold: str, idle: str | None) -> str:
+    def _cut(self, trace: str | None) -> dict[str, WindowSpacing]:
+        """Windows instead of a workload's own; a generated one has none."""
+        return {} if self.windows is None or trace is None else {"windows": self.windows}
+
+    def _name(
+        self, base: str, delay_s: float | None, fold: str, idle: str | None, means: str
+    ) -> str:
         """Name of a scenario in tables: its workload, and what varies besides."""
         words = [base]
         if len(self.delays_s) > 1:
@@ -109,10 +132,13 @@ class Experiment(Config):
             words.append("halves exchanged")
         if len(self.idles) > 1 and idle == "parked":
             words.append("parked")
+        if len(self.means) > 1:
+            words.append("clocks locked" if means == "lock" else "power capped")
         return ", ".join(words)
 
     def _instance_changes(self) -> dict[str, str]:
         given = {"gpu": self.gpu, "llm": self.llm, "model": self.model}
+        given["prefix_cache"] = self.prefix_cache
         return {key: value for key, value in given.items() if value is not None}
 
 

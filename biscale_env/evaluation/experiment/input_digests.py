@@ -3,14 +3,15 @@
 from collections.abc import Iterable
 
 from biscale_env.evaluation.experiment.compare import ComparisonJob
-from biscale_env.evaluation.experiment.scenarios import Case, resolve
+from biscale_env.evaluation.rollouts.scenarios import Case, resolve
 from biscale_env.evaluation.runs.provenance import file_hash, text_hash
 from biscale_env.models.coefficient_files import stem
 from biscale_env.models.iteration_model import IterationModel
 from biscale_env.policies import find_policy
 from biscale_env.policies.checkpoint_source import CheckpointSource
 from biscale_env.policies.class_source import ClassSource
-from biscale_env.policies.policy_source import PLANNED
+from biscale_env.policies.onnx_source import OnnxSource
+from biscale_env.policies.policy_source import is_planned
 
 
 def inputs_of(jobs: Iterable[ComparisonJob]) -> dict[str, str]:
@@ -28,7 +29,7 @@ def inputs_of(jobs: Iterable[ComparisonJob]) -> dict[str, str]:
         if point not in done:
             done.add(point)
             found |= case_inputs(resolve(job.scenario, job.phase))
-        if job.build not in PLANNED:
+        if not is_planned(job.build):
             found |= policy_inputs(job.build, job.phase)
     return found
 
@@ -42,8 +43,8 @@ def case_inputs(case: Case) -> dict[str, str]:
         f"SLO {plant.slo.name}": text_hash(plant.slo.model_dump_json()),
     }
     found[f"model {_model_name(scenario.instance.family, plant.model)}"] = plant.model.digest
-    if case.part is not None and case.tune_part is not None:
-        parts = f"{case.tune_part.sha256} {case.part.sha256}"
+    if case.of_trace:
+        parts = " ".join(t.sha256 for side in (case.tuning, case.judged) for t in side.traces)
         found[f"trace {scenario.trace} ({case.phase})"] = text_hash(parts)
     else:
         name = f"workload {scenario.profile} of {scenario.name} at load {scenario.load:g}"
@@ -68,6 +69,8 @@ def policy_inputs(build: str, phase: str) -> dict[str, str]:
         path = source.path(phase)
         kind, name = "checkpoint", source.base
         files = [path, *([path.with_name("config.yaml")] if path.suffix == ".zip" else [])]
+    elif isinstance(source, OnnxSource):
+        kind, name, files = "policy", str(source.path), [source.path]
     elif isinstance(source, ClassSource):
         kind, name, files = "policy", build.partition(":")[0], source.files()
     else:

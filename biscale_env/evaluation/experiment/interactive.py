@@ -14,12 +14,12 @@ from biscale_env.contract import Policy
 from biscale_env.envs.plant import Plant
 from biscale_env.evaluation.experiment.compare import ComparisonJob, record_of
 from biscale_env.evaluation.experiment.input_digests import case_inputs
-from biscale_env.evaluation.experiment.judged_curves import hindsight_static
-from biscale_env.evaluation.experiment.rollout import Rollout, rollout
-from biscale_env.evaluation.experiment.scenarios import Scenario, resolve
+from biscale_env.evaluation.rollouts.rollout import Rollout, rollout
+from biscale_env.evaluation.rollouts.scenarios import Scenario, resolve
 from biscale_env.evaluation.runs.record import Column
 from biscale_env.evaluation.runs.run_view import Run, load_run
 from biscale_env.evaluation.runs.rundir import RunDirectory
+from biscale_env.evaluation.tuning.judged_curves import hindsight_static
 from biscale_env.policies import resolve_policy
 from biscale_env.policies.policy_source import STATIC_HINDSIGHT
 
@@ -45,14 +45,14 @@ def compare_policies(
 
     Returns:
         The opened run: ``.summary()``, ``.results``; its figures are those of
-        :func:`biscale_env.evaluation.report.figures.figure`.
+        :func:`biscale_env.evaluation.report.drawing.figures.figure`.
 
     Raises:
         BiscaleError: an unknown name, a run directory in use, or a scenario that cannot be served.
     """
     named = policies if isinstance(policies, Mapping) else {name: name for name in policies}
     case = resolve(scenario, phase)
-    seeds = scenario.workload_seeds
+    seeds = case.workload_seeds()
     traces = [case.workload(seed) for seed in seeds]
     made = {label: _made(policy, case.plant) for label, policy in named.items()}
     static = hindsight_static(case, traces, -1).chosen.params["freq_mhz"]

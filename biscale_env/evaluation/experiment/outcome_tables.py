@@ -9,9 +9,10 @@ import pandas as pd
 
 from biscale_env.core.files import write_whole
 from biscale_env.evaluation.experiment.compare import ComparisonJob, JobOutcome
-from biscale_env.evaluation.experiment.window_meter import WindowTotals
+from biscale_env.evaluation.rollouts.window_meter import WindowTotals
 from biscale_env.evaluation.runs import run_files
 from biscale_env.evaluation.runs.blocks import effective_copies, origin_of
+from biscale_env.evaluation.runs.record import RunRecord
 from biscale_env.evaluation.runs.rundir import RunDirectory
 
 JOB_COLUMNS: Final = ("scenario", "slo", "load", "phase", "policy", "ensemble_member")
@@ -80,11 +81,14 @@ def keep_tuning(folder: Path, outcome: JobOutcome) -> None:
 def curve_frame(outcome: JobOutcome) -> pd.DataFrame:
     """One row per setting and window of the judged workloads, the chosen setting first.
 
-    Subsamples of one trace share its windows, so their totals are added; generated workloads have
-    windows of their own, one after another, and ``day`` says of which workload. Windows are those
-    of the original trace, also where a workload is several copies of it (``copies``).
+    Subsamples of one trace (or of one window of a day of it) share its windows, so their totals are
+    added; those of several days and generated workloads have windows of their own, one after
+    another, and ``day`` numbers the days, or the workloads. Windows are those of the original
+    trace, also where a workload is several copies of it (``copies``).
     """
-    one_trace = bool(outcome.records and outcome.records[0].labels.get("one_trace"))
+    stretches = [stretch_of(record) for record in outcome.records]
+    days = list(dict.fromkeys(day for day, _ in stretches))
+    day_of = {stretch: float(days.index(stretch[0])) for stretch in stretches}
     made_of = [(record.copies, record.workload_s) for record in outcome.records]
     copies = float(np.mean([effective_copies(each) for each, _ in made_of])) if made_of else 1.0
     frames = []
@@ -93,23 +97,40 @@ def curve_frame(outcome: JobOutcome) -> pd.DataFrame:
             WindowTotals(*(values @ origin_of(*made, values.size) for values in in_run))
             for in_run, made in zip(one.windows, made_of, strict=True)
         ]
-        totals = joined_windows(of_trace, one_trace)
-        n_windows = totals.energy_j.size
-        n_days = 1 if one_trace else len(one.windows)
+        of_stretch = joined_windows(of_trace, stretches)
+        totals = WindowTotals(*map(np.concatenate, zip(*of_stretch.values(), strict=True)))
         frame = pd.DataFrame(
-            {"setting": one.words, "window": np.arange(n_windows, dtype=np.float64)}
+            {"setting": one.words, "window": np.arange(totals.energy_j.size, dtype=np.float64)}
         )
-        frame["day"] = np.repeat(np.arange(n_days, dtype=np.float64), n_windows // n_days)
+        frame["day"] = np.concatenate(
+            [np.full(each.energy_j.size, day_of[of]) for of, each in of_stretch.items()]
+        )
         frames.append(frame.assign(**totals._asdict(), copies=copies))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def joined_windows(each: Sequence[WindowTotals], one_trace: bool) -> WindowTotals:
-    """Windows of all workloads of a setting: added up, or one after another."""
-    columns = zip(*each, strict=True)
-    if one_trace:
-        return WindowTotals(*(np.sum(column, axis=0) for column in columns))
-    return WindowTotals(*(np.concatenate(column) for column in columns))
+Stretch = tuple[str, float]
+"""Day (or generated workload), and where the window starts in the trace, s."""
+
+
+def stretch_of(record: RunRecord) -> Stretch:
+    """Which piece of time a run saw; every subsample of it saw the same."""
+    labels = record.labels
+    own = "" if labels.get("one_trace") else str(record.workload_seed)
+    return f"{labels.get('day', '')}/{own}", float(labels.get("window_start_s", 0.0))
+
+
+def joined_windows(
+    each: Sequence[WindowTotals], stretches: Sequence[Stretch]
+) -> dict[Stretch, WindowTotals]:
+    """Windows of all workloads of a setting, those of one stretch of time added up."""
+    by_stretch: dict[Stretch, list[WindowTotals]] = {}
+    for stretch, totals in zip(stretches, each, strict=True):
+        by_stretch.setdefault(stretch, []).append(totals)
+    return {
+        stretch: WindowTotals(*(np.sum(column, axis=0) for column in zip(*found, strict=True)))
+        for stretch, found in by_stretch.items()
+    }
 
 
 def member_frame(outcome: JobOutcome) -> pd.DataFrame:

@@ -3,10 +3,15 @@
 from collections.abc import Sequence
 
 from biscale_env.evaluation.experiment.compare import ComparisonJob
-from biscale_env.evaluation.experiment.hindsight import build_policy, settings_of
 from biscale_env.evaluation.experiment.policy_list import NamedPolicy
-from biscale_env.evaluation.experiment.scenarios import Case, Scenario
-from biscale_env.policies.policy_source import ORACLE, PLANNED, STATIC_BEST
+from biscale_env.evaluation.rollouts.scenarios import Case, Scenario
+from biscale_env.evaluation.tuning.hindsight import build_policy, settings_of
+from biscale_env.policies.policy_source import (
+    STATIC_BEST,
+    is_lookahead,
+    is_planned,
+    is_planned_each,
+)
 
 
 def variant_of(build: str, phase: str, tuned: bool) -> str:
@@ -30,18 +35,19 @@ def plan(
         policies: what is compared.
         tuned: choose free parameters on tuning workloads, and run every setting on the judged ones
             too, for a comparison at equal attainment.
-        oracle_seeds: workloads for which the optimum is computed, the first few; None for all.
+        oracle_seeds: workloads (of each window) for which the optimum is computed, the first few;
+            None for all.
         spread: number of ensemble members that the setting chosen in the nominal plant is run in.
 
     Raises:
         BiscaleError: a mistake in a policy's parameters.
     """
     jobs: list[ComparisonJob] = []
-    seeds = scenario.workload_seeds
+    seeds = case.workload_seeds()
     for label, build in policies:
-        if build not in PLANNED:
+        if is_lookahead(build) or not is_planned(build):
             build_policy(build, case.plant, [], scenario.members[0])
-        mine = seeds[:oracle_seeds] if build == ORACLE else seeds
+        mine = case.workload_seeds(oracle_seeds) if is_planned_each(build) else seeds
         variant = variant_of(build, case.phase, tuned)
         jobs += [
             ComparisonJob(

@@ -12,11 +12,12 @@ from biscale_env.core.errors import BiscaleError
 from biscale_env.policies import known_policies, phases_of
 from biscale_env.policies.policy_source import (
     AGENT,
+    FILES,
     PHASES,
-    PLANNED,
     STATIC_BEST,
     STATIC_HINDSIGHT,
-    SUFFIXES,
+    is_lookahead,
+    is_planned,
     split_name,
 )
 from controllers.ablations import beliefs, variants
@@ -65,7 +66,7 @@ def _goes_on(before: str, part: str) -> bool:
 
 def _starts_policy(value: str) -> bool:
     known = value in (*known_policies(), *GROUPS)
-    return known or ":" in value or Path(value).suffix in SUFFIXES
+    return known or ":" in value or Path(value).suffix in FILES
 
 
 def default_names(phase: str) -> list[str]:
@@ -96,7 +97,9 @@ def able_phases(build: str) -> tuple[str, ...]:
     Raises:
         BiscaleError: no such policy.
     """
-    return PHASES if build in PLANNED else phases_of(build)
+    if is_lookahead(build):
+        return ("prefill",)
+    return PHASES if is_planned(build) else phases_of(build)
 
 
 def choose(entries: Iterable[str] | None, phases: Sequence[str]) -> dict[str, list[NamedPolicy]]:

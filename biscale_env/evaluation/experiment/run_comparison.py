@@ -1,36 +1,27 @@
 """Running planned jobs with a progress bar, and what is shown at the end."""
 
 import itertools
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.experiment.compare import ComparisonJob, run_jobs
 from biscale_env.evaluation.experiment.outcome_tables import keep_outcome
 from biscale_env.evaluation.experiment.policy_jobs import plan
 from biscale_env.evaluation.experiment.policy_list import NamedPolicy
-from biscale_env.evaluation.experiment.scenarios import Infeasible, Scenario, resolve
+from biscale_env.evaluation.report.class_rows import print_classes, write_classes
 from biscale_env.evaluation.report.decomposition_table import write_decomposition
 from biscale_env.evaluation.report.page import write_report
 from biscale_env.evaluation.report.tables import print_table
+from biscale_env.evaluation.rollouts.scenarios import Infeasible, Scenario, resolve
 from biscale_env.evaluation.runs.results import scenario_label
 from biscale_env.evaluation.runs.run_view import load_run
 from biscale_env.evaluation.runs.rundir import RunDirectory
+from biscale_env.jobs.progress import JobProgress
+from biscale_env.jobs.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -82,7 +73,7 @@ def prepare(
 def run_all(
     run: RunDirectory,
     jobs: Sequence[ComparisonJob],
-    n_jobs: int | None,
+    n_jobs: int | Workers | None,
     infeasible: Sequence[Infeasible] = (),
 ) -> None:
     """Run what is not finished yet; every finished run is on disk before the next is awaited.
@@ -90,24 +81,22 @@ def run_all(
     Args:
         run: where to.
         jobs: all jobs, finished ones too.
-        n_jobs: processes; None for all cores.
+        n_jobs: processes, or which workers; None for all cores.
         infeasible: points to name beside the results.
     """
     run.name_infeasible([error.point for error in infeasible])
     todo = [job for job in jobs if not all(run.has(job.key(seed)) for seed in job.seeds)]
     done = len(jobs) - len(todo)
-    console = Console(stderr=True)
     try:
         with (
-            Progress(*_COLUMNS, console=console, disable=not sys.stderr.isatty()) as progress,
-            closing(run_jobs(todo, n_jobs or os.cpu_count() or 1)) as outcomes,
+            JobProgress("runs", len(jobs), done) as progress,
+            closing(run_jobs(todo, Workers.of(n_jobs))) as outcomes,
         ):
-            task = progress.add_task("runs", total=len(jobs), completed=done)
             for outcome in outcomes:
                 keep_outcome(run, outcome)
                 done += 1
                 name = f"{outcome.job.phase} {outcome.job.policy}"
-                progress.update(task, completed=done, description=name)
+                progress.tell(done, name=name, cpu_s=outcome.cpu_s)
     except KeyboardInterrupt:
         kept = f"{done} of {len(jobs)} are finished and kept in {run.path}"
         print(
@@ -118,22 +107,15 @@ def run_all(
         raise
 
 
-_COLUMNS: Final = (
-    TextColumn("{task.description}"),
-    BarColumn(),
-    MofNCompleteColumn(),
-    TimeElapsedColumn(),
-    TimeRemainingColumn(),
-)
-
-
 def conclude(folder: Path) -> None:
     """Print the table, name what is infeasible, write the report."""
     run = load_run(folder)
     if run.results.empty:
         raise BiscaleError(f"{folder} holds no finished run: add --resume to continue it")
     print_table(run.summary())
+    print_classes(run)
     for point in run.infeasible:
         print(f"infeasible, so without a table: {scenario_label(point)}: {point['reason']}")
     write_decomposition(run)
+    write_classes(run)
     print(f"\nrun directory: {folder}\nreport:        {write_report(run)}")

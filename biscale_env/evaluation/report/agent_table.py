@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from biscale_env.evaluation.stats.bootstrap import Interval, iqm
+from biscale_env.core.markdown import markdown_table
+from biscale_env.evaluation.stats.bootstrap import Interval, iqm, of_a_probability
 from biscale_env.evaluation.stats.paired_windows import PairedWindows
 from biscale_env.evaluation.stats.scores import crossed_interval
 from biscale_env.evaluation.stats.targets import judged_target
@@ -179,7 +180,7 @@ def point_rows(
     ]
 
 
-class _Scored(NamedTuple):
+class ScoredPoint(NamedTuple):
     """Scores of one policy at one point: per training seed, and that under resampling."""
 
     nominal: NDArray[np.float64]
@@ -196,7 +197,7 @@ def scores(results: pd.DataFrame, windows: pd.DataFrame, phase: str) -> dict[str
     ``better`` is the probability that an agent saves more than BiScale's own controller in a window
     of time.
     """
-    found: dict[str, list[_Scored]] = {"agent": [], "own": [], "better": []}
+    found: dict[str, list[ScoredPoint]] = {"agent": [], "own": [], "better": []}
     for _, rows in results[results["phase"] == phase].groupby(POINT, sort=False):
         parts = split(rows, None)
         served = attainment(parts.get("max", rows.iloc[:0]))
@@ -206,9 +207,9 @@ def scores(results: pd.DataFrame, windows: pd.DataFrame, phase: str) -> dict[str
         room = 1.0 - float(parts[ORACLE]["energy_ratio"].mean()) if ORACLE in parts else 1.0
         point, own = PairedWindows(rows, windows), parts[BISCALE_OWN[phase]]
         seeds = [mine for _, mine in parts["seeds"].groupby("training_seed")]
-        found["agent"].append(_scored(point, seeds, room))
-        found["own"].append(_scored(point, [own], room))
-        found["better"].append(_better(point, seeds, own))
+        found["agent"].append(scored_point(point, seeds, room))
+        found["own"].append(scored_point(point, [own], room))
+        found["better"].append(better_point(point, seeds, own))
     if not found["agent"]:
         return {"points": 0}
     rng = np.random.default_rng(SEED)
@@ -217,39 +218,63 @@ def scores(results: pd.DataFrame, windows: pd.DataFrame, phase: str) -> dict[str
             np.stack([one.nominal for one in each]),
             np.stack([one.resampled for one in each], axis=1),
             rng,
-            _mean if name == "better" else iqm,
+            mean_of_all if name == "better" else iqm,
         )
         for name, each in found.items()
     }
     return {
         **intervals,
+        "better": of_a_probability(intervals["better"]),
         "points": len(found["agent"]),
         "oracle": ORACLE in set(results["policy"]),
     }
 
 
-def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def mean_of_all(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Mean over the last axis."""
     return np.asarray(np.mean(values, axis=-1))
 
 
-def _scored(point: PairedWindows, seeds: Sequence[pd.DataFrame], room: float) -> _Scored:
+def scored_point(point: PairedWindows, seeds: Sequence[pd.DataFrame], room: float) -> ScoredPoint:
     """Score of each training seed's runs at a point, all workloads together."""
     each = [point.resampled_energy_ratio(mine) for mine in seeds]
     nominal = np.array([ratio for ratio, _ in each])
     resampled = np.stack([moved for _, moved in each], axis=1)
-    return _Scored((1.0 - nominal) / room, (1.0 - resampled) / room)
+    return ScoredPoint((1.0 - nominal) / room, (1.0 - resampled) / room)
 
 
-def _better(point: PairedWindows, seeds: Sequence[pd.DataFrame], own: pd.DataFrame) -> _Scored:
+def better_point(
+    point: PairedWindows, seeds: Sequence[pd.DataFrame], own: pd.DataFrame
+) -> ScoredPoint:
     """Fraction of windows in which each training seed saves more than BiScale's own controller."""
     less = np.stack([point.uses_less(mine, own) for mine in seeds])
     usable = np.isfinite(less).astype(np.float64)
-    return _Scored(*resampled_ratios(np.nan_to_num(less), usable, point.weights))
+    return ScoredPoint(*resampled_ratios(np.nan_to_num(less), usable, point.weights))
+
+
+def as_agent(results: pd.DataFrame, judged: str) -> pd.DataFrame:
+    """Results in which the policy that a table is about is the ``agent``; another one is left out.
+
+    Args:
+        results: completed results frame.
+        judged: the policy's label.
+    """
+    if judged == AGENT:
+        return results
+    left = results[results["policy"] != AGENT]
+    return left.assign(policy=left["policy"].replace(judged, AGENT))
+
+
+def headed(head: Sequence[str], judged: str) -> list[str]:
+    """Heads of columns with the policy's own label."""
+    return [judged + text.removeprefix(AGENT) if text.startswith(AGENT) else text for text in head]
 
 
 def markdown(
-    results: pd.DataFrame, windows: pd.DataFrame, shipped: Mapping[str, int] | None = None
+    results: pd.DataFrame,
+    windows: pd.DataFrame,
+    shipped: Mapping[str, int] | None = None,
+    judged: str = AGENT,
 ) -> str:
     """The whole table and the scores below it, phase by phase.
 
@@ -257,20 +282,14 @@ def markdown(
         results: completed results frame.
         windows: totals per run and window of time (``Run.windows``).
         shipped: per phase the training seed that is shown as ``agent``; without it all seeds are.
+        judged: label of the policy that the table is about.
     """
     parts = []
+    results = as_agent(results, judged)
     for phase in dict.fromkeys(results["phase"]):
-        lines = [
-            f"**{phase}**",
-            "",
-            "| " + " | ".join(HEAD) + " |",
-            "|---|" + "---:|" * (len(HEAD) - 1),
-        ]
-        lines += [
-            "| " + " | ".join(row) + " |"
-            for row in point_rows(results, windows, phase, (shipped or {}).get(phase))
-        ]
-        parts.append("\n".join([*lines, "", summary(results, windows, phase)]))
+        rows = point_rows(results, windows, phase, (shipped or {}).get(phase))
+        table = markdown_table(headed(HEAD, judged), rows)
+        parts.append(f"**{phase}**\n\n{table}\n\n{summary(results, windows, phase)}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -6,6 +6,7 @@ from typing import Any, Final
 import pandas as pd
 
 from biscale_env.core.files import write_whole
+from biscale_env.core.markdown import markdown_table
 from biscale_env.evaluation.runs import run_files
 from biscale_env.evaluation.runs.record import REFERENCE_POLICY, SCENARIO_COLUMNS
 from biscale_env.evaluation.runs.results import policy_label, scenario_label
@@ -48,15 +49,8 @@ def decomposition_markdown(results: pd.DataFrame) -> str:
         return ""
     texts = []
     for _, rows in parts.groupby(list(SCENARIO_COLUMNS), dropna=False, sort=False):
-        table = decomposition_rows(rows)
-        lines = [
-            f"**{scenario_label(rows.iloc[0].to_dict())}**",
-            "",
-            "| " + " | ".join(HEADS) + " |",
-            "| --- |" + " ---: |" * (len(HEADS) - 1),
-            *("| " + " | ".join(row.values()) + " |" for row in table),
-        ]
-        texts.append("\n".join(lines))
+        table = markdown_table(HEADS, [list(row.values()) for row in decomposition_rows(rows)])
+        texts.append(f"**{scenario_label(rows.iloc[0].to_dict())}**\n\n{table}")
     return "\n\n".join([*texts, NOTE]) + "\n"
 
 

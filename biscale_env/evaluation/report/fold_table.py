@@ -4,11 +4,12 @@ And their mean, which is what is claimed: a favourable order of the halves canno
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import pandas as pd
 
+from biscale_env.core.markdown import markdown_table
 from biscale_env.evaluation.report.verdicts import compared_at_equal_attainment
 from biscale_env.evaluation.report.words import MISSING, share
 from biscale_env.evaluation.runs.record import REFERENCE_POLICY, is_bound
@@ -97,10 +98,8 @@ def matrix_markdown(summary: pd.DataFrame, name: str = "equal_ratio") -> str:
         points = list(dict.fromkeys(zip(rows["workload"], rows["load"], strict=True)))
         shown = rows[~rows["policy"].map(is_bound) & ~rows["policy"].eq(STATIC_BEST)]
         order = shown.groupby("policy")[name].mean().sort_values(na_position="last").index
-        lines = [
-            "| controller | " + " | ".join(f"{w}, {load:.0%}" for w, load in points) + " |",
-            "|---|" + "---:|" * len(points),
-        ]
+        heads = ["controller", *(f"{w}, {load:.0%}" for w, load in points)]
+        cells = []
         best = {point: _least(shown, point, name) for point in points}
         for policy in order:
             mine = {
@@ -108,20 +107,21 @@ def matrix_markdown(summary: pd.DataFrame, name: str = "equal_ratio") -> str:
                 for row in shown[shown["policy"].eq(policy)].to_dict("records")
             }
             texts = [_cell(mine.get(point), name, policy == best[point]) for point in points]
-            lines.append(f"| {policy} | " + " | ".join(texts) + " |")
+            cells.append([str(policy), *texts])
         if name == "equal_ratio":
-            lines += _bound_rows(rows, points)
-        parts.append(f"**{phase}, idle at {IDLE_WORDS[str(idle)]}**\n\n" + "\n".join(lines))
+            cells += _bound_rows(rows, points)
+        title = f"**{phase}, idle at {IDLE_WORDS[str(idle)]}**"
+        parts.append(f"{title}\n\n{markdown_table(heads, cells)}")
     return "\n\n".join(parts)
 
 
-def _bound_rows(rows: pd.DataFrame, points: list[tuple[str, float]]) -> list[str]:
+def _bound_rows(rows: pd.DataFrame, points: list[tuple[str, float]]) -> list[list[str]]:
     """Plans that know the future are cut to the SLO's attainment already: as they are."""
     lines = []
     for policy, mine in rows[rows["policy"].map(is_bound)].groupby("policy", sort=False):
         ratios = {(r["workload"], r["load"]): r["tuned_ratio"] for r in mine.to_dict("records")}
         cells = [f"{ratios[point]:.3f}" if point in ratios else "" for point in points]
-        lines.append(f"| *{policy}* | " + " | ".join(cells) + " |")
+        lines.append([f"*{policy}*", *cells])
     return lines
 
 
@@ -164,17 +164,43 @@ def winners_markdown(summary: pd.DataFrame) -> str:
         return ""
     means = fold_means(summary)
     rules = list(dict.fromkeys(means["idle"]))
-    lines = [
-        "| phase | workload, load | "
-        + " | ".join(f"idle at {IDLE_WORDS[r]}" for r in rules)
-        + " |",
-        "|---|---|" + "---|" * len(rules),
-    ]
+    heads = ["phase", "workload, load", *(f"idle at {IDLE_WORDS[r]}" for r in rules)]
+    cells = []
     for (phase, workload, load), rows in means.groupby(["phase", "workload", "load"], sort=False):
         point = (str(workload), float(str(load)))
         texts = [_winner(rows[rows["idle"].eq(rule)], point) for rule in rules]
-        lines.append(f"| {phase} | {workload}, {point[1]:.0%} | " + " | ".join(texts) + " |")
-    return "\n".join(lines)
+        cells.append([str(phase), f"{workload}, {point[1]:.0%}", *texts])
+    return markdown_table(heads, cells, "l")
+
+
+def ranges_markdown(summary: pd.DataFrame, policies: Mapping[str, Sequence[str]]) -> str:
+    """Energy of a few policies over all operating points: least to most, a row per idle rule.
+
+    Args:
+        summary: of a tuned run.
+        policies: per phase the policies to show, bounds among them; as many for each phase.
+
+    Returns:
+        A table; in brackets at how many operating points a policy has a number in every fold.
+    """
+    means = fold_means(summary)
+    kinds = zip(*policies.values(), strict=True)
+    heads = ["phase, idle GPUs", *(" / ".join(dict.fromkeys(names)) for names in kinds)]
+    cells = []
+    for (phase, idle), rows in means.groupby(["phase", "idle"], sort=False):
+        points = len(rows[["workload", "load"]].drop_duplicates())
+        texts = [_range(rows[rows["policy"].eq(name)], points) for name in policies[str(phase)]]
+        cells.append([f"{phase}, {IDLE_WORDS[str(idle)]}", *texts])
+    return markdown_table(heads, cells)
+
+
+def _range(rows: pd.DataFrame, points: int) -> str:
+    bounded = rows["policy"].map(is_bound).any()
+    values = rows["tuned_ratio" if bounded else "equal_ratio"].dropna()
+    if values.empty:
+        return MISSING
+    reached = "" if len(values) == points else f" ({len(values)} of {points})"
+    return f"{values.min():.2f}–{values.max():.2f}{reached}"
 
 
 def _winner(rows: pd.DataFrame, point: tuple[str, float]) -> str:

@@ -18,11 +18,14 @@ from plotly.offline import get_plotlyjs
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import write_whole
 from biscale_env.evaluation.report import tables, verdicts, words
+from biscale_env.evaluation.report.class_rows import CLASSES_NOTE, class_rows
 from biscale_env.evaluation.report.decomposition_table import NOTE, decomposition_rows
-from biscale_env.evaluation.report.figure_style import at_point, without_variants
-from biscale_env.evaluation.report.figures import NAMES, figure
-from biscale_env.evaluation.report.palette import dark_twins, styles
+from biscale_env.evaluation.report.drawing.figure_style import at_point
+from biscale_env.evaluation.report.drawing.figures import NAMES, figure
+from biscale_env.evaluation.report.drawing.palette import dark_twins, styles
+from biscale_env.evaluation.report.overview import overviews, point_title
 from biscale_env.evaluation.runs import run_files
+from biscale_env.evaluation.runs.class_columns import class_table
 from biscale_env.evaluation.runs.record import is_bound
 from biscale_env.evaluation.runs.run_view import Run
 from biscale_env.evaluation.stats.decomposition import decompose
@@ -76,31 +79,36 @@ def write_report(run: Run, path: Path | None = None, title: str | None = None) -
     return target
 
 
-def render(run: Run, title: str | None = None) -> str:
-    """The report as HTML text."""
-    loader = jinja2.PackageLoader("biscale_env.evaluation", "templates")
+def template(name: str) -> jinja2.Template:
+    """A template of the pages of this package; a name it lacks a value for is an error."""
     environment = jinja2.Environment(
-        loader=loader,
+        loader=jinja2.PackageLoader("biscale_env.evaluation", "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    return environment.get_template(name)
+
+
+def render(run: Run, title: str | None = None) -> str:
+    """The report as HTML text."""
     look = styles(run.results["policy"].tolist())
     names = run.results["workload" if "workload" in run.results else "scenario"]
     scenarios = list(dict.fromkeys(names.fillna(run.results["scenario"])))
     points = point_views(run)
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         title=title
         or f"Clock control on {', '.join(scenarios[:3])}{' …' if len(scenarios) > 3 else ''}",
         points=points,
-        overview=overview(run) if len(points) > 1 else None,
+        overviews=overviews(run) if len(points) > 1 else [],
         infeasible=[point["title"] for point in points if point["infeasible"]]
         + [f"{point_title(point)}: no table, since {point['reason']}" for point in run.infeasible],
         look={name: {"color": style.color, "dark": style.dark} for name, style in look.items()},
         twins=Markup(_script_json(dark_twins(list(look.values())))),
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
         savings_note=NOTE,
+        classes_note=CLASSES_NOTE,
         provenance=run.provenance,
         config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
     )
@@ -119,6 +127,7 @@ def point_views(run: Run) -> list[dict[str, Any]]:
     """
     views, spent = [], 0
     summary, savings = run.summary(), decompose(run.results)
+    classes = class_table(run.results)
     for number, point in enumerate(run.points()):
         rows = tables.ordered(at_point(summary, point))
         first = {str(k): v for k, v in rows.iloc[0].to_dict().items()}
@@ -140,17 +149,12 @@ def point_views(run: Run) -> list[dict[str, Any]]:
                     for row in rows.to_dict("records")
                 ],
                 "savings": [] if savings.empty else decomposition_rows(at_point(savings, point)),
+                "classes": [] if classes.empty else class_rows(at_point(classes, point)),
                 "figures": drawn or [],
                 "left_out": drawn is None,
             }
         )
     return views
-
-
-def point_title(point: dict[str, Any]) -> str:
-    """Short title of an operating point."""
-    load = "" if pd.isna(point["load"]) else f" at {100 * point['load']:.0f} % load"
-    return f"{str(point['phase']).capitalize()}: {point['scenario']}{load}, SLO {point['slo']}"
 
 
 def facts(run: Run, point: dict[str, Any], first: dict[str, Any]) -> list[str]:
@@ -170,7 +174,16 @@ def facts(run: Run, point: dict[str, Any], first: dict[str, Any]) -> list[str]:
         f"{members} ensemble member{'s' * (members > 1)}"
     )
     found.append(f"TP{point['tp']} {point['dtype']}, {first['n_gpus']} GPUs")
-    return found
+    return found + cache_facts(rows)
+
+
+def cache_facts(rows: pd.DataFrame) -> list[str]:
+    """What the prefix cache spared, where prompts share anything that is known."""
+    if "prefix_cache" not in rows or (rows["prefix_cache"].fillna("off") == "off").all():
+        return []
+    rule, share = str(rows["prefix_cache"].iloc[0]), float(rows["cached_share"].mean())
+    spared = "" if math.isnan(share) else f", {words.share(share)} % of prompt tokens cached"
+    return [f"prefix cache {rule}{spared}"]
 
 
 def table_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -231,57 +244,3 @@ def figures_of(run: Run, point: dict[str, Any]) -> list[dict[str, str]]:
             }
         )
     return found
-
-
-def overview(run: Run) -> dict[str, Any]:
-    """Energy relative to max clock of every policy at every operating point.
-
-    A policy that is there in several settings shows its default, else the best of those that meet
-    the SLO.
-    """
-    summary = pd.concat(
-        [without_variants(tables.ordered(at_point(run.summary(), p))) for p in run.points()]
-    )
-    labels = list(dict.fromkeys(summary["policy"]))
-    rows = []
-    for number, point in enumerate(run.points()):
-        here = at_point(summary, point).drop_duplicates("policy").set_index("policy")
-        row_cells = [
-            _overview_cell(here.loc[label]) if label in here.index else None for label in labels
-        ]
-        blocked = verdicts.infeasible(here)
-        rows.append(
-            {
-                "id": f"point-{number}",
-                "title": point_title(point),
-                "cells": row_cells,
-                "infeasible": blocked,
-            }
-        )
-    return {
-        "labels": labels,
-        "rows": rows,
-        "curves": verdicts.compared_at_equal_attainment(summary),
-    }
-
-
-def _overview_cell(row: Any) -> dict[str, Any]:
-    """Energy at equal attainment where there are curves, else as it is with its attainment."""
-    if row.get("equal_state"):
-        named = {**row.to_dict(), "policy": row.name}
-        return {
-            "text": tables.equal_text(named, "equal_ratio").partition(" [")[0],
-            "met": bool(math.isfinite(row["equal_ratio"])),
-            "attainment": "",
-        }
-    ratio = float(row["energy_ratio"])
-    text = (
-        words.ratio_text(ratio)
-        if math.isfinite(ratio)
-        else words.number(float(row["energy_per_output_token_j"]))
-    )
-    return {
-        "text": text,
-        "met": bool(row["target_met"]),
-        "attainment": words.share(float(row["attainment"])),
-    }

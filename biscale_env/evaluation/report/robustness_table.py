@@ -2,7 +2,8 @@
 
 import pandas as pd
 
-from biscale_env.evaluation.report.agent_table import percent, shown, target
+from biscale_env.core.markdown import markdown_table
+from biscale_env.evaluation.report.agent_table import as_agent, headed, percent, shown, target
 from biscale_env.evaluation.stats.paired_windows import PairedWindows
 from biscale_env.policies.policy_source import AGENT, BISCALE_OWN, STATIC_HINDSIGHT
 
@@ -19,7 +20,7 @@ HEAD = (
 )
 
 
-def robustness_markdown(results: pd.DataFrame, windows: pd.DataFrame) -> str:
+def robustness_markdown(results: pd.DataFrame, windows: pd.DataFrame, judged: str = AGENT) -> str:
     """One row per phase, split and condition.
 
     Max clock, best static in hindsight, BiScale's own, the agent and the paired difference.
@@ -27,8 +28,10 @@ def robustness_markdown(results: pd.DataFrame, windows: pd.DataFrame) -> str:
     Args:
         results: completed results frame.
         windows: totals per run and window of time (``Run.windows``).
+        judged: label of the policy that the table is about.
     """
-    lines = ["| " + " | ".join(HEAD) + " |", "|---|---|---|" + "---:|" * (len(HEAD) - 3)]
+    results = as_agent(results, judged)
+    lines = []
     for (phase, scenario), rows in results.groupby(["phase", "scenario"], sort=False):
         split, _, name = str(scenario).partition(BETWEEN)
         own = BISCALE_OWN[str(phase)]
@@ -40,5 +43,5 @@ def robustness_markdown(results: pd.DataFrame, windows: pd.DataFrame) -> str:
         cells = [str(shown(parts[policy], target(rows), point) or "-") for policy in policies]
         difference = point.energy_difference(parts[AGENT], parts[own])
         cells.append(percent(difference))
-        lines.append("| " + " | ".join([str(phase), split, name, *cells]) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([str(phase), split, name, *cells])
+    return markdown_table(headed(HEAD, judged), lines, "lllr") + "\n"

@@ -138,6 +138,12 @@ def load_caption(rows: pd.DataFrame) -> str:
     text = f"Load: {load} of the {number(own)} requests/s that max clock serves within the SLO"
     if not first["one_trace"]:
         return f"{text}."
+    days = int(first["days"]) if "days" in rows else rows["day"].nunique() if "day" in rows else 0
+    if days:
+        return (
+            f"{text} on {days} judged days, all windows at one multiple of their own rates; tuned "
+            f"at {load} of the {number(tune)} requests/s that it serves on the other days."
+        )
     return (
         f"{text} on the evaluated part of the trace; tuned at {load} of the {number(tune)} "
         "requests/s that it serves on the tuning part."

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
+from biscale_env.evaluation.stats.class_metrics import CLASSES, slo_of
+
 MISSING: Final = "–"
 
 
@@ -81,4 +83,24 @@ def requirement(row: Mapping[str, Any]) -> str:
         for metric in metrics_of(str(row["phase"]))
     ]
     joint = " jointly" if row["slo_statistic"] == "joint" and len(bounds) > 1 else ""
-    return f"{' and '.join(bounds)} for {100 * row['slo_attainment']:.4g} % of requests{joint}"
+    found = f"{' and '.join(bounds)} for {100 * row['slo_attainment']:.4g} % of requests{joint}"
+    return found + classes_words(row)
+
+
+def classes_words(row: Mapping[str, Any]) -> str:
+    """What the SLO's classes are promised; empty without classes.
+
+    Attainment is then that of the class that is worst off, in the SLO's own terms.
+    """
+    if not isinstance(row.get(CLASSES), str):
+        return ""
+    slo = slo_of(row)
+    told = []
+    for k, name in enumerate(slo.class_names[1:], start=1):
+        own = slo.of_class(k)
+        bounds = " and ".join(
+            f"{metric.upper()} ≤ {1e3 * getattr(own, f'{metric}_s'):.6g} ms"
+            for metric in metrics_of(str(row["phase"]))
+        )
+        told.append(f"{name} {bounds} for {100 * own.attainment:.4g} %")
+    return f" ({'; '.join(told)}; attainment is that of the class worst off)"

@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biscale_env.evaluation.runs.record import RunRecord
-from biscale_env.evaluation.stats.metrics import finished, judge
+from biscale_env.evaluation.stats.class_metrics import judged_counts
+from biscale_env.evaluation.stats.judging import judge
+from biscale_env.evaluation.stats.metrics import finished
 from biscale_env.evaluation.stats.windows import WINDOW_S, window_of, window_starts
 
 TOTALS: Final = ("energy_j", "n_counted", "n_met", "output_tokens")
@@ -53,7 +55,7 @@ def window_totals(record: RunRecord, window_s: float = WINDOW_S) -> dict[str, ND
     n_windows = begin_s.size
     verdict = judge(record.requests, record.slo, record.phase, record.duration_s)
     window = window_of(record.requests["arrival_s"], begin_s)
-    counted = verdict["counted"]
+    judged = judged_counts(record.requests, verdict, record.slo)
 
     def total(values: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.bincount(window, values, minlength=n_windows).astype(np.float64)
@@ -68,8 +70,8 @@ def window_totals(record: RunRecord, window_s: float = WINDOW_S) -> dict[str, ND
         made *= produced / made.sum()
     in_run = {
         "energy_j": in_timeline + rest_j / n_windows,
-        "n_counted": total(counted.astype(np.float64)),
-        "n_met": total((counted & verdict["met"]).astype(np.float64)),
+        "n_counted": total(judged.counted),
+        "n_met": total(judged.met),
         "output_tokens": made,
     }
     origin = origin_of(record.copies, record.workload_s, n_windows)

@@ -4,6 +4,7 @@ Relative to max clock and to the best static clock in hindsight.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -14,11 +15,14 @@ from biscale_env.evaluation.runs.member_columns import Key, row_keys
 from biscale_env.evaluation.runs.record import REFERENCE_POLICY
 from biscale_env.evaluation.stats.equal_attainment import (
     AttainmentCurve,
-    ratio_interval_at,
+    mean_ratio_interval_at,
     standing,
 )
 from biscale_env.evaluation.stats.paired_windows import point_weights
 from biscale_env.policies.policy_source import STATIC_BEST, STATIC_HINDSIGHT
+
+Curves = dict[Key, dict[tuple[int, int], tuple[AttainmentCurve, float]]]
+"""Curve and attainment asked for, by operating point and policy, ensemble member, training seed."""
 
 TOTALS: Final = ("energy_j", "n_met", "n_counted", "output_tokens")
 AGAINST: Final = {"equal_ratio": REFERENCE_POLICY, "static_ratio": STATIC_HINDSIGHT}
@@ -32,8 +36,9 @@ def add_equal_attainment(
 
     ``equal_state`` is ``reached``, ``above`` (even the setting of least energy attains more than
     was asked) or ``not reached`` (no number). ``<column>_not_reached`` is the share of resamples in
-    which one of the two curves does not reach. Policies of several members or training seeds are
-    compared in the first of them.
+    which one of the two curves does not reach. Over several members of the ensemble or training
+    seeds it is the mean of the ratios, each formed within one plant at the attainment that is
+    asked for in it; where one of them does not reach it there is no number.
 
     Args:
         summary: from :func:`biscale_env.evaluation.runs.results.summarise`.
@@ -42,18 +47,27 @@ def add_equal_attainment(
     """
     if curves.empty:
         return summary
+    plants = dict(
+        zip(
+            results["run_id"],
+            zip(
+                results["ensemble_member"].astype(int),
+                results["training_seed"].astype(int),
+                results["target"].astype(float),
+                strict=True,
+            ),
+            strict=True,
+        )
+    )
     names = dict(zip(results["run_id"], row_keys(results), strict=True))
-    found: dict[Key, AttainmentCurve] = {}
+    found: Curves = {}
     windows: dict[Key, pd.DataFrame] = {}
     for run, rows in curves.groupby("run_id", sort=False):
-        key = names[str(run)]
-        if key not in found:
-            found[key], windows[key[:-2]] = curve_of(rows), rows.head(int(rows["window"].max()) + 1)
-    targets = dict(zip(row_keys(results), results["target"], strict=True))
+        key, (member, seed, target) = names[str(run)], plants[str(run)]
+        found.setdefault(key, {}).setdefault((member, seed), (curve_of(rows), target))
+        windows.setdefault(key[:-2], rows.head(int(rows["window"].max()) + 1))
     weights = {point: _weights(point, found, rows) for point, rows in windows.items()}
-    added = [
-        _ratios(key, found, float(targets[key]), weights.get(key[:-2])) for key in row_keys(summary)
-    ]
+    added = [_ratios(key, found, weights.get(key[:-2])) for key in row_keys(summary)]
     return pd.concat([summary, pd.DataFrame(added, index=summary.index)], axis=1)
 
 
@@ -65,21 +79,22 @@ def curve_of(rows: pd.DataFrame) -> AttainmentCurve:
     )
 
 
-def _weights(
-    point: Key, curves: dict[Key, AttainmentCurve], windows: pd.DataFrame
-) -> NDArray[np.float64]:
+def _weights(point: Key, curves: Curves, windows: pd.DataFrame) -> NDArray[np.float64]:
     """Weights of the windows of a point, the same for all of its policies.
 
-    The load, and the policies' mean energy beside max clock's, say how alike neighbours are.
-    Workloads generated independently of each other are days apart.
+    The load, and the policies' mean energy beside max clock's in their first plant, say how alike
+    neighbours are. Workloads generated independently of each other are days apart.
 
     Args:
         point: the operating point.
         curves: all curves.
         windows: ``day`` and ``copies`` of each window.
     """
-    top = curves.get((*point, REFERENCE_POLICY, ""))
-    mine = [curve for key, curve in curves.items() if key[:-2] == point]
+    first = {
+        key: of_plants[min(of_plants)][0] for key, of_plants in curves.items() if key[:-2] == point
+    }
+    top = first.get((*point, REFERENCE_POLICY, ""))
+    mine = list(first.values())
     series: list[NDArray[np.float64]] = []
     if top is not None:
         base = np.where(top.energy_j[0] > 0, top.energy_j[0], np.nan)
@@ -89,20 +104,24 @@ def _weights(
     return point_weights(windows["day"].to_numpy(), mine[0].n_counted[0], series, copies)
 
 
-def _ratios(
-    key: Key, curves: dict[Key, AttainmentCurve], target: float, weights: NDArray[np.float64] | None
-) -> dict[str, Any]:
+def _ratios(key: Key, curves: Curves, weights: NDArray[np.float64] | None) -> dict[str, Any]:
     point, (policy, variant) = key[:-2], key[-2:]
     # constant clocks are one family, so they have one curve
     own = (*point, STATIC_HINDSIGHT, "") if policy == STATIC_BEST else (*point, policy, variant)
-    curve = curves.get(own)
-    row: dict[str, Any] = {"equal_state": "" if curve is None else standing(curve, target)}
+    mine = curves.get(own, {})
+    row: dict[str, Any] = {"equal_state": _standing(list(mine.values()))}
     for column, other in AGAINST.items():
-        base = curves.get((*point, other, ""))
-        if curve is None or base is None or weights is None:
+        others = curves.get((*point, other, ""), {})
+        base = {member: curve for (member, _), (curve, _) in others.items()}
+        pairs = [
+            (curve, base[member], target)
+            for (member, _), (curve, target) in mine.items()
+            if member in base
+        ]
+        if not pairs or weights is None:
             row[column] = math.nan
             continue
-        ratio = ratio_interval_at(curve, base, target, weights)
+        ratio = mean_ratio_interval_at(pairs, weights)
         row |= {
             column: ratio.estimate,
             f"{column}_ci_low": ratio.low,
@@ -110,3 +129,9 @@ def _ratios(
             f"{column}_not_reached": ratio.not_reached,
         }
     return row
+
+
+def _standing(plants: Sequence[tuple[AttainmentCurve, float]]) -> str:
+    """The curve's standing that says least in any plant; empty without a curve."""
+    found = {standing(curve, target) for curve, target in plants}
+    return next((s for s in ("not reached", "above", "reached") if s in found), "")

@@ -27,7 +27,8 @@ def add_member_range(
     """Add ``member_ratio_low`` and ``_high``: 5 and 95 % of the energy ratio over members.
 
     Every member's energy is divided by that of max clock in the same member, on the same workload;
-    parameters are those chosen in the nominal plant. ``n_members`` says over how many.
+    parameters are those chosen in the nominal plant, and of several training seeds it is the mean.
+    ``n_members`` says over how many.
 
     Args:
         summary: the summary so far.
@@ -37,9 +38,10 @@ def add_member_range(
     if member_runs.empty:
         return summary
     names = dict(zip(results["run_id"], row_keys(results), strict=True))
-    energy: dict[Key, pd.Series] = {}
+    each: dict[Key, list[pd.Series]] = {}
     for run, rows in member_runs.groupby("run_id", sort=False):
-        energy.setdefault(names[str(run)], rows.set_index("member")["energy_j"])
+        each.setdefault(names[str(run)], []).append(rows.set_index("member")["energy_j"])
+    energy = {key: pd.concat(seeds, axis=1).mean(axis=1) for key, seeds in each.items()}
     added = [_member_range(key, energy) for key in row_keys(summary)]
     return pd.concat([summary, pd.DataFrame(added, index=summary.index)], axis=1)
 

@@ -43,6 +43,11 @@ TIMELINE_COLUMNS: Final = (
     "batch_tokens",
     "kv_use",
 )
+SLO_CLASS: Final = "slo_class"
+"""Column of requests: number of each one's class in the SLO; only where the SLO has classes."""
+INSTANCE: Final = "instance"
+"""Column of timelines: number of the instance, where several are in one record. The labels
+``instance_names`` and ``instance_gpus`` then tell of each, separated by spaces."""
 REQUIRED_TOTALS: Final = ("energy_j", "duration_s")
 
 KEY_COLUMNS: Final = (
@@ -88,11 +93,14 @@ def run_id(row: Mapping[str, Any]) -> str:
 
 BOUND_FAMILY: Final = "oracle"
 """Policies of this family know the future: a bound, no controller."""
+FORESIGHT_FAMILY: Final = "lookahead"
+"""Policies of this family know the next seconds: no controller either."""
 
 
 def is_bound(policy: str) -> bool:
     """Whether a policy is a bound that knows the future, and no controller."""
-    return policy == BOUND_FAMILY or policy.startswith(f"{BOUND_FAMILY}-")
+    family = policy.partition(":")[0]
+    return family in (BOUND_FAMILY, FORESIGHT_FAMILY) or policy.startswith(f"{BOUND_FAMILY}-")
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,12 +125,13 @@ class RunRecord:
             (prefill: its first batch; decode: admission). ``first_token_s``: prefill completes
             (decode: arrival at the decode pool, where TPOT starts to count). ``finish_s``: the last
             token (prefill: equal to ``first_token_s``). NaN: did not happen within the run. Tokens
-            are those asked for.
+            are those asked for. Prefill also has ``cached_tokens``: tokens of the prompt that the
+            prefix cache had. `SLO_CLASS` where the SLO has classes.
         timeline: one array per name of ``TIMELINE_COLUMNS``, one entry per decision: ``time_s`` its
             start, ``duration_s`` of the iteration, ``idle_s`` after it, clocks (requested; applied
             at the start; mean effective under the power cap), ``power_w`` mean per GPU over the
             iteration, ``energy_j`` of the instance including the idle time after it, queue and
-            batch sizes, ``kv_use`` in [0, 1].
+            batch sizes, ``kv_use`` in [0, 1]. `INSTANCE` where there are several.
         totals: at least ``energy_j`` (all counted GPUs, idle included) and ``duration_s``; also
             used when present: ``energy_idle_j``, ``busy_at_max_clock_j`` (what its iterations
             would have cost at the highest clock), ``iterations``, ``output_tokens`` (produced

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
+from biscale_env.evaluation.runs.class_columns import pooled_attainment
 from biscale_env.evaluation.runs.record import (
     PAIR_COLUMNS,
     PHASES,
@@ -17,6 +18,7 @@ from biscale_env.evaluation.runs.record import (
     SCENARIO_COLUMNS,
 )
 from biscale_env.evaluation.stats import targets
+from biscale_env.evaluation.stats.class_metrics import CLASSES
 
 LATENCIES: Final = tuple(f"{metric}_p{q}_s" for metric in ("ttft", "tpot") for q in (50, 90, 99))
 _AVERAGED: Final = (
@@ -134,7 +136,10 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
             row[name] = bool(row["attainment"] >= float(group[bound].iloc[0]) * (1 - 1e-12))
         row |= {name: group[name].iloc[0] for name in _COMMON}
         row |= {name: group[name].iloc[0] for name in _LABELS if name in group}
+        row |= {CLASSES: group[CLASSES].iloc[0]} if CLASSES in group else {}
         row |= {name: round(float(group[name].sum())) for name in _SUMMED}
+        if "day" in group:
+            row["days"] = group["day"].nunique()
         rows.append(row)
     summary = pd.DataFrame(rows)
     if len(summary):
@@ -167,6 +172,9 @@ def _pooled_columns(group: pd.DataFrame) -> dict[str, float]:
     own = group["energy_per_output_token_j"]
     base = own / group["energy_ratio"]
     paired = base.notna()
+    worst = pooled_attainment(group)
+    if worst is not None:
+        pooled["attainment"] = worst
     return pooled | {"energy_ratio": _ratio(own[paired].sum(), base[paired].sum())}
 
 

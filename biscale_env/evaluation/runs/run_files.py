@@ -25,6 +25,7 @@ TIMELINES: Final = "timelines.parquet"
 WINDOWS: Final = "windows.parquet"
 SUMMARY: Final = "summary.csv"
 DECOMPOSITION: Final = "decomposition.csv"
+CLASSES: Final = "classes.csv"
 INFEASIBLE: Final = "infeasible.csv"
 REPORT: Final = "report.html"
 TUNING: Final = "tuning.csv"
@@ -178,9 +179,14 @@ def plain(value: Any) -> Any:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one mapping with dotted keys."""
-    if isinstance(value, Mapping) and value:
-        pairs = [flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in value.items()]
+    """Nested mappings, in lists too, as one mapping with keys like ``a.b`` and ``c[0].d``."""
+    inner: dict[str, Any] = {}
+    if isinstance(value, Mapping):
+        inner = {f"{prefix}.{k}" if prefix else str(k): v for k, v in value.items()}
+    elif isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
+        inner = {f"{prefix}[{k}]": v for k, v in enumerate(value)}
+    if inner:
+        pairs = [flat(v, name) for name, v in inner.items()]
         return {k: v for pair in pairs for k, v in pair.items()}
     return {prefix or "configuration": value}
 
@@ -243,7 +249,8 @@ def merge_tables(path: Path, parts: Sequence[Path]) -> None:
 
 
 def _tables(path: Path, parts: Sequence[Path], fresh: set[str]) -> Iterator[pa.Table]:
-    schema = pq.read_schema(parts[0])
+    # runs of an SLO with classes have a column more
+    schema = pa.unify_schemas([pq.read_schema(part) for part in parts])
     if path.is_file():
         with reading(path):
             old = pq.ParquetFile(path)
@@ -261,9 +268,9 @@ def _tables(path: Path, parts: Sequence[Path], fresh: set[str]) -> Iterator[pa.T
 
 
 def _completed(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """A table of an older version with the columns it lacks, all zero."""
+    """A table of an older version, or of another kind of run, with columns it lacks, all zero."""
     for field in schema:
         if field.name not in table.column_names:
             zeros = pa.array(np.zeros(table.num_rows), field.type)
             table = table.append_column(field, zeros)
-    return table
+    return table.select(schema.names) if set(schema.names) >= set(table.column_names) else table

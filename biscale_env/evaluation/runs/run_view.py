@@ -10,14 +10,14 @@ import pandas as pd
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from biscale_env.config.slo import Slo
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.runs import results, run_files
 from biscale_env.evaluation.runs.equal_columns import add_equal_attainment
 from biscale_env.evaluation.runs.member_columns import add_member_range
 from biscale_env.evaluation.runs.record import INFEASIBLE_COLUMNS, SCENARIO_COLUMNS
+from biscale_env.evaluation.stats.class_metrics import slo_of
 from biscale_env.evaluation.stats.intervals import add_intervals
-from biscale_env.evaluation.stats.metrics import judge, judged_latency_s
+from biscale_env.evaluation.stats.judging import judge, judged_latency_s
 
 
 class Run:
@@ -186,17 +186,6 @@ class Run:
             "records"
         )
         return [{str(k): v for k, v in row.items()} for row in rows]
-
-
-def slo_of(row: dict[str, Any]) -> Slo:
-    """The SLO that a results row was judged by."""
-    return Slo(
-        name=row["slo"],
-        ttft_s=row["slo_ttft_s"],
-        tpot_s=row["slo_tpot_s"],
-        attainment=row["slo_attainment"],
-        statistic=row["slo_statistic"],
-    )
 
 
 def load_run(path: str | os.PathLike[str]) -> Run:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import yaml
@@ -30,13 +31,16 @@ from biscale_env.evaluation.runs.blocks import WINDOW_COLUMNS, window_totals
 from biscale_env.evaluation.runs.provenance import provenance
 from biscale_env.evaluation.runs.record import (
     INFEASIBLE_COLUMNS,
+    INSTANCE,
     REQUEST_COLUMNS,
+    SLO_CLASS,
     TIMELINE_COLUMNS,
     RunRecord,
     run_id,
 )
 from biscale_env.evaluation.runs.run_view import Run, load_run
-from biscale_env.evaluation.stats.metrics import FAILED, failures, results_row
+from biscale_env.evaluation.stats.judging import CACHED, FAILED, failures
+from biscale_env.evaluation.stats.metrics import results_row
 
 _ABSENT: Final = "absent"
 _WRITTEN: Final = (
@@ -47,6 +51,7 @@ _WRITTEN: Final = (
     *run_files.JOB_TABLES,
     run_files.SUMMARY,
     run_files.DECOMPOSITION,
+    run_files.CLASSES,
     run_files.INFEASIBLE,
     run_files.TUNING,
     run_files.REPORT,
@@ -276,10 +281,14 @@ class RunDirectory:
             run_files.WINDOWS: (window_totals(record), WINDOW_COLUMNS)
         }
         if keep_requests:
-            requests = {**record.requests, FAILED: failures(record.requests)}
-            tables[run_files.REQUESTS] = (requests, (*REQUEST_COLUMNS, FAILED))
+            none = np.zeros(np.size(record.requests[REQUEST_COLUMNS[0]]))
+            requests = {CACHED: none, **record.requests, FAILED: failures(record.requests)}
+            named = (SLO_CLASS,) if SLO_CLASS in record.requests else ()
+            kept = (*REQUEST_COLUMNS, CACHED, FAILED, *named)
+            tables[run_files.REQUESTS] = (requests, kept)
         if keep_timeline:
-            tables[run_files.TIMELINES] = (record.timeline, TIMELINE_COLUMNS)
+            numbered = (INSTANCE,) if INSTANCE in record.timeline else ()
+            tables[run_files.TIMELINES] = (record.timeline, (*TIMELINE_COLUMNS, *numbered))
         for name, (columns, names) in tables.items():
             pq.write_table(
                 run_files.run_table(row["run_id"], columns, names),

@@ -31,6 +31,12 @@ def percentile_interval(estimate: float, resampled: ArrayLike, level: float = LE
     return Interval(estimate, float(low), float(high))
 
 
+def of_a_probability(interval: Interval) -> Interval:
+    """An interval with its ends in [0, 1]: those of a linear resampling may lie outside."""
+    low, high = np.clip([interval.low, interval.high], 0.0, 1.0)
+    return Interval(interval.estimate, float(low), float(high))
+
+
 def student_interval(values: ArrayLike, level: float = LEVEL) -> Interval:
     """Mean of independent values with Student's interval; NaN is left out.
 

@@ -7,6 +7,7 @@ Where a curve does not reach it there is no number, and no difference is formed.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -142,7 +143,49 @@ def ratio_interval_at(
     Raises:
         BiscaleError: curves or weights of different windows.
     """
+    return mean_ratio_interval_at([(curve_a, curve_b, target)], weights, level)
+
+
+def mean_ratio_interval_at(
+    pairs: Sequence[tuple[AttainmentCurve, AttainmentCurve, float]],
+    weights: ArrayLike,
+    level: float = LEVEL,
+) -> EnergyRatio:
+    """Mean of :func:`ratio_interval_at` over plants, each at its own attainment.
+
+    The windows of all are resampled alike. There is no number where one of the curves does not
+    reach its attainment: a mean over the plants that are easy would compare other plants.
+
+    Args:
+        pairs: curves of A and B and the attainment, in each plant.
+        weights: as of :func:`ratio_interval_at`.
+        level: confidence level.
+
+    Raises:
+        BiscaleError: curves or weights of different windows, or no pair at all.
+    """
     drawn = np.asarray(weights, dtype=np.float64)
+    each = [_resampled_ratio(*pair, drawn) for pair in pairs]
+    if not each:
+        raise BiscaleError("a ratio of energies needs the curves of one plant at least, got none")
+    estimate = math.fsum(ratio for ratio, _ in each) / len(each)
+    if math.isnan(estimate) or np.isnan(drawn).any():
+        return EnergyRatio(estimate, math.nan, math.nan, math.nan)
+    # the mean of what the plants that reach it deviate by: to keep only the resamples in which all
+    # do would keep easy windows
+    deviations = np.array([resampled - ratio for ratio, resampled in each])
+    reached = np.isfinite(deviations)
+    count = reached.sum(axis=0)
+    total = np.where(reached, deviations, 0.0).sum(axis=0)
+    ratios = np.where(count > 0, estimate + total / np.maximum(count, 1), np.nan)
+    interval = percentile_interval(estimate, ratios, level)
+    return EnergyRatio(*interval, not_reached=float(np.mean(~reached)))
+
+
+def _resampled_ratio(
+    curve_a: AttainmentCurve, curve_b: AttainmentCurve, target: float, drawn: Floats
+) -> tuple[float, Floats]:
+    """The ratio and its value in each resample; NaN: not reached."""
     n_windows = {curve_a.energy_j.shape[1], curve_b.energy_j.shape[1], drawn.shape[1]}
     if len(n_windows) > 1:
         raise BiscaleError(
@@ -151,13 +194,11 @@ def ratio_interval_at(
     energy = energy_at(curve_a, target), energy_at(curve_b, target)
     estimate = energy[0] / energy[1]
     if math.isnan(estimate) or np.isnan(drawn).any():
-        return EnergyRatio(estimate, math.nan, math.nan, math.nan)
+        return estimate, np.full(drawn.shape[0], np.nan)
     resampled = [_moved(curve, target, drawn) for curve in (curve_a, curve_b)]
     # linear in both, as `resampled_ratios`: with few and alike windows weights lie far from 1, and
     # both energies, which follow the load, may together come near 0
-    ratios = estimate * (1.0 + resampled[0] / energy[0] - resampled[1] / energy[1])
-    interval = percentile_interval(estimate, ratios, level)
-    return EnergyRatio(*interval, not_reached=float(np.mean(np.isnan(ratios))))
+    return estimate, estimate * (1.0 + resampled[0] / energy[0] - resampled[1] / energy[1])
 
 
 def _moved(curve: AttainmentCurve, target: float, weights: Floats) -> Floats:

@@ -52,7 +52,7 @@ def expansion(
     lengths: tuple[int, ...],
     blocks: tuple[int, ...],
     correlation: float,
-    load: tuple[float, ...] = (),
+    load: tuple[tuple[float, ...], ...] = (),
 ) -> float:
     """By how much the deviations must grow for the percentiles to cover a mean at 95 %.
 
@@ -60,18 +60,18 @@ def expansion(
         lengths: windows of each stratum.
         blocks: windows per block in each.
         correlation: autocorrelation of neighbouring windows.
-        load: direction (of length 1, mean 0) that resamples keep, one number per window of a single
-            stratum; empty for none.
+        load: direction (of length 1, mean 0) that resamples keep in each stratum, one number per
+            window; empty for none.
     """
     n_windows = sum(lengths)
     n_samples = int(np.clip(4_000_000 // n_windows, 2_000, 40_000))
     rng = np.random.default_rng(0)
     error, variance = np.zeros(n_samples), np.zeros(n_samples)
-    for n, block in zip(lengths, blocks, strict=True):
+    for n, block, kept in zip(lengths, blocks, load or [()] * len(lengths), strict=True):
         sample = _ar1(n, correlation, n_samples, rng)
         error += sample.sum(axis=1) / n_windows
-        if load:
-            sample = sample - np.outer(sample @ np.asarray(load), load)
+        if kept:
+            sample = sample - np.outer(sample @ np.asarray(kept), kept)
         variance += _bootstrap_variance(sample, block) / n_windows**2
     needed = np.abs(error) / np.sqrt(np.maximum(variance, 1e-300))
     return float(np.quantile(needed, LEVEL)) / _GAUSS

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from biscale_env.evaluation.runs.record import SCENARIO_COLUMNS
 from biscale_env.evaluation.runs.results import LATENCIES
-from biscale_env.evaluation.stats.metrics import QUANTILES, quantiles
+from biscale_env.evaluation.stats.judging import QUANTILES, quantiles
 from biscale_env.evaluation.stats.paired_windows import PairedWindows
 
 Latencies = Callable[[str, str], tuple[NDArray[np.float64], NDArray[np.float64]] | None]

@@ -1,151 +1,29 @@
-"""Metrics of one run, from named timestamps.
+"""The flat results row of one run: energy, latencies, attainment, clocks, decisions.
 
-What counts. A run starts with an empty system at 0 and ends at ``duration_s``; normally it ends
-when the last request has been served, so nothing is cut off and there is no warm-up to discard:
-every policy begins empty on the same workload. When a run is cut short, a request that has not
-finished is a *violation* if its deadline has passed by then (whatever came later would have been
-late) and is *excluded* otherwise (nobody can know). A request that *failed* (measured runs only) is
-a violation whatever the time. Such a violation enters quantiles with the latency it had reached at
-the end of the run, a lower bound: dropping it would flatter the tail. For steady-state metrics
-``warmup_s`` leaves out the requests that arrive earlier and the energy spent earlier.
-
-Deadlines. Prefill: ``arrival_s + ttft_s`` for the first token. Decode: ``first_token_s + tpot_s *
-(output_tokens - 1)`` for the last one. A request of one output token has no interval between
-tokens: it has met any TPOT bound by definition, and it takes no part in TPOT quantiles.
+What counts and what is a violation: :mod:`biscale_env.evaluation.stats.judging`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from biscale_env.config.slo import Slo, within
 from biscale_env.evaluation.runs.record import Column, RunRecord
+from biscale_env.evaluation.stats.class_metrics import class_columns
+from biscale_env.evaluation.stats.judging import (
+    CACHED,
+    QUANTILES,
+    attainments,
+    class_of_each,
+    failures,
+    judge,
+    judged_latency_s,
+    quantiles,
+)
 
 Floats = NDArray[np.float64]
-QUANTILES: Final = (0.50, 0.90, 0.99)
-FAILED: Final = "failed"
-
-
-def ttft_s(requests: Mapping[str, Column]) -> Floats:
-    """Time to first token of each request, s: ``first_token_s - arrival_s``.
-
-    NaN where it never came.
-    """
-    return np.asarray(requests["first_token_s"], dtype=np.float64) - np.asarray(
-        requests["arrival_s"]
-    )
-
-
-def tpot_s(requests: Mapping[str, Column]) -> Floats:
-    """Time per output token of each request, s.
-
-    ``(finish_s - first_token_s) / (output_tokens - 1)``.
-
-    0 for a request of one token (which has no interval), NaN where the last token never came.
-    """
-    tokens = np.asarray(requests["output_tokens"], dtype=np.float64)
-    span_s = np.asarray(requests["finish_s"], dtype=np.float64) - np.asarray(
-        requests["first_token_s"]
-    )
-    return np.where(tokens > 1, span_s / np.maximum(tokens - 1, 1), 0.0)
-
-
-def verdicts(
-    latency_s: Floats, bound_s: float, started_s: Floats, intervals: Floats, end_s: float
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Judge requests against a bound, with the cut at the end of the run.
-
-    Args:
-        latency_s: TTFT or TPOT of each request, s; NaN when it did not finish within the run.
-        bound_s: the bound, s.
-        started_s: when the latency began to count, s; NaN when it never began.
-        intervals: number of bounds until the deadline: 1 for TTFT, ``output_tokens - 1`` for TPOT.
-        end_s: end of the run, s.
-
-    Returns:
-        ``(counted, met)``, boolean arrays: whether the request can be judged, and whether it met
-        the bound.
-    """
-    finished = np.isfinite(latency_s)
-    deadline_s = started_s + bound_s * intervals
-    counted = finished | (deadline_s <= end_s)
-    return counted, within(latency_s, bound_s)
-
-
-def judge(
-    requests: Mapping[str, Column], slo: Slo, phase: str, end_s: float, warmup_s: float = 0.0
-) -> dict[str, NDArray[np.bool_]]:
-    """Which requests can be judged and which met the SLO.
-
-    In the phase ``cluster`` a request whose first token never came has no TPOT deadline of its own;
-    if its TTFT deadline has passed it counts, and as missed for both bounds.
-
-    Returns:
-        Boolean arrays over the requests: ``counted``, ``met`` (every bound that applies to the
-        phase), ``met_ttft`` and ``met_tpot`` (True where the bound does not apply to the phase).
-    """
-    arrival_s = np.asarray(requests["arrival_s"], dtype=np.float64)
-    everyone = np.ones(arrival_s.shape, dtype=np.bool_)
-    counted, met_ttft, met_tpot = everyone.copy(), everyone.copy(), everyone.copy()
-    if phase in ("prefill", "cluster"):
-        counted, met_ttft = verdicts(
-            ttft_s(requests), slo.ttft_s, arrival_s, np.ones_like(arrival_s), end_s
-        )
-    if phase in ("decode", "cluster"):
-        intervals = np.maximum(np.asarray(requests["output_tokens"], dtype=np.float64) - 1, 0)
-        started_s = np.asarray(requests["first_token_s"], dtype=np.float64)
-        latency_s = np.where(np.isfinite(started_s), tpot_s(requests), np.nan)
-        known, met_tpot = verdicts(latency_s, slo.tpot_s, started_s, intervals, end_s)
-        counted = known | (counted & ~met_ttft) if phase == "cluster" else known
-    failed = failures(requests)
-    counted = (counted | failed) & (arrival_s >= warmup_s)
-    return {
-        "counted": counted,
-        "met": met_ttft & met_tpot & ~failed,
-        "met_ttft": met_ttft & ~failed,
-        "met_tpot": met_tpot & ~failed,
-    }
-
-
-def failures(requests: Mapping[str, Column]) -> NDArray[np.bool_]:
-    """Requests that were refused or broke off: the optional column ``failed`` of measured runs."""
-    none = np.zeros(np.shape(requests["arrival_s"]), dtype=np.bool_)
-    return np.asarray(requests.get(FAILED, none), dtype=np.bool_)
-
-
-def attainments(verdict: Mapping[str, NDArray[np.bool_]], slo: Slo, phase: str) -> dict[str, float]:
-    """Fractions of the judged requests that met the SLO; 1.0 when nothing could be judged.
-
-    Returns:
-        ``attainment_ttft`` and ``attainment_tpot`` (NaN where the phase has none),
-        ``attainment_joint`` and ``attainment``, the one the SLO is judged by: the joint one when
-        ``slo.statistic`` is ``joint``, else the worse of the two single ones.
-    """
-    counted = verdict["counted"]
-    fraction = {
-        name: float(np.mean(verdict[name][counted])) if counted.any() else 1.0 for name in _MET
-    }
-    each = min(fraction["met_ttft"], fraction["met_tpot"])
-    return {
-        "attainment": fraction["met"] if slo.statistic == "joint" else each,
-        "attainment_ttft": math.nan if phase == "decode" else fraction["met_ttft"],
-        "attainment_tpot": math.nan if phase == "prefill" else fraction["met_tpot"],
-        "attainment_joint": fraction["met"],
-    }
-
-
-_MET: Final = ("met", "met_ttft", "met_tpot")
-
-
-def quantiles(values: Floats, probabilities: Sequence[float] = QUANTILES) -> list[float]:
-    """Quantiles of the finite values (linear interpolation); NaN for an empty sample."""
-    finite = values[np.isfinite(values)]
-    if not finite.size:
-        return [math.nan] * len(probabilities)
-    return [float(q) for q in np.quantile(finite, probabilities)]
 
 
 def energy_between(
@@ -166,32 +44,6 @@ def energy_between(
         (begin >= start_s) & (begin <= end_s),
     )
     return float(np.sum(np.asarray(timeline["energy_j"], dtype=np.float64) * inside))
-
-
-def judged_latency_s(
-    requests: Mapping[str, Column], metric: str, counted: NDArray[np.bool_], end_s: float
-) -> Floats:
-    """Latencies of the judged requests, s.
-
-    One that never finished stands with what it had reached at the end.
-
-    Args:
-        requests: the requests of the run.
-        metric: ``ttft``, or ``tpot`` (requests of one output token are left out: they have no
-            interval).
-        counted: which requests are judged, from :func:`judge`.
-        end_s: end of the run, s.
-    """
-    tokens = np.asarray(requests["output_tokens"], dtype=np.float64)
-    if metric == "ttft":
-        latency_s, selected = ttft_s(requests), counted
-        so_far_s = end_s - np.asarray(requests["arrival_s"], dtype=np.float64)
-    else:
-        latency_s, selected = tpot_s(requests), counted & (tokens > 1)
-        so_far_s = (end_s - np.asarray(requests["first_token_s"], dtype=np.float64)) / np.maximum(
-            tokens - 1, 1
-        )
-    return np.where(np.isfinite(latency_s), latency_s, so_far_s)[selected]
 
 
 def _quantile_columns(record: RunRecord, counted: NDArray[np.bool_]) -> dict[str, float]:
@@ -258,6 +110,14 @@ def _timeline_columns(timeline: Mapping[str, Column]) -> dict[str, float]:
     }
 
 
+def cached_share(requests: Mapping[str, Column]) -> float:
+    """Share of all prompt tokens that the prefix cache had; NaN where nobody asked."""
+    if CACHED not in requests:
+        return math.nan
+    cached = float(np.sum(requests[CACHED], dtype=np.float64))
+    return _ratio(cached, float(np.sum(requests["prompt_tokens"], dtype=np.float64)))
+
+
 def results_row(record: RunRecord, warmup_s: float = 0.0) -> dict[str, Any]:
     """The flat results row of one run.
 
@@ -274,7 +134,8 @@ def results_row(record: RunRecord, warmup_s: float = 0.0) -> dict[str, Any]:
     verdict = judge(record.requests, record.slo, record.phase, end_s, warmup_s)
     counted = verdict["counted"]
     done = finished(record) & (np.asarray(record.requests["arrival_s"]) >= warmup_s)
-    attained = attainments(verdict, record.slo, record.phase)
+    numbers = class_of_each(record.requests)
+    attained = attainments(verdict, record.slo, record.phase, numbers)
     if np.any(done) and not np.any(counted):  # served, but no latency is known
         attained = dict.fromkeys(attained, math.nan)
     totals = record.totals
@@ -297,10 +158,12 @@ def results_row(record: RunRecord, warmup_s: float = 0.0) -> dict[str, Any]:
         "slo_met": bool(attained["attainment"] >= record.slo.attainment),
         "goodput_rps": _ratio(float(np.sum(counted & verdict["met"])), end_s - warmup_s),
         **_quantile_columns(record, counted),
+        **class_columns(record, verdict, numbers),
         **_timeline_columns(record.timeline),
         "decision_time_median_s": float(totals.get("decision_time_median_s", math.nan)),
         "decision_time_p99_s": float(totals.get("decision_time_p99_s", math.nan)),
         "solver_failures": float(totals.get("solver_failures", 0.0)),
         "preemptions": int(totals.get("preemptions", 0)),
+        "cached_share": cached_share(record.requests),
         **{str(name): value for name, value in record.labels.items()},
     }

@@ -43,6 +43,12 @@ def realisations(runs: pd.DataFrame) -> "pd.Series[str]":
     return day + "/" + own
 
 
+def stretches(runs: pd.DataFrame) -> "pd.Series[str]":
+    """Which stretch of time each run saw: its day, and of several windows a day which one."""
+    start_s = runs["window_start_s"] if "window_start_s" in runs else pd.Series(0.0, runs.index)
+    return realisations(runs) + "/" + start_s.astype(float).fillna(0.0).map("{:015.3f}".format)
+
+
 def point_weights(
     days: ArrayLike,
     load: Floats,
@@ -75,13 +81,13 @@ def point_weights(
 class PairedWindows:
     """Totals of all runs of one operating point, and the weights every policy is given alike.
 
-    A *unit* is one window of one realisation (day or generated workload); it holds all subsamples,
-    ensemble members and training seeds that saw it.
+    A *unit* is one window of one stretch of time (of a day, or a generated workload); it holds all
+    subsamples, ensemble members and training seeds that saw it.
 
     Attributes:
         weights: shape (n_resamples, n_units), from
             :func:`~biscale_env.evaluation.stats.windows.window_weights`.
-        days: realisation of each unit, shape (n_units,).
+        days: realisation of each unit, shape (n_units,), those of a day in the order of time.
     """
 
     def __init__(
@@ -101,14 +107,16 @@ class PairedWindows:
             for run, rows in mine.groupby("run_id")
         }
         known = runs[runs["run_id"].isin(set(self._windows))]
-        self._day_of = dict(zip(known["run_id"], realisations(known), strict=True))
+        self._stretch_of = dict(zip(known["run_id"], stretches(known), strict=True))
+        day_of = dict(zip(self._stretch_of.values(), realisations(known), strict=True))
         counts: dict[str, int] = {}
-        for run, day in self._day_of.items():
-            counts[day] = max(counts.get(day, 0), self._windows[run]["window"].size)
-        self._offset = dict(
-            zip(counts, np.cumsum([0, *counts.values()]).tolist()[:-1], strict=True)
-        )
-        self.days = np.repeat(list(counts), list(counts.values()))
+        for run, stretch in self._stretch_of.items():
+            counts[stretch] = max(counts.get(stretch, 0), self._windows[run]["window"].size)
+        days = list(dict.fromkeys(day_of[stretch] for stretch in counts))
+        ordered = sorted(counts, key=lambda stretch: (days.index(day_of[stretch]), stretch))
+        lengths = [counts[stretch] for stretch in ordered]
+        self._offset = dict(zip(ordered, np.cumsum([0, *lengths]).tolist()[:-1], strict=True))
+        self.days = np.repeat([day_of[stretch] for stretch in ordered], lengths)
         self._reference = _reference_of(known)
         copies = float(mine["copies"].mean()) if len(mine) else 1.0
         self.weights = point_weights(self.days, *self._series(known), copies, n_resamples)
@@ -128,7 +136,7 @@ class PairedWindows:
         for run, factor in factors.items():
             if run in self._windows:
                 values = self._windows[run][column]
-                first = self._offset[self._day_of[run]]
+                first = self._offset[self._stretch_of[run]]
                 total[first : first + values.size] += factor * values
         return total
 
@@ -159,8 +167,8 @@ class PairedWindows:
 
         Several runs on the same stretch of time count as one run's number of requests.
         """
-        stretches = [self._day_of[run] for run in runs["run_id"] if run in self._day_of]
-        repeats = max((stretches.count(day) for day in set(stretches)), default=1)
+        seen = [self._stretch_of[run] for run in runs["run_id"] if run in self._stretch_of]
+        repeats = max((seen.count(stretch) for stretch in set(seen)), default=1)
         each = dict.fromkeys(runs["run_id"], 1.0 / repeats)
         return attainment_interval(
             self._sum(each, "n_met"), self._sum(each, "n_counted"), self.weights
@@ -218,7 +226,7 @@ class PairedWindows:
             if run in self._windows:
                 values.append(latency_s)
                 window = window_of(arrival_s, self._windows[run]["begin_s"])
-                units.append(self._offset[self._day_of[run]] + window)
+                units.append(self._offset[self._stretch_of[run]] + window)
         return quantile_interval(
             np.concatenate(values), np.concatenate(units), probability, self.weights
         )

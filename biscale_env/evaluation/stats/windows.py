@@ -27,7 +27,8 @@ and are no further evidence.
   they are on the safe side. Of a workload of several copies the load is even by construction; there
   resamples keep the total load (linear calibration, Deville and Sarndal 1992).
 - *Days.* Four or more days (or independently generated workloads) are clusters: whole days are
-  taken with replacement, the interval is Student's over days and speaks of days like them. Fewer
+  taken with replacement, the interval is Student's over days and speaks of days like them (copies
+  of a day's requests are shifted within the day, so they need no correction there). Fewer
   are strata: blocks are taken within each, and the interval speaks of those days alone.
 """
 
@@ -138,9 +139,10 @@ def window_weights(
         series: what intervals are wanted of, e.g. the energy ratio, each of shape (n_windows,); the
             largest autocorrelation counts, for the length of blocks and for the factor.
         copies: of how many copies of the original trace, shifted against each other, the workload
-            is made in effect; totals must be given back to the windows of the original.
+            is made in effect; totals must be given back to the windows of the original. Days that
+            are taken whole hold all copies of theirs, so for them it does not count.
         load: requests per window; its autocorrelation counts for the length of blocks.
-        keep_load: every resample keeps the total of the load (of one day).
+        keep_load: every resample keeps the total of the load of each day.
 
     Returns:
         Shape (n_resamples, n_windows); NaN where there are too few windows for an interval.
@@ -158,17 +160,20 @@ def window_weights(
         day_of = np.empty(n_windows, dtype=np.int64)
         for day, part in enumerate(parts):
             day_of[part] = day
-        return 1 + copies * student_factor(n_days) * (taken[:, day_of].astype(np.float64) - 1)
+        # all copies of a day are of that day, so its total holds its whole deviation already
+        return 1 + student_factor(n_days) * (taken[:, day_of].astype(np.float64) - 1)
     correlation = max((autocorrelation(one, days) for one in series), default=0.0)
     of_load = 0.0 if load is None else autocorrelation(load, days)
     blocks = tuple(block_windows(n, max(correlation, of_load)) for n in lengths)
     moved = np.empty((n_resamples, n_windows))
+    kept: list[tuple[float, ...]] = []
     for part, block in zip(parts, blocks, strict=True):
-        moved[:, part] = _block_counts(part.size, block, n_resamples, rng) - 1
-    kept = _direction(load) if keep_load and load is not None and len(parts) == 1 else ()
-    if kept:
-        moved -= np.outer(moved @ np.asarray(kept), kept)
-    return 1 + copies * expansion(lengths, blocks, round(correlation, 2), kept) * moved
+        own = _block_counts(part.size, block, n_resamples, rng) - 1
+        kept.append(_direction(np.asarray(load)[part]) if keep_load and load is not None else ())
+        if kept[-1]:
+            own -= np.outer(own @ np.asarray(kept[-1]), kept[-1])
+        moved[:, part] = own
+    return 1 + copies * expansion(lengths, blocks, round(correlation, 2), tuple(kept)) * moved
 
 
 def _direction(load: ArrayLike) -> tuple[float, ...]:

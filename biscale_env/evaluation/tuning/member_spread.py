@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from biscale_env.envs.plant import Plant
-from biscale_env.evaluation.experiment.hindsight import build_policy
-from biscale_env.evaluation.experiment.rollout import rollout
-from biscale_env.evaluation.experiment.settings_search import Setting, setting_of, static_settings
-from biscale_env.policies.policy_source import ORACLE
+from biscale_env.evaluation.rollouts.rollout import rollout
+from biscale_env.evaluation.tuning.hindsight import build_policy
+from biscale_env.evaluation.tuning.settings_search import Setting, setting_of, static_settings
+from biscale_env.policies.policy_source import is_planned_each
 from biscale_env.traces import Trace
 
 
@@ -40,7 +40,7 @@ def member_runs(
         workloads: what it is run on.
         n_members: how many members; fewer where the ensemble has fewer.
     """
-    if build == ORACLE:  # a plan of its own in every member would be another question
+    if is_planned_each(build):  # a plan of its own in every member would be another question
         return []
     found = []
     for member in range(min(n_members, plant.model.n_members)):
@@ -56,7 +56,7 @@ def _in_member(build: str, plant: Plant, workloads: Sequence[Trace], member: int
         return found
     policy = build_policy(build, plant, workloads, member)
     return setting_of(
-        {}, rollout(policy, plant, workloads, member, time_probe=False, keep_steps=False)
+        {}, rollout(policy, plant, workloads, member, time_probe=False, keep_steps=False), plant
     )
 
 

@@ -9,10 +9,11 @@ from typing import Any, Final
 
 from biscale_env.contract import Policy
 from biscale_env.envs.plant import Plant
-from biscale_env.evaluation.experiment.hindsight import build_policy
-from biscale_env.evaluation.experiment.rollout import rollout
-from biscale_env.evaluation.experiment.scenarios import Case
-from biscale_env.evaluation.experiment.settings_search import (
+from biscale_env.evaluation.rollouts.rollout import rollout
+from biscale_env.evaluation.rollouts.scenarios import Case
+from biscale_env.evaluation.stats import targets
+from biscale_env.evaluation.tuning.hindsight import build_policy
+from biscale_env.evaluation.tuning.settings_search import (
     STATIC_STEP_MHZ,
     Build,
     Setting,
@@ -20,8 +21,7 @@ from biscale_env.evaluation.experiment.settings_search import (
     setting_of,
     static_settings,
 )
-from biscale_env.evaluation.experiment.tuning import TunedPolicy, choose
-from biscale_env.evaluation.stats import targets
+from biscale_env.evaluation.tuning.tuning import TunedPolicy, choose
 from biscale_env.policies import with_parameters
 from biscale_env.traces import Trace
 
@@ -95,6 +95,7 @@ def static_curve(
                 keep_steps=False,
                 keep_windows=True,
             ),
+            case.plant,
         )
         for freq in grid
     ]

@@ -5,9 +5,10 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 
-from biscale_env.evaluation.report import figdata
-from biscale_env.evaluation.report.palette import GRID, INK, LIMIT, MUTED
+from biscale_env.evaluation.report.drawing import figdata
+from biscale_env.evaluation.report.drawing.palette import GRID, INK, LIMIT, MUTED
 from biscale_env.evaluation.runs.record import SCENARIO_COLUMNS
 
 FONT: Final = (
@@ -31,6 +32,13 @@ LIMIT_AREA: Final = {
 def limit_note(text: str, **place: Any) -> dict[str, Any]:
     """A short text in the colour of the SLO."""
     return {"text": text, "showarrow": False, "font": {"color": LIMIT, "size": 12}} | place
+
+
+def draw_bound(figure: go.Figure, bound_ms: float, row: int, column: int) -> None:
+    """Draw a bound of the SLO, ms, across one panel of ``make_subplots``, named at its right."""
+    figure.add_hline(y=bound_ms, line=LIMIT_LINE, row=row, col=column)
+    note = limit_note(f"SLO {bound_ms:.4g} ms", x=1, y=bound_ms, xref="x domain")
+    figure.add_annotation(note | {"xanchor": "right", "yanchor": "bottom"}, row=row, col=column)
 
 
 def at_point(frame: pd.DataFrame, point: Mapping[str, Any]) -> pd.DataFrame:
@@ -61,6 +69,17 @@ def base_layout(**changes: Any) -> dict[str, Any]:
         "showlegend": False,
     }
     return layout | changes
+
+
+LEGEND_BELOW: Final = {
+    "orientation": "h",
+    "x": 0,
+    "y": -0.2,
+    "yanchor": "top",
+    "font": {"size": 12},
+    "itemwidth": 30,
+}
+"""Legend of many names under a figure."""
 
 
 def axis(title: str | None = None, **changes: Any) -> dict[str, Any]:

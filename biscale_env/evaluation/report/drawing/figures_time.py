@@ -1,6 +1,7 @@
 """Figures over time: what each controller did in the busiest minute."""
 
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -8,9 +9,14 @@ import plotly.graph_objects as go
 
 from biscale_env.config.slo import within
 from biscale_env.core.errors import BiscaleError
-from biscale_env.evaluation.report import figdata
-from biscale_env.evaluation.report.figure_style import LIMIT_LINE, axis, base_layout, limit_note
-from biscale_env.evaluation.report.palette import MUTED, Style, styles
+from biscale_env.evaluation.report.drawing import figdata
+from biscale_env.evaluation.report.drawing.figure_style import (
+    LIMIT_LINE,
+    axis,
+    base_layout,
+    limit_note,
+)
+from biscale_env.evaluation.report.drawing.palette import MUTED, Style, styles
 from biscale_env.evaluation.runs.record import REFERENCE_POLICY, is_bound
 from biscale_env.evaluation.runs.results import policy_label
 from biscale_env.evaluation.runs.run_files import flat
@@ -20,6 +26,7 @@ STRIP_BINS: Final = 240
 TIMELINE_BINS: Final = 600
 _STRIP_PX: Final = 24
 _TRACE = dict[str, Any]
+R = TypeVar("R")
 
 
 def common_runs(run: Run, rows: pd.DataFrame, summary: pd.DataFrame) -> dict[str, dict[str, Any]]:
@@ -54,6 +61,18 @@ def common_runs(run: Run, rows: pd.DataFrame, summary: pd.DataFrame) -> dict[str
     raise BiscaleError("no timeline was kept for this operating point")
 
 
+def chosen_runs(kept: Mapping[str, R], labels: Sequence[str]) -> dict[str, R]:
+    """Some of the runs of :func:`common_runs`, in the order of the labels.
+
+    Raises:
+        BiscaleError: a label without a timeline.
+    """
+    missing = [name for name in labels if name not in kept]
+    if missing:
+        raise BiscaleError(f"no timeline of '{missing[0]}' was kept; there are: {', '.join(kept)}")
+    return {name: kept[name] for name in labels}
+
+
 def window_of(runs: dict[str, dict[str, Any]]) -> tuple[float, float]:
     """The busiest minute of the workload.
 
@@ -71,9 +90,14 @@ def window_of(runs: dict[str, dict[str, Any]]) -> tuple[float, float]:
     )
 
 
-def _binned(
+def binned_runs(
     runs: dict[str, dict[str, Any]], window: tuple[float, float], bins: int
 ) -> dict[str, pd.DataFrame]:
+    """Means of the timelines over equal bins of the window, by label.
+
+    Raises:
+        BiscaleError: iterations overlap, so that there is no single clock.
+    """
     tables = {
         k: figdata.binned_timeline(row["timeline"], *window, bins, row["n_gpus"])
         for k, row in runs.items()
@@ -93,7 +117,7 @@ def clock_strips(run: Run, rows: pd.DataFrame, summary: pd.DataFrame) -> go.Figu
     """
     runs = common_runs(run, rows, summary)
     window = window_of(runs)
-    tables = _binned(runs, window, STRIP_BINS)
+    tables = binned_runs(runs, window, STRIP_BINS)
     height = 168 + _STRIP_PX * len(tables)
     strips = _STRIP_PX * len(tables) / (height - 76)
     unit = "prompt tokens/s" if rows["phase"].iloc[0] == "prefill" else "output tokens/s"
@@ -164,12 +188,14 @@ def timeline(run: Run, rows: pd.DataFrame, summary: pd.DataFrame) -> go.Figure:
     metric = "tpot" if phase == "decode" else "ttft"
     look, visible = styles(rows["policy"].tolist()), shown_at_first(summary)
     traces = []
-    for label, table in _binned(runs, window, TIMELINE_BINS).items():
+    for label, table in binned_runs(runs, window, TIMELINE_BINS).items():
         state = True if label in visible else "legendonly"
         common = {"name": label, "legendgroup": label, "visible": state}
         style = look[runs[label]["policy"]]
-        traces += [common | trace for trace in _lines(table, phase, style)]
-        traces += [common | trace for trace in _latencies(run, runs[label], metric, style, window)]
+        traces += [common | trace for trace in state_lines(table, phase, style)]
+        traces += [
+            common | trace for trace in latency_marks(run, runs[label], metric, style, window)
+        ]
     return go.Figure(data=traces, layout=_timeline_layout(run, summary, metric, window, len(runs)))
 
 
@@ -182,7 +208,8 @@ def shown_at_first(summary: pd.DataFrame) -> list[str]:
     return [REFERENCE_POLICY, *able["label"].head(1)]
 
 
-def _lines(table: pd.DataFrame, phase: str, style: Style) -> list[_TRACE]:
+def state_lines(table: pd.DataFrame, phase: str, style: Style) -> list[_TRACE]:
+    """Clock (effective, requested), power and requests of one controller, on axes y to y3."""
     table = table.assign(
         present=table["batch_requests"] + (table["queue_requests"] if phase == "prefill" else 0.0)
     )
@@ -209,9 +236,10 @@ def _lines(table: pd.DataFrame, phase: str, style: Style) -> list[_TRACE]:
     ]
 
 
-def _latencies(
+def latency_marks(
     run: Run, row: dict[str, Any], metric: str, style: Style, window: tuple[float, float]
 ) -> list[_TRACE]:
+    """Latency of each request by its arrival in the window, ms, on axis y4."""
     found = run.latencies(row["run_id"], metric)
     if found is None:
         return []

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biscale_env.envs.plant import Plant
-from biscale_env.evaluation.stats.metrics import judge
+from biscale_env.evaluation.stats.class_metrics import judged_counts
+from biscale_env.evaluation.stats.judging import judge
 from biscale_env.evaluation.stats.windows import window_of, window_starts
 
 Floats = NDArray[np.float64]
@@ -94,6 +95,7 @@ def judged_windows(
     duration_s: float,
     edges_s: Floats,
     energy_j: Floats,
+    worst: int | None = None,
 ) -> WindowTotals:
     """Totals of a run whose requests and energy per window are known.
 
@@ -103,10 +105,11 @@ def judged_windows(
         duration_s: length of the run, s.
         edges_s: ends of the windows.
         energy_j: energy per window.
+        worst: class of the SLO whose requests are counted; None: the one worst off in this run.
     """
     verdict = judge(requests, plant.slo, plant.phase, duration_s)
     window = window_of(requests["arrival_s"], np.concatenate(([0.0], edges_s[:-1])))
-    counted = verdict["counted"]
+    judged = judged_counts(requests, verdict, plant.slo, worst)
 
     def per_window(weight: NDArray[Any]) -> Floats:
         found = np.bincount(window, weights=weight, minlength=edges_s.size)
@@ -114,7 +117,7 @@ def judged_windows(
 
     return WindowTotals(
         energy_j,
-        per_window(counted & verdict["met"]),
-        per_window(counted),
+        per_window(judged.met),
+        per_window(judged.counted),
         per_window(requests["output_tokens"]),
     )

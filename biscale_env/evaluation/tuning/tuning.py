@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.evaluation.experiment.scenarios import Case
-from biscale_env.evaluation.experiment.settings_search import (
+from biscale_env.evaluation.rollouts.scenarios import Case
+from biscale_env.evaluation.tuning.settings_search import (
     Build,
     Setting,
     search,
@@ -51,8 +51,13 @@ def choose(settings: Sequence[Setting], target: float) -> TunedPolicy:
 
 
 def tune_seeds(case: Case) -> range:
-    """Tuning workloads of every policy alike, the best static clock too: as many as are judged."""
-    return range(max(LEAST_TUNE_SEEDS, case.scenario.seeds))
+    """Tuning workloads of every policy alike, the best static clock too: as many as are judged.
+
+    Of windows of several days all are tuned on, each with as many choices of requests as that asks.
+    """
+    least = max(LEAST_TUNE_SEEDS, case.scenario.seeds * case.judged.n_windows)
+    n_windows = case.tuning.n_windows
+    return range(-(-least // n_windows) * n_windows)
 
 
 def tuning_workloads(case: Case, seeds: Sequence[int] | None = None) -> list[Trace]:

@@ -8,18 +8,26 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from biscale_env.config import Slo, WithInstance, load_slo
 from biscale_env.config.load_share import checked_load
 from biscale_env.config.loader import load_named
 from biscale_env.core.errors import BiscaleError
-from biscale_env.envs.capacity import Capacity, find_capacity, profile_capacity, slowest_alone_s
-from biscale_env.envs.plant import Plant, PlantSettings
-from biscale_env.envs.workloads import capacity_sample, generated
-from biscale_env.traces import Trace
+from biscale_env.envs.loads.capacity import (
+    Capacity,
+    find_capacity,
+    profile_capacity,
+    slowest_alone_s,
+)
+from biscale_env.envs.loads.prefix_hits import windows_with_cache, with_cache
+from biscale_env.envs.loads.workloads import capacity_sample, generated
+from biscale_env.envs.plant import Means, Plant, PlantSettings
+from biscale_env.evaluation.rollouts.sides import Side, cut_to, early_and_late, halves
+from biscale_env.evaluation.runs.blocks import Copies
+from biscale_env.traces import Trace, TraceWindow, WindowSpacing, named_windows
 from biscale_env.traces import load_named as load_named_trace
-from biscale_env.traces.reading_options import ReadingOptions
+from biscale_env.traces.reading.reading_options import ReadingOptions
 
 TUNE_SEED = 1_000_003  # workloads for tuning are generated from here on, those for tables from 0
 
@@ -51,28 +59,32 @@ class Scenario(WithInstance):
         workload: what several scenarios of other folds have in common; empty is the name itself.
         trace: name or path of a trace; without one, workloads are generated from ``profile``.
         reading: how a trace's file is read, and which part of it.
+        windows: cut a long trace into windows of several days (``30min/1d``), whose early days tune
+            and whose other days are judged; None takes it as one stretch of time.
         profile: generator profile.
         load: fraction of the capacity of one instance at max clock; in the evaluated part of that
             part's own, in the tuning part of that one's own.
         delay_s: actuation delay; None takes that of the ensemble member.
         duration_s: length of generated workloads; of a trace, the length used of the evaluated part
-            at most.
-        decode_duration_s: for decode, the first part of each half used at most (a decode instance
-            serves ten times the requests).
-        tune_fraction: the first part of a trace, on which free parameters are tuned and which no
-            table shows.
+            (or of each evaluated window) at most.
+        decode_duration_s: for decode, the first part of each half (or window) used at most (a
+            decode instance serves ten times the requests).
+        tune_fraction: the first part of a trace (or of the days), on which free parameters are
+            tuned and which no table shows.
         fold: ``forward`` tunes on the first part of a trace and judges on the rest, ``backward``
             exchanges the two. Generated workloads know no order, so both are the same for them.
-        seeds: how many workloads are judged.
+        seeds: how many workloads are judged, of each window.
         first_seed: seed of the first of them; ablations start high, so that no table shows what a
             preset was chosen on.
         members: ensemble members, -1 nominal.
+        means: how clocks are held, ``lock`` or ``cap``; the capacity is the same for both.
     """
 
     name: str
     workload: str = ""
     trace: str | None = None
     reading: ReadingOptions | None = None
+    windows: WindowSpacing | None = None
     profile: str = "azure-conv-like"
     load: float = Field(default=0.75, gt=0)
     delay_s: float | None = Field(default=None, ge=0)
@@ -83,13 +95,20 @@ class Scenario(WithInstance):
     seeds: int = Field(default=3, gt=0)
     first_seed: int = Field(default=0, ge=0)
     members: tuple[int, ...] = (-1,)
+    means: Means = "lock"
 
     _no_per_cent = field_validator("load")(checked_load)
 
+    @model_validator(mode="after")
+    def _windows_of_a_trace(self) -> "Scenario":
+        if self.windows is not None and self.trace is None:
+            raise BiscaleError("windows are cut out of a trace: give one with --trace")
+        return self
+
     @property
-    def workload_seeds(self) -> tuple[int, ...]:
-        """Seeds of the workloads that are judged."""
-        return tuple(range(self.first_seed, self.first_seed + self.seeds))
+    def choices(self) -> range:
+        """Numbers of the workloads that are judged, of each window of time."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
     @property
     def slo_name(self) -> str:
@@ -99,7 +118,11 @@ class Scenario(WithInstance):
     def plant_settings(self, phase: str) -> PlantSettings:
         """Settings of the plant of a phase; runs go on until every request is served."""
         return PlantSettings.of(
-            phase, instance=self.instance, actuation_delay_s=self.delay_s, drain=True
+            phase,
+            instance=self.instance,
+            actuation_delay_s=self.delay_s,
+            drain=True,
+            means=self.means,
         )
 
 
@@ -110,28 +133,39 @@ class Case:
     Attributes:
         scenario: what was asked for.
         plant: the phase's plant (``drain`` on).
-        capacity: capacity of one instance at max clock on the evaluated part.
-        tune_capacity: the same on the tuning part.
-        part: evaluated part of the trace; None for generated workloads.
-        tune_part: the part for tuning; None for generated workloads.
+        judged: what tables are made of.
+        tuning: what free parameters are chosen on; shares no request with ``judged``.
     """
 
     scenario: Scenario
     plant: Plant
-    capacity: Capacity
-    tune_capacity: Capacity
-    part: Trace | None
-    tune_part: Trace | None
+    judged: Side
+    tuning: Side
+
+    @property
+    def capacity(self) -> Capacity:
+        """Capacity of one instance at max clock on the judged side."""
+        return self.judged.capacity
+
+    @property
+    def tune_capacity(self) -> Capacity:
+        """The same on the tuning side."""
+        return self.tuning.capacity
 
     @property
     def rate_rps(self) -> float:
-        """Rate of the evaluated workloads: the load times the capacity of their part."""
+        """Mean rate of the judged workloads: the load times the capacity of their side."""
         return self.scenario.load * self.capacity.rate_rps
 
     @property
     def tune_rate_rps(self) -> float:
-        """Rate of the tuning workloads: the same load times the capacity of their own part."""
+        """Mean rate of the tuning workloads: the same load times their own side's capacity."""
         return self.scenario.load * self.tune_capacity.rate_rps
+
+    @property
+    def of_trace(self) -> bool:
+        """Whether workloads are choices of requests of a trace, and not generated."""
+        return bool(self.judged.windows)
 
     @property
     def phase(self) -> str:
@@ -140,18 +174,32 @@ class Case:
 
     def workload(self, seed: int) -> Trace:
         """Workload ``seed`` for tables, the same for every policy."""
-        if self.part is not None:
-            return self.part.scaled_to(self.rate_rps, seed)
+        if self.of_trace:
+            return self.judged.workload(self.scenario.load, seed)
         return self._generated(seed, self.rate_rps)
+
+    def workload_seeds(self, choices: int | None = None) -> tuple[int, ...]:
+        """Seeds of the workloads that are judged: every window, each with some choices.
+
+        Args:
+            choices: the first few choices only; None for all.
+        """
+        return self.judged.numbers(choices, self.scenario.choices)
 
     def workloads(self) -> list[Trace]:
         """All workloads that are judged, in the order of their seeds."""
-        return [self.workload(seed) for seed in self.scenario.workload_seeds]
+        return [self.workload(seed) for seed in self.workload_seeds()]
+
+    def copies(self, seed: int) -> Copies:
+        """Shift and share of each copy of the trace that workload ``seed`` is put together of."""
+        if self.of_trace:
+            return self.judged.copies(self.scenario.load, seed)
+        return ((0.0, 1.0),)
 
     def tuning_workload(self, seed: int) -> Trace:
         """Workload ``seed`` for tuning free parameters; shares no request with those for tables."""
-        if self.tune_part is not None:
-            return self.tune_part.scaled_to(self.tune_rate_rps, seed)
+        if self.of_trace:
+            return self.tuning.workload(self.scenario.load, seed)
         return self._generated(TUNE_SEED + seed, self.tune_rate_rps)
 
     def _generated(self, seed: int, rate_rps: float) -> Trace:
@@ -184,40 +232,48 @@ def _trace(name: str, reading: ReadingOptions | None, stamp: Stamp) -> Trace:
     return load_named_trace(name, reading)
 
 
-class Parts(NamedTuple):
-    """What loads of a scenario are shares of.
+@lru_cache(maxsize=8)
+def _windows(
+    name: str, plan: WindowSpacing, reading: ReadingOptions | None, stamp: Stamp
+) -> list[TraceWindow]:
+    return named_windows(name, plan, reading)
 
-    Attributes:
-        part: evaluated part of the trace; None for generated workloads.
-        tune_part: the part for tuning; None for generated workloads.
-        capacity: of the evaluated part.
-        tune_capacity: of the tuning part.
-    """
 
-    part: Trace | None
-    tune_part: Trace | None
-    capacity: Capacity
-    tune_capacity: Capacity
+class Sides(NamedTuple):
+    """What loads of a scenario are shares of: the judged side and the tuning side."""
+
+    judged: Side
+    tuning: Side
 
 
 @lru_cache(maxsize=64)
-def _parts(phase: str, scenario_key: str, slo: Slo, stamp: Stamp) -> Parts:
+def _sides(phase: str, scenario_key: str, slo: Slo, stamp: Stamp) -> Sides:
     scenario = Scenario.model_validate_json(scenario_key)
     plant = Plant(scenario.plant_settings(phase))
+    rule = scenario.instance.prefix_cache
     if scenario.trace is None:
+        with_cache(rule, capacity_sample(scenario.profile))
         found = profile_capacity(plant, scenario.profile)
-        return Parts(None, None, found, found)
-    read = _trace(scenario.trace, scenario.reading, _stamp(scenario.trace))
-    first, rest = read.split(scenario.tune_fraction)
-    tune, part = (first, rest) if scenario.fold == "forward" else (rest, first)
-    if scenario.duration_s is not None and scenario.duration_s < part.duration_s:
-        part = part.window(0.0, scenario.duration_s)
-    if phase == "decode" and scenario.decode_duration_s is not None:
-        part, tune = (
-            p.window(0.0, min(scenario.decode_duration_s, p.duration_s)) for p in (part, tune)
-        )
-    # each half serves another load: the minimum of both would make "90 %" of one 49 % of the other
-    return Parts(part, tune, find_capacity(plant, part), find_capacity(plant, tune))
+        return Sides(Side(found), Side(found))
+    name, plan, reading = scenario.trace, scenario.windows, scenario.reading
+    if plan is None:
+        read = with_cache(rule, _trace(name, reading, _stamp(name)))
+        first, rest = halves(read, scenario.tune_fraction)
+    else:
+        cut = windows_with_cache(rule, _windows(name, plan, reading, _stamp(name)))
+        first, rest = early_and_late(cut, scenario.tune_fraction, name)
+    tune, judged = (first, rest) if scenario.fold == "forward" else (rest, first)
+    judged = cut_to(judged, scenario.duration_s)
+    if phase == "decode":
+        judged, tune = (cut_to(side, scenario.decode_duration_s) for side in (judged, tune))
+    # each side serves another load: the minimum of both would make "90 %" of one 49 % of the other
+    return Sides(*(_side(plant, windows, plan is not None) for windows in (judged, tune)))
+
+
+def _side(plant: Plant, windows: list[TraceWindow], days: bool) -> Side:
+    if days:  # the first seconds of a window may hold no request
+        windows = [window for window in windows if len(window.trace)]
+    return Side(find_capacity(plant, [w.trace for w in windows]), tuple(windows), days)
 
 
 def resolve(scenario: Scenario, phase: str) -> Case:
@@ -236,32 +292,27 @@ def resolve(scenario: Scenario, phase: str) -> Case:
         "first_seed": 0,
         "members": (-1,),
         "delay_s": 0.0,
+        "means": "lock",
     }
     spec = scenario.instance
     stamp = _stamp(scenario.trace, scenario.profile, spec.gpu, spec.llm, spec.family)
     key = scenario.model_copy(update=same).model_dump_json()
-    parts = _parts(phase, key, slo, stamp)
+    sides = _sides(phase, key, slo, stamp)
     plant = Plant(scenario.plant_settings(phase))
-    for capacity, part, which in (
-        (parts.capacity, parts.part, "evaluated"),
-        (parts.tune_capacity, parts.tune_part, "tuning"),
-    ):
-        if capacity.rate_rps <= 0:
-            raise Infeasible(
-                scenario, phase, _why_infeasible(plant, scenario, capacity, part, which)
-            )
-    return Case(scenario, plant, parts.capacity, parts.tune_capacity, parts.part, parts.tune_part)
+    for side, which in ((sides.judged, "evaluated"), (sides.tuning, "tuning")):
+        if side.capacity.rate_rps <= 0:
+            raise Infeasible(scenario, phase, _why_infeasible(plant, scenario, side, which))
+    return Case(scenario, plant, sides.judged, sides.tuning)
 
 
-def _why_infeasible(
-    plant: Plant, scenario: Scenario, capacity: Capacity, part: Trace | None, which: str
-) -> str:
-    rate_rps, attainment = capacity.tried[-1]
-    sample = capacity_sample(scenario.profile) if part is None else part
-    where = "" if part is None else f" on the {which} part of the trace"
+def _why_infeasible(plant: Plant, scenario: Scenario, side: Side, which: str) -> str:
+    rate_rps, attainment = side.capacity.tried[-1]
+    samples = side.traces or (capacity_sample(scenario.profile),)
+    alone_s = max(slowest_alone_s(plant, sample) for sample in samples)
+    where = f" on the {which} part of the trace" if side.windows else ""
     return (
         f"even {rate_rps:.3g} req/s on one TP{scenario.tp} {scenario.dtype} instance misses "
         f"SLO '{scenario.slo}' at max clock{where} (attainment {attainment:.2%}; with the instance "
-        f"to itself, the slowest request takes {1e3 * slowest_alone_s(plant, sample):.0f} of "
+        f"to itself, the slowest request takes {1e3 * alone_s:.0f} of "
         f"{1e3 * plant.slo.bound_s(plant.phase):.0f} ms); use a wider SLO or a larger TP"
     )

@@ -7,8 +7,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.evaluation.report import figdata
-from biscale_env.evaluation.report.figure_style import (
+from biscale_env.evaluation.report.drawing import figdata
+from biscale_env.evaluation.report.drawing.figure_style import (
+    LEGEND_BELOW,
     LIMIT_AREA,
     LIMIT_LINE,
     axis,
@@ -16,7 +17,7 @@ from biscale_env.evaluation.report.figure_style import (
     fraction_axis,
     limit_note,
 )
-from biscale_env.evaluation.report.palette import Style, styles
+from biscale_env.evaluation.report.drawing.palette import Style, styles
 from biscale_env.evaluation.runs.run_view import Run
 
 
@@ -51,14 +52,7 @@ def latency_cdf(run: Run, rows: pd.DataFrame, summary: pd.DataFrame, metric: str
         showlegend=True,
         xaxis=axis(f"{metric.upper()}, ms", range=[0, right_ms]),
         yaxis=fraction_axis("requests within", 0.0, apart=0.05),
-        legend={
-            "orientation": "h",
-            "x": 0,
-            "y": -0.2,
-            "yanchor": "top",
-            "font": {"size": 12},
-            "itemwidth": 30,
-        },
+        legend=LEGEND_BELOW,
         **_bound(bound_s, need, right_ms),
     )
     return go.Figure(data=traces, layout=layout)
@@ -75,7 +69,13 @@ def _cdf_trace(
         "x": np.asarray(x_ms, dtype=np.float32),
         "y": figdata.nines(share).astype(np.float32),
         "customdata": np.asarray(100 * share, dtype=np.float32),
-        "mode": "lines",
+        "mode": "lines+markers",
+        "marker": {  # a few, to tell lines apart in grey print
+            "color": style.color,
+            "symbol": style.symbol,
+            "size": 7,
+            "maxdisplayed": 8,
+        },
         "name": label,
         "line": {"color": style.color, "width": 2, "dash": style.dash},
         "hovertemplate": f"{label}: %{{customdata:.2f}} % within %{{x:.0f}} ms<extra></extra>",

@@ -11,15 +11,16 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.evaluation.report import figdata
-from biscale_env.evaluation.report.figure_style import (
+from biscale_env.evaluation.report.drawing import figdata
+from biscale_env.evaluation.report.drawing.figure_style import (
+    LEGEND_BELOW,
     LIMIT_LINE,
     axis,
     base_layout,
     fraction_axis,
     limit_note,
 )
-from biscale_env.evaluation.report.palette import Style, styles
+from biscale_env.evaluation.report.drawing.palette import Style, styles
 from biscale_env.evaluation.runs.run_view import Run
 
 POINT = ("phase", "scenario", "slo", "load")  # columns of tuning.csv that name an operating point
@@ -78,14 +79,7 @@ def tuning_curves(run: Run, point: Mapping[str, Any]) -> go.Figure:
         showlegend=True,
         xaxis=x_axis,
         yaxis=axis("energy relative to max clock", range=[bottom - 0.02, HIGHEST_RATIO]),
-        legend={
-            "orientation": "h",
-            "x": 0,
-            "y": -0.2,
-            "yanchor": "top",
-            "font": {"size": 12},
-            "itemwidth": 30,
-        },
+        legend=LEGEND_BELOW,
         **_target_line(target, x_axis["range"]),
     )
     return go.Figure(data=traces, layout=layout)

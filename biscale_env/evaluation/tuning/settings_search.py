@@ -13,10 +13,11 @@ from typing import Any, Final
 import numpy as np
 
 from biscale_env.contract import Policy
-from biscale_env.envs.capacity import run_static
+from biscale_env.envs.loads.capacity import attained_by, run_static
 from biscale_env.envs.plant import Plant
-from biscale_env.evaluation.experiment.rollout import Rollout, rollout
-from biscale_env.evaluation.experiment.window_meter import WindowTotals
+from biscale_env.evaluation.rollouts.rollout import Rollout, rollout
+from biscale_env.evaluation.rollouts.window_meter import WindowTotals
+from biscale_env.evaluation.stats.class_metrics import worst_class
 from biscale_env.traces import Trace
 
 Build = Callable[[Mapping[str, Any], Plant, Sequence[Trace]], Policy]
@@ -50,16 +51,24 @@ class Setting:
         return ", ".join(f"{key}={value}" for key, value in self.params.items())
 
 
-def setting_of(params: Mapping[str, Any], runs: Sequence[Rollout]) -> Setting:
-    """A setting with what the rollouts say of it."""
-    finished = sum(run.totals["n_finished"] for run in runs)
-    missed = sum(run.totals["n_violations"] for run in runs)
+def setting_of(params: Mapping[str, Any], runs: Sequence[Rollout], plant: Plant) -> Setting:
+    """A setting with what the rollouts in a plant say of it."""
     return Setting(
         dict(params),
         sum(run.totals["energy_j"] for run in runs),
-        1.0 - missed / max(finished, 1.0),
+        attained_over(runs, plant),
         tuple(run.windows for run in runs if run.windows is not None),
     )
+
+
+def attained_over(runs: Sequence[Rollout], plant: Plant) -> float:
+    """Fraction of the requests of all runs that met the SLO; with classes that of the worst off."""
+    if plant.slo.classes:
+        judged = [(run.requests, run.totals["duration_s"]) for run in runs]
+        return worst_class(judged, plant.slo, plant.phase)[0]
+    finished = sum(run.totals["n_finished"] for run in runs)
+    missed = sum(run.totals["n_violations"] for run in runs)
+    return float(1.0 - missed / max(finished, 1.0))
 
 
 def static_settings(
@@ -80,9 +89,8 @@ def static_settings(
 
 def _static(plant: Plant, workloads: Sequence[Trace], member: int, freq_mhz: float) -> Setting:
     runs = [run_static(plant, w, freq_mhz, member) for w in workloads]
-    latency = np.concatenate([r.latency_s for r in runs])
     energy = sum(r.energy_j for r in runs)
-    return Setting({"freq_mhz": freq_mhz}, energy, plant.slo.attained(latency, plant.phase))
+    return Setting({"freq_mhz": freq_mhz}, energy, attained_by(plant, runs))
 
 
 def search(
@@ -120,7 +128,7 @@ def search(
             keep_steps=False,
             keep_windows=keep_windows,
         )
-        return setting_of(params, runs)
+        return setting_of(params, runs, plant)
 
     main = next(iter(grid[0]), "") if grid else ""
     tried = [run(params) for params in thinned(grid, main)]

@@ -36,7 +36,7 @@ _OTHERS: Final = (
     ("#9c4a8c", "#e39ad6"),
     ("#8a5a2b", "#e0ae7c"),
 )
-_DASHES: Final = ("solid", "dash", "dot", "dashdot", "longdash")
+DASHES: Final = ("solid", "dash", "dot", "dashdot", "longdash")
 _SYMBOLS: Final = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 
 
@@ -77,7 +77,7 @@ def styles(policies: Sequence[str]) -> dict[str, Style]:
             color, dark = _OTHERS[place % len(_OTHERS)]
             rank = place // len(_OTHERS)
         found[name] = Style(
-            color, dark, _DASHES[rank % len(_DASHES)], _SYMBOLS[(place + rank) % len(_SYMBOLS)]
+            color, dark, DASHES[rank % len(DASHES)], _SYMBOLS[(place + rank) % len(_SYMBOLS)]
         )
     return found
 

@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from biscale_env.evaluation.report import figdata
-from biscale_env.evaluation.report.figure_style import (
+from biscale_env.evaluation.report.drawing import figdata
+from biscale_env.evaluation.report.drawing.figure_style import (
     FRACTIONS,
+    LEGEND_BELOW,
     LIMIT_AREA,
     LIMIT_LINE,
     axis,
@@ -17,7 +18,10 @@ from biscale_env.evaluation.report.figure_style import (
     limit_note,
     without_variants,
 )
-from biscale_env.evaluation.report.palette import INK, Style, styles
+from biscale_env.evaluation.report.drawing.palette import INK, Style, styles
+
+MOST_LABELS: Final = 6
+"""Names of more policies than that stand in a legend: beside their markers they would collide."""
 
 
 def energy_attainment(summary: pd.DataFrame) -> go.Figure:
@@ -39,7 +43,10 @@ def energy_attainment(summary: pd.DataFrame) -> go.Figure:
     y_axis = axis(
         "energy relative to max clock" if relative else "energy, J per output token", range=y_range
     )
+    crowded = summary["policy"].nunique() > MOST_LABELS
     places = _label_places(without_variants(summary), column, x_axis["range"], y_range)
+    if crowded:
+        places = {label: (position, "") for label, (position, _) in places.items()}
     traces = [
         _energy_trace(group.sort_values("attainment"), column, look[str(policy)], places)
         for policy, group in summary.groupby("policy", sort=False)
@@ -47,7 +54,12 @@ def energy_attainment(summary: pd.DataFrame) -> go.Figure:
     return go.Figure(
         data=traces,
         layout=base_layout(
-            height=430, xaxis=x_axis, yaxis=y_axis, **_requirement(need, x_axis["range"][0])
+            height=490 if crowded else 430,
+            xaxis=x_axis,
+            yaxis=y_axis,
+            showlegend=crowded,
+            legend=LEGEND_BELOW,
+            **_requirement(need, x_axis["range"][0]),
         ),
     )
 

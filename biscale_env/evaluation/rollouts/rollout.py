@@ -15,14 +15,16 @@ from biscale_env.contract import Policy
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.batch import Batch, RequestTable
 from biscale_env.envs.plant import Plant
-from biscale_env.evaluation.experiment.same_work import busy_at_max_clock_j
-from biscale_env.evaluation.experiment.window_meter import (
+from biscale_env.evaluation.rollouts.same_work import busy_at_max_clock_j
+from biscale_env.evaluation.rollouts.window_meter import (
     WindowMeter,
     WindowTotals,
     judged_windows,
     window_edges,
 )
-from biscale_env.evaluation.runs.record import Column
+from biscale_env.evaluation.runs.record import SLO_CLASS, Column
+from biscale_env.evaluation.stats.class_metrics import worst_class
+from biscale_env.evaluation.stats.judging import CACHED
 from biscale_env.traces import Trace
 
 CHUNK_STEPS = 2048  # decisions kept raw before they are packed into columns
@@ -191,13 +193,21 @@ def rollout(
     ]
     if meter is None:
         return runs
-    return [replace(run, windows=_windows(run, plant, meter, i)) for i, run in enumerate(runs)]
+    worst = None
+    if plant.slo.classes:  # one class for all runs, whose windows are added
+        judged = [(run.requests, run.totals["duration_s"]) for run in runs]
+        worst = worst_class(judged, plant.slo, plant.phase)[1]
+    return [
+        replace(run, windows=_windows(run, plant, meter, i, worst)) for i, run in enumerate(runs)
+    ]
 
 
-def _windows(run: Rollout, plant: Plant, meter: WindowMeter, row: int) -> WindowTotals:
+def _windows(
+    run: Rollout, plant: Plant, meter: WindowMeter, row: int, worst: int | None
+) -> WindowTotals:
     energy_j = meter.energy_j(row, run.totals["energy_j"])
     return judged_windows(
-        run.requests, plant, run.totals["duration_s"], meter.edges_s[row], energy_j
+        run.requests, plant, run.totals["duration_s"], meter.edges_s[row], energy_j, worst
     )
 
 
@@ -275,9 +285,13 @@ def _collect(
         else _prefill_starts(pool.prompt[mine], steps, batch),
         "first_token_s": arrival if decode else finish,
         "finish_s": finish,
-        "prompt_tokens": pool.prompt[mine],
+        "prompt_tokens": pool.prompt[mine] + pool.prefix[mine],
         "output_tokens": pool.output[mine],
     }
+    if not decode:
+        requests[CACHED] = pool.prefix[mine]
+    if pool.slo_class.size:
+        requests[SLO_CLASS] = pool.slo_class[mine]
     busy_j = steps["energy_j"] - steps.pop("energy_idle_j")
     n_gpus = float(plant.settings.tp)
     steps["power_w"] = np.divide(busy_j, steps["duration_s"] * n_gpus)
@@ -292,7 +306,9 @@ def _collect(
         "n_violations": float(st["violations"]),
         "clock_switches": float(st["n_switches"]),
         "preemptions": float(st["preemptions"]) if decode else 0.0,
-        "busy_at_max_clock_j": busy_at_max_clock_j(plant, steps, pool.prompt[mine], member),
+        "busy_at_max_clock_j": busy_at_max_clock_j(
+            plant, steps, pool.prompt[mine], pool.prefix[mine], member
+        ),
         **shared,
     }
     if decode:

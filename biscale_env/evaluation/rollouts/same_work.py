@@ -15,27 +15,35 @@ from biscale_env.envs.plant import Plant
 Floats = NDArray[np.float64]
 
 
-def attention_work(prompt: NDArray[Any], batch_tokens: Floats) -> Floats:
+def attention_work(prompt: NDArray[Any], prefix: NDArray[Any], batch_tokens: Floats) -> Floats:
     """Attention work of prefill batches that take prompts in order, token^2, one per batch.
 
-    A chunk of ``n`` tokens behind ``d`` adds ``n (n / 2 + d) = ((d + n)^2 - d^2) / 2``, so up to
-    token ``x`` of the queue it is the squares of whole prompts and of the part of the next, halved.
+    A chunk of ``n`` tokens behind ``d`` adds ``n (n / 2 + d)``, so the chunks of the first ``x``
+    new tokens of a prompt add up to ``x (x / 2 + prefix)``, and up to a token of the queue it is
+    that of whole prompts and of the part of the next.
 
     Args:
-        prompt: prompt lengths in order of arrival.
+        prompt: new tokens of each prompt, in order of arrival.
+        prefix: cached tokens before them.
         batch_tokens: new tokens of each batch; together those of all prompts.
     """
     lengths = prompt.astype(np.float64)
+    cached = np.concatenate([prefix.astype(np.float64), [0.0]])
     ends = np.cumsum(lengths)
     before = np.concatenate([[0.0], ends])
-    squares = np.concatenate([[0.0], np.cumsum(0.5 * lengths**2)])
+    pairs = np.concatenate([[0.0], np.cumsum(lengths * (0.5 * lengths + cached[:-1]))])
     upto = np.concatenate([[0.0], np.cumsum(batch_tokens)])
     whole = np.searchsorted(ends, upto, side="right")
-    return np.diff(squares[whole] + 0.5 * (upto - before[whole]) ** 2)
+    part = upto - before[whole]
+    return np.diff(pairs[whole] + part * (0.5 * part + cached[whole]))
 
 
 def busy_at_max_clock_j(
-    plant: Plant, steps: Mapping[str, Floats], prompt: NDArray[Any], member: int
+    plant: Plant,
+    steps: Mapping[str, Floats],
+    prompt: NDArray[Any],
+    prefix: NDArray[Any],
+    member: int,
 ) -> float:
     """Energy of a run's iterations had each run at the highest clock, under the power cap, J.
 
@@ -45,14 +53,15 @@ def busy_at_max_clock_j(
     Args:
         plant: what was run.
         steps: columns of the timeline, one entry per iteration.
-        prompt: prompt lengths in order of arrival.
+        prompt: new tokens of each prompt, in order of arrival.
+        prefix: cached tokens before them.
         member: ensemble member of the plant.
     """
     if plant.settings.min_decision_interval_s > 0 or not len(steps["time_s"]):
         return math.nan
     tokens, n_seq = steps["batch_tokens"], steps["batch_requests"]
     if plant.phase == "prefill":
-        attn, cached = attention_work(prompt, tokens), np.zeros(len(tokens))
+        attn, cached = attention_work(prompt, prefix, tokens), np.zeros(len(tokens))
     else:
         attn = 0.5 * (tokens - n_seq) ** 2
         cached = np.rint(steps["kv_use"] * plant.kv_capacity_tokens)

@@ -7,11 +7,11 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.evaluation.report.figure_style import at_point, without_variants
-from biscale_env.evaluation.report.figures_energy import energy_attainment
-from biscale_env.evaluation.report.figures_latency import latency_cdf
-from biscale_env.evaluation.report.figures_time import clock_strips, timeline
-from biscale_env.evaluation.report.figures_tuning import tuning_curves
+from biscale_env.evaluation.report.drawing.figure_style import at_point, without_variants
+from biscale_env.evaluation.report.drawing.figures_energy import energy_attainment
+from biscale_env.evaluation.report.drawing.figures_latency import latency_cdf
+from biscale_env.evaluation.report.drawing.figures_time import clock_strips, timeline
+from biscale_env.evaluation.report.drawing.figures_tuning import tuning_curves
 from biscale_env.evaluation.report.tables import ordered
 from biscale_env.evaluation.runs.run_view import Run
 

@@ -1,0 +1,1 @@
+"""One policy on one workload: scenarios, rollouts, their energy by window."""

@@ -1,0 +1,1 @@
+"""BiScale-Bench: frozen tasks, score cards, the leaderboard."""

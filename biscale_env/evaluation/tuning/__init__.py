@@ -1,0 +1,1 @@
+"""The project's one rule of tuning, and curves at equal attainment."""
