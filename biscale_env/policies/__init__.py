@@ -7,6 +7,7 @@
 ``agent:margin=0.1``         the shipped learned agent of the phase
 ``runs/p``, ``a/best.npz``   a run directory of ``biscale train``, its ``.npz`` or
                              ``.zip``, or a ``.zip`` of plain Stable-Baselines3
+``mine.onnx``                a network of any library, see ``onnx_source``
 ``module:Class``             a class from outside; also ``file.py:Class``
 a name                       an entry point of the group ``biscale.policies``
 ============================ =======================================================

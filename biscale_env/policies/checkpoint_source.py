@@ -21,6 +21,8 @@ from controllers.registry import parse_parameters
 SHIPPED: Final = Path(str(files("agents"))) / "checkpoints"
 PARAMETERS: Final = ("price", "margin")
 N_PRICES: Final = 14  # as many settings as a margin has in `controllers.base.MARGINS`
+# of the bound, tried with the upper half of the prices
+PRICED_MARGINS: Final = {"prefill": (0.2, 0.4), "decode": (0.3, 0.5)}
 # Times the lowest trained price: at the edge of what it knows an agent loses attainment faster
 # than it saves energy (assumed).
 PRICE_FLOOR: Final = 2.5
@@ -73,7 +75,8 @@ class CheckpointSource:
     def settings(self, phase: str) -> list[dict[str, Any]]:
         """The checkpoint's margins, else prices that it was trained on.
 
-        None when there are none, or when one is given.
+        The higher prices are offered with a margin as well: the last tenths of attainment are
+        rarer than a price can teach. None when there are none, or when one is given.
         """
         path = self.path(phase)
         if self.params or path.suffix != ".npz":
@@ -85,8 +88,13 @@ class CheckpointSource:
         if network.price is None:
             return []
         low, high = config.get("price") or (1.0, 100.0)
-        prices = np.geomspace(PRICE_FLOOR * low, high, N_PRICES)
-        return [{"price": float(f"{p:.3g}")} for p in prices]
+        prices = [float(f"{p:.3g}") for p in np.geomspace(PRICE_FLOOR * low, high, N_PRICES)]
+        careful = [
+            {"price": p, "margin": m}
+            for m in PRICED_MARGINS[phase]
+            for p in prices[N_PRICES // 2 :]
+        ]
+        return [*({"price": p} for p in prices), *careful]
 
     def make(self, context: PolicyContext, **params: Any) -> Policy:
         """The agent in a controller's context.

@@ -14,15 +14,34 @@ STATIC_HINDSIGHT: Final = "static-hindsight"
 """The best constant clock of the judged workloads themselves: no controller, but what one must beat
 to have earned its keep."""
 ORACLE: Final = "oracle"
-PLANNED: Final = (STATIC_BEST, STATIC_HINDSIGHT, ORACLE)
+LOOKAHEAD: Final = "lookahead"
+"""Knows the arrivals of the next seconds (``lookahead:seconds=0.5``): no causal policy."""
+PLANNED: Final = (STATIC_BEST, STATIC_HINDSIGHT, ORACLE, LOOKAHEAD)
 """Names of policies that are made from the workload itself: a comparison can make them only."""
 BISCALE_OWN: Final = {"prefill": "mpc", "decode": "slack"}
 """BiScale's own controllers, which learned agents are compared with."""
 SUFFIXES: Final = (".npz", ".zip")
+FILES: Final = (*SUFFIXES, ".onnx")
+"""Suffixes of policies in files; only those of :data:`SUFFIXES` are found in run directories."""
 
-_FILE = re.compile(r"(?P<base>.+\.(?:npz|zip))(?::(?P<rest>.*))?")
+_FILE = re.compile(r"(?P<base>.+\.(?:npz|zip|onnx))(?::(?P<rest>.*))?")
 _CLASS = re.compile(r"(?P<base>(?:[A-Za-z_][\w.]*|.+\.py):[A-Za-z_]\w*)(?::(?P<rest>.*))?")
 _OTHER = re.compile(r"(?P<base>.+?)(?::(?P<rest>[A-Za-z_]\w*=.*))?")
+
+
+def is_lookahead(name: str) -> bool:
+    """Whether a name, with parameters or without, is that of the controller with foresight."""
+    return name.partition(":")[0] == LOOKAHEAD
+
+
+def is_planned(name: str) -> bool:
+    """Whether a policy is made from the workload itself, by a comparison only."""
+    return name in PLANNED or is_lookahead(name)
+
+
+def is_planned_each(name: str) -> bool:
+    """Whether every workload has a plan of its own, instead of one setting for all."""
+    return name == ORACLE or is_lookahead(name)
 
 
 class PolicySource(Protocol):

@@ -16,6 +16,7 @@ from biscale_env.policies.class_source import (
     load_class,
     load_entry_point,
 )
+from biscale_env.policies.onnx_source import SUFFIX, OnnxSource
 from biscale_env.policies.policy_source import (
     AGENT,
     PHASES,
@@ -86,6 +87,8 @@ def _from_outside(name: str, base: str, rest: str) -> PolicySource:
             return ClassSource.of(name, load_class(base), rest)
         except NoSuchModule as error:
             raise registry.unknown_policy(name, known_policies(), str(error)) from None
+    if base.endswith(SUFFIX):
+        return OnnxSource.of(name, base, rest)
     if names_checkpoint(base):
         return CheckpointSource.of(name, base, rest)
     raise registry.unknown_policy(base, known_policies())

@@ -16,7 +16,7 @@ Per window: busy time b, tokens x, cached tokens read w, energy above P0. What n
   and w stay below an arrival curve;
 * a request that meets the SLO has all its tokens at ``arrival + tpot (output - 1)``: cumulative x
   and w stay above a deadline curve, less the largest ``m`` amounts due by then when ``m`` requests
-  may violate it;
+  may violate it (with SLO classes: the bound and the number of its own class);
 * the instance iterates whenever a request is there, and a request is there for at least
   ``output - 1`` shortest iterations: b is at least the covered part of the window, and at most the
   window.
@@ -28,6 +28,7 @@ order of requests may be served.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +40,7 @@ from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.batch import RequestTable
 from biscale_env.envs.plant import Plant
 from biscale_env.traces import Trace
+from controllers.oracle.allowed_misses import AllowedMisses
 from controllers.oracle.decode_cuts import Iterations, find_cuts
 from controllers.oracle.plan_replay import member_of
 
@@ -60,14 +62,27 @@ def arrival_curve(pool: RequestTable, borders_s: Floats, shortest_s: float) -> F
     return most
 
 
-def deadline_curve(pool: RequestTable, borders_s: Floats, tpot_s: float, misses: int) -> Floats:
+def deadline_curve(
+    pool: RequestTable,
+    borders_s: Floats,
+    tpot_s: float,
+    misses: int,
+    mine: NDArray[np.bool_] | None = None,
+) -> Floats:
     """Least ``(tokens, cached tokens read)`` necessary by each border, (2, windows).
 
-    At most ``misses`` requests may violate the SLO.
+    Args:
+        pool: the workload.
+        borders_s: borders of the windows, s.
+        tpot_s: bound, s.
+        misses: requests that may violate it.
+        mine: requests that the bound is for, those of one SLO class; None: all.
     """
     tokens = pool.output.astype(np.float64) - 1.0
     reads = tokens * pool.prompt + 0.5 * tokens * (tokens + 1.0)
     due_s = pool.arrival_s + tpot_s * tokens
+    if mine is not None:
+        tokens, reads, due_s = tokens[mine], reads[mine], due_s[mine]
     least = np.zeros((2, len(borders_s)))
     if misses >= len(tokens):
         return least
@@ -174,6 +189,7 @@ class DecodeFluid:
         if plant.phase != "decode":
             raise BiscaleError(f"the decode bound needs a decode plant, got {plant.phase}")
         self.plant, self.pool = plant, RequestTable.of(plant, [trace])
+        self.everything = AllowedMisses.of(plant.slo, self.pool, None)
         self.drain = plant.settings.drain
         tokens = self.pool.output.astype(np.float64) - 1.0
         reads = tokens * self.pool.prompt + 0.5 * tokens * (tokens + 1.0)
@@ -192,12 +208,12 @@ class DecodeFluid:
         self.floor_w = rows.floor_w
         self.floor_j = rows.floor_w * (end_s - float(self.pool.arrival_s[0]))
 
-    def energy_j(self, misses: int) -> float:
+    def energy_j(self, misses: int | Sequence[int] | NDArray[np.int64]) -> float:
         """Least energy if at most ``misses`` requests miss the SLO (or are not finished), J.
 
-        Idling before the first request included.
+        Idling before the first request included. With SLO classes there is a number for each.
         """
-        least = deadline_curve(self.pool, self.borders_s, self.plant.slo.tpot_s, misses)
+        least = self.deadlines(np.atleast_1d(np.asarray(misses, dtype=np.int64)))
         if self.drain:
             least[:, -1] = self.most[:, -1]
         # a deadline that the arrival curve cannot meet is violated under any policy
@@ -207,6 +223,19 @@ class DecodeFluid:
         )
         return self.before_j + self.floor_j + above * (1.0 - SOLVER_TOLERANCE)
 
+    def deadlines(self, misses: NDArray[np.int64]) -> Floats:
+        """Deadline curve of all classes together, (2, windows)."""
+        slo = self.plant.slo
+        if not slo.classes:
+            return deadline_curve(self.pool, self.borders_s, slo.tpot_s, int(misses[0]))
+        curves = [
+            deadline_curve(
+                self.pool, self.borders_s, slo.of_class(k).tpot_s, int(m), self.pool.slo_class == k
+            )
+            for k, m in enumerate(misses)
+        ]
+        return np.asarray(np.sum(curves, axis=0))
+
     def cost(self, price: float) -> float:
         """Least cost in reference energies at a penalty (price) per SLO violation.
 
@@ -215,15 +244,16 @@ class DecodeFluid:
         draining, requests that are cut off at the end never become violations, so nothing is known
         about their number.
         """
-        n, ref = len(self.pool.prompt), self.plant.energy_ref_j
+        n, ref = self.everything.weighted, self.plant.energy_ref_j
         misses = sorted(
-            {int(np.ceil(part * n)) for part in (FRACTIONS if self.drain else (0.0, 1.0))}
+            {float(np.ceil(part * n)) for part in (FRACTIONS if self.drain else (0.0, 1.0))}
         )
-        energies = [(self.energy_j(m) - self.before_j) / ref for m in misses[1:]]
+        most = [self.everything.within_weight(m) for m in misses]
+        energies = [(self.energy_j(m) - self.before_j) / ref for m in most[1:]]
         due = [
             energy + price * m * self.drain for energy, m in zip(energies, misses[:-1], strict=True)
         ]
-        return min([*due, (self.energy_j(0) - self.before_j) / ref] if self.drain else due)
+        return min([*due, (self.energy_j(most[0]) - self.before_j) / ref] if self.drain else due)
 
 
 @dataclass(frozen=True)
@@ -264,7 +294,7 @@ def solve_decode_bound(
     """
     begin = time.perf_counter()
     fluid = DecodeFluid(plant, trace, member, window_s)
-    n = len(fluid.pool.prompt)
-    allowed = n if attainment is None else int(np.floor((1.0 - attainment) * n + 1e-9))
-    energy, cost = fluid.energy_j(allowed), fluid.cost(plant.settings.violation_weight)
-    return DecodeBound(energy, cost, allowed, len(fluid.cuts), time.perf_counter() - begin)
+    allowed = AllowedMisses.of(plant.slo, fluid.pool, attainment)
+    energy = fluid.energy_j(allowed.counts)
+    cost = fluid.cost(plant.settings.violation_weight)
+    return DecodeBound(energy, cost, allowed.total, len(fluid.cuts), time.perf_counter() - begin)

@@ -16,6 +16,7 @@ from biscale_env.envs.plant import Plant
 from biscale_env.models import COEFFICIENT_DTYPE
 from biscale_env.sim.decode import running_of
 from biscale_env.traces import Trace
+from controllers.oracle.allowed_misses import AllowedMisses, missed_by_class
 from controllers.oracle.decode_kernels import PlanArrays, decode_planned
 from controllers.oracle.plan_replay import member_of, oracle_plant
 
@@ -89,18 +90,22 @@ class PlanRun:
     Attributes:
         energy_j: energy of the whole run, J.
         violations: requests that missed the SLO.
+        missed: how many of each SLO class; one number where there is one bound for all.
+        weight: what the misses weigh together; their number where there is one bound for all.
         window_j: energy by window, J.
-        window_missed: SLO-violating requests by window of arrival.
+        window_missed: SLO-violating requests by window of arrival, each with its weight.
     """
 
     energy_j: float
     violations: int
+    missed: Ints
+    weight: float
     window_j: Floats
-    window_missed: Ints
+    window_missed: Ints | Floats
 
     def cost(self, ref_j: float, price: float) -> float:
         """Cost in reference energies."""
-        return self.energy_j / ref_j + price * self.violations
+        return self.energy_j / ref_j + price * self.weight
 
     def local(self, ref_j: float, price: float, spacing: int) -> Floats:
         """Cost of each window together with the ones up to the next that moves."""
@@ -128,6 +133,7 @@ class DecodeRunner:
         self.coefs = np.array(tuple(plant.model.member(k)), dtype=COEFFICIENT_DTYPE)[()]
         self.params = self.plant.params(k, trace.duration_s)[()]
         self.grid_ghz = plant.clocks.grid_mhz / 1e3
+        self.everything = AllowedMisses.of(plant.slo, self.batch.pool, None)
         self.horizon_s = max(trace.duration_s, 1e-9)
         self.runs = 0
 
@@ -153,12 +159,20 @@ class DecodeRunner:
         decisions = decode_planned(
             b.states[0], self.coefs, self.params, pool.requests, b.times, running, arrays
         )
-        missed = b.finish_s - pool.arrival_s > self.params["slo_s"] * (pool.output - 1)
+        missed, of_class = missed_by_class(self.plant.slo, "decode", pool, b.finish_s)
         window = np.minimum((pool.arrival_s / plan.window_s).astype(np.int64), n - 1)
-        by_window = np.bincount(window[missed], minlength=n)
+        weights = (
+            self.everything.weights[pool.slo_class[missed]] if self.plant.slo.classes else None
+        )
+        by_window = np.bincount(window[missed], weights, minlength=n)
         state = b.states[0]
         found = PlanRun(
-            float(state["energy_j"]), int(state["violations"]), arrays.window_j, by_window
+            float(state["energy_j"]),
+            int(state["violations"]),
+            of_class,
+            self.everything.weigh(of_class),
+            arrays.window_j,
+            by_window,
         )
         return found, int(decisions)
 

@@ -28,7 +28,8 @@ import numpy as np
 
 from biscale_env.envs.plant import Plant
 from biscale_env.traces import Trace
-from controllers.oracle.decode_plans import DecodeRunner, Floats, PlanRun, WindowPlan
+from controllers.oracle.allowed_misses import AllowedMisses
+from controllers.oracle.decode_plans import DecodeRunner, Floats, Ints, PlanRun, WindowPlan
 from controllers.oracle.decode_starts import best_starts
 
 # assumed: how long the consequences of a move are felt; moving windows are at least this far apart
@@ -56,8 +57,10 @@ class DecodePlan:
             :class:`controllers.oracle.plan_replay.OraclePolicy` repeats.
         energy_j: energy of the run, J.
         violations: requests that completed too late.
+        missed: violations of each SLO class; one number where there is one bound for all.
         violations_allowed: violations that the attainment asked for allows; all requests without
             one.
+        allowed: the same of each class.
         attainment: fraction of all requests within the SLO.
         cost: energy in reference energies plus ``price`` per violation.
         price: the plant's ``violation_weight``, or the last price of a search for an attainment.
@@ -72,7 +75,9 @@ class DecodePlan:
     clocks_mhz: Floats
     energy_j: float
     violations: int
+    missed: Ints
     violations_allowed: int
+    allowed: AllowedMisses
     attainment: float
     cost: float
     price: float
@@ -87,7 +92,7 @@ class _Descent:
     """Coordinate descent over the rules of the windows."""
 
     def __init__(
-        self, runner: DecodeRunner, price: float, allowed: int | None, max_runs: int
+        self, runner: DecodeRunner, price: float, allowed: AllowedMisses | None, max_runs: int
     ) -> None:
         self.runner, self.price, self.allowed, self.max_runs = runner, price, allowed, max_runs
         self.ref_j, self.spent = runner.plant.energy_ref_j, False
@@ -106,14 +111,14 @@ class _Descent:
         self.plan = plan
         self.now, _ = self.runner.run(plan)
 
-    def rank(self, run: PlanRun) -> tuple[int, float]:
+    def rank(self, run: PlanRun) -> tuple[float, float]:
         """Order of preference of the answer: misses beyond what is allowed, then energy.
 
         Without a constraint the cost.
         """
         if self.allowed is None:
-            return 0, run.cost(self.ref_j, self.price)
-        return max(run.violations - self.allowed, 0), run.energy_j
+            return 0.0, run.cost(self.ref_j, self.price)
+        return self.allowed.beyond(run.missed), run.energy_j
 
     def cost(self, run: PlanRun) -> float:
         return run.cost(self.ref_j, self.price)
@@ -181,7 +186,8 @@ class _Descent:
     def reprice(self) -> None:
         """Raise the penalty while too many requests violate the SLO, else lower it."""
         if self.allowed is not None:
-            self.price *= PRICE_UP if self.now.violations > self.allowed else PRICE_DOWN
+            is_held = self.allowed.holds(self.now.missed)
+            self.price *= PRICE_DOWN if is_held else PRICE_UP
 
     def halve(self) -> None:
         """Go on from the best plan with windows of half the length."""
@@ -221,24 +227,28 @@ def search_decode_plan(
     begin = time.perf_counter()
     runner = DecodeRunner(plant, trace, member)
     n = len(runner.batch.pool.prompt)
-    allowed = None if attainment is None else int(np.floor((1.0 - attainment) * n + 1e-9))
+    most = AllowedMisses.of(plant.slo, runner.batch.pool, attainment)
+    allowed = None if attainment is None else most
     if max_runs is None:
         max_runs = max(min(MAX_RUNS, MAX_SERVED // n), LEAST_RUNS)
     descent = _Descent(runner, plant.settings.violation_weight, allowed, max_runs)
     descent.solve()
     run, plan = descent.best
     clocks_mhz = runner.clocks_mhz(plan)
-    latency = (runner.batch.finish_s - runner.batch.pool.arrival_s) / (runner.batch.pool.output - 1)
+    pool = runner.batch.pool
+    latency = (runner.batch.finish_s - pool.arrival_s) / (pool.output - 1)
     return DecodePlan(
         plan=plan,
         clocks_mhz=clocks_mhz,
         energy_j=run.energy_j,
         violations=run.violations,
-        violations_allowed=n if allowed is None else allowed,
-        attainment=plant.slo.attained(latency, "decode"),
+        missed=run.missed,
+        violations_allowed=most.total,
+        allowed=most,
+        attainment=plant.slo.attained(latency, "decode", pool.slo_class),
         cost=descent.cost(run),
         price=descent.price,
-        feasible=allowed is None or run.violations <= allowed,
+        feasible=most.holds(run.missed),
         static_mhz=descent.static_mhz,
         static_j=descent.static_j,
         runs=runner.runs,

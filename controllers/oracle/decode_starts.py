@@ -13,7 +13,7 @@ import numpy as np
 
 from controllers.oracle.decode_plans import DecodeRunner, PlanRun, WindowPlan
 
-Rank = Callable[[PlanRun], tuple[int, float]]
+Rank = Callable[[PlanRun], tuple[float, float]]
 Tried = tuple[PlanRun, WindowPlan]
 TARGETS = np.linspace(0.4, 1.2, 17)  # iteration times, in TPOT bounds
 LOWEST = 4  # lowest clocks of the iteration times, from the lower half of the grid

@@ -80,10 +80,10 @@ def _decode(
     plant: Plant, trace: Trace, target_attainment: float | None, member: int | None
 ) -> tuple[NDArray[np.float64], dict[str, float]]:
     plan = search_decode_plan(plant, trace, target_attainment, member)
-    allowed = plan.violations
+    allowed = plan.allowed.exactly(plan.missed)
     if target_attainment is not None:
-        allowed = max(allowed, plan.violations_allowed)
-    bound_j = DecodeFluid(plant, trace, member).energy_j(allowed)
+        allowed = plan.allowed.or_these(plan.missed)
+    bound_j = DecodeFluid(plant, trace, member).energy_j(allowed.counts)
     return plan.clocks_mhz, {
         "replay_j": plan.energy_j,
         "violations": float(plan.violations),
@@ -91,7 +91,7 @@ def _decode(
         "feasible": float(plan.feasible),
         "lower_bound_j": bound_j,
         "lower_bound_any_delay_j": bound_j,
-        "violations_allowed": float(allowed),
+        "violations_allowed": float(allowed.total),
         "price": plan.price,
         "bound_pruned": 0.0,
         "dropped": 0.0,

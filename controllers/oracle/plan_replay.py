@@ -14,6 +14,7 @@ from biscale_env.contract import ClockRange
 from biscale_env.envs.batch import Batch, RequestTable
 from biscale_env.envs.plant import Plant
 from biscale_env.traces import Trace
+from controllers.oracle.allowed_misses import missed_by_class
 
 ROW = np.zeros(1, dtype=np.int64)
 
@@ -90,15 +91,41 @@ class PlanReplay:
             environment does not charge.
         energy_j: energy of the whole run, that included, J.
         violations: requests that completed too late.
-        attainment: fraction of all requests that were within the SLO.
+        missed: how many of each SLO class; one number where there is one bound for all.
+        attainment: fraction of all requests that were within the SLO (of the class that is worst
+            off, where it has classes).
         decisions: steps it took.
     """
 
     cost: float
     energy_j: float
     violations: int
+    missed: tuple[int, ...]
     attainment: float
     decisions: int
+
+    @classmethod
+    def of(cls, batch: Batch, cost: float, decisions: int) -> "PlanReplay":
+        """What the one instance of a batch did until its end.
+
+        Args:
+            batch: made with ``record=True``.
+            cost: as above, added up on the way.
+            decisions: as above.
+        """
+        plant, state, pool = batch.plant, batch.states[0], batch.pool
+        _, missed = missed_by_class(plant.slo, plant.phase, pool, batch.finish_s)
+        latency = batch.finish_s - pool.arrival_s
+        if plant.phase == "decode":
+            latency = latency / (pool.output - 1)
+        return cls(
+            cost,
+            float(state["energy_j"]),
+            int(state["violations"]),
+            tuple(int(n) for n in missed),
+            plant.slo.attained(latency, plant.phase, pool.slo_class),
+            decisions,
+        )
 
 
 def replay(
@@ -118,14 +145,4 @@ def replay(
         batch.step(actions[k : k + 1])
         cost -= float(batch.reward[0])
         decision += 1
-    state, pool = batch.states[0], batch.pool
-    latency = batch.finish_s - pool.arrival_s
-    if free.phase == "decode":
-        latency = latency / (pool.output - 1)
-    return PlanReplay(
-        cost,
-        float(state["energy_j"]),
-        int(state["violations"]),
-        free.slo.attained(latency, free.phase),
-        decision,
-    )
+    return PlanReplay.of(batch, cost, decision)

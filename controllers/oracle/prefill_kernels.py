@@ -170,6 +170,8 @@ def put(
     """Offer a label (a departure at ``low_s``) to a cell of a position."""
     slots, cells = labels.slots, labels.cells
     k = max(cell - slots[s].base, 0)
+    if run.clocks > 1:
+        k = k * run.clocks + clock
     if k >= cells.shape[1]:
         run.late += 1
         return
@@ -194,15 +196,51 @@ def put_end(run: Programme, cost: float, parent: int, clock: int) -> None:
 
 
 @inlined
-def count_late(w: PlannedWorkload, head: int, new_head: int, time_s: float) -> int:
-    """Requests ``head .. new_head - 1`` that violate the SLO when they complete at this time.
+def count_late(w: PlannedWorkload, share: float, head: int, new_head: int, time_s: float) -> float:
+    """Requests ``head .. new_head - 1`` that miss a share of their bound if they complete now.
 
-    Arrivals rise.
+    Arrivals rise. With SLO classes each counts as much as a miss of its class weighs.
     """
-    late = 0
-    while head + late < new_head and time_s - w.arrival_s[head + late] > w.p.slo_s:
-        late += 1
+    late = 0.0
+    k = head
+    if w.p.classes == 0:
+        while k < new_head and time_s - w.arrival_s[k] > w.p.slo_s * share:
+            late += 1.0
+            k += 1
+    else:
+        while k < new_head:
+            own = w.slo_class[k]
+            if time_s - w.arrival_s[k] > w.p.slo_s * share * w.p.class_scale[own]:
+                late += w.p.class_weight[own]
+            k += 1
     return late
+
+
+@inlined
+def late_cost(run: Programme, w: PlannedWorkload, head: int, new_head: int, time_s: float) -> float:
+    """Penalties of requests ``head .. new_head - 1`` that complete at this time."""
+    cost = run.price * count_late(w, 1.0, head, new_head, time_s)
+    if run.early_price > 0.0:
+        cost += run.early_price * count_late(w, run.early_share, head, new_head, time_s)
+    return cost
+
+
+@inlined
+def delayed_option(w: PlannedWorkload, scratch: Scratch, count: int, k: int, clock: int) -> int:
+    """Option ``k`` of a batch that begins at another clock until the change takes effect.
+
+    It is put behind the ``count`` options; returns its place. What is left of the delay when the
+    batch ends first is forgotten.
+    """
+    new, old = scratch.options[k], scratch.options[max(count - 1 - clock, 0)]
+    o = scratch.options[scratch.options.size - 1]
+    begun = min(w.p.delay_s / old.d, 1.0)
+    o.d = begun * old.d + (1.0 - begun) * new.d
+    o.d_max = o.d
+    o.e = begun * old.e + (1.0 - begun) * new.e
+    o.idle_w = new.idle_w
+    o.clock = new.clock
+    return scratch.options.size - 1
 
 
 @inlined
@@ -220,7 +258,7 @@ def go_idle(
     ``start`` holds the times at which the batch ends and the cost with it, ``next_s`` the next
     arrival (infinite: none).
     """
-    total = start.cost + run.price * count_late(w, to.head, to.new_head, start.low_s)
+    total = start.cost + late_cost(run, w, to.head, to.new_head, start.low_s)
     last = start.high_s
     if next_s <= w.p.end_s or (w.p.drain == 1 and to.new_head < w.arrival_s.size):
         total += o.idle_w * (next_s - min(last, next_s))
@@ -230,7 +268,10 @@ def go_idle(
             x.parent = start.parent
             x.clock = o.clock
     else:
-        put_end(run, total + o.idle_w * max(w.p.end_s - last, 0.0), start.parent, o.clock)
+        total += o.idle_w * max(w.p.end_s - last, 0.0)
+        if run.beyond_w > 0.0:
+            total -= run.beyond_w * max(last - w.p.end_s, 0.0)
+        put_end(run, total, start.parent, o.clock)
 
 
 @inlined
@@ -249,7 +290,7 @@ def go(
     late_s = w.arrival_s[to.new_head] if to.empty and to.new_head < w.arrival_s.size else np.inf
     cost = start.cost + o.e
     if to.empty and low < late_s:
-        end = Departure(low, start.high_s + o.d_max, cost, start.parent, 0.0)
+        end = Departure(low, start.high_s + o.d_max, cost, start.parent, 0.0, o.clock)
         go_idle(run, w, labels, o, end, to, late_s)
     if not to.empty:
         late_s = low
@@ -258,7 +299,7 @@ def go(
     if to.new_head == w.arrival_s.size or high < late_s:
         return best
     low = max(low, late_s)
-    cost += run.price * count_late(w, to.head, to.new_head, low)
+    cost += late_cost(run, w, to.head, to.new_head, low)
     if w.p.drain == 0 and high >= w.p.end_s:
         put_end(run, cost, start.parent, o.clock)
         if low >= w.p.end_s:
@@ -269,7 +310,7 @@ def go(
     first = int(np.floor(low / run.cell_s))
     final = first if run.mode == EXACT else int(np.floor(high / run.cell_s - 1e-9))
     for cell in range(first, max(final, first) + 1):
-        label = Departure(low, high, cost, start.parent, start.ramp_until_s)
+        label = Departure(low, high, cost, start.parent, start.ramp_until_s, o.clock)
         put(run, labels, to.slot, cell, label, o.clock)
     return min(best, excess)
 
@@ -295,7 +336,7 @@ def expand(
     same_ramp = ramp_s == 0.0 and batch[6] == 0
     if batch[0] == 0 or (batch[1] != tail and batch[7] == 0) or not same_ramp:
         tokens, attn, n_seq, new_head, new_done = form_batch(
-            w.prompt, head, done, tail, w.p.token_budget, w.p.max_seqs
+            w.prompt, w.prefix, head, done, tail, w.p.token_budget, w.p.max_seqs
         )
         batch[0] = 1
         batch[2] = new_head
@@ -310,8 +351,10 @@ def expand(
     batch[1] = tail
     to = Arrival(batch[5], head, batch[2], batch[2] >= tail and batch[3] == 0)
     best = np.inf
+    delayed = run.mode == EXACT and w.p.delay_s > 0.0
     for k in range(batch[4]):
-        best = go(run, w, labels, scratch.options[k], start, to, best)
+        place = delayed_option(w, scratch, batch[4], k, start.clock) if delayed else k
+        best = go(run, w, labels, scratch.options[place], start, to, best)
 
 
 @inlined
@@ -352,7 +395,7 @@ def expand_slot(
         x.cost = EMPTY
         if cost == EMPTY or run.status != OK:
             continue
-        low_s, ramp_until_s = x.time_s, x.ramp_until_s
+        low_s, ramp_until_s, clock = x.time_s, x.ramp_until_s, int(x.clock)
         high_s = low_s
         if run.mode != EXACT:
             ramp_until_s = 0.0
@@ -366,7 +409,7 @@ def expand_slot(
             tail += 1
         while True:
             begin = max(low_s, arrival_s[tail - 1])
-            start = Departure(begin, high_s, cost, label, ramp_until_s)
+            start = Departure(begin, high_s, cost, label, ramp_until_s, clock)
             expand(run, w, labels, scratch, (head, done, tail), start)
             full = tail == arrival_s.size or scratch.batch[7] == 1
             if run.status != OK or full or not arrival_s[tail] < high_s:
@@ -428,7 +471,8 @@ def prefill_oracle(
             # in the bound for every delay a batch may be any mix of clocks, this one among them
             ramp_s = w.p.parked_ramp_s if w.p.parked == 1 and run.mode != CELLS_ANY_DELAY else 0.0
             waited = head > 0 or now > 0.0
-            start = Departure(now, now, x.cost, label, now + ramp_s if waited else 0.0)
+            ramp_until_s = now + ramp_s if waited else 0.0
+            start = Departure(now, now, x.cost, label, ramp_until_s, max(int(x.clock), 0))
             expand(run, w, labels, scratch, (head, 0, tail), start)
         while labels.first[head] >= 0 and run.status == OK:
             s = next_slot(labels, head)

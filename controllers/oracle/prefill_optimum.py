@@ -40,6 +40,9 @@ beyond what the instance can serve this is too much work; their bounds are prune
 checked, not proven, and said (``bound_pruned``). If even then labels fall out of the widest window,
 ``dropped`` counts them and there is no bound (NaN).
 
+SLO classes. Every request has the bound of its class, and a violation costs what it weighs; see
+:mod:`controllers.oracle.allowed_misses` for an attainment of every class.
+
 Attainment. Minimum energy subject to at most ``m`` violations is bounded from below by ``L(price) -
 price * m`` for every price, where L is the bound above (weak duality); the plan is the cheapest one
 met by bisection that satisfies the constraint.
@@ -55,6 +58,7 @@ from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.plant import Plant
 from biscale_env.traces import Trace
 from controllers.oracle import prefill_records as records
+from controllers.oracle.allowed_misses import AllowedMisses
 from controllers.oracle.plan_replay import OraclePolicy, PlanReplay, replay
 from controllers.oracle.prefill_problem import PrefillProblem
 
@@ -64,6 +68,7 @@ PRICE_MAX = 1e4  # a violation at this price outweighs all energy of thousands o
 PRICE_MIN = 1e-3
 PRICE_TOLERANCE = 0.02
 PRICE_STEP = 1.2
+SAME_ROOM = 1.25  # labels that do not fit at a price do not fit at prices up to this times it
 COARSE = 4  # the price is first sought on cells and clock steps this many times as wide
 
 
@@ -133,10 +138,22 @@ class _Search:
         self.coarse = 1
         self.programmes, self.dropped, self.pruned = 0, 0, False
         self.best: tuple[float, PlanReplay, NDArray[np.float64]] | None = None
+        self._plans: dict[tuple[int, float], tuple[PlanReplay, NDArray[np.float64]]] = {}
+        self._too_fine: list[tuple[int, float, float]] = []
 
     def plan(self, price: float) -> tuple[PlanReplay, NDArray[np.float64]]:
-        """Cheapest plan at a price, and its replay."""
+        """Cheapest plan at a price, and its replay; each is made once."""
+        key = self.coarse, price
+        if key not in self._plans:
+            self._plans[key] = self._new_plan(price)
+        return self._plans[key]
+
+    def _new_plan(self, price: float) -> tuple[PlanReplay, NDArray[np.float64]]:
+        """A plan on the finest cells that have room; a lower price keeps more labels."""
         cell_s = self.cell_s * self.coarse
+        for coarse, at, width_s in self._too_fine:
+            if coarse == self.coarse and price <= SAME_ROOM * at:
+                cell_s = max(cell_s, 2.0 * width_s)
         while True:
             self.programmes += 1
             run, plan = self.problem.run(records.EXACT, price, cell_s, self.margin, self.coarse)
@@ -144,6 +161,7 @@ class _Search:
                 return replay(
                     self.problem.plant, self.problem.trace, plan, self.problem.member
                 ), plan
+            self._too_fine.append((self.coarse, price, cell_s))
             cell_s *= 2.0
 
     def bound(self, mode: int, price: float) -> float:
@@ -170,29 +188,33 @@ class _Search:
         self.dropped = max(self.dropped, int(run["late"]))
         return float("nan")
 
-    def keep(self, price: float, allowed: int) -> int:
+    def keep(self, price: float, allowed: AllowedMisses) -> PlanReplay:
         """Plan at a price; remember it if it is allowed and needs less energy.
 
-        Returns its violations.
+        Returns its run.
         """
         done, plan = self.plan(price)
-        if done.violations <= allowed and (
+        if allowed.holds(done.missed) and (
             self.best is None or done.energy_j <= self.best[1].energy_j
         ):
             self.best = price, done, plan
-        return done.violations
+        return done
 
-    def bisect(self, low: float, high: float, allowed: int) -> tuple[float, float]:
+    def holds(self, price: float, allowed: AllowedMisses) -> bool:
+        """Whether the plan at a price, kept as above, misses no more than is allowed."""
+        return allowed.holds(self.keep(price, allowed).missed)
+
+    def bisect(self, low: float, high: float, allowed: AllowedMisses) -> tuple[float, float]:
         """Shrink an interval of prices: too many violations at its low end, few enough above."""
         while high / low > 1.0 + PRICE_TOLERANCE:
             middle = float(np.sqrt(low * high))
-            violations = self.keep(middle, allowed)
-            low, high = (low, middle) if violations <= allowed else (middle, high)
-            if violations == allowed:
+            missed = self.keep(middle, allowed).missed
+            low, high = (low, middle) if allowed.holds(missed) else (middle, high)
+            if allowed.uses_all(missed):
                 break
         return low, high
 
-    def constrain(self, allowed: int) -> tuple[int, bool]:
+    def constrain(self, allowed: AllowedMisses) -> tuple[AllowedMisses, bool]:
         """Find the least price at which the plan has no more violations than allowed.
 
         ``(allowed, feasible)``.
@@ -201,26 +223,26 @@ class _Search:
         fine one.
         """
         self.coarse = COARSE
-        free = self.keep(0.0, allowed) <= allowed
-        beyond = self.keep(PRICE_MAX, allowed) > allowed
+        free = self.holds(0.0, allowed)
+        beyond = not self.holds(PRICE_MAX, allowed)
         self.coarse = 1
-        if free and self.keep(0.0, allowed) <= allowed:
+        if free and self.holds(0.0, allowed):
             return allowed, True
         feasible = True
         if beyond:
-            fewest = self.keep(PRICE_MAX, allowed)
-            feasible = fewest <= allowed
+            fewest = self.keep(PRICE_MAX, allowed).missed
+            feasible = allowed.holds(fewest)
             if not feasible:
-                allowed = fewest
+                allowed = allowed.or_these(fewest)
                 self.keep(PRICE_MAX, allowed)
         self.coarse = COARSE
         _, high = self.bisect(PRICE_MIN, PRICE_MAX, allowed)
         self.coarse = 1
         step = PRICE_STEP
-        while self.keep(high, allowed) > allowed and high < PRICE_MAX:
+        while not self.holds(high, allowed) and high < PRICE_MAX:
             high, step = min(high * step, PRICE_MAX), step * step
         low, step = high / PRICE_STEP, PRICE_STEP
-        while low > PRICE_MIN and self.keep(low, allowed) <= allowed:
+        while low > PRICE_MIN and self.holds(low, allowed):
             step *= step
             low, high = low / step, low
         self.bisect(low, high, allowed)
@@ -253,21 +275,20 @@ def solve_prefill_oracle(
     begin = time.perf_counter()
     problem = PrefillProblem(plant, trace, member, clock_step_mhz)
     search = _Search(problem, cell_s, margin)
-    n = len(problem.pool.prompt)
-    allowed, feasible = n, True
+    allowed, feasible = AllowedMisses.of(plant.slo, problem.pool, attainment), True
     if attainment is None:
-        search.keep(plant.settings.violation_weight, n)
+        search.keep(plant.settings.violation_weight, allowed)
     else:
-        allowed, feasible = search.constrain(int(np.floor((1.0 - attainment) * n + 1e-9)))
+        allowed, feasible = search.constrain(allowed)
     assert search.best is not None  # some plan is always allowed
     price, done, plan = search.best
     ref = plant.energy_ref_j
-    allowed = done.violations if attainment is None else allowed
-    upper = (done.energy_j - problem.energy_before_j) / ref + price * done.violations
+    allowed = allowed.exactly(done.missed) if attainment is None else allowed
+    upper = (done.energy_j - problem.energy_before_j) / ref + price * allowed.weigh(done.missed)
     lower = search.bound(records.CELLS, price)
     lower_any = search.bound(records.CELLS_ANY_DELAY, price)
     energy, energy_any = (
-        (x - price * allowed) * ref + problem.energy_before_j for x in (lower, lower_any)
+        (x - price * allowed.weighted) * ref + problem.energy_before_j for x in (lower, lower_any)
     )
     return PrefillOracle(
         plan_mhz=plan,
@@ -278,7 +299,7 @@ def solve_prefill_oracle(
         lower_bound_any_delay=lower_any,
         energy_bound_j=energy,
         energy_bound_any_delay_j=energy_any,
-        violations_allowed=allowed,
+        violations_allowed=allowed.total,
         feasible=feasible,
         gap=upper / lower - 1.0,
         duality_gap=done.energy_j / energy - 1.0,

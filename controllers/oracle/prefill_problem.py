@@ -74,7 +74,7 @@ class PrefillProblem:
         self.s_per_token = float(
             fastest.min()
         )  # no batch is faster: attention, requests and the cap only add
-        longest = tokens[-1] * float(self.pool.prompt.max())
+        longest = tokens[-1] * float((self.pool.prompt + self.pool.prefix).max())
         low_ghz, most = self.params["freq_min_ghz"], self.params["max_seqs"]
         self.slowest_s = float(latency_s(coefficients, tokens[-1], longest, 0.0, most, low_ghz))
         shortest_s = float(latency_s(coefficients, 1.0, 0.0, 0.0, 1.0, low_ghz))
@@ -133,7 +133,7 @@ class PrefillProblem:
         run = np.zeros((), records.RUN_DTYPE)
         run["mode"], run["cell_s"], run["price"], run["margin"] = mode, cell_s, price, margin
         run["most_expanded"] = MOST_EXPANDED if np.isinf(margin) else np.iinfo(np.int64).max
-        run["floor_w"], run["best_cost"] = self.floor_w, np.inf
+        run["floor_w"], run["best_cost"], run["clocks"] = self.floor_w, np.inf, 1
         slots = np.zeros(self.slots, records.SLOT_DTYPE)
         slots["next"] = np.append(np.arange(1, self.slots), -1)
         if self._cells is None:
@@ -153,6 +153,8 @@ class PrefillProblem:
             p=self.params,
             arrival_s=self.pool.arrival_s,
             prompt=self.pool.prompt,
+            prefix=self.pool.prefix,
+            slo_class=self.pool.requests.slo_class,
             earliest_s=self.earliest_s,
             s_per_token=self.s_per_token,
         )

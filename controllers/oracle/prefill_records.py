@@ -31,6 +31,12 @@ class Programme:
         mode: EXACT, CELLS or CELLS_ANY_DELAY.
         cell_s: width of a time cell, s.
         price: penalty of an SLO violation, in reference energies.
+        early_price: penalty of a request that completes later than a share of its bound, in
+            addition.
+        early_share: that share.
+        beyond_w: what a second after the end of the episode is worth, reference energies; 0 but
+            where the end is that of what is known.
+        clocks: time cells are kept apart by the clock that a label departs at; 1: they are not.
         margin: a label dearer by this than an earlier one of the same position is dropped.
         floor_w: least power of a waiting instance, in reference energies per second.
         status: OK or what ran out.
@@ -47,6 +53,10 @@ class Programme:
     mode: int
     cell_s: float
     price: float
+    early_price: float
+    early_share: float
+    beyond_w: float
+    clocks: int
     margin: float
     floor_w: float
     status: int
@@ -102,9 +112,12 @@ class PlannedWorkload(NamedTuple):
 
     Attributes:
         c: coefficients.
-        p: engine parameters; their delay and decision interval are not used.
+        p: engine parameters; their delay is that of plans (bounds have none of their own), their
+            decision interval is not used.
         arrival_s: arrival times (n,).
-        prompt: prompt lengths (n,).
+        prompt: new tokens of each prompt (n,).
+        prefix: cached tokens before them (n,).
+        slo_class: SLO class of each (n,); empty where there is one bound for all.
         earliest_s: lower bound on the time at which all requests before r can be complete (n,).
         s_per_token: least seconds per token.
     """
@@ -113,6 +126,8 @@ class PlannedWorkload(NamedTuple):
     p: Any  # a record of `biscale_env.sim.state.PARAMS_DTYPE`
     arrival_s: Floats
     prompt: NDArray[np.int32]
+    prefix: NDArray[np.int32]
+    slo_class: NDArray[np.int8]
     earliest_s: Floats
     s_per_token: float
 
@@ -162,7 +177,8 @@ class Work(NamedTuple):
 class Departure(NamedTuple):
     """A label about to start its batch, between ``low_s`` and ``high_s``, at a cost so far.
 
-    Until ``ramp_until_s`` the instance runs at the lowest clock.
+    Until ``ramp_until_s`` the instance runs at the lowest clock; ``clock`` is the one it has, which
+    counts where a change takes time.
     """
 
     low_s: float
@@ -170,6 +186,7 @@ class Departure(NamedTuple):
     cost: float
     parent: int
     ramp_until_s: float
+    clock: int
 
 
 class Arrival(NamedTuple):

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import joblib
 import numpy as np
 
 from biscale_env.config import Slo
@@ -20,9 +19,10 @@ from biscale_env.core import user_cache
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import lock
 from biscale_env.core.jit import PACKAGE, source_digest
-from biscale_env.envs.capacity import find_capacity, run_static
 from biscale_env.envs.cluster.cluster_options import fitting_tps
 from biscale_env.envs.cluster.cluster_settings import ClusterPlant, ClusterSettings, check_gpus
+from biscale_env.envs.loads.capacity import find_capacity, run_static
+from biscale_env.jobs.workers import Workers, in_order
 from biscale_env.traces import Trace
 from controllers.placement.ilp import PHASES, CapacityEntry, CapacityTable, NoPlacementError, Phase
 
@@ -114,7 +114,7 @@ def cache_folder() -> Path:
 def capacity_table(
     request: TableRequest,
     trace: Trace,
-    n_jobs: int = 1,
+    n_jobs: int | Workers = 1,
     progress: Callable[[int, int], None] | None = None,
     use_cache: bool = True,
 ) -> CapacityTable:
@@ -125,7 +125,7 @@ def capacity_table(
     Args:
         request: cluster, clocks, seeds, tolerance.
         trace: workload; loads are made by choosing requests from it.
-        n_jobs: processes.
+        n_jobs: processes, or which workers.
         progress: called with (done, all) after each configuration.
         use_cache: read and write the cache.
 
@@ -185,13 +185,8 @@ def _measure_all(
     request: TableRequest,
     trace: Trace,
     todo: Sequence[tuple[Phase, int, float]],
-    n_jobs: int,
+    n_jobs: int | Workers,
     progress: Callable[[int, int], None] | None,
 ) -> list[CapacityEntry]:
-    jobs = (joblib.delayed(measure)(request, trace, *one) for one in todo)
-    found = []
-    for entry in joblib.Parallel(n_jobs=n_jobs, return_as="generator")(jobs):
-        found.append(entry)
-        if progress is not None:
-            progress(len(found), len(todo))
-    return found
+    calls = [(request, trace, *one) for one in todo]
+    return in_order(measure, calls, Workers.of(n_jobs), progress)

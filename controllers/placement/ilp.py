@@ -9,6 +9,7 @@ R_c >= (1 + alpha) R``. DistServe (OSDI 2024): enumerate counts and TP per phase
 clock and take the placement with the largest goodput.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
@@ -216,6 +217,7 @@ def biscale_plan(
     alpha: float = 0.1,
     spare_w: float = 0.0,
     name: str = "biscale",
+    at_most: Mapping[tuple[str, int], int] | None = None,
 ) -> Plan:
     """BiScale's integer programme, solved by HiGHS to proven optimality.
 
@@ -226,6 +228,8 @@ def biscale_plan(
         alpha: headroom on the load; not published, 0.1 is assumed.
         spare_w: power that a GPU outside the placement still draws, W; 0 as in BiScale's objective.
         name: name of the placement.
+        at_most: instances there can be of each (phase, TP), at all clocks together; None: as many
+            as fit.
 
     Raises:
         NoPlacementError: no placement is feasible; says what would be possible.
@@ -235,6 +239,9 @@ def biscale_plan(
     if any(not table.usable(phase) for phase in PHASES):
         raise NoPlacementError(explain_infeasible(table, rate_rps, gpus, alpha))
     cost, rows, upper = ilp_matrices(entries, rate_rps, gpus, alpha, spare_w)
+    for kind, count in (at_most or {}).items():
+        rows = np.vstack([rows, [float((e.phase, e.tp) == kind) for e in entries]])
+        upper = np.append(upper, float(count))
     found = milp(
         cost,
         constraints=LinearConstraint(rows, -np.inf, upper),
