@@ -26,7 +26,7 @@ def load_agent(
             controller's context).
         member: coefficients that the features use; -1 nominal.
         price: SLO-violation penalty, for networks that are told one; None takes their own.
-        margin: fraction of the TTFT bound that is kept free (prefill only); None takes the
+        margin: fraction of the phase's bound that is kept free; None takes the
             checkpoint's own.
 
     Raises:

@@ -1,12 +1,14 @@
 """What the compiled features of both phases share: the clock levels they look at, and scales."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from biscale_env.contract import ClockRange
 from biscale_env.core.jit import inlined
+from biscale_env.models.physics import idle_power_w
 
 Floats32 = NDArray[np.float32]
 Floats64 = NDArray[np.float64]
@@ -16,24 +18,20 @@ N_LEVELS = 7
 """Clock levels that the features look at, on every GPU: the length of a network's input."""
 
 
-class FeatureClocks:
-    """One record of :data:`CLOCKS_DTYPE`: control range and levels of a GPU, GHz.
-
-    The array of levels has a fixed length within the record, so no kernel can read past it.
-    """
-
-    freq_min_ghz: float
-    freq_max_ghz: float
-    levels_ghz: Floats64
-
-
-CLOCKS_DTYPE = np.dtype(
+FEATURE_PLANT_DTYPE = np.dtype(
     [
         ("freq_min_ghz", np.float64),
         ("freq_max_ghz", np.float64),
         ("levels_ghz", np.float64, (N_LEVELS,)),
+        ("cheapest_ghz", np.float64),  # of least energy for a typical iteration
+        ("parked", np.int64),  # 1: idle power does not follow the clock
+        ("parked_w", np.float64),  # it then, of one GPU
     ]
 )
+"""What kernels know of a plant: clocks of its GPU, and its power while idle.
+
+The levels have a fixed length within the record, so no kernel can read past it.
+"""
 
 
 def spread_levels_mhz(clocks: ClockRange, count: int = N_LEVELS) -> Floats64:
@@ -49,12 +47,23 @@ def spread_levels_mhz(clocks: ClockRange, count: int = N_LEVELS) -> Floats64:
     return np.interp(at, np.arange(own.size), own)
 
 
-def feature_clocks(clocks: ClockRange) -> Records:
-    """Control range and levels of a GPU as the kernels read them, one record, GHz."""
-    record = np.zeros(1, dtype=CLOCKS_DTYPE)
+def feature_plants(
+    clocks: ClockRange, cheapest_ghz: Sequence[float], parked_w: Sequence[float | None]
+) -> Records:
+    """Records of plants with one GPU, as the kernels read them.
+
+    Args:
+        clocks: the GPU's.
+        cheapest_ghz: clock of least energy of each plant.
+        parked_w: power of a GPU of each plant while it is parked; None: it never is.
+    """
+    record = np.zeros(len(cheapest_ghz), dtype=FEATURE_PLANT_DTYPE)
     record["freq_min_ghz"] = clocks.freq_min_mhz * 1e-3
     record["freq_max_ghz"] = clocks.freq_max_mhz * 1e-3
     record["levels_ghz"] = spread_levels_mhz(clocks) * 1e-3
+    record["cheapest_ghz"] = cheapest_ghz
+    record["parked"] = [w is not None for w in parked_w]
+    record["parked_w"] = [w or 0.0 for w in parked_w]
     return record
 
 
@@ -94,3 +103,16 @@ def between_levels(levels_ghz: Floats64, k: int, last_spare: float, spare: float
         return levels_ghz[0]
     fraction = -last_spare / (spare - last_spare) if spare > last_spare else 0.0
     return levels_ghz[k - 1] + fraction * (levels_ghz[k] - levels_ghz[k - 1])
+
+
+@inlined
+def idle_share(c: Any, g: Any, freq_ghz: float, busy_w: float) -> float:
+    """Power of a waiting GPU at a clock, relative to a busy one's."""
+    idle_w = g.parked_w if g.parked == 1 else idle_power_w(c, freq_ghz)
+    return min(idle_w / busy_w, 2.0)
+
+
+@inlined
+def range_share(g: Any, freq_ghz: float) -> float:
+    """Where a clock stands in the control range, 0 at its lowest and 1 at its highest."""
+    return (freq_ghz - g.freq_min_ghz) / (g.freq_max_ghz - g.freq_min_ghz)

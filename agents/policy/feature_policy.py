@@ -1,6 +1,6 @@
 """What every learned policy does around its network: features in front, the action behind."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -8,7 +8,14 @@ from numpy.typing import NDArray
 
 from agents.policy.action_map import ActionMap
 from agents.policy.feature_parts import Floats32
-from agents.policy.features import FeatureMap, check_margin, tighten, with_price
+from agents.policy.features import (
+    FeatureMap,
+    NominalPlants,
+    check_margin,
+    nominal_plants,
+    tighten,
+    with_price,
+)
 from biscale_env.contract import ClockRange, ObservationSpec
 from biscale_env.core.errors import BiscaleError
 from biscale_env.models import IterationModel
@@ -37,6 +44,11 @@ class ControlledPlant(Protocol):
     @property
     def model(self) -> IterationModel:
         """Latency and energy model that the features take for granted."""
+        ...
+
+    @property
+    def parked_power_w(self) -> Callable[[int], float | None] | float | None:
+        """Power of a GPU of a parked instance, W, of a member or of the context's own."""
         ...
 
 
@@ -71,13 +83,22 @@ def check_price(price: float | None, own: float | None) -> float | None:
     return float(price)
 
 
+def _nominal(plant: ControlledPlant, member: int) -> NominalPlants:
+    """What the features take one plant to be."""
+    parked = plant.parked_power_w
+    parked_w = parked(member) if callable(parked) else parked
+    return nominal_plants(plant.phase, plant.model, plant.clocks, [member], [parked_w])
+
+
 class FeaturePolicy:
     """Base of the learned policies; a subclass implements :meth:`output`.
 
     Attributes:
         price: SLO-violation penalty that the network is told, in energies of a mean request at max
             clock; None: it takes none.
-        margin: fraction of the TTFT bound that is kept free.
+        margin: fraction of the bound that is kept free. In prefill the network is shown the tighter
+            bound; in decode its clock is raised to the lowest one at which the next iteration keeps
+            within it.
         trained_on: GPU, LLM, model and clocks of the training plant, as far as the checkpoint says.
     """
 
@@ -97,16 +118,16 @@ class FeaturePolicy:
             actions: what the network's output means.
             member: coefficients of the model that the features use; -1 nominal.
             price: checked penalty of :func:`check_price`.
-            margin: fraction of the TTFT bound kept free (prefill only).
+            margin: see the class.
             trained_on: see the class.
 
         Raises:
             BiscaleError: an impossible margin.
         """
-        self.price, self.margin = price, check_margin(margin, plant.phase)
+        self.price, self.margin = price, check_margin(margin)
         self.spec, self.actions, self.trained_on = plant.spec, actions, dict(trained_on or {})
-        self._features = FeatureMap(plant.phase, plant.spec, plant.clocks)
-        self._nominal = self._features.nominal_model(plant.model, [member])
+        self._features = FeatureMap(plant.phase, plant.spec)
+        self._nominal = _nominal(plant, member)
 
     def output(
         self, features: Floats32, state: Any, episode_start: Bools | None, deterministic: bool
@@ -132,10 +153,14 @@ class FeaturePolicy:
                 f"observation has {rows.shape[-1]} values, but {self.spec.id} has "
                 f"{self.spec.dim}: wrong phase?"
             )
-        rows = tighten(np.ascontiguousarray(rows, dtype=np.float32), self.spec, self.margin)
-        features, rule, _ = self._features(rows, *self._nominal)
+        rows = np.ascontiguousarray(rows, dtype=np.float32)
+        tight = tighten(rows, self.spec, self.margin)
+        floored = self.margin > 0.0 and self.spec.name == "decode"
+        features, rule, _ = self._features(rows if floored else tight, *self._nominal)
         if self.price is not None:
             features = with_price(features, self.price)
         output, state = self.output(features, state, episode_start, deterministic)
         action = self.actions(output, rule)
+        if floored:
+            action = np.maximum(action, self._features(tight, *self._nominal).rule)
         return (action if observation.ndim == 1 else action[:, None]), state

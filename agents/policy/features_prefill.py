@@ -6,23 +6,37 @@ asked for before)::
     slack(f) = min over batches with a request that can still be met of (deadline - completion)
 
 The *rule* is the lowest clock whose slack leaves :data:`RULE_MARGIN` of the SLO free, linearly
-between two levels, and never below the clock of least energy.
+between two levels, and never below the clock of least energy. What a clock costs is told by the
+energy of the next batch at each level, relative to the highest, and by the power of a waiting GPU
+at the lowest and the highest clock, relative to the busy one's.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from agents.policy.feature_parts import (
     N_LEVELS,
-    FeatureClocks,
     Floats32,
     Floats64,
     Records,
     between_levels,
+    idle_share,
+    range_share,
     squash,
 )
 from biscale_env.contract.observation import HORIZON, PREFILL_SPEC
 from biscale_env.core.jit import compiled, inlined
-from biscale_env.models.physics import Coefficients, effective_freq_ghz, latency_s
+from biscale_env.models.physics import (
+    ClockTerms,
+    Coefficients,
+    TimeParts,
+    clock_terms,
+    duration_of,
+    effective_freq_ghz,
+    energy_of,
+    latency_s,
+    time_parts,
+    work_energy_j,
+)
 from controllers.columns import PREFILL
 
 NO_DEADLINE = 9.99  # encoded slacks from here on mean that no request completes in the batch
@@ -30,10 +44,15 @@ SLACK_CLIP = 1.5
 RULE_MARGIN = 0.05  # assumed: fraction of the SLO that the rule keeps free for what it cannot see
 LOST_SPREAD_S = 0.3  # assumed: lateness from which on every request of a late batch counts as late
 REFERENCE_TOKENS = 1024.0
+CAP = len(TimeParts._fields)
+BATCHES = (HORIZON, CAP + 1)
+"""Shape of what a kernel notes of projected batches: time parts, highest clock under the cap."""
 MEAN_PROMPT = 1155.0  # Azure conversation trace: used where no prompt has arrived yet
 
 PREFILL_NAMES = (
     *(f"slack_at_level_{k}" for k in range(N_LEVELS)),
+    *(f"energy_at_level_{k}" for k in range(N_LEVELS)),
+    "idle_at_lowest", "idle_at_highest",
     "drain_at_cheapest", "drain_at_max", "rule", "needed", "lost_at_max", "lost_at_cheapest",
     "queue_requests", "queue_tokens", "batch_tokens", "batch_requests", "next_tokens",
     "oldest_wait", "rate_1s", "rate_10s", "rate_60s", "token_rate", "mean_prompt", "utilisation",
@@ -46,6 +65,8 @@ PREFILL_NAMES = (
 class PrefillMade(NamedTuple):
     """Columns of the features behind those of the levels."""
 
+    idle_at_lowest: int
+    idle_at_highest: int
     drain_at_cheapest: int
     drain_at_max: int
     rule: int
@@ -80,9 +101,9 @@ SCALE = PREFILL_SPEC.scale
 
 
 class PendingClock(NamedTuple):
-    """A clock change: until ``lead_s`` from now the clock is ``before_ghz``."""
+    """A clock change: until ``lead_s`` from now the clock is ``before``."""
 
-    before_ghz: float
+    before: ClockTerms
     lead_s: float
 
 
@@ -109,22 +130,46 @@ def seen(x: Floats32, at: int) -> float:
 
 
 @inlined
-def walk_queue(
-    x: Floats32, c: Coefficients, f: float, change: PendingClock, clocks: FeatureClocks
-) -> QueueWalk:
-    """Walk the projected batches of one observation at clock ``f`` (GHz)."""
-    slo = seen(x, PREFILL.slo)
-    fmin, fmax = clocks.freq_min_ghz, clocks.freq_max_ghz
-    t, slack, late, first = 0.0, SLACK_CLIP * slo, 0.0, 0.0
+def project(x: Floats32, c: Coefficients, g: Any, batches: Floats64) -> int:
+    """Fill in the projected batches of one observation; returns how many there are."""
+    n = 0
     for k in range(HORIZON):
         tokens = seen(x, PREFILL.batch_tokens + k)
         if tokens <= 0.0:
             break
         attn, seqs = seen(x, PREFILL.batch_attn + k), seen(x, PREFILL.batch_requests + k)
-        cap = effective_freq_ghz(c, tokens, attn, 0.0, seqs, fmax, fmin)
-        duration = latency_s(c, tokens, attn, 0.0, seqs, min(f, cap))
+        t = time_parts(c, tokens, attn, 0.0, seqs)
+        row = batches[k]
+        row[0], row[1], row[2], row[3] = t.stream, t.compute, t.expert_stream, t.expert_compute
+        row[4], row[5], row[6] = t.clocked, t.memory, t.constant
+        batches[k, CAP] = effective_freq_ghz(
+            c, tokens, attn, 0.0, seqs, g.freq_max_ghz, g.freq_min_ghz
+        )
+        n += 1
+    return n
+
+
+@inlined
+def duration_under_cap(c: Coefficients, batches: Floats64, k: int, at: ClockTerms) -> float:
+    """Duration of projected batch ``k`` at a clock, or at its cap, s."""
+    row = batches[k]
+    t = TimeParts(row[0], row[1], row[2], row[3], row[4], row[5], row[6])
+    if at.freq_ghz > batches[k, CAP]:
+        return duration_of(c, t, clock_terms(c, batches[k, CAP]))
+    return duration_of(c, t, at)
+
+
+@inlined
+def walk_queue(
+    x: Floats32, c: Coefficients, at: ClockTerms, change: PendingClock, batches: Floats64, n: int
+) -> QueueWalk:
+    """Walk the ``n`` projected batches of one observation at a clock."""
+    slo = seen(x, PREFILL.slo)
+    t, slack, late, first = 0.0, SLACK_CLIP * slo, 0.0, 0.0
+    for k in range(n):
+        duration = duration_under_cap(c, batches, k, at)
         if change.lead_s > t:
-            slow = latency_s(c, tokens, attn, 0.0, seqs, min(change.before_ghz, cap))
+            slow = duration_under_cap(c, batches, k, change.before)
             fraction = min((change.lead_s - t) / slow, 1.0)
             duration = fraction * slow + (1.0 - fraction) * duration
         t += duration
@@ -137,6 +182,30 @@ def walk_queue(
             done = seen(x, PREFILL.batch_completing + k)
             late += 1.0 + max(done - 1.0, 0.0) * min((t - tightest * slo) / LOST_SPREAD_S, 1.0)
     return QueueWalk(slack, t, late, first)
+
+
+@inlined
+def write_costs(x: Floats32, c: Coefficients, g: Any, batches: Floats64, out: Floats32) -> None:
+    """Energy of the next batch at each level, and idle power, of one observation."""
+    tokens = max(seen(x, PREFILL.batch_tokens), 1.0)
+    seqs = max(seen(x, PREFILL.batch_requests), 1.0)
+    attn = seen(x, PREFILL.batch_attn)
+    t = time_parts(c, tokens, attn, 0.0, seqs)
+    core, fixed = work_energy_j(c, tokens, attn, 0.0, seqs)
+    joules, seconds = 1.0, 1.0
+    for k in range(N_LEVELS - 1, -1, -1):
+        freq = g.levels_ghz[k]
+        if seen(x, PREFILL.batch_tokens) > 0.0:
+            freq = min(freq, batches[0, CAP])
+        at = clock_terms(c, freq)
+        time = duration_of(c, t, at)
+        energy = energy_of(c, core, fixed, time, at)
+        if k == N_LEVELS - 1:
+            joules, seconds = energy, time
+        out[N_LEVELS + k] = min(energy / joules, 2.0)
+    busy_w = joules / seconds
+    out[MADE.idle_at_lowest] = idle_share(c, g, g.freq_min_ghz, busy_w)
+    out[MADE.idle_at_highest] = idle_share(c, g, g.freq_max_ghz, busy_w)
 
 
 @inlined
@@ -156,7 +225,7 @@ def write_queue(x: Floats32, out: Floats32) -> None:
 
 
 @inlined
-def write_arrivals(x: Floats32, c: Coefficients, fmin: float, fmax: float, out: Floats32) -> None:
+def write_arrivals(x: Floats32, c: Coefficients, g: Any, out: Floats32) -> None:
     """Arrival rates, the load they make at the highest clock, and the clocks of one observation."""
     for k in range(3):
         out[MADE.rate_1s + k] = squash(seen(x, PREFILL.arrival_rate_1s + k), 2.0)
@@ -164,22 +233,56 @@ def write_arrivals(x: Floats32, c: Coefficients, fmin: float, fmax: float, out: 
     rate_10, rate_60 = seen(x, PREFILL.arrival_rate_10s), seen(x, PREFILL.arrival_rate_60s)
     mean = token_rate / rate_10 if rate_10 > 1e-3 else MEAN_PROMPT
     attn = 0.5 * REFERENCE_TOKENS**2
-    cap = effective_freq_ghz(c, REFERENCE_TOKENS, attn, 0.0, 1.0, fmax, fmin)
+    cap = effective_freq_ghz(c, REFERENCE_TOKENS, attn, 0.0, 1.0, g.freq_max_ghz, g.freq_min_ghz)
     per_token = latency_s(c, REFERENCE_TOKENS, attn, 0.0, 1.0, cap) / REFERENCE_TOKENS
     out[MADE.token_rate] = squash(token_rate, 4000.0)
     out[MADE.mean_prompt] = squash(mean, 1024.0)
     out[MADE.utilisation] = min(token_rate * per_token, 2.0)
     out[MADE.utilisation_60s] = min(rate_60 * MEAN_PROMPT * per_token, 2.0)
-    out[MADE.freq_current] = seen(x, PREFILL.freq_current) * 1e-3 - fmin
-    out[MADE.freq_pending] = seen(x, PREFILL.freq_pending) * 1e-3 - fmin
+    out[MADE.freq_current] = range_share(g, seen(x, PREFILL.freq_current) * 1e-3)
+    out[MADE.freq_pending] = range_share(g, seen(x, PREFILL.freq_pending) * 1e-3)
+
+
+@inlined
+def fill_row(
+    x: Floats32, c: Coefficients, g: Any, batches: Floats64, made: Floats32
+) -> tuple[float, float]:
+    """Features of one observation; returns the rule's action and the requests late at any clock."""
+    n = project(x, c, g, batches)
+    slo = seen(x, PREFILL.slo)
+    before = clock_terms(c, max(seen(x, PREFILL.freq_pending) * 1e-3, g.freq_min_ghz))
+    change = PendingClock(before, seen(x, PREFILL.actuation_delay) + seen(x, PREFILL.time_to_apply))
+    need, last = g.freq_max_ghz, 0.0
+    at = QueueWalk(0.0, 0.0, 0.0, 0.0)
+    for k in range(N_LEVELS):
+        at = walk_queue(x, c, clock_terms(c, g.levels_ghz[k]), change, batches, n)
+        made[k] = min(max(at.slack_s / slo, -SLACK_CLIP), SLACK_CLIP)
+        spare = at.slack_s - RULE_MARGIN * slo
+        if need == g.freq_max_ghz and spare >= 0.0:
+            need = between_levels(g.levels_ghz, k, last, spare)
+        last = spare
+    at_best = walk_queue(x, c, clock_terms(c, g.cheapest_ghz), change, batches, n)
+    made[MADE.drain_at_cheapest] = squash(at_best.drain_s / slo, 1.0)
+    made[MADE.drain_at_max] = squash(at.drain_s / slo, 1.0)
+    made[MADE.needed] = range_share(g, need)
+    made[MADE.lost_at_max] = squash(at.late, 1.0)
+    made[MADE.lost_at_cheapest] = squash(at_best.late, 1.0)
+    made[MADE.first_batch_s] = min(at_best.first_s / slo, 3.0)
+    made[MADE.cheapest] = range_share(g, g.cheapest_ghz)
+    rule = 2.0 * range_share(g, max(need, g.cheapest_ghz)) - 1.0
+    made[MADE.rule] = rule
+    write_costs(x, c, g, batches, made)
+    write_queue(x, made)
+    write_arrivals(x, c, g, made)
+    return rule, at.late
 
 
 @compiled
 def prefill_features(
+    batches: Floats64,
     x: Floats32,
     coefs: Records,
-    cheapest_ghz: Floats64,
-    clocks: Records,
+    plants: Records,
     out: Floats32,
     rule: Floats32,
     lost: Floats32,
@@ -187,43 +290,14 @@ def prefill_features(
     """Fill the parts of :class:`agents.policy.feature_parts.FeatureRows` from encoded observations.
 
     Args:
+        batches: scratch of shape :data:`BATCHES`, overwritten.
         x: observations (n, dim).
         coefs: coefficients, one record for all rows or one per row.
-        cheapest_ghz: clock of least energy, as many as coefs.
-        clocks: the GPU's, one record of `CLOCKS_DTYPE`.
+        plants: clocks and idle power, as many records of `FEATURE_PLANT_DTYPE` as coefs.
         out: features (n, F), written.
         rule: the rule's actions (n,), written.
         lost: requests late even at the highest level (n,), written.
     """
-    g = clocks[0]
-    fmin, fmax = g.freq_min_ghz, g.freq_max_ghz
     for i in range(x.shape[0]):
         j = i if coefs.size > 1 else 0
-        row, made, c, best = x[i], out[i], coefs[j], cheapest_ghz[j]
-        slo = seen(row, PREFILL.slo)
-        change = PendingClock(
-            max(seen(row, PREFILL.freq_pending) * 1e-3, fmin),
-            seen(row, PREFILL.actuation_delay) + seen(row, PREFILL.time_to_apply),
-        )
-        need, last = fmax, 0.0
-        at = QueueWalk(0.0, 0.0, 0.0, 0.0)
-        for k in range(N_LEVELS):
-            at = walk_queue(row, c, g.levels_ghz[k], change, g)
-            made[k] = min(max(at.slack_s / slo, -SLACK_CLIP), SLACK_CLIP)
-            spare = at.slack_s - RULE_MARGIN * slo
-            if need == fmax and spare >= 0.0:
-                need = between_levels(g.levels_ghz, k, last, spare)
-            last = spare
-        at_best = walk_queue(row, c, best, change, g)
-        rule[i] = 2.0 * (max(need, best) - fmin) / (fmax - fmin) - 1.0
-        lost[i] = at.late
-        made[MADE.drain_at_cheapest] = squash(at_best.drain_s / slo, 1.0)
-        made[MADE.drain_at_max] = squash(at.drain_s / slo, 1.0)
-        made[MADE.rule] = rule[i]
-        made[MADE.needed] = need - fmin
-        made[MADE.lost_at_max] = squash(at.late, 1.0)
-        made[MADE.lost_at_cheapest] = squash(at_best.late, 1.0)
-        write_queue(row, made)
-        write_arrivals(row, c, fmin, fmax, made)
-        made[MADE.first_batch_s] = min(at_best.first_s / slo, 3.0)
-        made[MADE.cheapest] = best - fmin
+        rule[i], lost[i] = fill_row(x[i], coefs[j], plants[j], batches, out[i])

@@ -92,11 +92,17 @@ def load_network(path: Path) -> Network:
     try:
         with np.load(path, allow_pickle=False) as stored:
             head = json.loads(str(stored["head"]))
+            if head.get("phase") == "cluster":
+                raise BiscaleError(
+                    f"checkpoint {path} is for the coarse loop: give it to biscale reproduce coarse"
+                )
             count = sum(name.startswith("w") for name in stored.files)
             weights = [
                 np.ascontiguousarray(stored[f"w{i}"], dtype=np.float32) for i in range(count)
             ]
             biases = [np.asarray(stored[f"b{i}"], dtype=np.float32) for i in range(count)]
+    except BiscaleError:
+        raise
     except FileNotFoundError:
         raise BiscaleError(f"checkpoint {path} does not exist") from None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
@@ -145,7 +151,7 @@ class NumpyPolicy(FeaturePolicy):
             member: coefficients of that model; -1 nominal.
             price: SLO-violation penalty, in energies of a mean request at max clock; None takes
                 the checkpoint's own.
-            margin: fraction of the TTFT bound that is kept free (prefill); None takes the
+            margin: fraction of the bound that is kept free; None takes the
                 checkpoint's own.
 
         Raises:

@@ -90,7 +90,7 @@ class Sb3Policy(FeaturePolicy):
             plant: gives phase, observation, clocks and the model that the features use.
             member: coefficients of that model; -1 nominal.
             price: SLO-violation penalty; None takes the middle of the config's range.
-            margin: fraction of the TTFT bound that is kept free (prefill); None keeps none.
+            margin: fraction of the bound that is kept free; None keeps none.
             trained_on: what the run says of its training plant.
 
         Raises:

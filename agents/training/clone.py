@@ -9,21 +9,49 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.policy.features import with_price
+from agents.policy.features import plants_of, with_price
 from agents.training.train_config import WarmStart
-from agents.training.training_env import AgentVecEnv
+from agents.training.worlds.training_env import AgentVecEnv
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.batch import Batch, RequestTable
 from biscale_env.traces import Trace
+from controllers.base import context_of
 from controllers.oracle.make import make_oracle, oracle_plant
+from controllers.registry import make_policy
 
-Teacher = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-"""Actions in [-1, 1], (n,), of encoded observations (n, dim)."""
+
+class Teacher:
+    """A reference policy in every plant of a training environment, each told its own model."""
+
+    def __init__(self, name: str, env: AgentVecEnv) -> None:
+        """Make the policy once per kind of instance.
+
+        Args:
+            name: the policy with its parameters, e.g. ``mpc:margin=0.3``.
+            env: gives the groups.
+
+        Raises:
+            BiscaleError: an unknown policy, or a parameter it does not have.
+        """
+        specs = [g.plant.settings.instance for g in env.groups]
+        kinds = list(dict.fromkeys(spec.model_dump_json() for spec in specs))
+        self._kind = np.array([kinds.index(spec.model_dump_json()) for spec in specs])
+        plants = {int(k): g.plant for k, g in zip(self._kind, env.groups, strict=True)}
+        self._policies = {k: make_policy(name, context_of(plant)) for k, plant in plants.items()}
+        self._env = env
+
+    def __call__(self, obs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Actions in [-1, 1], (n,), of the environment's encoded observations (n, dim)."""
+        kind, out = self._kind[self._env.group], np.empty(len(obs), dtype=np.float32)
+        for k in np.unique(kind):
+            rows = kind == k
+            out[rows] = self._policies[int(k)].predict(obs[rows])[0][:, 0]
+        return out
 
 
 def collect(
     env: AgentVecEnv,
-    teacher: Teacher,
+    teacher: Callable[[NDArray[np.float32]], NDArray[np.float32]],
     steps: int,
     student: Callable[[NDArray[np.float32]], NDArray[Any]] | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -31,7 +59,7 @@ def collect(
 
     Args:
         env: the training environment; it is reset.
-        teacher: labels every state.
+        teacher: labels every state: actions (n,) of encoded observations (n, dim).
         steps: states to collect, over all sub-environments.
         student: who acts (DAgger), network outputs of features; None lets the teacher act.
 
@@ -86,7 +114,7 @@ def _planned(
         seen.append((observation[0], np.float32(np.ravel(action)[0])))
         batch.step(np.asarray(action, dtype=np.float32).reshape(1))
     observations, actions = np.stack([s[0] for s in seen]), np.array([s[1] for s in seen])
-    nominal = env.features.nominal_model(group.plant.model, [-1])
+    nominal = plants_of(group.plant, group.plant.phase, [-1])
     features, rule, _ = env.features(observations, *nominal)
     if env.config.price is not None:
         features = with_price(features, env.sampler.prices(len(features)))
@@ -94,9 +122,9 @@ def _planned(
 
 
 def warm_start(
-    model: Any, env: AgentVecEnv, teacher: Teacher, plan: WarmStart, report: Callable[[str], None]
+    model: Any, env: AgentVecEnv, plan: WarmStart, report: Callable[[str], None]
 ) -> list[float]:
-    """Fit the actor of an SB3 actor-critic model to the teacher.
+    """Fit the actor of an SB3 actor-critic model to the plan's teacher.
 
     Returns the loss after every round.
 
@@ -128,7 +156,7 @@ def warm_start(
     if plan.oracle_workloads:
         features, outputs = oracle_data(env, plan.oracle_workloads)
         report(f"warm start: {len(outputs)} decisions of plans with hindsight")
-    losses = []
+    teacher, losses = Teacher(plan.teacher, env), []
     for k in range(plan.rounds):
         more = collect(env, teacher, plan.steps, None if k == 0 else act)
         features, outputs = np.concatenate([features, more[0]]), np.concatenate([outputs, more[1]])

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.policy.features import FeatureMap
-from agents.training.mixture import HELD_OUT, WorkloadGroup, plant_of
 from agents.training.train_config import AgentConfig
+from agents.training.worlds.group_plants import GroupPlants
+from agents.training.worlds.mixture import HELD_OUT, WorkloadGroup, plant_of
 from biscale_env.envs.batch import Batch, RequestTable
 
 Act = Callable[[NDArray[np.float32], bool], NDArray[np.float32]]
@@ -54,8 +54,7 @@ class HeldOut:
     Attributes:
         targets: attainment that each group is held to here, by the rule of training (see
             ``Constraint``; not quite that of tuning).
-        coefs: coefficients of every row, and ``cheapest_ghz`` its energy-optimal clock: what
-            features of these rows need.
+        nominal: what features take the plant of every row to be.
     """
 
     def __init__(
@@ -70,14 +69,13 @@ class HeldOut:
         """
         self.plant = plant_of(config.model_copy(update={"decision_interval_s": 0.0}), drain=True)
         traces = [g.source.workload(HELD_OUT + k) for g in groups for k in range(workloads)]
-        self._pool = RequestTable.of(self.plant, traces)
-        self._owner = np.repeat(np.arange(len(groups)), workloads)
-        self._slo = np.array([g.slo_s for g in groups])[self._owner]
-        self._capacity = np.array([g.plant.kv_capacity_tokens for g in groups])[self._owner]
-        features = FeatureMap(config.phase, self.plant.spec, self.plant.clocks)
-        models = [features.nominal_model(g.plant.model, [-1]) for g in groups]
-        self.coefs = np.concatenate([b[0] for b in models])[self._owner]
-        self.cheapest_ghz = np.concatenate([b[1] for b in models])[self._owner]
+        owner = np.repeat(np.arange(len(groups)), workloads)
+        self._pool = RequestTable.of(
+            self.plant, traces, owners=[groups[int(g)].plant for g in owner]
+        )
+        plants, member = GroupPlants(groups, 0.0), np.full(len(owner), -1)
+        self._records, self.nominal = plants.records(owner, member), plants.nominal(owner, member)
+        self._records.params["drain"] = 1
         self._shape = (len(groups), workloads)
         self._reference, best = self._run(lambda obs, start: np.ones(len(obs), dtype=np.float32))
         c = config.constraint
@@ -85,15 +83,10 @@ class HeldOut:
         self.targets = np.maximum(np.minimum(asked, best - c.below_max), 0.0)
 
     def _run(self, act: Act) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        n = len(self._slo)
+        n = len(self._records.coefs)
         batch, rows = Batch(self.plant, n, self._pool), np.arange(n)
-        batch.reset(
-            rows,
-            rows,
-            np.full(n, -1),
-            {"slo_s": self._slo, "delay_s": np.full(n, DELAY_S), "kv_capacity": self._capacity},
-        )
-        batch.coefs[:] = self.coefs
+        delay = {"delay_s": np.full(n, DELAY_S)}
+        batch.reset(rows, rows, np.full(n, -1), delay, self._records)
         start = True
         while not batch.done.all():
             batch.step(np.ascontiguousarray(act(batch.obs.copy(), start), dtype=np.float32))

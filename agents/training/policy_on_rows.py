@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 
 from agents.policy.feature_parts import Floats32
-from agents.policy.features import NominalModel
 from agents.policy.sb3_policy import Sb3Policy
 from agents.training.heldout import HeldOut
 from agents.training.train_config import AgentConfig
@@ -20,7 +19,7 @@ class HeldOutPolicy(Sb3Policy):
     def __init__(self, model: Any, config: AgentConfig, held_out: HeldOut) -> None:
         """Bind the model to the rows."""
         super().__init__(model, config, held_out.plant)
-        self._nominal = NominalModel(held_out.coefs, held_out.cheapest_ghz)
+        self._nominal = held_out.nominal
         self._state: Any = None
 
     def __call__(self, obs: Floats32, start: bool) -> Floats32:

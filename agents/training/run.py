@@ -13,28 +13,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from agents.policy.features import feature_id
 from agents.policy.sb3_policy import SPEC_FILE, TRAINED_ON_FILE
 from agents.training.algorithms import algorithm
-from agents.training.callbacks import Checkpoint, Evaluate, FiniteGuard, Lagrangian
 from agents.training.clone import warm_start
 from agents.training.export import to_network
 from agents.training.heldout import HeldOut, HeldoutMetrics
-from agents.training.logs import write_evaluations, write_path
-from agents.training.mixture import make_groups, targets
 from agents.training.policy_on_rows import HeldOutPolicy
+from agents.training.progress.callbacks import Checkpoint, Evaluate, FiniteGuard, Lagrangian
+from agents.training.progress.live_line import LiveLine
+from agents.training.progress.logs import write_evaluations, write_path
 from agents.training.run_state import Keeper, RunState, TrainingRun, read_state
 from agents.training.train_config import AgentConfig
-from agents.training.training_env import AgentVecEnv
+from agents.training.worlds.mixture import make_groups, targets
+from agents.training.worlds.training_env import AgentVecEnv
+from biscale_env.config.instance import DEFAULT_GPU, DEFAULT_LLM
 from biscale_env.config.loader import read_yaml, validate
 from biscale_env.contract import spec_for
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import lock, open_whole, write_whole
 from biscale_env.envs.plant import Plant
-from controllers.base import context_of
-from controllers.registry import make_policy
 
 CONFIG, STATE, LAST, BEST, BEST_ZIP, EVALUATIONS, MULTIPLIERS, LOCK = (
     "config.yaml",
@@ -76,7 +77,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def open_folder(folder: Path, config: AgentConfig, resume: bool) -> None:
-    """Create the run directory, or resume an interrupted run.
+    """Create the run directory, or resume an interrupted run, or extend one to more steps.
 
     Raises:
         BiscaleError: a run is there and resume was not asked for, there is none to resume, or its
@@ -91,7 +92,11 @@ def open_folder(folder: Path, config: AgentConfig, resume: bool) -> None:
                 f"{folder} holds a training run already: add --resume or choose another --out"
             )
         old, new = _known_config(known), config.model_dump(mode="json")
-        changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+        changed = sorted(
+            k
+            for k in old.keys() | new.keys()
+            if old.get(k) != new.get(k) and not _longer(k, old, new)
+        )
         if changed:
             k = changed[0]
             raise BiscaleError(
@@ -101,6 +106,11 @@ def open_folder(folder: Path, config: AgentConfig, resume: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(known, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     write_whole(folder / SPEC_FILE, spec_for(config.phase).id + "\n")
+
+
+def _longer(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether a key differs only in that the run goes on for more steps."""
+    return key == "total_timesteps" and new[key] > old.get(key, np.inf)
 
 
 def _known_config(path: Path) -> dict[str, Any]:
@@ -119,8 +129,13 @@ def _known_config(path: Path) -> dict[str, Any]:
 
 
 def training_facts(config: AgentConfig, plant: Plant) -> dict[str, Any]:
-    """What a checkpoint says of the plant it was trained on."""
+    """What a checkpoint says of the plants it was trained on; ``plant`` is the run's first."""
     clocks = plant.clocks
+    kinds = (part.instance_of(config.instance) for part in config.mixture)
+    instances = dict.fromkeys(
+        f"{spec.gpu or DEFAULT_GPU}/{spec.llm or DEFAULT_LLM} {spec.dtype} TP {spec.tp}"
+        for spec in kinds
+    )
     return {
         "spec": plant.spec.id,
         "features": feature_id(config.phase),
@@ -129,6 +144,7 @@ def training_facts(config: AgentConfig, plant: Plant) -> dict[str, Any]:
         "model": plant.model.name,
         "tp": plant.settings.tp,
         "dtype": plant.settings.dtype,
+        "instances": list(instances),
         "freq_min_mhz": float(clocks.freq_min_mhz),
         "freq_max_mhz": float(clocks.freq_max_mhz),
         "freq_step_mhz": float(clocks.freq_step_mhz),
@@ -285,17 +301,15 @@ def train(run: TrainingRun, report: Report, progress: bool = False) -> HeldoutMe
     """
     config, model = run.config, run.model
     if config.warm_start is not None and run.state is None:
-        teacher = make_policy(config.warm_start.teacher, context_of(run.env.plant))
-        warm_start(
-            model, run.env, lambda obs: teacher.predict(obs)[0][:, 0], config.warm_start, report
-        )
+        warm_start(model, run.env, config.warm_start, report)
         model._last_obs = None
     left = config.total_timesteps - model.num_timesteps
     if left <= 0:
         return run.evaluate.at_best_setting()
     keeper, guard = Keeper(run), FiniteGuard()
     checkpoint = Checkpoint(keeper.remember, _now_and_then(run))
-    callbacks = [guard, run.lagrangian, run.evaluate, checkpoint]
+    live = LiveLine(run.env, run.evaluate, config.total_timesteps, report)
+    callbacks = [guard, run.lagrangian, run.evaluate, checkpoint, live]
     if run.state is not None:
         run.state.restore_generators(run)
     try:
@@ -304,7 +318,7 @@ def train(run: TrainingRun, report: Report, progress: bool = False) -> HeldoutMe
             callback=callbacks,
             progress_bar=progress,
             reset_num_timesteps=run.state is None,
-            log_interval=5,
+            log_interval=1 if config.on_policy else 5,  # rollouts, or episodes
             tb_log_name="run",
         )
     except ValueError:  # torch refuses distributions that are not finite, within a rollout

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from agents.training.callbacks import Evaluate, Lagrangian
+from agents.training.progress.callbacks import Evaluate, Lagrangian
 from agents.training.train_config import AgentConfig
-from agents.training.training_env import AgentVecEnv
+from agents.training.worlds.training_env import AgentVecEnv
 from biscale_env.core.errors import BiscaleError
 
 MEMBER = "biscale_run_state.pkl"

@@ -1,5 +1,6 @@
 """Hyper-parameter search with Optuna: a stored study, scored by held-out evaluation."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ from agents.training.train_config import AgentConfig
 from biscale_env.config.loader import validate
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import write_whole
+from biscale_env.jobs.workers import Workers, in_order
 
+ALONE = Workers()
 Suggest = Callable[[Any], Any]
 COMMON: dict[str, Suggest] = {
     "learning_rate": lambda t: t.suggest_float("learning_rate", 1e-4, 3e-3, log=True),
@@ -96,7 +99,28 @@ def run_trials(study: Any, objective: Callable[[Any], float], trials: int, seed:
         study.optimize(objective, n_trials=1)
 
 
-def open_study(config: AgentConfig, out: Path) -> Any:
+def storage_of(out: Path, workers: Workers) -> Any:
+    """Optuna's storage of a study: the one that is there, else one that its workers can share.
+
+    SQLite for one process after another; a journal file, which NFS takes too, for several.
+
+    Raises:
+        BiscaleError: a study in SQLite is to go on on several machines.
+    """
+    from optuna.storages import JournalStorage, journal
+
+    database, log = out / "study.db", (out / "study.journal").resolve()
+    if database.is_file() and workers.ray is not None:
+        raise BiscaleError(
+            f"{database} is SQLite, which machines cannot share: choose another --out with --ray"
+        )
+    if not log.exists() and (database.is_file() or workers.alone):
+        return f"sqlite:///{database.resolve()}"
+    lock = journal.JournalFileOpenLock(str(log)) if os.name == "nt" else None  # no symbolic links
+    return JournalStorage(journal.JournalFileBackend(str(log), lock_obj=lock))
+
+
+def open_study(config: AgentConfig, out: Path, workers: Workers = ALONE) -> Any:
     """The stored study of a config's phase and algorithm in a directory, made if it is new.
 
     Raises:
@@ -107,7 +131,7 @@ def open_study(config: AgentConfig, out: Path) -> Any:
     out.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     name = f"{config.phase}-{config.algo}"
-    storage = f"sqlite:///{(out / 'study.db').resolve()}"
+    storage = storage_of(out, workers)
     known = optuna.get_all_study_names(storage)
     if known and name not in known:
         raise BiscaleError(
@@ -140,16 +164,31 @@ def run_trial(trial: Any, config: AgentConfig, steps: int, folder: Path) -> floa
     return run.evaluate.best
 
 
-def run_study(config: AgentConfig, trials: int, steps: int, out: Path) -> tuple[float, Path]:
+def one_trial(config: AgentConfig, steps: int, out: Path, workers: Workers) -> None:
+    """One more trial of a stored study, by whichever worker.
+
+    One whose worker was killed stays as ``RUNNING`` and is made up for by another.
+    """
+    study = open_study(config, out, workers)
+    run_trials(
+        study, lambda t: run_trial(t, config, steps, out / f"trial-{t.number}"), 1, config.seed
+    )
+
+
+def run_study(
+    config: AgentConfig, trials: int, steps: int, out: Path, workers: Workers = ALONE
+) -> tuple[float, Path]:
     """Run trials in a stored study; returns the best score and the path of its config.
+
+    With several workers a trial knows of those only that have ended by then, so that the study is
+    another than that of one process. On a cluster ``out`` has to be seen by every node.
 
     Raises:
         BiscaleError: the stored study is of another phase or algorithm, or no trial succeeded.
     """
-    study = open_study(config, out)
-    run_trials(
-        study, lambda t: run_trial(t, config, steps, out / f"trial-{t.number}"), trials, config.seed
-    )
+    out = out.absolute()
+    study = open_study(config, out, workers)
+    in_order(one_trial, [(config, steps, out, workers)] * trials, workers)
     write_whole(out / "trials.csv", trials_table(study).to_csv(index=False))
     try:
         best = study.best_trial

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from agents.policy.features import check_margin
 from agents.training.algorithms import ALGORITHMS, check_hyper
 from biscale_env.config import InstanceSpec, WithInstance
+from biscale_env.config.hardware import Dtype
+from biscale_env.config.instance import IdleRule
 from biscale_env.config.loader import Config, load_named, load_yaml
 from biscale_env.core.errors import BiscaleError
 
@@ -27,7 +28,8 @@ class Part(Config):
         rates_rps: request rates instead of loads, for families that max clock cannot serve within
             the SLO at any load.
         slo: SLO of these episodes.
-        tp: GPUs per instance in these episodes; None takes the config's.
+        gpu, llm, tp, ep, dtype, idle: of the instance in these episodes; None takes the config's
+            (of a part with an LLM of its own: the number format that it is published in).
         workloads: different workloads per group.
         episode_s: length of an episode, s.
     """
@@ -38,7 +40,12 @@ class Part(Config):
     loads: tuple[float, ...] = ()
     rates_rps: tuple[float, ...] = ()
     slo: str = "biscale"
+    gpu: str | None = None
+    llm: str | None = None
     tp: int | None = Field(default=None, gt=0)
+    ep: int | None = Field(default=None, gt=0)
+    dtype: Dtype | None = None
+    idle: IdleRule | None = None
     workloads: int = Field(default=16, gt=0)
     episode_s: float = Field(default=240.0, gt=0)
 
@@ -47,6 +54,19 @@ class Part(Config):
         if not self.loads and not self.rates_rps:
             raise ValueError("give loads or rates_rps")
         return self
+
+    def instance_of(self, base: InstanceSpec) -> InstanceSpec:
+        """The instance of these episodes, which differs from the config's in what is given here."""
+        names = ("slo", "gpu", "llm", "tp", "ep", "dtype", "idle")
+        own = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return base.changed(**own)
+
+    @property
+    def label(self) -> str:
+        """Where these episodes differ from others of the same workload, for the group's name."""
+        parts = ["" if self.slo == "biscale" else self.slo, self.gpu, self.llm, self.dtype]
+        parts += [f"{name}{n}" for name, n in (("tp", self.tp), ("ep", self.ep)) if n is not None]
+        return "-".join(part for part in (*parts, self.idle) if part)
 
 
 class Randomise(Config):
@@ -157,9 +177,10 @@ class AgentConfig(WithInstance):
             in its group), sampled log-uniformly per episode and told to the network, instead of
             multipliers: one network then holds the whole trade-off, and the penalty is its free
             parameter, like the margin of MPC.
-        margins: settings of the margin (fraction of the TTFT bound kept free, as in MPC) among
-            which evaluation and tuning choose; the network is not told, it is shown the tighter
-            bound (prefill only; train with a wide ``slo_scale``). Empty: the penalty is chosen.
+        margins: settings of the margin (fraction of the bound kept free, as in MPC; see
+            :class:`agents.policy.feature_policy.FeaturePolicy`) among which evaluation and tuning
+            choose; the network is not told (in prefill, train with a wide ``slo_scale``). Empty:
+            the penalty is chosen.
         decision_interval_s: in training, a decision stands at least this long; 0 decides at every
             iteration.
         reward_scale: factor on the reward.
@@ -237,8 +258,6 @@ def load_config(name: str | Path | None, phase: str, algo: str | None = None) ->
             "out"
         )
     check_hyper(config.algo, config.hyper, str(name))
-    for margin in config.margins:
-        check_margin(margin, phase)
     if (config.algo == "dqn") != (config.action == "levels"):
         raise BiscaleError(
             f"config {name}: action 'levels' and algorithm dqn belong together, got "

@@ -25,7 +25,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.training.mixture import WorkloadGroup
+from agents.training.worlds.group_plants import GroupPlants
+from agents.training.worlds.mixture import WorkloadGroup
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -45,7 +46,7 @@ class Effects(NamedTuple):
         elapsed_s: time, s.
         work: tokens made.
         violations: requests that completed too late.
-        refund: see :meth:`agents.training.workload_set.WorkloadSet.refund`.
+        refund: see :meth:`agents.training.worlds.workload_set.WorkloadSet.refund`.
         late_before: requests late even at the highest clock, before the decision.
         late_now: after it.
     """
@@ -98,17 +99,16 @@ class RewardShaper:
 
     Attributes:
         baseline: marginal energy per token (J) and idle power (W) per group and member + 1,
-            (groups, members + 1, 2).
+            (groups, members + 1, 2); NaN where a group has fewer members than another.
         spread: divides the rewards.
     """
 
     def __init__(
         self,
         groups: Sequence[WorkloadGroup],
-        cheapest_ghz: Floats,
+        plants: GroupPlants,
         n_cells: int,
         *,
-        energy_ref_j: float,
         gamma: float,
         scale: float,
     ) -> None:
@@ -116,26 +116,23 @@ class RewardShaper:
 
         Args:
             groups: families at loads.
-            cheapest_ghz: clock of least energy per group and member + 1, GHz.
+            plants: of the groups.
             n_cells: groups times bins of penalties.
-            energy_ref_j: reference energy, J.
             gamma: discount of the algorithm.
             scale: factor on the reward.
         """
-        self.baseline = np.array(
-            [
-                [marginal_cost(g, k - 1, f) for k, f in enumerate(row)]
-                for g, row in zip(groups, cheapest_ghz, strict=True)
-            ]
-        )
+        self.baseline = np.full((len(groups), int(plants.n_members.max()) + 1, 2), np.nan)
+        for k, group in enumerate(groups):
+            for j, freq_ghz in enumerate(plants.cheapest_ghz(k)):
+                self.baseline[k, j] = marginal_cost(group, j - 1, freq_ghz)
         self.spread = Spread(n_cells)
-        self._ref_j, self._gamma, self._scale = energy_ref_j, gamma, scale
+        self._ref_j, self._gamma, self._scale = plants.energy_ref_j, gamma, scale
 
     def excess(self, effects: Effects, group: Ints, member: Ints) -> Floats:
         """Energy above what no policy can change, reference energies, (n,)."""
         base = self.baseline[group, member + 1]
         above = effects.energy_j - base[:, 0] * effects.work - base[:, 1] * effects.elapsed_s
-        return np.asarray(above / self._ref_j)
+        return np.asarray(above / self._ref_j[group])
 
     def __call__(
         self, effects: Effects, excess: Floats, weight: Floats, cost_rate: Floats, cell: Ints

@@ -11,12 +11,18 @@ from numpy.typing import NDArray
 
 from agents.training.train_config import AgentConfig, Part
 from biscale_env.config import load_slo
-from biscale_env.config.slo import within
+from biscale_env.config.slo import one_bound, within
 from biscale_env.core.errors import BiscaleError
-from biscale_env.envs.capacity import run_static
+from biscale_env.envs.loads.capacity import run_static
+from biscale_env.envs.loads.prefix_hits import with_cache
+from biscale_env.envs.loads.workloads import (
+    WorkloadSource,
+    capacity_sample,
+    generated,
+    trace_windows,
+)
 from biscale_env.envs.options import capacity_rps
 from biscale_env.envs.plant import Plant, PlantSettings
-from biscale_env.envs.workloads import WorkloadSource, generated, trace_windows
 from biscale_env.traces import Trace, load_named
 
 HELD_OUT = 5000  # held-out workloads are number HELD_OUT, HELD_OUT + 1, ... of the same sources
@@ -29,8 +35,7 @@ class WorkloadGroup:
 
     Attributes:
         name: e.g. ``azure-conv-like-75``.
-        plant: its plant; all groups share one observation, clocks and engine limits, SLO and TP are
-            the group's own.
+        plant: its plant; all groups share the observation, everything else may be the group's own.
         source: its workloads.
         slo_s: bound of the phase, s.
         attainment: fraction of requests that the SLO asks for.
@@ -43,40 +48,38 @@ class WorkloadGroup:
     attainment: float
 
 
-def plant_of(
-    config: AgentConfig, slo: str = "biscale", drain: bool = False, tp: int | None = None
-) -> Plant:
+def plant_of(config: AgentConfig, part: Part | None = None, drain: bool = False) -> Plant:
     """Plant of a training run, or of one of its groups."""
+    base = config.instance.changed(slo="biscale")
     return Plant(
         PlantSettings.of(
             config.phase,
-            instance=config.instance.changed(slo=slo, tp=tp or config.tp),
+            instance=base if part is None else part.instance_of(base),
             drain=drain,
             min_decision_interval_s=config.decision_interval_s,
         )
     )
 
 
-def _trace_of(part: Part) -> Trace | None:
+def _trace_of(part: Part, prefix_cache: str) -> Trace | None:
     if part.trace is None:
+        with_cache(prefix_cache, capacity_sample(part.profile))  # says which cache there is
         return None
-    return load_named(part.trace).split(TRAINED_FRACTION)[0]
+    return with_cache(prefix_cache, load_named(part.trace)).split(TRAINED_FRACTION)[0]
 
 
 def _groups_of(config: AgentConfig, part: Part, number: int) -> list[WorkloadGroup]:
-    plant = plant_of(config, part.slo, tp=part.tp)
-    trace = _trace_of(part)
+    plant = plant_of(config, part)
+    trace = _trace_of(part, config.instance.prefix_cache)
     make = trace_windows(trace) if trace is not None else generated(part.profile)
     family = part.trace or part.profile
-    slo = load_slo(part.slo)
+    slo = one_bound(load_slo(part.slo), "training")
     rates = {
         f"{round(100 * load)}": load * capacity_rps(plant, trace, part.profile)
         for load in part.loads
     }
     rates |= {f"{rate:g}rps": rate for rate in part.rates_rps}
-    suffix = ("" if part.slo == "biscale" else f"-{part.slo}") + (
-        "" if part.tp is None else f"-tp{part.tp}"
-    )
+    suffix = f"-{part.label}" if part.label else ""
     return [
         WorkloadGroup(
             f"{Path(family).stem}{suffix}-{label}",

@@ -1,7 +1,8 @@
 """The native batch as SB3's ``VecEnv`` for training: features in, learned action out.
 
-Randomised plants (:mod:`agents.training.episodes`), a shaped reward (:mod:`agents.training.reward`)
-and a constraint per group (:mod:`agents.training.duals`).
+Randomised plants (:mod:`agents.training.worlds.episodes`), a shaped reward
+(:mod:`agents.training.worlds.reward`) and a constraint per group
+(:mod:`agents.training.worlds.duals`).
 """
 
 import io
@@ -16,19 +17,18 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from agents.policy.action_map import ActionMap
 from agents.policy.features import FeatureMap, with_price
-from agents.training.duals import Duals
-from agents.training.episodes import EpisodeSampler
-from agents.training.mixture import WorkloadGroup, plant_of
-from agents.training.reward import Effects, RewardShaper
 from agents.training.train_config import AgentConfig
-from agents.training.workload_set import WorkloadSet
+from agents.training.worlds.episodes import EpisodeSampler
+from agents.training.worlds.group_plants import GroupPlants
+from agents.training.worlds.mixture import WorkloadGroup, plant_of
+from agents.training.worlds.reward_meter import RewardMeter
+from agents.training.worlds.workload_set import WorkloadSet
 from biscale_env.envs.batch import Batch
 
 Floats = NDArray[np.float64]
 Floats32 = NDArray[np.float32]
 Ints = NDArray[np.int64]
 NOTHING: dict[str, Any] = {}
-PRICE_BINS = 4
 
 
 class AgentVecEnv(VecEnv):
@@ -36,8 +36,10 @@ class AgentVecEnv(VecEnv):
 
     Attributes:
         workloads: what is run, and what max clock does on it.
+        plants: what each group's instances are.
         sampler: chooses the episodes.
-        shaper: makes the rewards.
+        meter: makes the rewards from the records.
+        shaper: its part that shapes them.
         duals: multipliers, measured by this environment and moved by the Lagrangian.
         group: group of each row's episode, (n_envs,).
         member: ensemble member of each row's plant, (n_envs,); -1 nominal.
@@ -66,27 +68,19 @@ class AgentVecEnv(VecEnv):
         self.plant = plant_of(config)
         self.workloads = WorkloadSet(self.plant, groups, counts, held_out)
         self.batch = Batch(self.plant, n, self.workloads.table)
-        self.features = FeatureMap(config.phase, self.plant.spec, self.plant.clocks)
+        self.plants = GroupPlants(groups, config.decision_interval_s)
+        self.features = FeatureMap(config.phase, self.plant.spec)
         self.actions = ActionMap.of(config.action, config.span, self.plant.clocks)
-        n_members = self.plant.model.n_members
-        self._set_models(range(-1, n_members))
-        self.sampler = EpisodeSampler(config, groups, self.workloads.first, n_members, seed)
-        n_cells = len(groups) * PRICE_BINS
-        fixed = config.price is not None
-        self.duals = Duals(config.constraint, len(groups), n_cells, fixed)
-        self.shaper = RewardShaper(
-            groups,
-            self._cheapest,
-            n_cells,
-            energy_ref_j=self.plant.energy_ref_j,
-            gamma=float(config.hyper.get("gamma", 0.99)),
-            scale=config.reward_scale,
+        self.sampler = EpisodeSampler(
+            config, groups, self.workloads.first, self.plants.n_members, seed
         )
+        self.meter = RewardMeter(config, groups, self.plants, self.workloads)
+        self.duals, self.shaper = self.meter.duals, self.meter.shaper
         self.group, self.member = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
+        self._known = self.plants.nominal(self.group, np.full(n, -1)).plants  # of each row
         self.price = np.full(n, config.constraint.start)
-        self._nominal = config.randomise.nominal_share > 0.0
         self._outputs: NDArray[Any] = np.zeros(n, dtype=np.float32)
-        self.dim = self.features.dim + fixed
+        self.dim = self.features.dim + (config.price is not None)
         space = gym.spaces.Box(-np.inf, np.inf, (self.dim,), dtype=np.float32)
         discrete = config.action == "levels"
         action: gym.Space[Any] = (
@@ -96,34 +90,31 @@ class AgentVecEnv(VecEnv):
         )
         super().__init__(n, space, action)
 
-    def _set_models(self, members: range) -> None:
-        models = [self.features.nominal_model(g.plant.model, members) for g in self.groups]
-        self._coefs = np.stack([m.coefs for m in models])
-        self._cheapest = np.stack([m.cheapest_ghz for m in models])
-        self._capacity = np.array([g.plant.kv_capacity_tokens for g in self.groups])
-
     def violation_weight(self) -> Floats:
         """Reward lost per violation, in reference energies, (n_envs,).
 
         The penalty of the episode, or the multiplier of its group.
         """
-        if self.config.price is None:
-            return self.duals.multipliers[self.group]
-        return self.price * self.workloads.request_cost[self.group]
+        return self.meter.violation_weight(self.group, self.price)
 
     def _start(self, rows: Ints) -> None:
         episodes = self.sampler.sample(len(rows))
         self.group[rows], self.member[rows] = episodes.group, episodes.member
         self.price[rows] = episodes.price
-        changes = {"slo_s": episodes.slo_s, "kv_capacity": self._capacity[episodes.group]}
+        changes = {"slo_s": episodes.slo_s}
         if episodes.delay_s is not None:
             changes["delay_s"] = episodes.delay_s
-        self.batch.reset(rows, episodes.workload, self.member[rows], changes)
-        self.batch.coefs[rows] = self._coefs[episodes.group, episodes.member + 1]
+        records = self.plants.records(episodes.group, episodes.member)
+        self.batch.reset(rows, episodes.workload, episodes.member, changes, records)
+        self._know_plants(rows)
+
+    def _know_plants(self, rows: Ints) -> None:
+        """Take what features need of the plants of some rows; they change with the episode only."""
+        self._known[rows] = self.plants.nominal(self.group[rows], self.member[rows]).plants
 
     def _observe(self) -> Floats32:
-        cheapest = self._cheapest[self.group, self.member + 1]
-        features, self.rule, self._late = self.features(self.batch.obs, self.batch.coefs, cheapest)
+        batch = self.batch
+        features, self.rule, self._late = self.features(batch.obs, batch.coefs, self._known)
         return features if self.config.price is None else with_price(features, self.price)
 
     def reset(self) -> Floats32:
@@ -144,49 +135,17 @@ class AgentVecEnv(VecEnv):
     ) -> tuple[Floats32, Floats32, NDArray[np.bool_], list[dict[str, Any]]]:
         """One decision in every row; finished episodes restart."""
         st, late_before = self.batch.states, self._late
-        before_s, tail = st["time_s"].copy(), st["tail"].copy()
+        tail = st["tail"].copy()
         self.batch.step(self.to_action(self._outputs))
         done = self.batch.done
         features = self._observe()
-        effects = self._effects(before_s, tail, late_before)
-        reward = self._reward(effects)
+        effects = self.meter.effects(st, (tail, st["tail"]), (late_before, self._late))
+        finished = st["step_finished"]
+        reward = self.meter.reward(effects, finished, self.group, self.member, self.price)
         infos = [NOTHING] * self.num_envs
         if done.any():
             features = self._restart(np.flatnonzero(done), features, infos)
         return features, reward.astype(np.float32), done.copy(), infos
-
-    def _effects(self, before_s: Floats, tail: Ints, late_before: Floats32) -> Effects:
-        st = self.batch.states
-        decode = self.config.phase == "decode"
-        return Effects(
-            energy_j=st["step_energy_j"].copy(),
-            elapsed_s=st["time_s"] - before_s,
-            work=st["step_tokens"] * (np.maximum(st["step_iterations"], 1) if decode else 1),
-            violations=st["step_violations"].astype(np.float64),
-            refund=self.workloads.refund(tail, st["tail"]),
-            late_before=late_before,
-            late_now=self._late,
-        )
-
-    def _reward(self, effects: Effects) -> Floats:
-        """Tally the effects, and reward them."""
-        tally, weight, cell = self.duals.tally, self.violation_weight(), self._cells()
-        excess = self.shaper.excess(effects, self.group, self.member)
-        rows = self.member < 0 if self._nominal else np.ones(self.num_envs, dtype=bool)
-        finished = self.batch.states["step_finished"].astype(np.float64)
-        tally.count_requests(self.group[rows], finished[rows], effects.violations[rows])
-        cost = excess + weight * (effects.violations - effects.refund)
-        tally.count_cost(cell, cost, effects.elapsed_s)
-        return self.shaper(effects, excess, weight, self.duals.cost_rate[cell], cell)
-
-    def _cells(self) -> Ints:
-        """Cell of each row: its group, and where its penalty stands in the range."""
-        if self.config.price is None:
-            return self.group * PRICE_BINS
-        low, high = np.log(self.config.price)
-        place = (np.log(self.price) - low) / max(high - low, 1e-9)
-        bins = np.clip((place * PRICE_BINS).astype(np.int64), 0, PRICE_BINS - 1)
-        return np.asarray(self.group * PRICE_BINS + bins)
 
     def _restart(self, rows: Ints, last: Floats32, infos: list[dict[str, Any]]) -> Floats32:
         for i in rows:
@@ -209,6 +168,7 @@ class AgentVecEnv(VecEnv):
         self.batch = _Thawer.loads(state["batch"], self._shared())
         for name, value in state["rows"].items():
             getattr(self, name)[:] = value
+        self._know_plants(np.arange(self.num_envs))
         self.sampler.restore(state["sampler"])
         self.shaper.spread.squares, self.shaper.spread.weight = (v.copy() for v in state["spread"])
         self.duals.restore(state["duals"])

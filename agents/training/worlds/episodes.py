@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.training.mixture import WorkloadGroup
 from agents.training.train_config import AgentConfig
+from agents.training.worlds.mixture import WorkloadGroup
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -45,7 +45,7 @@ class EpisodeSampler:
         config: AgentConfig,
         groups: Sequence[WorkloadGroup],
         first: Ints,
-        n_members: int,
+        n_members: Ints,
         seed: int,
     ) -> None:
         """Keep the ranges.
@@ -54,7 +54,7 @@ class EpisodeSampler:
             config: the run.
             groups: families at loads.
             first: number of the first workload of each group, and their total.
-            n_members: members of the ensemble.
+            n_members: members of each group's ensemble, (groups,).
             seed: of the generator.
         """
         self._config, self._first, self._n_members = config, first, n_members
@@ -72,8 +72,8 @@ class EpisodeSampler:
         """``n`` episodes."""
         r, rng = self._config.randomise, self.rng
         group = rng.integers(len(self._slo_s), size=n)
-        random = rng.random(n) >= r.nominal_share
-        member = np.where(random, rng.integers(0, max(self._n_members, 1), size=n), -1)
+        random = (rng.random(n) >= r.nominal_share) & (self._n_members[group] > 0)
+        member = np.where(random, rng.integers(0, np.maximum(self._n_members[group], 1)), -1)
         price = self.prices(n)
         slo_s = self._slo_s[group] * rng.uniform(*r.slo_scale, size=n)
         delay_s = None if r.delay_s is None else rng.uniform(*r.delay_s, size=n)

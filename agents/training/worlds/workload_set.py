@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.training.mixture import HELD_OUT, WorkloadGroup, run_at_max
+from agents.training.worlds.mixture import HELD_OUT, WorkloadGroup, run_at_max
 from biscale_env.envs.batch import RequestTable
 from biscale_env.envs.plant import Plant
 
@@ -21,8 +21,8 @@ class WorkloadSet:
         table: requests of all workloads, group by group.
         first: number of the first workload of each group, and their total number (groups + 1,).
         late_at_max: per group, which requests violate the SLO at max clock.
-        request_cost: mean energy of a request at max clock per group, idle included, in reference
-            energies: the unit of the SLO-violation penalty (price).
+        request_cost: mean energy of a request at max clock per group, idle included, in its
+            reference energies: the unit of the SLO-violation penalty (price).
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class WorkloadSet:
         """Make all workloads and run max clock on each, once.
 
         Args:
-            plant: gives phase and reference energy.
+            plant: gives the phase.
             groups: families at loads.
             counts: workloads per group.
             held_out: take the held-out workloads (see :mod:`agents.training.heldout`).
@@ -47,7 +47,11 @@ class WorkloadSet:
             for g, n in enumerate(counts)
             for k in range(n)
         ]
-        self.table = RequestTable.of(plant, [trace for _, trace in owned])
+        self.table = RequestTable.of(
+            plant,
+            [trace for _, trace in owned],
+            owners=[self.groups[g].plant for g, _ in owned],
+        )
         self.first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         at_max = [(g, *run_at_max(self.groups[g], trace)) for g, trace in owned]
         self.late_at_max = [
@@ -58,7 +62,8 @@ class WorkloadSet:
         for g, late, energy_j in at_max:
             energy[g] += energy_j
             requests[g] += len(late)
-        self.request_cost = energy / np.maximum(requests, 1.0) / plant.energy_ref_j
+        refs_j = np.array([g.plant.energy_ref_j for g in self.groups])
+        self.request_cost = energy / np.maximum(requests, 1.0) / refs_j
         lost = np.concatenate([late for _, late, _ in at_max])
         refunds = lost if plant.phase == "prefill" else np.zeros(len(self.table.arrival_s))
         self._refunds = np.concatenate([[0.0], np.cumsum(refunds)])

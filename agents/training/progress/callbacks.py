@@ -8,17 +8,17 @@ from numpy.typing import NDArray
 from stable_baselines3.common.callbacks import BaseCallback
 
 from agents.training.heldout import SHORTFALL_PRICE, HeldOut, HeldoutMetrics
-from agents.training.logs import Evaluation
 from agents.training.policy_on_rows import HeldOutPolicy
+from agents.training.progress.logs import Evaluation
 from agents.training.train_config import AgentConfig
-from agents.training.training_env import AgentVecEnv
+from agents.training.worlds.training_env import AgentVecEnv
 from biscale_env.core.errors import BiscaleError
 
 MIN_REQUESTS = 200  # per group, on average, before a multiplier moves
 
 
 class Lagrangian(BaseCallback):
-    """Moves the multipliers of an environment's :class:`agents.training.duals.Duals`.
+    """Moves the multipliers of an environment's :class:`agents.training.worlds.duals.Duals`.
 
     Attributes:
         path: every multiplier vector so far, with the env step.

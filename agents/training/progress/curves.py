@@ -36,13 +36,15 @@ def _one(path: Path, seed: int) -> pd.DataFrame:
 
 
 def learning_curves(folder: Path) -> pd.DataFrame:
-    """All held-out evaluations of the seeds below a folder (``biscale train --seeds``).
+    """All held-out evaluations of a run, or of the seeds below a folder (``train --seeds``).
 
-    :data:`COLUMNS`, one row per evaluation.
+    :data:`COLUMNS`, one row per evaluation; a run alone is seed 0.
 
     Raises:
         BiscaleError: no run there.
     """
+    if (folder / EVALUATIONS).is_file():
+        return _one(folder / EVALUATIONS, 0)
     paths = sorted(
         folder.glob(f"seed-*/{EVALUATIONS}"), key=lambda p: int(p.parent.name.removeprefix("seed-"))
     )

@@ -1,0 +1,1 @@
+"""What agents train in: workloads, plants, episodes, rewards and prices."""
