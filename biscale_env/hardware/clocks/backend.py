@@ -59,10 +59,10 @@ class ClockReading:
     """State of a GPU at one instant.
 
     Attributes:
-        freq_mhz: SM clock, MHz.
-        reasons: bits of the clock event reasons; 0 when the backend cannot read them.
-        temperature_c: GPU temperature, degrees Celsius.
-        power_w: board power, W; NaN when the backend cannot read it.
+        freq_mhz: SM clock, MHz; NaN when the GPU does not tell it.
+        reasons: bits of the clock event reasons; 0 when the GPU does not tell them.
+        temperature_c: GPU temperature, degrees Celsius; NaN when the GPU does not tell it.
+        power_w: board power, W; NaN when the GPU does not tell it.
     """
 
     freq_mhz: float
@@ -74,6 +74,33 @@ class ClockReading:
     def throttled(self) -> bool:
         """Whether heat or a power brake lowers the clock; the ordinary power cap does not count."""
         return bool(self.reasons & THROTTLE_REASONS)
+
+
+@dataclass(frozen=True)
+class PowerLimits:
+    """What the driver lets a GPU's power limit be, W.
+
+    Attributes:
+        low_w: lowest limit.
+        high_w: highest limit.
+        default_w: the limit of a GPU that nobody has touched.
+    """
+
+    low_w: float
+    high_w: float
+    default_w: float
+
+    def check(self, uuid: str, limit_w: float) -> None:
+        """Refuse a limit that the driver would not take.
+
+        Raises:
+            ClockError: outside the range, or not a number.
+        """
+        if not self.low_w <= limit_w <= self.high_w:
+            raise ClockError(
+                f"limiting the power of {uuid} to {limit_w:g} W: this GPU takes {self.low_w:g} to "
+                f"{self.high_w:g} W"
+            )
 
 
 def reason_text(reasons: int) -> str:
@@ -129,7 +156,7 @@ class ClockBackend(abc.ABC):
 
     @abc.abstractmethod
     def energy_j(self, uuid: str) -> float:
-        """Energy counter, J; only differences mean anything."""
+        """Energy counter, J; only differences mean anything. NaN where the GPU has none."""
 
     @abc.abstractmethod
     def lock(self, uuid: str, low_mhz: float, high_mhz: float) -> None:
@@ -146,6 +173,31 @@ class ClockBackend(abc.ABC):
 
         Returns after every earlier lock call of this GPU has ended.
         """
+
+    def power_limits(self, uuid: str) -> PowerLimits:
+        """What the power limit of a GPU may be, W.
+
+        Raises:
+            ClockError: this backend or GPU has no power limit.
+        """
+        raise ClockError(f"{uuid}: power limits cannot be set through {self.name}, use nvml")
+
+    def power_limit_w(self, uuid: str) -> float:
+        """The limit that was set last, W."""
+        raise ClockError(f"{uuid}: power limits cannot be read through {self.name}, use nvml")
+
+    def cap(self, uuid: str, limit_w: float) -> None:
+        """Limit the power of a GPU, W; a limit outlives the process that made it, as a lock does.
+
+        Raises:
+            ClockDenied: no privilege.
+            ClockError: outside what the driver takes, lost GPU, or any other refusal.
+        """
+        raise ClockError(f"{uuid}: power limits cannot be set through {self.name}, use nvml")
+
+    def uncap(self, uuid: str) -> None:
+        """Set the default limit again, after every earlier call of this GPU has ended."""
+        raise ClockError(f"{uuid}: power limits cannot be set through {self.name}, use nvml")
 
     def lock_all(self, uuids: Sequence[str], low_mhz: float, high_mhz: float) -> None:
         """Lock several GPUs; every one is tried and no call is left running.
@@ -181,6 +233,22 @@ class ClockBackend(abc.ABC):
         """
         return failures_of({u: partial(self.reset, u) for u in uuids})
 
+    def cap_each(self, uuids: Sequence[str], limit_w: float) -> dict[str, ClockError]:
+        """Limit the power of several GPUs; never raises.
+
+        Returns:
+            What went wrong, by UUID.
+        """
+        return failures_of({u: partial(self.cap, u, limit_w) for u in uuids})
+
+    def uncap_each(self, uuids: Sequence[str]) -> dict[str, ClockError]:
+        """Set the default limit of several GPUs; never raises.
+
+        Returns:
+            What went wrong, by UUID.
+        """
+        return failures_of({u: partial(self.uncap, u) for u in uuids})
+
     def outstanding(self) -> set[str]:
         """UUIDs of GPUs with a driver call that was given up waiting for and may still end."""
         return set()
@@ -188,6 +256,10 @@ class ClockBackend(abc.ABC):
     def unreachable(self) -> dict[str, str]:
         """GPUs that the driver counts but cannot open: index to a sentence that says why."""
         return {}
+
+    def reaches(self, uuid: str) -> bool:
+        """Whether a GPU can be addressed by its UUID, listed or not."""
+        return any(device.uuid == uuid for device in self.devices())
 
     def close(self) -> None:  # noqa: B027 - nothing to release is a fine default
         """Release the driver; does not touch any clock."""
@@ -202,6 +274,10 @@ class ClockBackend(abc.ABC):
         found = found or [d for d in self.devices() if len(key) > 3 and d.uuid.startswith(key)]
         if not found and key in self.unreachable():
             raise ClockError(f"GPU {key} cannot be used: {self.unreachable()[key]}")
+        if key.startswith("MIG-"):
+            raise ClockError(
+                f"{key} is a MIG instance, which has no clock of its own: name its whole GPU"
+            )
         if len(found) != 1:
             known = ", ".join(f"{d.index} ({d.uuid})" for d in self.devices()) or "none"
             raise ClockError(f"no single GPU is called '{key}'; this machine has: {known}")
@@ -252,46 +328,3 @@ def insist(
         later = call(again)
         failures = {u: e for u, e in failures.items() if u not in again} | later
     return failures
-
-
-class ObserveOnly(ClockBackend):
-    """Reads through another backend and never writes.
-
-    What a policy *would* do is logged, the clocks stay as they are.
-    """
-
-    name = "observe"
-    can_lock = False
-
-    def __init__(self, inner: ClockBackend) -> None:
-        self.inner = inner
-
-    def devices(self) -> list[GpuDevice]:
-        """GPUs of the inner backend."""
-        return self.inner.devices()
-
-    def supported_mhz(self, uuid: str) -> list[float]:
-        """Clocks of the inner backend, MHz."""
-        return self.inner.supported_mhz(uuid)
-
-    def read(self, uuid: str) -> ClockReading:
-        """Reading of the inner backend."""
-        return self.inner.read(uuid)
-
-    def energy_j(self, uuid: str) -> float:
-        """Energy counter of the inner backend, J."""
-        return self.inner.energy_j(uuid)
-
-    def unreachable(self) -> dict[str, str]:
-        """GPUs that the inner backend cannot open."""
-        return self.inner.unreachable()
-
-    def lock(self, uuid: str, low_mhz: float, high_mhz: float) -> None:
-        """Do nothing."""
-
-    def reset(self, uuid: str) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Close the inner backend."""
-        self.inner.close()

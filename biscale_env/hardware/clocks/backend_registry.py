@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.hardware.clocks.backend import ClockBackend, ObserveOnly
+from biscale_env.hardware.clocks.backend import ClockBackend
 from biscale_env.hardware.clocks.fake_gpus import FakeBackend
 from biscale_env.hardware.clocks.nvml import NvmlBackend
+from biscale_env.hardware.clocks.observe_only import ObserveOnly
 from biscale_env.hardware.clocks.zeusd import ZeusdBackend
 
 # name: makes the backend from what follows the colon, "" for nothing

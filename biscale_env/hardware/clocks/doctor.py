@@ -2,10 +2,10 @@
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,20 @@ from typing import Literal
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.hardware.clocks import owner
-from biscale_env.hardware.clocks.backend import ClockBackend, reason_text
+from biscale_env.hardware.clocks.backend import ClockBackend, ClockError, reason_text
 from biscale_env.hardware.clocks.backend_registry import open_backend
 from biscale_env.hardware.engines.hook.versions import ENGINES, version_note
+from biscale_env.hardware.engines.http_access import KEY_HINT, base_url, read_url
 
 Status = Literal["ok", "warn", "fail"]
 CAP_SYS_ADMIN = 21  # bit of CapEff, linux/capability.h
-PACKAGES = {"nvidia-ml-py": "pynvml", "pyzmq": "zmq", "msgspec": "msgspec", "aiohttp": "aiohttp"}
+PACKAGES = {
+    "nvidia-ml-py": "pynvml",
+    "pyzmq": "zmq",
+    "msgspec": "msgspec",
+    "aiohttp": "aiohttp",
+    "httpx-sse": "httpx_sse",
+}
 
 
 @dataclass(frozen=True)
@@ -63,25 +70,37 @@ def check_packages() -> list[Finding]:
 
 
 def check_gpu(backend: ClockBackend, uuid: str) -> list[Finding]:
-    """One GPU: clocks, how long reading takes, what holds it down, persistence."""
+    """One GPU: clocks, how long reading takes, what holds it down, what is unusual about it."""
     started = time.monotonic()
-    reading = backend.read(uuid)
+    reading, energy_j = backend.read(uuid), backend.energy_j(uuid)
     took_s = time.monotonic() - started
-    clocks = backend.supported_mhz(uuid)
+    try:
+        clocks = backend.supported_mhz(uuid)
+        span = f"of {clocks[0]:g} to {clocks[-1]:g} ({len(clocks)} clocks)"
+        found = []
+    except ClockError as error:
+        span = "of unknown ones"
+        found = [Finding("warn", uuid, f"its clock cannot be set ({error}): use --observe-only")]
+    values = {
+        "clock": (reading.freq_mhz, f"{reading.freq_mhz:g} MHz {span}"),
+        "power": (reading.power_w, f"{reading.power_w:.0f} W"),
+        "temperature": (reading.temperature_c, f"{reading.temperature_c:g} C"),
+        "energy counter": (energy_j, ""),
+    }
+    known = ", ".join(text for value, text in values.values() if text and math.isfinite(value))
+    lacks = [name for name, (value, _) in values.items() if not math.isfinite(value)]
     text = (
-        f"{reading.freq_mhz:g} MHz of {clocks[0]:g} to {clocks[-1]:g} ({len(clocks)} clocks), "
-        f"{reading.power_w:.0f} W, {reading.temperature_c:g} C, "
-        f"held down by: {reason_text(reading.reasons)}; read in {took_s * 1e3:.1f} ms"
+        f"{known}, held down by: {reason_text(reading.reasons)}; read in {took_s * 1e3:.1f} ms"
+        + (f"; the driver does not tell: {', '.join(lacks)}" if lacks else "")
     )
-    found = [Finding("warn" if reading.throttled else "ok", uuid, text)]
-    persistence = getattr(backend, "persistence", lambda _: None)(uuid)
-    if persistence is False:
-        text = (
+    found.insert(0, Finding("warn" if reading.throttled or lacks else "ok", uuid, text))
+    notes = list(getattr(backend, "peculiarities", lambda _: [])(uuid))
+    if getattr(backend, "persistence", lambda _: None)(uuid) is False:
+        notes.append(
             "persistence mode is off: an unloading driver drops the lock; "
             "the actuator keeps the driver open meanwhile"
         )
-        found.append(Finding("warn", uuid, text))
-    return found
+    return found + [Finding("warn", uuid, note) for note in notes]
 
 
 def check_clocks(name: str) -> list[Finding]:
@@ -128,16 +147,15 @@ def check_owners() -> list[Finding]:
     return living + [Finding("warn", uuid, text) for uuid in left]
 
 
-def check_endpoint(url: str, timeout_s: float = 3.0) -> Finding:
+def check_endpoint(url: str, timeout_s: float = 3.0, api_key: str | None = None) -> Finding:
     """An engine: does it answer, with which version, with which metrics."""
-    base = url.rstrip("/").removesuffix("/v1")
+    base = base_url(url)
     try:
-        with urllib.request.urlopen(f"{base}/v1/models", timeout=timeout_s) as answer:
-            answer.read()
-        with urllib.request.urlopen(f"{base}/metrics", timeout=timeout_s) as answer:
-            metrics = answer.read(200_000).decode(errors="replace")
+        read_url(f"{base}/v1/models", timeout_s, api_key)
+        metrics = read_url(f"{base}/metrics", timeout_s, api_key)
     except urllib.error.HTTPError as error:
-        return Finding("warn", url, f"answers {error.code} at {error.url}")
+        hint = f": {KEY_HINT}" if error.code in (401, 403) else ""
+        return Finding("warn", url, f"answers {error.code} at {error.url}{hint}")
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         return Finding(
@@ -149,11 +167,13 @@ def check_endpoint(url: str, timeout_s: float = 3.0) -> Finding:
     )
 
 
-def examine(backend: str, endpoints: Sequence[str] = ()) -> list[Finding]:
+def examine(
+    backend: str, endpoints: Sequence[str] = (), api_key: str | None = None
+) -> list[Finding]:
     """Everything; changes nothing on the machine."""
     return [
         *check_packages(),
         *check_clocks(backend),
         *check_owners(),
-        *(check_endpoint(url) for url in endpoints),
+        *(check_endpoint(url, api_key=api_key) for url in endpoints),
     ]

@@ -34,10 +34,11 @@ from biscale_env.hardware.clocks.backend import (
     ClockReading,
     GpuDevice,
     GpuLost,
+    PowerLimits,
 )
 from biscale_env.hardware.clocks.caller import as_caller
 
-MAGIC = 0x31454C4143534942  # "BISCALE1"
+MAGIC = 0x32454C4143534942  # "BISCALE2"
 HEADER_DTYPE = np.dtype(
     [
         ("magic", np.uint64),
@@ -77,6 +78,15 @@ GPU_DTYPE = np.dtype(
         # toy: idle + slope (f / GHz)^3, any values (assumed); tests use it as a known answer
         ("toy_idle_w", np.float64),
         ("toy_slope_w", np.float64),
+        ("limit_w", np.float64),  # power limit in effect; changes as clocks do
+        ("limit_inflight_w", np.float64),
+        ("limit_at_s", np.float64),
+        ("limit_wanted_w", np.float64),
+        ("limit_low_w", np.float64),
+        ("limit_high_w", np.float64),
+        ("limit_default_w", np.float64),
+        ("n_caps", np.int64),
+        ("n_uncaps", np.int64),
     ]
 )
 
@@ -89,6 +99,7 @@ def create_state(
     privileged: bool = True,
     set_latency_us: int = 0,
     limits_mhz: tuple[float, float, float] = (345.0, 1980.0, 15.0),
+    limits_w: tuple[float, float, float] = (200.0, 700.0, 700.0),
 ) -> Path:
     """Write a fresh state file; an existing one is replaced. Under sudo it is the caller's.
 
@@ -100,6 +111,7 @@ def create_state(
         privileged: whether clocks may be locked.
         set_latency_us: time a call takes, microseconds.
         limits_mhz: lowest, highest clock and step.
+        limits_w: lowest, highest and default power limit (those of an H100 SXM).
 
     Returns:
         The path.
@@ -107,6 +119,9 @@ def create_state(
     header = np.zeros(1, HEADER_DTYPE)
     header[0] = (MAGIC, n_gpus, int(privileged), set_latency_us, delay_s, 0.0)
     gpus = _fresh_gpus(n_gpus, limits_mhz)
+    gpus["limit_low_w"], gpus["limit_high_w"], gpus["limit_default_w"] = limits_w
+    gpus["limit_w"] = gpus["limit_inflight_w"] = gpus["limit_wanted_w"] = limits_w[2]
+    gpus["limit_at_s"] = np.inf
     with as_caller():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, header.tobytes() + gpus.tobytes())
@@ -130,44 +145,61 @@ def _fresh_gpus(n_gpus: int, limits_mhz: tuple[float, float, float]) -> NDArray[
     return gpus
 
 
-def _queue_of(gpu: np.void) -> ClockQueue:
-    return ClockQueue(
-        float(gpu["freq_mhz"]),
-        float(gpu["inflight_mhz"]),
-        float(gpu["wanted_mhz"]),
-        float(gpu["apply_at_s"]),
-    )
+# a value and its changes, in the order of ClockQueue
+CLOCK_FIELDS = ("freq_mhz", "inflight_mhz", "wanted_mhz", "apply_at_s")
+LIMIT_FIELDS = ("limit_w", "limit_inflight_w", "limit_wanted_w", "limit_at_s")
 
 
-def _keep(gpu: np.void, queue: ClockQueue, now_s: float) -> None:
-    """Write a clock into the record; a change that took effect, at ``now_s``, with its energy."""
-    if queue.applied != gpu["freq_mhz"]:
+def _queue_of(gpu: np.void, fields: tuple[str, ...]) -> ClockQueue:
+    return ClockQueue(*(float(gpu[field]) for field in fields))
+
+
+def limit_of(gpu: np.void) -> ClockQueue:
+    """The power limit of a GPU and its changes, W."""
+    return _queue_of(gpu, LIMIT_FIELDS)
+
+
+def _keep(gpu: np.void, fields: tuple[str, ...], queue: ClockQueue, now_s: float) -> None:
+    """Write a clock or limit into the record; one that took effect, at ``now_s``, with energy."""
+    if queue.applied != gpu[fields[0]]:
         integrate(gpu, now_s)
-        gpu["previous_mhz"], gpu["landed_at_s"] = gpu["freq_mhz"], now_s
-    gpu["freq_mhz"], gpu["inflight_mhz"], gpu["wanted_mhz"], gpu["apply_at_s"] = queue
+        if fields is CLOCK_FIELDS:
+            gpu["previous_mhz"], gpu["landed_at_s"] = gpu["freq_mhz"], now_s
+    for field, value in zip(fields, queue, strict=True):
+        gpu[field] = value
 
 
 def settle(gpu: np.void, now_s: float, delay_s: float) -> None:
-    """Let every clock take effect that is due by ``now_s``, with its energy."""
-    queue = _queue_of(gpu)
-    while queue.apply_at_s <= now_s:
-        due_s = queue.apply_at_s
-        queue = take_effect(queue, delay_s)
-        _keep(gpu, queue, due_s)
+    """Let every clock and power limit take effect that is due by ``now_s``, with its energy.
+
+    In the order of their times: the energy up to a change is drawn under what held before it.
+    """
+    while (due_s := min(float(gpu["limit_at_s"]), float(gpu["apply_at_s"]))) <= now_s:
+        fields = LIMIT_FIELDS if gpu["limit_at_s"] == due_s else CLOCK_FIELDS
+        _keep(gpu, fields, take_effect(_queue_of(gpu, fields), delay_s), due_s)
     integrate(gpu, now_s)
 
 
 def integrate(gpu: np.void, now_s: float) -> None:
     """Add the energy drawn since the last look; an emulated engine does its own book-keeping."""
     if gpu["external"] == 0:
-        power_w = gpu["toy_idle_w"] + gpu["toy_slope_w"] * (gpu["freq_mhz"] * 1e-3) ** 3
+        power_w = gpu["toy_idle_w"] + gpu["toy_slope_w"] * (toy_mhz(gpu) * 1e-3) ** 3
         gpu["energy_j"] += power_w * max(now_s - gpu["power_at_s"], 0.0)
         gpu["power_w"], gpu["power_at_s"] = power_w, now_s
 
 
+def toy_mhz(gpu: np.void) -> float:
+    """Clock of the toy under its power limit (0: none), MHz."""
+    if gpu["limit_w"] <= 0.0:
+        return float(gpu["freq_mhz"])
+    room_w = max(float(gpu["limit_w"] - gpu["toy_idle_w"]), 0.0)
+    return min(float(gpu["freq_mhz"]), 1e3 * (room_w / float(gpu["toy_slope_w"])) ** (1 / 3))
+
+
 def want(gpu: np.void, freq_mhz: float, now_s: float, delay_s: float) -> None:
     """Request a clock at ``now_s`` (the GPU must be settled)."""
-    _keep(gpu, request(_queue_of(gpu), freq_mhz, now_s, delay_s), now_s)
+    queue = _queue_of(gpu, CLOCK_FIELDS)
+    _keep(gpu, CLOCK_FIELDS, request(queue, freq_mhz, now_s, delay_s), now_s)
 
 
 class FakeState:
@@ -263,11 +295,9 @@ class FakeBackend(ClockBackend):
         """Clock (under the cap while an emulated iteration runs), reasons, temperature, power."""
         k = self.state.index(uuid)
         with self.state.one(k) as gpu:
-            freq = (
-                min(gpu["freq_mhz"], gpu["effective_mhz"])
-                if gpu["effective_mhz"] > 0
-                else gpu["freq_mhz"]
-            )
+            freq = gpu["freq_mhz"] if gpu["external"] else toy_mhz(gpu)
+            if gpu["effective_mhz"] > 0:
+                freq = min(freq, gpu["effective_mhz"])
             return ClockReading(
                 float(freq), int(gpu["reasons"]), float(gpu["temperature_c"]), float(gpu["power_w"])
             )
@@ -280,12 +310,18 @@ class FakeBackend(ClockBackend):
                 gpu["energy_j"] + gpu["power_w"] * max(time.monotonic() - gpu["power_at_s"], 0.0)
             )
 
-    def _change(self, uuid: str, freq_mhz: float | None) -> None:
+    @contextlib.contextmanager
+    def _writing(self, uuid: str, what: str) -> Iterator[np.void]:
+        """The record of a GPU, for a call that needs the privilege and takes its time."""
         k = self.state.index(uuid)
         if not self.state.header["privileged"]:
-            raise ClockDenied(f"locking {uuid}: no privilege on these fake GPUs")
+            raise ClockDenied(f"{what} {uuid}: no privilege on these fake GPUs")
         time.sleep(int(self.state.header["set_latency_us"]) * 1e-6)
         with self.state.one(k) as gpu:
+            yield gpu
+
+    def _change(self, uuid: str, freq_mhz: float | None) -> None:
+        with self._writing(uuid, "locking") as gpu:
             target = float(gpu["default_mhz"]) if freq_mhz is None else freq_mhz
             gpu["locked"] = int(freq_mhz is not None)
             gpu["n_resets" if freq_mhz is None else "n_sets"] += 1
@@ -305,3 +341,27 @@ class FakeBackend(ClockBackend):
     def reset(self, uuid: str) -> None:
         """Reset to the clock of an unlocked GPU."""
         self._change(uuid, None)
+
+    def power_limits(self, uuid: str) -> PowerLimits:
+        """Power limits of the file, W."""
+        gpu = self.state.gpus[self.state.index(uuid)]
+        return PowerLimits(*(float(gpu[f"limit_{name}_w"]) for name in ("low", "high", "default")))
+
+    def power_limit_w(self, uuid: str) -> float:
+        """The limit that was set last, W."""
+        return float(self.state.gpus[self.state.index(uuid)]["limit_wanted_w"])
+
+    def _limit(self, uuid: str, limit_w: float, count: str) -> None:
+        self.power_limits(uuid).check(uuid, limit_w)
+        with self._writing(uuid, "limiting the power of") as gpu:
+            gpu[count] += 1
+            now, delay_s = time.monotonic(), float(self.state.header["delay_s"])
+            _keep(gpu, LIMIT_FIELDS, request(limit_of(gpu), limit_w, now, delay_s), now)
+
+    def cap(self, uuid: str, limit_w: float) -> None:
+        """Request a power limit, W."""
+        self._limit(uuid, limit_w, "n_caps")
+
+    def uncap(self, uuid: str) -> None:
+        """Request the default limit."""
+        self._limit(uuid, self.power_limits(uuid).default_w, "n_uncaps")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from biscale_env.hardware.clocks.backend import ClockBackend
+from biscale_env.hardware.clocks.backend import ClockBackend, ClockError
 
 METRICS = {
     "sm_util_pct": 2,
@@ -74,5 +74,5 @@ def open_gpm(backend: ClockBackend, uuids: Sequence[str]) -> Gpm | None:
         if not all(nvml.nvmlGpmQueryDeviceSupport(h).isSupportedDevice for h in handles.values()):
             return None
         return Gpm(nvml, handles)
-    except (nvml.NVMLError, AttributeError):
+    except (nvml.NVMLError, AttributeError, ClockError):
         return None

@@ -10,20 +10,14 @@ from typing import Any
 from biscale_env.core.errors import BiscaleError, BiscaleWarning
 from biscale_env.hardware.clocks.backend import (
     ClockBackend,
-    ClockDenied,
     ClockError,
     ClockReading,
     GpuDevice,
     GpuLost,
+    PowerLimits,
 )
 from biscale_env.hardware.clocks.driver_calls import LOCK_TIMEOUT_S, RESET_TIMEOUT_S, DriverCalls
-
-HOW_TO_GET_PRIVILEGE = (
-    "run the actuator as root (in a container with the capability SYS_ADMIN), "
-    "use --backend zeusd, or use --observe-only"
-)
-# NVML_FI_DEV_POWER_INSTANT (nvml.h): mW, without the one-second mean of nvmlDeviceGetPowerUsage
-POWER_INSTANT_FIELD = 186
+from biscale_env.hardware.clocks.nvml_answers import OptionalReadings, refusal
 
 
 def _text(value: Any) -> str:
@@ -54,6 +48,7 @@ class NvmlBackend(ClockBackend):
         self._open_all(self._call("counting GPUs", pynvml.nvmlDeviceGetCount))
         self._supported: dict[str, list[float]] = {}
         self._mean_power: set[str] = set()  # GPUs without the instantaneous reading
+        self._readings = OptionalReadings(pynvml)
         self._calls = DriverCalls()
 
     def _open_all(self, count: int) -> None:
@@ -78,37 +73,25 @@ class NvmlBackend(ClockBackend):
         nvml = self._nvml
         handle = self._call(f"opening GPU {index}", nvml.nvmlDeviceGetHandleByIndex, index)
         uuid = _text(self._call(f"naming GPU {index}", nvml.nvmlDeviceGetUUID, handle))
-        name = _text(self._call(f"naming GPU {index}", nvml.nvmlDeviceGetName, handle))
+        try:
+            name = _text(nvml.nvmlDeviceGetName(handle))
+        except (nvml.NVMLError, UnicodeError):
+            name = "unnamed GPU"  # no reason to leave its clock locked
         self._handles[uuid] = handle
         return GpuDevice(index, uuid, name)
+
+    def reaches(self, uuid: str) -> bool:
+        """Whether a GPU can be addressed, also one that its index does not lead to any more."""
+        if uuid not in self._handles:
+            with contextlib.suppress(self._nvml.NVMLError):
+                self._handles[uuid] = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
+        return uuid in self._handles
 
     def _call(self, what: str, function: Any, *args: Any) -> Any:
         try:
             return function(*args)
         except self._nvml.NVMLError as error:
-            raise self._refusal(what, error) from None
-
-    def _refusal(self, what: str, error: Any) -> ClockError:
-        nvml, code = self._nvml, error.value
-        if code == nvml.NVML_ERROR_NO_PERMISSION:
-            return ClockDenied(
-                f"{what}: NVML refuses without the privilege; {HOW_TO_GET_PRIVILEGE}"
-            )
-        if code in (nvml.NVML_ERROR_LIBRARY_NOT_FOUND, nvml.NVML_ERROR_DRIVER_NOT_LOADED):
-            return ClockError(
-                "no NVIDIA driver was found on this machine "
-                "(libnvidia-ml.so.1 is missing or the driver is not loaded)"
-            )
-        if code == nvml.NVML_ERROR_GPU_IS_LOST:
-            return GpuLost(f"{what}: the GPU is lost (it fell off the bus or was reset)")
-        if code == nvml.NVML_ERROR_NOT_SUPPORTED:
-            return ClockError(f"{what}: this GPU or driver does not support it")
-        if code == nvml.NVML_ERROR_INVALID_ARGUMENT:
-            return ClockError(
-                f"{what}: NVML calls the value invalid; "
-                "ask for a supported clock (`biscale hw doctor` lists them)"
-            )
-        return ClockError(f"{what}: NVML error {code} ({error})")
+            raise refusal(self._nvml, what, error) from None
 
     def _handle(self, uuid: str) -> Any:
         if uuid not in self._handles:
@@ -126,37 +109,44 @@ class NvmlBackend(ClockBackend):
     def supported_mhz(self, uuid: str) -> list[float]:
         """Supported SM clocks at the highest memory clock, rising, MHz."""
         if uuid not in self._supported:
-            handle = self._handle(uuid)
+            handle, nvml = self._handle(uuid), self._nvml
             memory = self._call(
-                f"memory clocks of {uuid}", self._nvml.nvmlDeviceGetSupportedMemoryClocks, handle
+                f"memory clocks of {uuid}", nvml.nvmlDeviceGetSupportedMemoryClocks, handle
             )
-            clocks = self._call(
-                f"SM clocks of {uuid}",
-                self._nvml.nvmlDeviceGetSupportedGraphicsClocks,
-                handle,
-                max(memory, default=0),
-            )
+            clocks: list[int] = []
+            for memory_mhz in sorted(memory, reverse=True):
+                clocks = self._call(
+                    f"SM clocks of {uuid}",
+                    nvml.nvmlDeviceGetSupportedGraphicsClocks,
+                    handle,
+                    memory_mhz,
+                )
+                if clocks:
+                    break
             if not clocks:
                 raise ClockError(f"SM clocks of {uuid}: the driver lists none")
             self._supported[uuid] = sorted(float(c) for c in clocks)
         return self._supported[uuid]
 
     def read(self, uuid: str) -> ClockReading:
-        """Clock, reasons, temperature and power."""
+        """Clock, reasons, temperature and power; what this GPU lacks is NaN (reasons: 0)."""
         nvml, handle = self._nvml, self._handle(uuid)
-        freq = self._call(
-            f"clock of {uuid}", nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM
+        freq_mhz = self._readings.value(
+            "clock", uuid, lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
         )
-        reasons = self._call(
-            f"event reasons of {uuid}", nvml.nvmlDeviceGetCurrentClocksEventReasons, handle
+        reasons = self._readings.value(
+            "clock event reasons",
+            uuid,
+            lambda: nvml.nvmlDeviceGetCurrentClocksEventReasons(handle),
+            lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle),  # before driver 535
         )
-        heat = self._call(
-            f"temperature of {uuid}",
-            nvml.nvmlDeviceGetTemperature,
-            handle,
-            nvml.NVML_TEMPERATURE_GPU,
+        heat_c = self._readings.value(
+            "temperature",
+            uuid,
+            lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
         )
-        return ClockReading(float(freq), int(reasons), float(heat), self.power_w(uuid))
+        known = 0 if math.isnan(reasons) else int(reasons)
+        return ClockReading(freq_mhz, known, heat_c, self.power_w(uuid))
 
     def power_w(self, uuid: str) -> float:
         """Board power, W: instantaneous, else the mean of one second, else NaN.
@@ -165,15 +155,10 @@ class NvmlBackend(ClockBackend):
         warning. A reading that fails for another reason is tried again next time.
         """
         nvml, handle = self._nvml, self._handle(uuid)
-        if uuid not in self._mean_power:
-            try:
-                field = nvml.nvmlDeviceGetFieldValues(handle, [POWER_INSTANT_FIELD])[0]
-                code = field.nvmlReturn
-            except nvml.NVMLError as error:
-                code = error.value
-            if code == nvml.NVML_SUCCESS:
-                return float(field.value.uiVal) * 1e-3
-            if code in self._without_field():
+
+        def mean_w() -> float:
+            power_w = float(nvml.nvmlDeviceGetPowerUsage(handle)) * 1e-3
+            if uuid not in self._mean_power and self._readings.lacks("power", uuid):
                 self._mean_power.add(uuid)
                 warnings.warn(
                     f"{uuid}: the driver has no instantaneous power reading, its mean over one "
@@ -181,28 +166,40 @@ class NvmlBackend(ClockBackend):
                     BiscaleWarning,
                     stacklevel=2,
                 )
+            return power_w
+
         try:
-            return float(nvml.nvmlDeviceGetPowerUsage(handle)) * 1e-3
-        except nvml.NVMLError:
+            return self._readings.value(
+                "power", uuid, lambda: self._readings.instant_power_w(handle), mean_w
+            )
+        except GpuLost:
+            raise
+        except ClockError:  # not now
             return math.nan
 
-    def _without_field(self) -> tuple[int, ...]:
-        """Answers that mean "never", not "not now"."""
-        nvml = self._nvml
-        return (
-            nvml.NVML_ERROR_NOT_SUPPORTED,
-            nvml.NVML_ERROR_FUNCTION_NOT_FOUND,
-            nvml.NVML_ERROR_INVALID_ARGUMENT,
+    def energy_j(self, uuid: str) -> float:
+        """Energy since the driver was loaded, J; NaN where the GPU has no counter."""
+        nvml, handle = self._nvml, self._handle(uuid)
+        return 1e-3 * self._readings.value(
+            "energy counter", uuid, lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
         )
 
-    def energy_j(self, uuid: str) -> float:
-        """Energy since the driver was loaded, J."""
-        millijoules = self._call(
-            f"energy counter of {uuid}",
-            self._nvml.nvmlDeviceGetTotalEnergyConsumption,
-            self._handle(uuid),
-        )
-        return float(millijoules) * 1e-3
+    def peculiarities(self, uuid: str) -> list[str]:
+        """What is unusual about a GPU and matters to whoever sets its clock, in sentences."""
+        nvml, handle = self._nvml, self._handle(uuid)
+        found = []
+        with contextlib.suppress(nvml.NVMLError, AttributeError):
+            if nvml.nvmlDeviceGetMigMode(handle)[0]:
+                found.append(
+                    "MIG is on: its instances share one clock, power and energy are the whole GPU's"
+                )
+        with contextlib.suppress(nvml.NVMLError, AttributeError):
+            if (
+                nvml.nvmlDeviceGetVirtualizationMode(handle)
+                == nvml.NVML_GPU_VIRTUALIZATION_MODE_VGPU
+            ):
+                found.append("it is a vGPU: its clock is the host's to set, use --observe-only")
+        return found
 
     def _set_lock(self, uuid: str, low_mhz: float, high_mhz: float) -> None:
         self._call(
@@ -240,6 +237,52 @@ class NvmlBackend(ClockBackend):
     def reset_each(self, uuids: Sequence[str]) -> dict[str, ClockError]:
         """Unlock several GPUs side by side."""
         return self._calls.each({u: partial(self._reset_lock, u) for u in uuids}, RESET_TIMEOUT_S)
+
+    def power_limits(self, uuid: str) -> PowerLimits:
+        """What the driver lets the power limit be, W."""
+        nvml, handle, what = self._nvml, self._handle(uuid), f"power limits of {uuid}"
+        low, high = self._call(what, nvml.nvmlDeviceGetPowerManagementLimitConstraints, handle)
+        default = self._call(what, nvml.nvmlDeviceGetPowerManagementDefaultLimit, handle)
+        return PowerLimits(low * 1e-3, high * 1e-3, default * 1e-3)
+
+    def power_limit_w(self, uuid: str) -> float:
+        """The limit that is set, W."""
+        get, what = self._nvml.nvmlDeviceGetPowerManagementLimit, f"power limit of {uuid}"
+        return float(self._call(what, get, self._handle(uuid))) * 1e-3
+
+    def _set_limit(self, uuid: str, limit_w: float | None) -> None:
+        """Set a limit, or the default one (None); what is outside the range is refused here."""
+        limits = self.power_limits(uuid)
+        if limit_w is None:
+            limit_w = limits.default_w
+        limits.check(uuid, limit_w)
+        self._call(
+            f"limiting the power of {uuid} to {limit_w:g} W",
+            self._nvml.nvmlDeviceSetPowerManagementLimit,
+            self._handle(uuid),
+            round(limit_w * 1e3),
+        )
+
+    def cap(self, uuid: str, limit_w: float) -> None:
+        """Limit the power."""
+        self._calls.wait(uuid, LOCK_TIMEOUT_S)
+        self._set_limit(uuid, limit_w)
+
+    def uncap(self, uuid: str) -> None:
+        """Set the default limit."""
+        self._calls.wait(uuid, RESET_TIMEOUT_S)
+        self._set_limit(uuid, None)
+
+    def cap_each(self, uuids: Sequence[str], limit_w: float) -> dict[str, ClockError]:
+        """Limit the power of several GPUs side by side."""
+        calls = {u: partial(self._set_limit, u, limit_w) for u in uuids}
+        return self._calls.each(calls, LOCK_TIMEOUT_S)
+
+    def uncap_each(self, uuids: Sequence[str]) -> dict[str, ClockError]:
+        """Set the default limits of several GPUs side by side."""
+        return self._calls.each(
+            {u: partial(self._set_limit, u, None) for u in uuids}, RESET_TIMEOUT_S
+        )
 
     def outstanding(self) -> set[str]:
         """GPUs with a driver call that has not ended."""

@@ -29,6 +29,7 @@ from biscale_env.core.errors import BiscaleError
 from biscale_env.core.platforms import need_linux
 from biscale_env.hardware.clocks.backend import ClockBackend, ClockError, insist
 from biscale_env.hardware.clocks.caller import own_folder
+from biscale_env.hardware.clocks.means import CAP, LOCK, by_means
 
 VARIABLE = "BISCALE_HW_STATE"
 
@@ -171,7 +172,7 @@ def state_path(uuid: str) -> Path:
     return state_dir() / f"{uuid}.json"
 
 
-def write_state(uuid: str, backend: str) -> None:
+def write_state(uuid: str, backend: str, means: str = LOCK) -> None:
     """Write the state file whole and safely on disk; must happen before the first clock is locked.
 
     Raises:
@@ -180,6 +181,7 @@ def write_state(uuid: str, backend: str) -> None:
     content = {
         "uuid": uuid,
         "backend": backend,
+        "means": means,
         "pid": os.getpid(),
         "boot_id": boot_id(),
         "since_unix_s": time.time(),
@@ -203,6 +205,17 @@ def read_state(uuid: str) -> dict[str, object]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def noted_means(uuid: str) -> tuple[str, ...]:
+    """How the clock of a GPU may be held, as its state file says; either where it cannot be read.
+
+    A file without the word is of a version that knew locks alone.
+    """
+    state = read_state(uuid)
+    if not state:
+        return (LOCK, CAP)
+    return (CAP,) if state.get("means") == CAP else (LOCK,)
 
 
 def remove_state(uuid: str) -> None:
@@ -277,41 +290,59 @@ def recover(backend: ClockBackend, backend_name: str) -> list[Recovery]:
     Returns:
         What became of each; the state file stays where the GPU could not be reset.
     """
-    here = {device.uuid for device in backend.devices()}
     found = []
     for uuid in recorded():
         try:
-            lock = OwnerLock(uuid)
+            with OwnerLock(uuid):  # nobody may take the GPU between the look and the reset
+                found.append(_recover_one(uuid, backend, backend_name))
         except OwnerBusy:
             continue
-        except BiscaleError as error:
+        except (BiscaleError, OSError) as error:  # whatever it is, the others are still to be reset
             found.append(Recovery(uuid, f"NOT reset: {error}", failed=True))
-            continue
-        with lock:  # nobody may take the GPU between the look and the reset
-            found.append(_recover_one(uuid, backend, backend_name, here))
     return found
 
 
-def _recover_one(uuid: str, backend: ClockBackend, backend_name: str, here: set[str]) -> Recovery:
+def _recover_one(uuid: str, backend: ClockBackend, backend_name: str) -> Recovery:
     state = read_state(uuid)
     if state and state.get("boot_id") != boot_id():
         remove_state(uuid)
         return Recovery(uuid, "the machine was rebooted since, which ended the lock")
-    if uuid in here:
+    if backend.reaches(uuid):
         return _reset_one(backend, uuid)
     through = state.get("backend", "an unknown backend")
     if through == backend_name and backend.name == "fake":
         remove_state(uuid)
         return Recovery(uuid, "these fake GPUs are gone: another emulation took their file")
+    if through == backend_name:
+        unreachable = "; ".join(f"GPU {k}: {why}" for k, why in backend.unreachable().items())
+        why = unreachable or f"{backend_name} does not know it any more"
+        return Recovery(uuid, f"NOT reset: {why}", failed=True)
     return Recovery(
         uuid, f"left alone: it was locked through {through}, and is not a GPU of {backend_name}"
     )
 
 
 def _reset_one(backend: ClockBackend, uuid: str) -> Recovery:
+    """Take back what the state file says, or what the backend is for where there is none."""
+    means = noted_means(uuid) if state_path(uuid).exists() else ()
+    if len(means) == 1:
+        backend = by_means(backend, means[0])
+    elif means and (why := _uncapped(backend, uuid)):
+        return Recovery(uuid, f"NOT reset: {why}", failed=True)
     for error in reset_and_forget(backend, [uuid]).values():
         return Recovery(uuid, f"NOT reset: {error}", failed=True)
-    return Recovery(uuid, "reset")
+    return Recovery(uuid, "power limit reset" if means == (CAP,) else "reset")
+
+
+def _uncapped(backend: ClockBackend, uuid: str) -> str:
+    """Set the default limit of a GPU whose state file does not say; why that failed, else empty."""
+    capping = by_means(backend, CAP)
+    try:
+        if capping.power_limit_w(uuid) == capping.power_limits(uuid).default_w:
+            return ""
+    except ClockError:  # it has no limit that could have been changed
+        return ""
+    return "; ".join(str(e) for e in insist(capping, capping.reset_each, [uuid]).values())
 
 
 def restore_all(backend: ClockBackend, backend_name: str) -> list[Recovery]:
@@ -328,7 +359,7 @@ def restore_all(backend: ClockBackend, backend_name: str) -> list[Recovery]:
         try:
             with OwnerLock(device.uuid):
                 outcomes[device.uuid] = _reset_one(backend, device.uuid)
-        except BiscaleError as error:
+        except (BiscaleError, OSError) as error:
             outcomes[device.uuid] = Recovery(device.uuid, f"NOT reset: {error}", failed=True)
     for index, reason in backend.unreachable().items():
         outcomes[index] = Recovery(f"GPU {index}", f"NOT reset: {reason}", failed=True)

@@ -13,13 +13,8 @@ from collections.abc import Sequence
 from urllib.parse import urlencode
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.hardware.clocks.backend import (
-    ClockBackend,
-    ClockDenied,
-    ClockError,
-    ClockReading,
-    GpuDevice,
-)
+from biscale_env.hardware.clocks.backend import ClockBackend, ClockDenied, ClockError
+from biscale_env.hardware.clocks.reads_through import ReadsThrough
 
 TIMEOUT_S = 1.0
 
@@ -35,7 +30,7 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-class ZeusdBackend(ClockBackend):
+class ZeusdBackend(ReadsThrough):
     """Writes through ``zeusd``, reads through ``reader``."""
 
     name = "zeusd"
@@ -51,7 +46,7 @@ class ZeusdBackend(ClockBackend):
         Raises:
             BiscaleError: nobody answers at the socket.
         """
-        self.reader = reader
+        super().__init__(reader)
         self.socket_path = socket_path or os.environ.get("ZEUSD_SOCK_PATH") or "/var/run/zeusd.sock"
         self._connection = _UnixConnection(self.socket_path)
         try:
@@ -89,26 +84,6 @@ class ZeusdBackend(ClockBackend):
                 f"zeusd could not {route} ({response.status}: {body or 'no explanation'})"
             )
 
-    def devices(self) -> list[GpuDevice]:
-        """GPUs as the reader lists them."""
-        return self.reader.devices()
-
-    def unreachable(self) -> dict[str, str]:
-        """GPUs that the reader cannot open."""
-        return self.reader.unreachable()
-
-    def supported_mhz(self, uuid: str) -> list[float]:
-        """Clocks as the reader lists them, MHz."""
-        return self.reader.supported_mhz(uuid)
-
-    def read(self, uuid: str) -> ClockReading:
-        """Reading of the reader."""
-        return self.reader.read(uuid)
-
-    def energy_j(self, uuid: str) -> float:
-        """Energy counter of the reader, J."""
-        return self.reader.energy_j(uuid)
-
     def _ids(self, uuids: Sequence[str]) -> str:
         return ",".join(str(self.device(uuid).index) for uuid in uuids)
 
@@ -138,4 +113,4 @@ class ZeusdBackend(ClockBackend):
     def close(self) -> None:
         """Close the connection and the reader."""
         self._connection.close()
-        self.reader.close()
+        super().close()

@@ -4,12 +4,11 @@ import asyncio
 import hashlib
 import math
 import os
-import signal
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 from biscale_env.config import Gpu, InstanceSpec
+from biscale_env.config.slo import one_bound
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.hardware.clocks.fake_gpus import FakeState, create_state
@@ -19,7 +18,7 @@ from biscale_env.hardware.emulation.emulator_http import EngineServer, ready_lin
 from biscale_env.hardware.engines.engine_instance import ENGINE_INSTANCE
 from biscale_env.hardware.engines.hook.sender import Sender
 from biscale_env.hardware.loop import wire
-from biscale_env.hardware.loop.processes import Child, tuned_for_latency
+from biscale_env.hardware.loop.processes import Child, tuned_for_latency, wait_with
 
 PHASES = ("prefill", "decode")
 DRIVER_MIN_MHZ = 345.0  # lowest clock that an H100's driver lists
@@ -38,6 +37,7 @@ class EmulatorSettings:
         max_model_len: context length.
         delay_s: actuation delay of the fake GPUs, s.
         member: ensemble member of the emulated plant.
+        asynchronous: the engines schedule asynchronously.
     """
 
     state: Path
@@ -48,6 +48,7 @@ class EmulatorSettings:
     max_model_len: int = 16_384
     delay_s: float = 0.05
     member: int = -1
+    asynchronous: bool = False
 
     def plant(self, phase: str) -> Plant:
         """Plant of one instance."""
@@ -57,7 +58,9 @@ class EmulatorSettings:
             actuation_delay_s=self.delay_s,
             ensemble_member=self.member,
         )
-        return Plant(settings)
+        plant = Plant(settings)
+        one_bound(plant.slo, "an emulated engine")
+        return plant
 
     def gpus(self, phase: str) -> list[int]:
         """Fake GPUs of one instance."""
@@ -85,6 +88,7 @@ class EmulatorSettings:
             "max_model_len": self.max_model_len,
             "delay": self.delay_s,
             "member": self.member,
+            "async_scheduling": self.asynchronous,
         }
 
 
@@ -117,7 +121,12 @@ def run_instance(settings: EmulatorSettings, phase: str) -> None:
 
     async def main() -> None:
         engine = Instance(
-            plant, FakeState(settings.state), settings.gpus(phase), sender, settings.member
+            plant,
+            FakeState(settings.state),
+            settings.gpus(phase),
+            sender,
+            settings.member,
+            settings.asynchronous,
         )
         with tuned_for_latency():
             await serve(
@@ -181,13 +190,7 @@ class Emulation:
         Raises:
             BiscaleError: a child ended by itself.
         """
-        stop = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: stop.set())
-        while not stop.wait(0.3):
-            for child in self.children:
-                if not child.running:
-                    raise BiscaleError(child.reason())
+        wait_with(self.children)
 
     def stop(self) -> None:
         """End both engines."""

@@ -9,25 +9,29 @@ wake-ups delay answers (by :attr:`Instance.lateness_s`), not the dynamics.
 
 import asyncio
 import contextlib
-import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 
+from biscale_env.core.clockqueue import advance_to
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.plant import Plant
-from biscale_env.hardware.clocks.fake_gpus import FakeState, settle
+from biscale_env.hardware.clocks.fake_gpus import FakeState, limit_of, settle
 from biscale_env.hardware.emulation import engine_kernels as kernels
+from biscale_env.hardware.emulation.clock_history import ClockHistory
 from biscale_env.hardware.emulation.simulated import SimulatedWatcher
 from biscale_env.hardware.engines.hook.sender import Sender
 from biscale_env.models import COEFFICIENT_DTYPE
 from biscale_env.models.physics import idle_power_w
 from biscale_env.sim.state import (
     DECODE_DTYPE,
+    NO_CLASSES,
+    NO_PREFIXES,
     PARAMS_DTYPE,
     PREFILL_DTYPE,
     Requests,
@@ -38,49 +42,6 @@ from biscale_env.sim.state import (
 LOOK_S = 0.002  # how often the clock is looked at while an iteration runs
 IDLE_LOOK_S = 0.02
 ROOM = 4096
-HISTORY = 64
-
-
-class ClockHistory:
-    """Watches the clock of one fake GPU and remembers when it changed.
-
-    Times relative to the engine's start.
-    """
-
-    def __init__(self, state: FakeState, index: int, epoch_s: float) -> None:
-        self.state, self.index, self.epoch_s = state, index, epoch_s
-        self._landed: deque[tuple[float, float]] = deque()
-        self._table = np.zeros((HISTORY + 1, 2))
-        with state.locked() as gpus:
-            self._last_s = float(gpus[index]["landed_at_s"])
-            self.freq_ghz = float(gpus[index]["freq_mhz"]) * 1e-3
-
-    def look(self, from_s: float) -> tuple[float, np.ndarray, int]:
-        """Clock at ``from_s`` (which never goes back) and its changes since.
-
-        Those that took effect and the one in flight.
-
-        Returns:
-            Clock in GHz, and the changes as kernels take them: table of (time, GHz) and its number
-            of rows.
-        """
-        with self.state.lock():
-            gpu = self.state.gpus[self.index]
-            settle(gpu, time.monotonic(), float(self.state.header["delay_s"]))
-            landed_s, freq_mhz = float(gpu["landed_at_s"]), float(gpu["freq_mhz"])
-            coming_s, coming_mhz = float(gpu["apply_at_s"]), float(gpu["inflight_mhz"])
-        if landed_s > self._last_s:
-            self._last_s = landed_s
-            self._landed.append((landed_s - self.epoch_s, freq_mhz * 1e-3))
-        while self._landed and (self._landed[0][0] <= from_s or len(self._landed) > HISTORY):
-            self.freq_ghz = self._landed.popleft()[1]
-        for n, change in enumerate(self._landed):
-            self._table[n] = change
-        n = len(self._landed)
-        if math.isfinite(coming_s):
-            self._table[n] = coming_s - self.epoch_s, coming_mhz * 1e-3
-            n += 1
-        return self.freq_ghz, self._table, n
 
 
 @dataclass
@@ -107,7 +68,13 @@ class Instance:
     """One emulated prefill or decode instance."""
 
     def __init__(
-        self, plant: Plant, state: FakeState, gpus: Sequence[int], sender: Sender, member: int = -1
+        self,
+        plant: Plant,
+        state: FakeState,
+        gpus: Sequence[int],
+        sender: Sender,
+        member: int = -1,
+        asynchronous: bool = False,
     ) -> None:
         """Set an empty instance up.
 
@@ -118,6 +85,7 @@ class Instance:
                 degree.
             sender: where records go.
             member: ensemble member of the emulated plant, -1 nominal.
+            asynchronous: form a batch when the one before it begins, as vLLM does by default.
         """
         if len(gpus) != plant.settings.tp:
             raise BiscaleError(
@@ -134,8 +102,10 @@ class Instance:
                 f"'{plant.settings.idle}': use last-clock"
             )
         self.plant, self.state, self.gpus, self.sender = plant, state, list(gpus), sender
+        self.asynchronous = asynchronous
         self.coefficients = plant.model.member(member)
         self.coefs: Any = np.array([tuple(self.coefficients)], dtype=COEFFICIENT_DTYPE)[0]
+        self._board_w = float(self.coefficients.p_cap_w)
         self.params: Any = np.asarray(plant.params(member, np.inf), dtype=PARAMS_DTYPE)[()]
         self.tickets: dict[int, Ticket] = {}
         self.count = 0
@@ -198,7 +168,7 @@ class Instance:
     @property
     def requests(self) -> Requests:
         """The requests, as kernels take them."""
-        return Requests(self.arrival_s, self.prompt, self.output)
+        return Requests(self.arrival_s, self.prompt, self.output, NO_PREFIXES, NO_CLASSES)
 
     @property
     def times(self) -> RequestTimes:
@@ -233,19 +203,25 @@ class Instance:
 
     async def run(self) -> None:
         """Serve for ever; cancel to stop."""
+        known: int | None = None  # how many requests the batch that was formed ahead chose among
         while True:
             await self._until_work()
-            self.st["end"] = self.count
+            self.st["end"] = self.count if known is None else known
             if self.plant.phase == "decode":
                 self.st["incoming"] = self.incoming
             self._phase.form()
-            self.sender.send(self._phase.record())
+            if known is None:
+                self.sender.send(self._phase.record())
+            self._take_limit(float(self.st["time_s"]))
+            known = self._form_next() if self.asynchronous else None
             before = self._states.copy()
             while True:
                 freq_ghz, table, n = self.clock.look(float(before["time_s"][0]))
-                self._states[:] = before
-                self.st["freq_ghz"] = freq_ghz
-                self._phase.work(table, n)
+                self._work_from(before, freq_ghz, table, n)
+                # as in the simulator, a limit that comes in the first half holds for all of it
+                middle_s = 0.5 * float(before["time_s"][0] + self.st["time_s"])
+                if self.now_s() <= middle_s and self._take_limit(middle_s):
+                    self._work_from(before, freq_ghz, table, n)
                 self._tell_gpus(
                     idle=False,
                     start_s=float(before["time_s"][0]),
@@ -257,6 +233,53 @@ class Instance:
                 await asyncio.sleep(min(wait_s, LOOK_S) if n or wait_s > LOOK_S else wait_s)
             self.lateness_s.append(-wait_s)
             self._phase.end()
+
+    def _work_from(self, before: np.ndarray, freq_ghz: float, table: np.ndarray, n: int) -> None:
+        """Run the batch that is formed from a state, under the clock and its changes."""
+        self._states[:] = before
+        self.st["freq_ghz"] = freq_ghz
+        self._phase.work(table, n)
+
+    def _take_limit(self, until_s: float) -> bool:
+        """The power limit under which a batch runs: the one in effect at ``until_s``.
+
+        Returns:
+            Whether it is another than before.
+        """
+        delay_s = float(self.state.header["delay_s"])
+        with self.state.lock():
+            gpu = self.state.gpus[self.gpus[0]]
+            settle(gpu, time.monotonic(), delay_s)
+            limit = advance_to(limit_of(gpu), until_s + self.epoch_s, delay_s)
+        before_w, now_w = float(self.coefs["p_cap_w"]), min(limit.applied, self._board_w)
+        self.coefs["p_cap_w"] = now_w
+        return now_w != before_w
+
+    def _form_next(self) -> int | None:
+        """Form the batch after the one that begins now, and tell about it, from what is known.
+
+        Requests that come while this one runs have missed it.
+
+        Returns:
+            How many requests were known; None where there is nothing to do next as far as known.
+        """
+        phase, now_s = self._phase, float(self.st["time_s"])
+        with phase.as_it_is():
+            freq_ghz, table, n = self.clock.look(now_s)
+            self.st["freq_ghz"] = freq_ghz
+            phase.work(table, n)
+            phase.pass_over()
+            self.st["end"] = self.count
+            if not phase.busy():
+                return None
+            phase.form()
+            record = phase.record()
+        assert record.detail is not None
+        at_s = now_s + self.epoch_s
+        detail = msgspec.structs.replace(record.detail, time_s=at_s, ahead=1, running_since_s=at_s)
+        wall_s = float(self.st["last_time_s"])
+        self.sender.send(msgspec.structs.replace(record, detail=detail, wall_time=wall_s))
+        return self.count
 
     async def _until_work(self) -> None:
         st = self.st
@@ -348,13 +371,25 @@ class _Prefill:
             e.st, e.arrival_s, e.prompt, int(self.batch[0]), int(self.batch[2])
         )
 
+    @contextlib.contextmanager
+    def as_it_is(self) -> Iterator[None]:
+        """Leave everything as it was: what happens inside is only thought of."""
+        e = self.e
+        kept = e._states.copy(), self.batch.copy(), e.finish_s[: e.count].copy()
+        yield
+        e._states[:], self.batch[:], e.finish_s[: e.count] = kept
+
+    def pass_over(self) -> None:
+        """The end of the batch, without telling its clients."""
+        kernels.prefill_end(self.e.st, self.e.params, self.e.requests, self.e.finish_s, self.batch)
+
     def work(self, table: np.ndarray, n: int) -> None:
         kernels.prefill_work(self.e.st, self.e.coefs, self.e.params, self.batch, table, n)
 
     def end(self) -> None:
         e = self.e
         first, last = int(e.st["head"]), int(self.batch[3])
-        kernels.prefill_end(e.st, e.params, e.arrival_s, e.finish_s, self.batch)
+        kernels.prefill_end(e.st, e.params, e.requests, e.finish_s, self.batch)
         for row in range(first, last):
             ticket = e.tickets.pop(row)
             e.tokens_out += 1
@@ -402,6 +437,21 @@ class _Decode:
         return e.watcher.decode(
             e.st, e.arrival_s, e.prompt, run.slots, run.tree, run.stack, capacity
         )
+
+    @contextlib.contextmanager
+    def as_it_is(self) -> Iterator[None]:
+        """Leave everything as it was: what happens inside is only thought of."""
+        e, run = self.e, self.running_now
+        live: list[np.ndarray] = [e._states, e.start_s[: e.count], e.finish_s[: e.count], *run]
+        kept = [array.copy() for array in live]
+        yield
+        for array, old in zip(live, kept, strict=True):
+            array[:] = old
+
+    def pass_over(self) -> None:
+        """The end of the iteration, without telling its clients."""
+        e = self.e
+        kernels.decode_end(e.st, e.params, e.requests, e.times, self.running_now)
 
     def work(self, table: np.ndarray, n: int) -> None:
         kernels.decode_work(self.e.st, self.e.coefs, self.e.params, table, n)

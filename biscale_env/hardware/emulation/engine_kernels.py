@@ -74,9 +74,7 @@ def prefill_form(st: Any, p: Any, requests: Requests, batch: Floats) -> None:
     ``(tokens, attention token-pairs, n_seq, new head, its tokens done)`` into ``batch``.
     """
     admit_arrivals(st, requests.arrival_s, requests.prompt)
-    formed = prefill.form_batch(
-        requests.prompt, st.head, st.head_done, st.tail, p.token_budget, p.max_seqs
-    )
+    formed = prefill.next_batch(st, p, requests)
     batch[0] = formed.tokens
     batch[1] = formed.attn_work
     batch[2] = formed.n_seq
@@ -91,9 +89,9 @@ def prefill_work(st: Any, c: Any, p: Any, batch: Floats, changes: Floats, n: int
 
 
 @compiled
-def prefill_end(st: Any, p: Any, arrival_s: Floats, first_token_s: Floats, batch: Floats) -> None:
+def prefill_end(st: Any, p: Any, requests: Requests, first_token_s: Floats, batch: Floats) -> None:
     """The batch is done: its requests have their first token."""
-    prefill.finish_requests(st, p, arrival_s, first_token_s, int(batch[3]))
+    prefill.finish_requests(st, p, requests, first_token_s, int(batch[3]))
     st.head_done = int(batch[4])
 
 

@@ -1,6 +1,7 @@
 """The process that owns the clocks.
 
-It takes the newest command per group of GPUs, bounds it, skips what is applied already, sets it,
+Clocks are locked, or held by power limits where those are the means (``ActuatorConfig.means``). It
+takes the newest command per group of GPUs, bounds it, skips what is applied already, sets it,
 reads it back, logs every time stamp, and resets the clock to driver control on exit, on a signal,
 on an error, and whenever the lease runs out: no command from a controller that has itself heard of
 its engine within ``lease_s``.
@@ -12,9 +13,8 @@ clock reset. Readings may fail now and then; a group where they fail too often i
 
 import contextlib
 import math
-import signal
-import sys
 import time
+from collections.abc import Sequence
 from typing import IO
 
 import msgspec
@@ -23,16 +23,26 @@ import zmq
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.hardware.clocks import owner
-from biscale_env.hardware.clocks.backend import ClockBackend, ClockError, GpuLost, insist
+from biscale_env.hardware.clocks.backend import (
+    ClockBackend,
+    ClockError,
+    ClockReading,
+    GpuLost,
+    insist,
+)
 from biscale_env.hardware.clocks.caller import as_caller, sudo_caller
+from biscale_env.hardware.clocks.means import by_means
 from biscale_env.hardware.loop import wire
 from biscale_env.hardware.loop.gpu_group import ActuatorConfig, GpuGroup
 from biscale_env.hardware.loop.processes import set_realtime
 from biscale_env.hardware.loop.wire import ClockChange, Command
+from biscale_env.hardware.remote.command_desk import CommandDesk, GroupSign
 
 POLL_S = 0.1  # longest wait: signals, leases and the guard are looked at this often
 READBACK_POLL_S = 0.002
+WHOLE_W = 1.0  # a driver may keep a power limit in whole watts (assumed)
 NAN = math.nan
+NO_LIMIT_SENT = "the controller sends clocks, not power limits: start it with --means cap too"
 
 
 class Actuator:
@@ -59,13 +69,14 @@ class Actuator:
         sudo_caller()
         self.config = config
         self.realtime = realtime
-        self.backend = backend
+        self.backend = by_means(backend, config.means)
         self.log = log
         self.stopping = False
         self.groups: dict[str, GpuGroup] = {}
         self._locks: dict[str, owner.OwnerLock] = {}
         self._context = zmq.Context()
         self._status: zmq.Socket | None = None
+        self._desk: CommandDesk | None = None
         self._poller = zmq.Poller()
         self._decoder = msgspec.msgpack.Decoder(Command)
         self._next_guard_s = 0.0
@@ -96,22 +107,25 @@ class Actuator:
             for uuid in everyone:
                 self._locks[uuid] = owner.OwnerLock(uuid)
         for name, uuids in named.items():
-            self._take(GpuGroup.of(name, uuids, self.backend, self.config))
+            self._take(name, uuids)
         if self.realtime:
             set_realtime()
         self._listen()
         return recovered
 
-    def _take(self, group: GpuGroup) -> None:
+    def _take(self, name: str, uuids: list[str]) -> None:
         """Record the GPUs on disk, then reset them.
 
         A known state, and the test whether clocks may be locked at all.
         """
-        ours = group.uuids if self.backend.can_lock else []
+        ours = uuids if self.backend.can_lock else []
+        for uuid in ours:
+            self._refuse_other_means(uuid)
+        group = GpuGroup.of(name, uuids, self.backend, self.config)
         fresh = [uuid for uuid in ours if not owner.state_path(uuid).exists()]
         try:
             for uuid in ours:
-                owner.write_state(uuid, self.config.backend)
+                owner.write_state(uuid, self.config.backend, self.config.means)
             self.backend.reset_all(group.uuids)
         except BiscaleError:
             for uuid in set(fresh) - self.backend.outstanding():
@@ -120,6 +134,18 @@ class Actuator:
         self.groups[group.name] = group
         self._changed(group, ClockChange(group.name, "start", -1, 0.0, 0.0))
 
+    def _refuse_other_means(self, uuid: str) -> None:
+        """What an earlier run has set by other means and nobody could take back stays known.
+
+        Raises:
+            ClockError: its state file says so.
+        """
+        if owner.state_path(uuid).exists() and owner.noted_means(uuid) != (self.config.means,):
+            raise ClockError(
+                f"{uuid} may still be held by other means since an earlier run: "
+                "run `biscale hw restore` first"
+            )
+
     def _listen(self) -> None:
         folder = wire.socket_folder(self.config.sockets)
         for group in self.groups.values():
@@ -127,6 +153,10 @@ class Actuator:
             group.socket = wire.newest_receiver(self._context, endpoint)
             self._poller.register(group.socket, zmq.POLLIN)
         self._status = wire.publisher(self._context, wire.status_endpoint(folder))
+        if self.config.desk is not None:
+            with as_caller():  # its keys are the caller's
+                self._desk = CommandDesk(self.config.desk, list(self.groups), self.config.lease_s)
+            self._poller.register(self._desk.commands, zmq.POLLIN)
 
     def stop(self) -> list[str]:
         """Reset every clock and give all locks up; may be called more than once.
@@ -163,6 +193,9 @@ class Actuator:
         # the sockets are the caller's; a reset that waits in the driver needs the privilege
         with contextlib.nullcontext() if running else as_caller():
             self._context.destroy(linger=100)
+            if self._desk is not None:
+                self._desk.close()
+                self._desk = None
             for name in self.groups:
                 wire.unbind(wire.command_endpoint(self.config.sockets, name))
             wire.unbind(wire.status_endpoint(self.config.sockets))
@@ -192,6 +225,8 @@ class Actuator:
         for group in self.groups.values():
             if group.socket in ready:
                 self._receive(group)
+        if self._desk is not None:
+            self._receive_from_afar(self._desk)
         now = time.monotonic()
         if now >= self._next_guard_s:
             self._next_guard_s = now + POLL_S
@@ -212,6 +247,24 @@ class Actuator:
             return
         self.obey(group, command, time.monotonic())
 
+    def _receive_from_afar(self, desk: CommandDesk) -> None:
+        """Obey the newest acceptable command of each group, tell and log what was refused."""
+        taken, refused = desk.receive(time.monotonic())
+        for name, command in taken.items():
+            self.obey(self.groups[name], command, time.monotonic())
+        for change in refused:
+            self._publish(change)
+            self._write(change)
+        desk.beat(time.monotonic(), self._signs)
+
+    def _signs(self) -> dict[str, GroupSign]:
+        """What other machines are told about every group."""
+        now = time.monotonic()
+        return {
+            name: GroupSign(group.applied_mhz, max(group.alive_until_s - now, 0.0), group.power_w)
+            for name, group in self.groups.items()
+        }
+
     def obey(self, group: GpuGroup, command: Command, received_s: float) -> None:
         """Apply one command.
 
@@ -227,20 +280,30 @@ class Actuator:
         alive_until_s = received_s + self.config.lease_s - age
         group.alive_until_s = max(group.alive_until_s, alive_until_s)
         wanted = group.snap(command.freq_mhz)
-        if group.released or received_s > group.alive_until_s:
+        limit_w = group.limit_w(command.cap_w, wanted)
+        if limit_w and not command.cap_w > 0:
+            self._keep(group, command, received_s, "hold", NO_LIMIT_SENT)
+        elif group.released or received_s > group.alive_until_s:
             self._keep(group, command, received_s, "skip")
-        elif wanted == group.applied_mhz:
+        elif (wanted, limit_w) == (group.applied_mhz, group.applied_w):
             if restarted or wanted != command.freq_mhz:
                 self._keep(group, command, received_s, "skip")
             else:
                 group.skipped += 1
             group.held_mhz = NAN
-        elif not group.may_set(wanted):
+        elif not group.may_set(wanted, limit_w):
             self._keep(group, command, received_s, "hold")
         else:
-            self._set(group, wanted, command, received_s)
+            self._set(group, (wanted, limit_w), command, received_s)
 
-    def _keep(self, group: GpuGroup, command: Command, received_s: float, cause: str) -> None:
+    def _keep(
+        self,
+        group: GpuGroup,
+        command: Command,
+        received_s: float,
+        cause: str,
+        why: str = "the guard allows no raise",
+    ) -> None:
         """Leave the clock as it is and say so; a refusal of the guard is logged once."""
         group.skipped += 1
         change = ClockChange(
@@ -252,15 +315,27 @@ class Actuator:
             command.decided_s,
             received_s,
             time.monotonic(),
+            cap_w=group.applied_w,
         )
         self._publish(change)
         if cause == "hold" and command.freq_mhz != group.held_mhz:
             group.held_mhz = command.freq_mhz
-            change.error = "the guard allows no raise"
+            change.error = why
             self._write(change)
 
-    def _set(self, group: GpuGroup, wanted: float, command: Command, received_s: float) -> None:
-        if wanted:
+    def _set(
+        self,
+        group: GpuGroup,
+        wanted_mhz_w: tuple[float, float],
+        command: Command,
+        received_s: float,
+    ) -> None:
+        wanted, limit_w = wanted_mhz_w
+        if limit_w:
+            failures = insist(
+                self.backend, lambda uuids: self.backend.cap_each(uuids, limit_w), group.uuids
+            )
+        elif wanted:
             low = wanted if self.config.lower_bound == "fixed" else float(group.supported_mhz[0])
             failures = insist(
                 self.backend,
@@ -277,6 +352,7 @@ class Actuator:
             wanted,
             command.decided_s,
             received_s,
+            cap_w=limit_w,
         )
         if failures:
             change.cause, change.error = "error", "; ".join(str(e) for e in failures.values())
@@ -311,7 +387,7 @@ class Actuator:
             change.received_s = now
         if group.pending:
             self._read_back(group, now, final=True)
-        group.applied_mhz = change.freq_mhz
+        group.applied_mhz, group.applied_w = change.freq_mhz, change.cap_w
         group.changes += 1
         group.pending = change
         self._publish(change)
@@ -319,6 +395,8 @@ class Actuator:
     def _publish(self, change: ClockChange) -> None:
         if self._status is not None:
             self._status.send(msgspec.msgpack.encode(change), zmq.NOBLOCK)
+        if self._desk is not None:
+            self._desk.publish(change)
 
     def _write(self, change: ClockChange) -> None:
         if self.log is None:
@@ -345,12 +423,24 @@ class Actuator:
         if readings:
             change.seen_mhz = float(np.mean([r.freq_mhz for r in readings]))
             change.reasons = int(np.bitwise_or.reduce([r.reasons for r in readings]))
-            if change.freq_mhz and group.shows(change.freq_mhz, readings):
+            if change.freq_mhz and self._shows(group, change, readings):
                 change.seen_s, final = now, True
         if final or not change.freq_mhz or now > change.set_s + self.config.readback_s:
             group.pending = None
             self._publish(change)
             self._write(change)
+
+    def _shows(
+        self, group: GpuGroup, change: ClockChange, readings: Sequence[ClockReading]
+    ) -> bool:
+        """Whether every GPU runs at the clock of a change, or has its power limit."""
+        if not change.cap_w:
+            return group.shows(change.freq_mhz, readings)
+        try:
+            limits_w = [self.backend.power_limit_w(uuid) for uuid in group.uuids]
+        except ClockError:
+            return False
+        return all(abs(limit_w - change.cap_w) < WHOLE_W for limit_w in limits_w)
 
     def _guard(self, group: GpuGroup) -> None:
         """Look at temperature and throttling of one group.
@@ -371,7 +461,9 @@ class Actuator:
                 self._release(group, str(error))
             return
         group.failed_reads = 0
-        hottest = max(r.temperature_c for r in readings)
+        group.power_w = float(np.mean([r.power_w for r in readings]))
+        heats = [r.temperature_c for r in readings if not math.isnan(r.temperature_c)]
+        hottest = max(heats, default=NAN)
         limit = self.config.hot_c - (self.config.cool_down_c if group.throttled else 0.0)
         throttled = hottest > limit or any(r.throttled for r in readings)
         if throttled == group.throttled:
@@ -384,44 +476,3 @@ class Actuator:
         change.error = f"{hottest:g} C, raising the clock is {state}"
         self._publish(change)
         self._write(change)
-
-
-def serve(actuator: Actuator) -> None:
-    """Run an actuator until a signal.
-
-    Every clock is reset on any way out. Prints ``actuator ready`` when it takes commands.
-
-    Raises:
-        BiscaleError: something failed; says so when a group was released or a clock could not be
-            reset.
-    """
-
-    def ask_to_stop(number: int, frame: object) -> None:
-        actuator.stopping = True
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, ask_to_stop)
-    trouble: list[str] = []
-    try:
-        for left in actuator.start():
-            print(f"left behind by an earlier run: {left.uuid}: {left.text}", flush=True)
-        print("actuator ready", flush=True)
-        actuator.run()
-    except BiscaleError as error:
-        trouble.append(str(error))
-    except BaseException:  # its traceback must not hide what was not reset
-        print(*_end(actuator), sep="\n", file=sys.stderr)
-        raise
-    trouble += _end(actuator)
-    if trouble:
-        raise BiscaleError("; ".join(trouble))
-
-
-def _end(actuator: Actuator) -> list[str]:
-    """Stop; sentences about groups that were released and about what failed."""
-    released = [
-        f"group '{group.name}' was released: {group.released}"
-        for group in actuator.groups.values()
-        if group.released
-    ]
-    return released + actuator.stop()

@@ -20,6 +20,8 @@ from biscale_env.hardware.loop.clockview import ClockView
 from biscale_env.sim.arrivals import admit_arrivals
 from biscale_env.sim.state import (
     DECODE_DTYPE,
+    NO_CLASSES,
+    NO_PREFIXES,
     PREFILL_DTYPE,
     Floats,
     Requests,
@@ -75,7 +77,6 @@ class Rows(NamedTuple):
     Attributes:
         arrival_s: (size,).
         prompt: (size,).
-        cumulative: prompt tokens before each request, (size + 1,).
         times: of arrivals to count, (size,).
         tokens: of these, (size,).
         running: preempted requests on its stack, least deadline key of the running ones at index 1
@@ -84,7 +85,6 @@ class Rows(NamedTuple):
 
     arrival_s: Floats
     prompt: NDArray[np.int32]
-    cumulative: NDArray[np.int64]
     times: Floats
     tokens: Floats
     running: RunningRequests
@@ -95,7 +95,6 @@ class Rows(NamedTuple):
         return cls(
             np.zeros(size),
             np.zeros(size, dtype=np.int32),
-            np.zeros(size + 1, dtype=np.int64),
             np.zeros(size),
             np.zeros(size),
             running_requests((), size),
@@ -150,9 +149,22 @@ def _queue(
     for i in range(n, n + more):
         rows.arrival_s[first + i] = st.time_s
         rows.prompt[first + i] = max(int(np.rint(total / n)), 1) if n > 0 else 1
-    for i in range(first, first + n + more):
-        rows.cumulative[i + 1] = rows.cumulative[i] + rows.prompt[i]
     return first + n + more
+
+
+@inlined
+def _requests(st: Any, told: Told, whole: bool, rows: Rows) -> Requests:
+    """The waiting requests as the queue of the instance.
+
+    Engines tell what is still to be computed, so nothing is cached; output lengths are not known,
+    nor observed.
+    """
+    st.head = 0
+    st.tail = _queue(st, told.waiting, 0, told.waiting_more, told.epoch_s, whole, rows)
+    st.queue_tokens = 0.0
+    for i in range(st.tail):
+        st.queue_tokens += rows.prompt[i]
+    return Requests(rows.arrival_s, rows.prompt, rows.prompt, NO_PREFIXES, NO_CLASSES)
 
 
 @compiled
@@ -162,13 +174,10 @@ def _prefill(
     if not (_finite(told.waiting) and _finite(told.recent)):
         return False
     _count(st, told, rows)
-    st.head = 0
-    st.tail = _queue(st, told.waiting, 0, told.waiting_more, told.epoch_s, True, rows)
+    requests = _requests(st, told, True, rows)
     st.end = st.tail
     st.head_done = int(told.waiting[0, 2]) if told.waiting.shape[0] > 0 else 0
-    # output lengths are not known, nor observed
-    requests = Requests(rows.arrival_s, rows.prompt, rows.prompt)
-    observe_prefill(st, p, requests, rows.cumulative, encoding.physical)
+    observe_prefill(st, p, requests, encoding.physical)
     encode(encoding, obs)
     return True
 
@@ -192,8 +201,7 @@ def _decode(
     ):
         return False
     _count(st, told, rows)
-    st.head = 0
-    st.tail = _queue(st, told.waiting, 0, told.waiting_more, told.epoch_s, False, rows)
+    requests = _requests(st, told, False, rows)
     # preempted ones stand behind the queue and are reached by the stack
     st.end = _queue(st, running.preempted, st.tail, 0, told.epoch_s, False, rows)
     st.preempted = running.preempted.shape[0]
@@ -208,9 +216,7 @@ def _decode(
         key = running.start_s[i, 0] - told.epoch_s + p.slo_s * (running.made[i, 0] - 1.0)
         st.key_sum += key
         rows.running.tree[1] = min(rows.running.tree[1], key)
-    # output lengths are not known, nor observed
-    requests = Requests(rows.arrival_s, rows.prompt, rows.prompt)
-    observe_decode(st, p, requests, rows.cumulative, rows.running, encoding.physical)
+    observe_decode(st, p, requests, rows.running, encoding.physical)
     encode(encoding, obs)
     return True
 
@@ -265,7 +271,13 @@ class ObservationBuilder:
         )
 
     def observe(
-        self, record: EngineRecord, clock: ClockView, power_w: float, backpressure: float = 0.0
+        self,
+        record: EngineRecord,
+        clock: ClockView,
+        power_w: float,
+        backpressure: float = 0.0,
+        clock_offset_s: float = 0.0,
+        lead_s: float = 0.0,
     ) -> NDArray[np.float32]:
         """Observation at the time of a record.
 
@@ -274,6 +286,10 @@ class ObservationBuilder:
             clock: what is known about the clock.
             power_w: mean power per GPU over the last iteration, W.
             backpressure: fraction of the decode KV cache that is taken, for prefill.
+            clock_offset_s: time of ``clock`` minus time of the record, where they are of two
+                machines, s.
+            lead_s: from the time of the record to the begin of its iteration, s. The observation is
+                that at the begin; a clock asked for now takes so much less time from there.
 
         Returns:
             Encoded observation, (dim,), a fresh array.
@@ -283,18 +299,19 @@ class ObservationBuilder:
         if detail.epoch_s != self._epoch_s:  # another engine, or the same one restarted
             self._states[:] = np.zeros(1, self._states.dtype)
             self._epoch_s, self._arrived, self._arrived_tokens = detail.epoch_s, 0, 0
-        clock.write(st, detail.time_s, detail.epoch_s)
+        clock.write(st, detail.time_s + clock_offset_s, detail.epoch_s + clock_offset_s, lead_s)
+        self._params["delay_s"] = max(self.delay_s - lead_s, 0.0)
         st["last_time_s"], st["last_power_w"], st["backpressure"] = (
             record.wall_time,
             power_w,
             backpressure,
         )
         out = np.empty(self._dim, dtype=np.float32)
-        if not self._fill(detail, out):
+        if not self._fill(detail, out, lead_s):
             raise BiscaleError(BROKEN)
         return out
 
-    def _fill(self, detail: Detail, out: NDArray[np.float32]) -> bool:
+    def _fill(self, detail: Detail, out: NDArray[np.float32], lead_s: float) -> bool:
         """Fill the state and observe; False when a table holds something that is not a number."""
         waiting, recent = rows_of(detail.waiting, 3), rows_of(detail.recent, 2)
         preempted = rows_of(detail.preempted, 3)
@@ -308,7 +325,7 @@ class ObservationBuilder:
         need = max(len(waiting) + detail.waiting_more + len(preempted), len(recent) + lost)
         if need > len(self._rows.times):
             self._rows = Rows.of(2 * need)
-        now_s = max(detail.time_s - detail.epoch_s, 0.0)
+        now_s = max(detail.time_s - detail.epoch_s, 0.0) + lead_s
         told = Told(waiting, detail.waiting_more, recent, lost, lost_tokens, now_s, detail.epoch_s)
         st, params, rows = self._state, self._params[()], self._rows
         if self.plant.phase == "prefill":

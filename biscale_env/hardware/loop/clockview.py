@@ -98,10 +98,15 @@ class ClockView:
         if newest:
             self.queue = settled_at(change.freq_mhz)
 
-    def write(self, st: Any, now_s: float, epoch_s: float) -> None:
-        """Put the clock into a state record of the simulator, whose time starts at ``epoch_s``."""
+    def write(self, st: Any, now_s: float, epoch_s: float, lead_s: float = 0.0) -> None:
+        """Put the clock as it will be ``lead_s`` after ``now_s`` into a state of the simulator.
+
+        Its time starts at ``epoch_s``.
+        """
         self.settle(now_s)
         queue = self.queue
+        if lead_s > 0.0 and queue.apply_at_s <= now_s + lead_s:
+            queue = advance_to(queue, now_s + lead_s, self.delay_s)
         st["freq_ghz"] = queue.applied / 1e3
         st["inflight_ghz"] = queue.inflight / 1e3
         st["requested_ghz"] = queue.requested / 1e3

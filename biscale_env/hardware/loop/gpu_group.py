@@ -10,8 +10,10 @@ import zmq
 from numpy.typing import NDArray
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.hardware.clocks.backend import ClockBackend, ClockReading
+from biscale_env.hardware.clocks.backend import ClockBackend, ClockReading, PowerLimits
+from biscale_env.hardware.clocks.means import CAP, LOCK, MEANS, check_untouched
 from biscale_env.hardware.loop.wire import ClockChange
+from biscale_env.hardware.remote.command_desk import DeskSettings
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class ActuatorConfig:
         lower_bound: ``fixed`` locks (f, f), ``cap`` locks (lowest, f) and lets an idle GPU fall.
         failed_reads: readings of the guard that may fail in a row before a group is released; ten
             per second.
+        means: ``lock`` locks clocks, ``cap`` limits the power by what the controller says instead.
+        desk: where commands of other machines are taken; None: nowhere.
     """
 
     groups: Mapping[str, tuple[str, ...]]
@@ -46,6 +50,8 @@ class ActuatorConfig:
     readback_s: float = 0.5
     lower_bound: str = "fixed"
     failed_reads: int = 10
+    means: str = LOCK
+    desk: DeskSettings | None = None
 
     def __post_init__(self) -> None:
         if not self.groups or not all(self.groups.values()):
@@ -60,6 +66,8 @@ class ActuatorConfig:
             raise BiscaleError(f"clock bounds {low:g} to {high:g} MHz are not a range")
         if self.lower_bound not in ("fixed", "cap"):
             raise BiscaleError(f"unknown lower bound '{self.lower_bound}': choose fixed or cap")
+        if self.means not in MEANS:
+            raise BiscaleError(f"unknown means '{self.means}': choose lock or cap")
         if self.failed_reads < 0:
             raise BiscaleError(f"{self.failed_reads} failed readings in a row: choose 0 or more")
 
@@ -78,11 +86,14 @@ class GpuGroup:
         name: of the group.
         uuids: its GPUs.
         supported_mhz: clocks that may be set, (n,), rising, MHz.
+        limits: what the power limit may be, where clocks are held by it; None: they are locked.
         applied_mhz: clock last sent to the driver, MHz; 0 under driver control.
+        applied_w: power limit last sent for it, W; 0: none.
         alive_until_s: end of the lease.
         throttled: the guard allows no raise.
         released: why the group is not controlled any more; empty while it is.
         failed_reads: readings of the guard that have failed in a row.
+        power_w: mean power of its GPUs at the last reading of the guard, W.
         sequence: of the newest command heard.
         held_mhz: request that was held back last, so that it is logged once.
         pending: change that has not been read back yet.
@@ -91,11 +102,14 @@ class GpuGroup:
     name: str
     uuids: Sequence[str]
     supported_mhz: NDArray[np.float64]
+    limits: PowerLimits | None = None
     applied_mhz: float = 0.0
+    applied_w: float = 0.0
     alive_until_s: float = -math.inf
     throttled: bool = False
     released: str = ""
     failed_reads: int = 0
+    power_w: float = math.nan
     sequence: int = -1
     held_mhz: float = math.nan
     pending: ClockChange | None = None
@@ -111,7 +125,7 @@ class GpuGroup:
         """A group with the clocks that its GPUs support within the bounds.
 
         Raises:
-            BiscaleError: there is none.
+            BiscaleError: there is none, or the power of a GPU is limited by somebody else.
         """
         low, high = config.bounds_mhz
         clocks = np.array(backend.supported_mhz(uuids[0]))
@@ -120,7 +134,8 @@ class GpuGroup:
             raise BiscaleError(
                 f"the GPUs of group '{name}' support no clock within {low:g} to {high:g} MHz"
             )
-        return cls(name, list(uuids), clocks)
+        limits = check_untouched(backend, uuids) if config.means == CAP else None
+        return cls(name, list(uuids), clocks, limits)
 
     def snap(self, freq_mhz: float) -> float:
         """Nearest supported clock within the bounds, MHz.
@@ -131,10 +146,21 @@ class GpuGroup:
             return 0.0
         return float(self.supported_mhz[np.argmin(np.abs(self.supported_mhz - freq_mhz))])
 
-    def may_set(self, freq_mhz: float) -> bool:
-        """Whether the guard allows a clock, MHz; 0 is driver control, which may raise it."""
+    def limit_w(self, cap_w: float, wanted_mhz: float) -> float:
+        """Power limit for a clock, W, within what the driver takes; 0: none is set."""
+        if self.limits is None or not wanted_mhz:
+            return 0.0
+        return min(max(cap_w, self.limits.low_w), self.limits.high_w)
+
+    def may_set(self, freq_mhz: float, limit_w: float = 0.0) -> bool:
+        """Whether the guard allows a clock, MHz; 0 is driver control, which may raise it.
+
+        Where it is held by a power limit, W, that must not rise.
+        """
         if not self.throttled:
             return True
+        if self.limits is not None:
+            return limit_w != 0.0 and limit_w <= (self.applied_w or math.inf)
         return freq_mhz != 0.0 and freq_mhz <= (self.applied_mhz or math.inf)
 
     def shows(self, freq_mhz: float, readings: Sequence[ClockReading]) -> bool:

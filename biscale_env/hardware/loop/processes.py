@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -225,3 +225,16 @@ class Child:
         if self.process.stdout is not None:
             self.process.stdout.close()
         return self.process.returncode
+
+
+def wait_with(children: Iterable[Child]) -> None:
+    """Wait for a signal or for a child to end; call it from the main thread.
+
+    Raises:
+        BiscaleError: a child ended by itself.
+    """
+    ended, watched = until_signal(), tuple(children)
+    while not ended.wait(0.3):
+        for child in watched:
+            if not child.running:
+                raise BiscaleError(child.reason())

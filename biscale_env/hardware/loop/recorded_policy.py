@@ -15,6 +15,32 @@ from biscale_env.policies import phases_of, resolve_policy
 from biscale_env.policies.policy_source import PHASES
 
 RECORDING = ".parquet"
+BASE = "base"
+
+
+def _one_clock(
+    clocks: ClockRange, freq_mhz: float, observation: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """The action of a clock, MHz, for an observation or for each of several."""
+    action = clocks.to_action(np.full((1,), freq_mhz))
+    return action if observation.ndim == 1 else np.tile(action, (len(observation), 1))
+
+
+class BaseClockPolicy:
+    """Always the base clock of tier 1; the highest clock until there is one."""
+
+    def __init__(self, clocks: ClockRange) -> None:
+        self.clocks, self.freq_mhz = clocks, clocks.freq_max_mhz
+
+    def predict(
+        self,
+        observation: NDArray[np.float32],
+        state: Any = None,
+        episode_start: NDArray[np.bool_] | None = None,
+        deterministic: bool = True,
+    ) -> tuple[NDArray[np.float32], Any]:
+        """The base clock as an action."""
+        return _one_clock(self.clocks, self.freq_mhz, observation), None
 
 
 class RecordedPolicy:
@@ -59,8 +85,7 @@ class RecordedPolicy:
         now = time.monotonic()
         if self._begun_s is None or (episode_start is not None and np.any(episode_start)):
             self._begun_s = now
-        action = self.clocks.to_action(np.full((1,), self.at(now - self._begun_s)))
-        return (action if observation.ndim == 1 else np.tile(action, (len(observation), 1))), None
+        return _one_clock(self.clocks, self.at(now - self._begun_s), observation), None
 
 
 def read_recording(path: Path, phase: str, clocks: ClockRange) -> RecordedPolicy:
@@ -107,8 +132,8 @@ def load_policy(name: str, plant: Plant) -> Policy:
 
     Args:
         name: in the syntax of :mod:`biscale_env.policies` (``mpc``, ``slack:margin=0.1``,
-            ``agent:margin=0.1``, a checkpoint or run directory, ``module:Class``), or a recording
-            (``.parquet``).
+            ``agent:margin=0.1``, a checkpoint or run directory, ``module:Class``), a recording
+            (``.parquet``), or ``base``, the base clock of tier 1.
         plant: the instance it is to control.
 
     Raises:
@@ -116,6 +141,8 @@ def load_policy(name: str, plant: Plant) -> Policy:
     """
     if name.endswith(RECORDING):
         return read_recording(Path(name), plant.phase, plant.clocks)
+    if name == BASE:
+        return BaseClockPolicy(plant.clocks)
     return resolve_policy(name, plant)
 
 
@@ -125,4 +152,4 @@ def recordable_phases(name: str) -> tuple[str, ...]:
     Raises:
         BiscaleError: no such policy or checkpoint.
     """
-    return PHASES if name.endswith(RECORDING) else phases_of(name)
+    return PHASES if name.endswith(RECORDING) or name == BASE else phases_of(name)

@@ -33,6 +33,7 @@ class Command(msgspec.Struct, frozen=True, gc=False):
         record_s: when the engine record that led to this arrived at the controller; 0 for a
             keep-alive.
         time_s: the engine's own time of that record.
+        cap_w: power limit per GPU that stands for the clock, W; 0 from a controller of clocks.
     """
 
     sequence: int
@@ -41,9 +42,10 @@ class Command(msgspec.Struct, frozen=True, gc=False):
     engine_age_s: float = 0.0
     record_s: float = 0.0
     time_s: float = 0.0
+    cap_w: float = 0.0
 
 
-UNCHANGED = frozenset({"guard", "hold", "skip"})  # causes that leave the clock as it was
+UNCHANGED = frozenset({"guard", "hold", "skip", "refused"})  # causes that leave the clock as it was
 
 
 class ClockChange(msgspec.Struct, gc=False):
@@ -54,7 +56,8 @@ class ClockChange(msgspec.Struct, gc=False):
 
     Attributes:
         group: name of the group.
-        cause: ``start``, ``command``, ``lease`` or ``exit``; ``error``: a command that failed on
+        cause: ``refused``: a command or a caller from another machine that was not accepted;
+            ``start``, ``command``, ``lease`` or ``exit``; ``error``: a command that failed on
             some GPU; ``release``: reset for good because its GPUs cannot be controlled any more;
             ``guard``: raising was stopped or is allowed again; ``hold``: a command that the guard
             refused; ``skip``: a command that came too late, or whose bounded clock is applied
@@ -70,6 +73,7 @@ class ClockChange(msgspec.Struct, gc=False):
         seen_mhz: last reading, mean over the GPUs.
         reasons: clock event reasons at that reading, all GPUs together.
         error: a sentence when something went wrong.
+        cap_w: power limit per GPU that is applied for the clock, W; 0: none, or it is locked.
     """
 
     group: str
@@ -84,6 +88,7 @@ class ClockChange(msgspec.Struct, gc=False):
     seen_mhz: float = float("nan")
     reasons: int = 0
     error: str = ""
+    cap_w: float = 0.0
 
 
 def command_endpoint(folder: Path, group: str) -> str:
@@ -99,6 +104,16 @@ def status_endpoint(folder: Path) -> str:
 def record_endpoint(folder: Path, phase: str) -> str:
     """Address on which a controller takes the newest engine record of one phase."""
     return ipc(folder / f"record-{phase}.sock")
+
+
+def base_endpoint(folder: Path, group: str) -> str:
+    """Address on which a controller takes the base clock that tier 1 gives its instance."""
+    return ipc(folder / f"base-{group}.sock")
+
+
+def plans_endpoint(folder: Path) -> str:
+    """Address where tier 1 publishes its placement, on its machine."""
+    return ipc(folder / "plans.sock")
 
 
 def ipc(path: Path) -> str:

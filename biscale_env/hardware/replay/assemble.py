@@ -1,18 +1,20 @@
 """From the raw logs of a replay to run records, the same that simulation makes."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from biscale_env.config import load_slo
+from biscale_env.config.slo import one_bound
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.runs.record import TIMELINE_COLUMNS, RunRecord
 from biscale_env.hardware.loop.wire import UNCHANGED
 from biscale_env.hardware.replay.client import dispatch_errors_s
 from biscale_env.hardware.replay.raw_log import Raw
-from biscale_env.hardware.replay.recorder import EnergyCurve
+from biscale_env.hardware.replay.recorder import EnergyCurve, IterationRow
 
 Floats = NDArray[np.float64]
 TOKEN_COLUMNS = ("prompt_tokens", "output_tokens")
@@ -26,7 +28,7 @@ def request_columns(raw: Raw, phase: str) -> dict[str, NDArray[Any]]:
     failed has not finished in any phase, whatever it had got by then. Decode has the requests of
     two tokens or more that were sent to it; one without a single token back counts from when it was
     sent. One whose tokens all came in one piece has finished, but when its first token was made is
-    not known (NaN), and so neither is its TPOT.
+    not known (NaN), and so neither is its TPOT; the same holds where nobody counted its tokens.
 
     Returns:
         The columns of a run record, and beside them ``sent_s`` (when the engine had the request),
@@ -49,8 +51,8 @@ def request_columns(raw: Raw, phase: str) -> dict[str, NDArray[Any]]:
     else:
         done = chunk
         arrival = sent = np.where(np.isfinite(chunk), chunk, column("decode_sent_s"))
-        in_one_piece = np.array([r.in_one_piece for r in chosen], dtype=bool)
-        first = np.where(in_one_piece, np.nan, arrival)
+        unknown = np.array([r.in_one_piece or r.uncounted for r in chosen], dtype=bool)
+        first = np.where(unknown, np.nan, arrival)
         incomplete = np.array([bool(r.error) for r in chosen], dtype=bool)
         finish = np.where(incomplete, np.nan, column("last_chunk_s"))
     order = np.argsort(arrival, kind="stable")
@@ -115,6 +117,23 @@ def at_step(times: Floats, values: Floats, when: Floats, before: float) -> Float
     return np.where(k >= 0, values[np.maximum(k, 0)], before)
 
 
+def iteration_times(rows: Sequence[IterationRow]) -> tuple[Floats, Floats]:
+    """Begin and duration of every iteration, s; a duration that no record tells is infinite.
+
+    The record after tells the duration. One that came an iteration early was taken when the
+    iteration before its own began; its own began when the next early one was taken, and the record
+    after that one tells the duration.
+    """
+    told_s, wall_s = np.array([[r.time_s, r.wall_time_s] for r in rows]).T
+    early = np.array([r.ahead > 0 for r in rows])
+    following = np.append(told_s[1:], np.inf)
+    begin_s = np.where(early, np.minimum(following, told_s + wall_s), told_s)
+    next_is_early = np.append(early[1:], False)
+    begin_s = np.where(early & next_is_early, following, begin_s)
+    one, two = np.append(wall_s[1:], np.inf), np.append(wall_s[2:], [np.inf] * min(2, len(rows)))
+    return begin_s, np.where(next_is_early, two, one)
+
+
 def timeline_columns(raw: Raw, phase: str, end_s: float, top_mhz: float) -> dict[str, Floats]:
     """One entry per engine iteration within the run.
 
@@ -123,9 +142,9 @@ def timeline_columns(raw: Raw, phase: str, end_s: float, top_mhz: float) -> dict
     rows = [r for r in raw.iterations[phase] if -1e-3 <= r.time_s - raw.start_s <= end_s]
     if not rows:
         return {name: np.zeros(0) for name in TIMELINE_COLUMNS}
-    time_s = np.array([r.time_s for r in rows]) - raw.start_s
+    time_s, ran = iteration_times(rows)
+    time_s -= raw.start_s
     after = np.append(time_s[1:], max(end_s, time_s[-1]))
-    ran = np.append(np.array([r.wall_time_s for r in rows])[1:], np.inf)
     duration = np.minimum(ran, after - time_s)
     curve = EnergyCurve(raw.telemetry, phase)
     spent = curve.at(after + raw.start_s) - curve.at(time_s + raw.start_s)
@@ -200,7 +219,7 @@ def run_record(raw: Raw, phase: str, top_mhz: float) -> RunRecord:
         phase=phase,
         policy=settings["policies"][phase],
         scenario=f"replay of {raw.facts['trace']}",
-        slo=load_slo(instance.slo),
+        slo=one_bound(load_slo(instance.slo), "a measured run"),
         rate_rps=len(raw.requests) / max(end_s, 1e-9),
         workload_seed=0,
         ensemble_member=-1,
@@ -245,6 +264,7 @@ def labels_of(raw: Raw, phase: str) -> dict[str, str | float | int | bool]:
         "hook_p99_s": _quantile(hook_s, 0.99),
         "failed_requests": sum(r.failed for r in raw.requests),
         "unknown_tpot_requests": sum(
-            r.in_one_piece and not r.failed and r.output_tokens > 1 for r in raw.requests
+            (r.in_one_piece or r.uncounted) and not r.failed and r.output_tokens > 1
+            for r in raw.requests
         ),
     }

@@ -4,10 +4,6 @@ Requests leave when the trace says so, whether earlier ones are answered or not.
 token ids of exact length (no tokenizer, no prefix hits), outputs have exact length
 (``ignore_eos``). Tokens are counted by the server's ``usage``, because one chunk of a stream may
 hold several tokens.
-
-When the engine counts as gone. Either :data:`LOST_AFTER` requests in a row found no connection or
-lost it, or requests are under way and no byte came from any of them for ``stall_s``. A request that
-times out fails, but says nothing about the engine: under overload an engine that lives is slow.
 """
 
 import asyncio
@@ -15,7 +11,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 import aiohttp
@@ -24,17 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.hardware.engines.http_access import KEY_HINT, base_url, key_headers
+from biscale_env.hardware.replay.answers import RequestRefused, error_text, read_stream, refusal
+from biscale_env.hardware.replay.engine_health import EngineHealth, described
+from biscale_env.hardware.replay.request_record import (
+    GONE_ERROR,
+    INTERRUPTED_ERROR,
+    RequestRecord,
+)
 from biscale_env.traces import Trace
 
 FIRST_ID = 10  # ids below are special tokens in most vocabularies
-USAGE_TAIL = 4096  # bytes kept of the end of a stream: usage comes last
 SPIN_S = 0.002
-LOST_AFTER = 8  # requests in a row without a connection: the engine is gone
-INTERRUPTED_ERROR = "cut off: the replay ended before the answer"
-GONE_ERROR = "cut off: the engine is gone"
-# Reads of one piece lie microseconds apart; the fastest decode iterations take some milliseconds
-# (assumed: no engine makes two tokens within this)
-PIECE_S = 1e-3
 KEEP_ALIVE_S = 2.0
 """How long an idle connection is used again: uvicorn, under vLLM and SGLang, closes it after 5 s,
 and a request written into a connection that is just being closed is lost."""
@@ -52,8 +49,9 @@ class LoadSettings:
         vocabulary: token ids are drawn below this.
         seed: of the token ids.
         timeout_s: longest life of one request.
-        stall_s: with requests under way and no byte from any of them for so long, the engine is
-            gone.
+        stall_s: silence, or nothing but refusals, after which the engine is gone
+            (:mod:`~biscale_env.hardware.replay.engine_health`).
+        api_key: sent to both engines; None sends none.
     """
 
     decode_url: str
@@ -63,6 +61,7 @@ class LoadSettings:
     seed: int = 0
     timeout_s: float = 600.0
     stall_s: float = 30.0
+    api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.vocabulary <= FIRST_ID:
@@ -70,82 +69,14 @@ class LoadSettings:
                 f"a vocabulary of {self.vocabulary} token ids is too small: "
                 f"{FIRST_ID} are left to special tokens"
             )
-
-
-class RequestRecord(msgspec.Struct):
-    """One request, as the client saw it.
-
-    Times are CLOCK_MONOTONIC seconds, NaN (null) where something did not happen.
-
-    Attributes:
-        index: row of the trace.
-        scheduled_s: when the trace wanted it to leave.
-        dispatched_s: when it left.
-        prefill_done_s: prefill engine had answered, and not with an error.
-        decode_sent_s: the decode request left.
-        first_chunk_s: first token of the stream.
-        last_chunk_s: last token of the stream.
-        prompt_tokens: asked for.
-        output_tokens: asked for.
-        completion_tokens: made, by the server's usage; -1 unknown.
-        chunks: pieces of the stream that held tokens.
-        longest_gap_s: longest time between two of them.
-        error: why it failed; empty when it did not.
-    """
-
-    index: int
-    scheduled_s: float
-    prompt_tokens: int
-    output_tokens: int
-    dispatched_s: float = math.nan
-    prefill_done_s: float = math.nan
-    decode_sent_s: float = math.nan
-    first_chunk_s: float = math.nan
-    last_chunk_s: float = math.nan
-    completion_tokens: int = -1
-    chunks: int = 0
-    longest_gap_s: float = 0.0
-    error: str = ""
-
-    @property
-    def failed(self) -> bool:
-        """Whether the engine failed it; the user ending the replay early is no failure."""
-        return bool(self.error) and self.error != INTERRUPTED_ERROR
-
-    @property
-    def ttft_s(self) -> float:
-        """From the time it should have left to its first token, s."""
-        return self.first_chunk_s - self.scheduled_s
-
-    @property
-    def in_one_piece(self) -> bool:
-        """Whether all tokens came at once, so that nothing is known about the time between them.
-
-        Something on the way has buffered the stream. Its piece may be read in several parts, an
-        instant apart.
-        """
-        came = math.isfinite(self.first_chunk_s) and self.completion_tokens > 1
-        return came and self.last_chunk_s - self.first_chunk_s < PIECE_S
-
-    @property
-    def tpot_s(self) -> float:
-        """Time per output token by the server's count, s.
-
-        NaN for fewer than two tokens, and for a stream that came in one piece.
-        """
-        made = self.completion_tokens
-        if made < 2 or self.in_one_piece:
-            return math.nan
-        return (self.last_chunk_s - self.first_chunk_s) / (made - 1)
-
-
-class EngineGone(BiscaleError):
-    """The engine stopped answering midway."""
+        key_headers(self.api_key)
 
 
 async def _get_json(session: aiohttp.ClientSession, url: str) -> Any:
     try:
         async with session.get(url, timeout=aiohttp.ClientTimeout(total=10)) as answer:
+            if answer.status in (401, 403):
+                raise BiscaleError(f"{url} answers {answer.status}: {KEY_HINT}")
             if answer.status != 200:
                 raise BiscaleError(
                     f"{url} answers {answer.status}: is it an OpenAI-compatible engine?"
@@ -155,7 +86,7 @@ async def _get_json(session: aiohttp.ClientSession, url: str) -> Any:
         raise BiscaleError(
             f"no engine answers at {url} ({error or type(error).__name__})"
         ) from None
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeError):
         raise BiscaleError(
             f"{url} does not answer JSON: is it an OpenAI-compatible engine?"
         ) from None
@@ -167,18 +98,17 @@ async def inspect_engine(session: aiohttp.ClientSession, url: str) -> tuple[str,
     Raises:
         BiscaleError: nobody answers, or something that is no engine.
     """
-    listing = await _get_json(session, f"{_base(url)}/v1/models")
+    listing = await _get_json(session, f"{base_url(url)}/v1/models")
     try:
         entry = listing["data"][0]
-        return str(entry["id"]), int(entry.get("max_model_len") or 0)
-    except (KeyError, IndexError, TypeError, ValueError):
+        name, context = entry["id"], int(entry.get("max_model_len") or 0)
+        if not name or not isinstance(name, str):
+            raise TypeError
+        return name, max(context, 0)  # some say -1 for no bound
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         raise BiscaleError(
             f"{url}/v1/models names no model: is it an OpenAI-compatible engine?"
         ) from None
-
-
-def _base(url: str) -> str:
-    return url.rstrip("/").removesuffix("/v1")
 
 
 async def until(due_s: float) -> None:
@@ -211,11 +141,15 @@ class Replayer:
         self.trace, self.settings, self.out, self.tell = trace, settings, out, tell
         self.records: list[RequestRecord] = []
         self.started_s = math.nan
+        self.run_id = uuid.uuid4().hex
         self._model = settings.model or ""
         self._under_way: set[asyncio.Task[None]] = set()
-        self._heard_s = 0.0
-        self._failing = 0
-        self._gone: EngineGone | None = None
+        self._active: dict[int, RequestRecord] = {}
+        self.health = EngineHealth(settings.stall_s)
+
+    def request_id(self, index: int) -> str:
+        """``X-Request-Id`` of one request, by which a router tells what it did with it."""
+        return f"{self.run_id}-{index}"
 
     async def run(self) -> list[RequestRecord]:
         """Send everything, wait for everything.
@@ -231,13 +165,16 @@ class Replayer:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
         timeout = aiohttp.ClientTimeout(total=self.settings.timeout_s, sock_connect=10)
         async with aiohttp.ClientSession(
-            connector=connector, timeout=timeout, read_bufsize=1 << 18
+            connector=connector,
+            timeout=timeout,
+            read_bufsize=1 << 18,
+            headers=key_headers(self.settings.api_key),
         ) as session:
             await self._check(session)
             watchdog = asyncio.create_task(self._watch())
             try:
                 await self._send_all(session)
-                while self._under_way and self._gone is None:
+                while self._under_way and self.health.gone is None:
                     await asyncio.wait(self._under_way, timeout=0.2)
             finally:
                 watchdog.cancel()
@@ -245,8 +182,8 @@ class Replayer:
                     task.cancel()
                 await asyncio.gather(*self._under_way, return_exceptions=True)
         self.records.sort(key=lambda r: r.index)
-        if self._gone is not None:
-            raise self._gone
+        if self.health.gone is not None:
+            raise self.health.gone
         return self.records
 
     async def _check(self, session: aiohttp.ClientSession) -> None:
@@ -258,7 +195,8 @@ class Replayer:
 
     async def _send_all(self, session: aiohttp.ClientSession) -> None:
         rng = np.random.default_rng(self.settings.seed)
-        self.started_s = self._heard_s = time.monotonic()
+        self.started_s = time.monotonic()
+        self.health.hears(self.started_s)
         for index in range(len(self.trace)):
             prompt = rng.integers(
                 FIRST_ID, self.settings.vocabulary, self.trace.prompt_tokens[index]
@@ -267,7 +205,7 @@ class Replayer:
             record = RequestRecord(index, due_s, len(prompt), int(self.trace.output_tokens[index]))
             bodies = self._bodies(prompt, record.output_tokens)
             await until(due_s)
-            if self._gone is not None:
+            if self.health.gone is not None:
                 return
             task = asyncio.create_task(self._one(session, record, *bodies))
             self._under_way.add(task)
@@ -306,9 +244,13 @@ class Replayer:
         prefill: bytes | None,
         decode: bytes,
     ) -> None:
-        headers = {"Content-Type": "application/json", "X-Request-Id": uuid.uuid4().hex}
+        headers = {
+            "Content-Type": "application/json",
+            "X-Request-Id": self.request_id(record.index),
+        }
         # here and not where the task was made: answers that had come may have been served first
         record.dispatched_s = time.monotonic()
+        self._active[record.index] = record
         try:
             if prefill is not None:
                 params = await self._prefill(session, record, prefill, headers)
@@ -317,31 +259,29 @@ class Replayer:
                     decode = decode[:-1] + b',"kv_transfer_params":' + added + b"}"
             record.decode_sent_s = time.monotonic()
             await self._stream(session, record, decode, headers)
-            self._failing = 0
+            self.health.served()
         except asyncio.CancelledError:
-            record.error = INTERRUPTED_ERROR if self._gone is None else GONE_ERROR
+            record.error = INTERRUPTED_ERROR if self.health.gone is None else GONE_ERROR
             self._keep(record)
             raise
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        except (
+            Exception
+        ) as error:  # a request that is not on record would make the engine look good
             record.error = described(error)
-            self._count(error)
+            self.health.failed(error, time.monotonic(), self._last_token_s())
         self._keep(record)
 
-    def _count(self, error: Exception) -> None:
-        """Give the engine up when too many requests in a row had no connection."""
-        if not lost_connection(error):
-            return
-        self._failing += 1
-        if self._failing >= LOST_AFTER and self._gone is None:
-            self._gone = EngineGone(
-                f"the engine is gone: {self._failing} requests in a row failed, "
-                f"the last with {described(error)}"
-            )
+    def _last_token_s(self) -> float:
+        """When a request that is still under way got its newest token."""
+        times = [r.last_chunk_s for r in self._active.values() if not r.error]
+        return max((t for t in times if math.isfinite(t)), default=-math.inf)
 
     def _keep(self, record: RequestRecord) -> None:
         self.records.append(record)
+        self._active.pop(record.index, None)
         if self.out is not None:
             self.out.write(msgspec.json.encode(record) + b"\n")
+            self.out.flush()  # for whoever follows the replay
         self.tell(record)
 
     async def _prefill(
@@ -352,17 +292,24 @@ class Replayer:
         headers: dict[str, str],
     ) -> dict[str, Any] | None:
         async with session.post(
-            f"{_base(self.settings.prefill_url or '')}/v1/completions", data=body, headers=headers
+            f"{base_url(self.settings.prefill_url or '')}/v1/completions",
+            data=body,
+            headers=headers,
         ) as answer:
-            text = await answer.read()
-            done_s = self._heard_s = time.monotonic()
+            text = await answer.text(errors="replace")
+            done_s = time.monotonic()
+            self.health.hears(done_s)
             if answer.status != 200:
-                raise ValueError(
-                    f"prefill answered {answer.status}: {text[:200].decode(errors='replace')}"
-                )
-            record.prefill_done_s = done_s
-            params = msgspec.json.decode(text).get("kv_transfer_params")
-            return params if isinstance(params, dict) else None
+                raise refusal("prefill", answer.status, text)
+        try:
+            answered = msgspec.json.decode(text)
+        except msgspec.DecodeError:
+            answered = None
+        if not isinstance(answered, dict) or not answered.get("choices"):
+            raise RequestRefused(f"prefill answered no completion: {error_text(text)}")
+        record.prefill_done_s = done_s
+        params = answered.get("kv_transfer_params")
+        return params if isinstance(params, dict) else None
 
     async def _stream(
         self,
@@ -371,70 +318,18 @@ class Replayer:
         body: bytes,
         headers: dict[str, str],
     ) -> None:
-        async with session.post(
-            f"{_base(self.settings.decode_url)}/v1/completions", data=body, headers=headers
-        ) as answer:
+        url = f"{base_url(self.settings.decode_url)}/v1/completions"
+        async with session.post(url, data=body, headers=headers) as answer:
             if answer.status != 200:
-                text = await answer.read()
-                raise ValueError(
-                    f"decode answered {answer.status}: {text[:200].decode(errors='replace')}"
-                )
-            tail, last_s = b"", math.nan
-            async for data in answer.content.iter_any():
-                now = self._heard_s = time.monotonic()
-                if b'"choices":[{' in data or b'"choices": [{' in data:
-                    if record.chunks == 0:
-                        record.first_chunk_s = now
-                    else:
-                        record.longest_gap_s = max(record.longest_gap_s, now - last_s)
-                    record.chunks += 1
-                    record.last_chunk_s = last_s = now
-                tail = (tail + data)[-USAGE_TAIL:]
-        record.completion_tokens = completion_tokens(tail)
-        if record.completion_tokens != record.output_tokens:
-            raise ValueError(
-                f"asked for {record.output_tokens} tokens, got {record.completion_tokens}"
-            )
+                text = await answer.text(errors="replace")
+                self.health.hears(time.monotonic())
+                raise refusal("decode", answer.status, text)
+            await read_stream(answer, record, self.health.hears)
 
     async def _watch(self) -> None:
-        """An engine that hangs keeps its connections open; only silence tells."""
-        while self._gone is None:
+        while self.health.gone is None:
             await asyncio.sleep(min(1.0, self.settings.stall_s / 4))
-            if not self._under_way:
-                self._heard_s = time.monotonic()
-            silent_s = time.monotonic() - self._heard_s
-            if silent_s > self.settings.stall_s:
-                self._gone = EngineGone(
-                    f"the engine stopped answering: {len(self._under_way)} requests are under way, "
-                    f"and nothing came for {silent_s:.0f} s"
-                )
-
-
-def lost_connection(error: Exception) -> bool:
-    """Whether a request found no connection or lost it; a timeout of any kind is none of these.
-
-    ``TimeoutError`` is an ``OSError``, and aiohttp's own timeouts are connection errors too.
-    """
-    broken = isinstance(error, aiohttp.ClientConnectionError | OSError)
-    return broken and not isinstance(error, TimeoutError)
-
-
-def described(error: Exception) -> str:
-    """Kind and text of an error, in one line."""
-    return f"{type(error).__name__}: {error}".strip(": ")
-
-
-def completion_tokens(tail: bytes) -> int:
-    """Tokens made, from the usage at the end of a stream; -1 when it does not say."""
-    for line in reversed(tail.splitlines()):  # whichever way the server ends its lines
-        payload = line.partition(b"data:")[2].strip()
-        if b'"completion_tokens"' not in payload:
-            continue
-        try:
-            return int(msgspec.json.decode(payload)["usage"]["completion_tokens"])
-        except (msgspec.DecodeError, KeyError, TypeError):
-            continue
-    return -1
+            self.health.look(len(self._under_way), time.monotonic())
 
 
 def dispatch_errors_s(records: list[RequestRecord]) -> NDArray[np.float64]:

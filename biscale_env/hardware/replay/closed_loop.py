@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-import urllib.request
+import urllib.error
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,26 +13,31 @@ import pandas as pd
 import yaml
 
 from biscale_env.config import InstanceSpec
+from biscale_env.config.slo import one_bound
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import open_whole, write_whole
-from biscale_env.envs.plant import Plant, PlantSettings
+from biscale_env.envs.plant import Means, Plant, PlantSettings
 from biscale_env.hardware.clocks.backend_registry import open_backend
 from biscale_env.hardware.emulation.emulate import all_records_endpoint
 from biscale_env.hardware.engines.engine_instance import ENGINE_INSTANCE
+from biscale_env.hardware.engines.hook_help import how_to_start_hook
+from biscale_env.hardware.engines.http_access import base_url, read_url
 from biscale_env.hardware.engines.sources import parse_prometheus
 from biscale_env.hardware.loop import wire
 from biscale_env.hardware.loop.processes import Child, elevated_priority, tuned_for_latency
 from biscale_env.hardware.loop.recorded_policy import load_policy, recordable_phases
 from biscale_env.hardware.replay import raw_log
-from biscale_env.hardware.replay.client import EngineGone, LoadSettings, Replayer, RequestRecord
+from biscale_env.hardware.replay.client import LoadSettings, Replayer
+from biscale_env.hardware.replay.engine_health import EngineGone
 from biscale_env.hardware.replay.recorder import IterationLog, Telemetry
+from biscale_env.hardware.replay.request_record import RequestRecord
 from biscale_env.traces import Trace
 
 PHASES = ("prefill", "decode")
 GAVE_UP = 2  # exit code of our own sentences; a process that was killed has another
 BISCALE = {"prefill": "mpc", "decode": "slack"}
 INTERRUPTED = "interrupted"
-NO_RECORD = "no record came from the {} engine: start it with the hook (docs/hardware.md)"
+SILENT_S = 5.0  # answers without a record: no batch takes so long
 SETTLE_S = 0.5  # after the controllers are ready: sockets connect
 
 
@@ -57,7 +62,10 @@ class ReplaySettings:
         lease_s: lease of the clocks.
         vocabulary: token ids are drawn below this.
         timeout_s: longest life of one request.
-        stall_s: silence after which the engine counts as gone.
+        stall_s: silence, or nothing but refusals, after which the engine counts as gone.
+        api_key: of the engines; never written anywhere.
+        look_ahead: controllers decide for the begin of the iteration that a record is about.
+        means: how clocks are held, ``lock`` or ``cap``.
     """
 
     policies: Mapping[str, str]
@@ -75,17 +83,26 @@ class ReplaySettings:
     vocabulary: int = 32_000
     timeout_s: float = 600.0
     stall_s: float = 30.0
+    api_key: str | None = field(default=None, repr=False)
+    look_ahead: bool = True
+    means: Means = "lock"
 
     def plant(self, phase: str) -> Plant:
         """Plant that observation and controllers of a phase are made from."""
         settings = PlantSettings.of(
-            phase, instance=self.instance, actuation_delay_s=self.delay_s, drain=True
+            phase,
+            instance=self.instance,
+            actuation_delay_s=self.delay_s,
+            drain=True,
+            means=self.means,
         )
-        return Plant(settings)
+        plant = Plant(settings)
+        one_bound(plant.slo, "a replay")
+        return plant
 
     def plain(self) -> dict[str, Any]:
         """As plain data."""
-        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "api_key"}
         return {
             **data,
             "sockets": str(self.sockets),
@@ -111,6 +128,7 @@ class ReplayOutcome:
         failed: why a process of ours gave up; empty when none did. Serving went on, the clocks are
             the driver's.
         silent: phases whose engine sent no record: no policy decided there.
+        records: how many came, per phase.
     """
 
     started_s: float
@@ -122,6 +140,7 @@ class ReplayOutcome:
     lateness_s: dict[str, float] = field(default_factory=dict)
     failed: str = ""
     silent: list[str] = field(default_factory=list)
+    records: dict[str, int] = field(default_factory=dict)
 
 
 def policies_by_phase(names: list[str], phases: tuple[str, ...] = PHASES) -> dict[str, str]:
@@ -202,7 +221,7 @@ class ClosedLoopReplay:
         s = self.settings
         self.raw.mkdir(parents=True, exist_ok=True)
         endpoints = {phase: all_records_endpoint(s.sockets, phase) for phase in self.phases}
-        telemetry = Telemetry(self.backend, self.uuids)
+        telemetry = Telemetry(self.backend, self.uuids, live=self.raw / raw_log.LIVE)
         log = IterationLog(endpoints, self.raw / raw_log.ITERATIONS)
         telemetry.start()
         log.start()
@@ -219,13 +238,31 @@ class ClosedLoopReplay:
             log.stop()
             self.backend.close()
         outcome.telemetry = telemetry.frame()
-        heard = {row.phase for row in log.rows}
-        outcome.silent = [phase for phase in self.phases if phase not in heard]
-        outcome.problems += [NO_RECORD.format(phase) for phase in outcome.silent]
+        newest_s = {row.phase: row.heard_s for row in log.rows}
+        outcome.records = {p: sum(row.phase == p for row in log.rows) for p in self.phases}
+        outcome.silent = [phase for phase in self.phases if phase not in newest_s]
+        for phase in self.phases:
+            outcome.problems += self._silence(phase, newest_s.get(phase), outcome)
         outcome.problems += self._died + telemetry.problems[:3] + log.problems[:3]
         outcome.failed = self._failed
         self._save(outcome, telemetry)
         return outcome
+
+    def _silence(self, phase: str, newest_s: float | None, outcome: ReplayOutcome) -> list[str]:
+        """What there is to say about records that never came, or ended before the answers did."""
+        s = self.settings
+        if newest_s is None:
+            start = how_to_start_hook(phase, s.engine, s.sockets)
+            return [f"no record came from the {phase} engine: {start}"] if s.observe_only else []
+        done = [(r.prefill_done_s, r.last_chunk_s) for r in outcome.requests]
+        answers = [times[phase == "decode"] for times in done]
+        quiet_s = max((t for t in answers if t == t), default=newest_s) - newest_s
+        if quiet_s <= SILENT_S:
+            return []
+        return [
+            f"the {phase} engine went on answering for {quiet_s:.0f} s after its last record: its "
+            "hook fell silent (its log says why), and the clock was the driver's from then on"
+        ]
 
     def _start_children(self) -> None:
         """Actuator first, then the controllers, each from a settings file in the raw folder."""
@@ -238,6 +275,7 @@ class ClosedLoopReplay:
                 "backend": s.backend,
                 "sockets": str(s.sockets),
                 "lease": s.lease_s,
+                "means": s.means,
                 "log": str(self.raw / raw_log.CLOCKS),
                 "observe_only": s.observe_only,
                 "instance": str(self.raw / "instance.yaml"),
@@ -259,6 +297,8 @@ class ClosedLoopReplay:
             "instance": str(self.raw / "instance.yaml"),
             "delay": self.plants[phase].delay_s(-1),
             "lease": s.lease_s,
+            "look_ahead": s.look_ahead,
+            "means": s.means,
             "backend": s.backend,
             "gpus": ",".join(self.uuids[phase]),
             "log": str(self.raw / raw_log.decisions_file(phase)),
@@ -295,6 +335,7 @@ class ClosedLoopReplay:
             vocabulary=s.vocabulary,
             timeout_s=s.timeout_s,
             stall_s=s.stall_s,
+            api_key=s.api_key,
         )
         gone = ""
         with (
@@ -314,7 +355,7 @@ class ClosedLoopReplay:
             default=time.monotonic(),
         )
         urls = {"prefill": s.prefill_url, "decode": s.decode_url}
-        late = {phase: lateness_p99_s(str(urls[phase])) for phase in self.phases}
+        late = {phase: lateness_p99_s(str(urls[phase]), s.api_key) for phase in self.phases}
         known = {phase: value for phase, value in late.items() if value is not None}
         return ReplayOutcome(
             replayer.started_s,
@@ -354,33 +395,32 @@ class ClosedLoopReplay:
         write_whole(self.raw / raw_log.FACTS, yaml.safe_dump(facts, sort_keys=False))
 
 
-def _url(engine: str, path: str) -> str:
-    return f"{engine.rstrip('/').removesuffix('/v1')}/{path}"
-
-
-def wait_for_engines(urls: Sequence[str], wait_s: float) -> None:
+def wait_for_engines(urls: Sequence[str], wait_s: float, api_key: str | None = None) -> None:
     """Wait until every engine lists its models, or until time is up.
 
-    What is missing then is said when the replay starts.
+    What is missing then is said when the replay starts, and so is an answer that says no.
     """
     deadline = time.monotonic() + wait_s
     for url in urls:
         while time.monotonic() < deadline:
             try:
-                urllib.request.urlopen(_url(url, "v1/models"), timeout=2).close()
+                read_url(f"{base_url(url)}/v1/models", 2.0, api_key)
                 break
+            except urllib.error.HTTPError as error:
+                if error.code < 500:  # it is up; a proxy ahead of it says 502 to 504 until it is
+                    break
             except (OSError, ValueError):
-                time.sleep(0.3)
+                pass
+            time.sleep(0.3)
 
 
-def lateness_p99_s(url: str) -> float | None:
+def lateness_p99_s(url: str, api_key: str | None = None) -> float | None:
     """How late an emulated engine answered, P99 in s.
 
     None for real engines and for those that are gone.
     """
     try:
-        with urllib.request.urlopen(_url(url, "metrics"), timeout=2) as answer:
-            values = parse_prometheus(answer.read().decode(errors="replace"))
+        values = parse_prometheus(read_url(f"{base_url(url)}/metrics", 2.0, api_key))
     except (OSError, ValueError):
         return None
     return values.get("vllm:lateness_p99_seconds") if "biscale_emulated:engine" in values else None

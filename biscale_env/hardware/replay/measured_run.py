@@ -1,5 +1,6 @@
 """A replay into a run directory: the same tables as of simulated runs, with the raw logs beside."""
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,20 +11,21 @@ from biscale_env.evaluation.report.page import write_report
 from biscale_env.evaluation.runs.run_files import CONFIG
 from biscale_env.evaluation.runs.run_view import Run, load_run
 from biscale_env.evaluation.runs.rundir import RunDirectory
+from biscale_env.hardware.engines.hook_help import how_to_start_hook
 from biscale_env.hardware.replay import raw_log
 from biscale_env.hardware.replay.assemble import run_record
-from biscale_env.hardware.replay.client import RequestRecord
 from biscale_env.hardware.replay.closed_loop import (
     INTERRUPTED,
-    NO_RECORD,
     ClosedLoopReplay,
     ReplayOutcome,
     ReplaySettings,
 )
+from biscale_env.hardware.replay.request_record import RequestRecord
 from biscale_env.traces import Trace, load_named, read_trace
-from biscale_env.traces.reading_options import ReadingOptions
+from biscale_env.traces.reading.reading_options import ReadingOptions
 
 RAW = "raw"
+UNCONTROLLED = "driver"  # name of the policy of a phase that ran at the driver's clocks
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,16 @@ class MeasuredRun:
         out: the run directory.
         outcome: how it went.
         raw: its logs.
-        uncontrolled: phases without a result, since their policy never decided.
-        view: the run directory, read back; None where no phase has a result.
+        uncontrolled: phases whose policy never decided, for want of a record of their engine; their
+            results stand under the name "driver".
+        view: the run directory, read back.
     """
 
     out: Path
     outcome: ReplayOutcome
     raw: raw_log.Raw
     uncontrolled: tuple[str, ...]
-    view: Run | None
+    view: Run
 
     def raise_trouble(self) -> None:
         """Say what went wrong, the gravest first.
@@ -59,9 +62,11 @@ class MeasuredRun:
             if trouble:
                 raise BiscaleError(f"{trouble}; {kept}")
         for phase in self.uncontrolled:
+            settings = self.raw.facts["settings"]
+            start = how_to_start_hook(phase, settings["engine"], Path(settings["sockets"]))
             raise BiscaleError(
-                f"{NO_RECORD.format(phase)}; its policy decided nothing, so there is no result of "
-                f"{phase}; {kept}"
+                f"no record came from the {phase} engine, so its policy decided nothing and the "
+                f"results of {phase} are those of the driver's clocks: {start}; {kept}"
             )
         failed = [r for r in self.raw.requests if r.failed]
         if failed:
@@ -130,8 +135,8 @@ def run_replay(
     """Replay into a run directory.
 
     What was measured is kept when the engine goes away midway. A phase whose engine never sent a
-    record ran at the driver's clocks: it gets no result under its policy's name, unless nothing was
-    to be set anyway (``observe_only``).
+    record ran at the driver's clocks: its result gets the policy's name only where nothing was to
+    be set anyway (``observe_only``).
 
     Args:
         settings: what to run where.
@@ -154,16 +159,17 @@ def run_replay(
             outcome = replay.run()
             raw = raw_log.read_raw(folder)
             silent = () if settings.observe_only else tuple(outcome.silent)
-            controlled = [phase for phase in raw.phases if phase not in silent]
-            for phase in controlled:
-                run.add(run_record(raw, phase, replay.plants[phase].gpu.freq_max_mhz))
+            for phase in raw.phases:
+                record = run_record(raw, phase, replay.plants[phase].gpu.freq_max_mhz)
+                if phase in silent:
+                    record = dataclasses.replace(record, policy=UNCONTROLLED)
+                run.add(record)
     except BaseException:
         log = folder / raw_log.REQUESTS
         measured = log.is_file() and log.stat().st_size
         if empty and not measured:  # the same command may be given again
             shutil.rmtree(out, ignore_errors=True)
         raise
-    view = load_run(out) if controlled else None
-    if view is not None:
-        write_report(view)
+    view = load_run(out)
+    write_report(view)
     return MeasuredRun(out, outcome, raw, silent, view)

@@ -7,6 +7,7 @@ iterations.jsonl   :class:`~biscale_env.hardware.replay.recorder.IterationRow`
 decisions-P.jsonl  :class:`~biscale_env.hardware.loop.control.Decision`, per phase
 clocks.jsonl       :class:`~biscale_env.hardware.loop.wire.ClockChange`
 telemetry.parquet  samples of every GPU, :data:`~.recorder.TELEMETRY_COLUMNS`
+live.jsonl         :class:`~.live_samples.LiveSample`: what the dashboard shows meanwhile
 gpm.parquet        tensor and DRAM use, where the GPU tells
 ================== ======================================================================
 
@@ -27,8 +28,8 @@ from biscale_env.config import InstanceSpec
 from biscale_env.core.errors import BiscaleError
 from biscale_env.hardware.loop.control import Decision
 from biscale_env.hardware.loop.wire import ClockChange
-from biscale_env.hardware.replay.client import RequestRecord
 from biscale_env.hardware.replay.recorder import IterationRow
+from biscale_env.hardware.replay.request_record import RequestRecord
 
 FACTS = "replay.yaml"
 REQUESTS = "requests.jsonl"
@@ -36,6 +37,7 @@ ITERATIONS = "iterations.jsonl"
 CLOCKS = "clocks.jsonl"
 TELEMETRY = "telemetry.parquet"
 GPM = "gpm.parquet"
+LIVE = "live.jsonl"
 T = TypeVar("T")
 
 
@@ -114,11 +116,14 @@ def read_lines(path: Path, kind: type[T]) -> list[T]:
 
     A torn last line is left out.
     """
-    if not path.is_file():
-        return []
+    return decoded_lines(path.read_bytes(), kind) if path.is_file() else []
+
+
+def decoded_lines(data: bytes, kind: type[T]) -> list[T]:
+    """JSON lines as structs; what is torn is left out."""
     decoder = msgspec.json.Decoder(kind)
     rows = []
-    for line in path.read_bytes().splitlines():
+    for line in data.splitlines():
         with contextlib.suppress(msgspec.DecodeError):
             rows.append(decoder.decode(_without_nulls(line)))
     return rows

@@ -59,8 +59,12 @@ class Agreement:
 
     @property
     def agrees(self) -> bool:
-        """Whether it lies within the tolerance; True where none is asked for."""
-        return math.isnan(self.tolerance) or abs(self.deviation) <= self.tolerance
+        """Whether it lies within the tolerance; True without one, or a measurement."""
+        return (
+            math.isnan(self.tolerance)
+            or math.isnan(self.measured)
+            or abs(self.deviation) <= self.tolerance
+        )
 
 
 def simulate(
@@ -90,11 +94,21 @@ def simulate(
 
 
 def plant_of(raw: Raw, phase: str) -> Plant:
-    """Plant of a replay: its instance, with the measured actuation delay where there is one."""
-    delays, expected_s = delays_s(raw, phase), raw.facts["settings"]["delay_s"]
-    delay_s = float(np.median(delays)) if len(delays) else expected_s
+    """Plant of a replay: its instance, with the measured actuation delay where there is one.
+
+    A power limit can be read back, but not when it takes effect: there the expected delay stands.
+    """
+    delays, settings = delays_s(raw, phase), raw.facts["settings"]
+    means = settings.get("means", "lock")
+    measured = len(delays) > 0 and means == "lock"
     return Plant(
-        PlantSettings.of(phase, instance=raw.instance, actuation_delay_s=delay_s, drain=True)
+        PlantSettings.of(
+            phase,
+            instance=raw.instance,
+            actuation_delay_s=float(np.median(delays)) if measured else settings["delay_s"],
+            drain=True,
+            means=means,
+        )
     )
 
 

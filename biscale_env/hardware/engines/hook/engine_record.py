@@ -65,6 +65,10 @@ class Detail(msgspec.Struct, frozen=True, gc=False):
         recent: rows (arrival, prompt tokens) of requests that came since the record before this
             one.
         hook_s: time that the engine spent on making and sending the record before this one.
+        ahead: iterations that were formed before that of the record and have not ended: 0 when it
+            begins now, 1 under asynchronous scheduling. What the record tells is then the state at
+            the begin of its iteration, as far as the engine knows it, taken early, at ``time_s``.
+        running_since_s: when the oldest of those began; 0 when there is none.
     """
 
     time_s: float
@@ -82,12 +86,15 @@ class Detail(msgspec.Struct, frozen=True, gc=False):
     arrived_tokens: int = 0
     recent: bytes = b""
     hook_s: float = 0.0
+    ahead: int = 0
+    running_since_s: float = 0.0
 
 
 class EngineRecord(msgspec.Struct, frozen=True, gc=False):
-    """One iteration. ``wall_time``: duration of the iteration before this one, s.
+    """One iteration, number ``counter_id``.
 
-    0 is an idle heartbeat without ``detail``.
+    ``wall_time``: duration of the last iteration that has ended, s: of the one before, or
+    ``detail.ahead`` further back. 0 is an idle heartbeat without ``detail``.
     """
 
     version: int = VERSION

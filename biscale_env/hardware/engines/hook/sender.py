@@ -6,6 +6,7 @@ import time
 
 import zmq
 
+from .curve import is_tcp, next_port, prepare_call
 from .engine_record import EngineRecord, encode
 from .guard import MAX_FAILURES
 
@@ -20,8 +21,8 @@ HEARTBEAT_S = 0.25
 
 
 def alive_endpoint(endpoint: str) -> str:
-    """Address of the heartbeats that go with an address of records."""
-    return f"{endpoint}.alive"
+    """Address of the heartbeats that go with an address of records; over TCP the next port."""
+    return next_port(endpoint) if is_tcp(endpoint) else f"{endpoint}.alive"
 
 
 class Sender:
@@ -95,6 +96,8 @@ class Sender:
         socket = self._context.socket(zmq.PUSH)
         for option, value in ((zmq.SNDHWM, 1), (zmq.CONFLATE, 1), (zmq.LINGER, 0)):
             socket.setsockopt(option, value)
+        if is_tcp(endpoint):
+            prepare_call(socket, endpoint)
         socket.connect(endpoint)
         return socket
 

@@ -1,6 +1,8 @@
 """Hook for SGLang: entry point group ``sglang.srt.plugins``, name ``biscale`` -> :func:`register`.
 
-It puts a BEFORE hook on ``Scheduler.run_batch``, the last step before the forward pass. Written
+It puts a BEFORE hook on ``Scheduler.run_batch``, the last step before the forward pass, and an
+AFTER hook on ``Scheduler.process_batch_result``: with its overlapped schedule SGLang launches batch
+N + 1 before it takes the results of batch N, and the record says so (``Detail.ahead``). Written
 against the source of 0.5.23 and tested on stand-ins; it has not been run inside SGLang. A target
 that SGLang does not know is only logged there, so check that records arrive (``biscale hw
 doctor``). SGLang's own ``--enable-forward-pass-metrics`` is the alternative (``biscale hw
@@ -18,9 +20,11 @@ from .engine_record import (
     table,
 )
 from .guard import MARK, Guard
+from .in_flight import InFlight
 from .sender import Sender
 
 TARGET = "sglang.srt.managers.scheduler.Scheduler.run_batch"
+RESULT_TARGET = "sglang.srt.managers.scheduler.Scheduler.process_batch_result"
 MAX_ROWS = 128
 FORGET_EVERY = 1024  # iterations between clearings of what is remembered about finished requests
 
@@ -35,6 +39,8 @@ class SglangWatcher:
         self.guard = Guard("biscale hook", sender.close)
         self.hook_s = 0.0
         self.last_s = 0.0
+        self.flying = InFlight()
+        self.before = (0, 0.0)
         self.seen: dict[str, float] = {}  # request -> when it was first seen, its arrival
         self.starts: dict[str, float] = {}  # request -> when it was first seen decoding
         self.recent: list[float] = []
@@ -51,9 +57,20 @@ class SglangWatcher:
         if self.sender.active:
             self.guard.run(self.send, scheduler, batch)
 
+    def after_results(self, result: Any, *args: Any, **kwargs: Any) -> None:
+        """The results of the oldest batch have come back; returns None, which keeps the result."""
+        if self.sender.active:
+            self.guard.run(self._ends)
+
+    def _ends(self) -> None:
+        self.flying.ends(time.monotonic())
+
     def send(self, scheduler: Any, batch: Any) -> None:
         """Send the record of the batch about to run."""
         now = time.monotonic()
+        self.before = self.flying.forms(now)
+        if not self.flying.ends_seen:  # this SGLang may call the results something else
+            self.before = (0, 0.0)
         self.counter += 1
         self.sender.send(self.record(scheduler, batch, now))
         self.recent, self.last_s = [], now
@@ -113,11 +130,14 @@ class SglangWatcher:
             arrived_tokens=self.arrived_tokens,
             recent=table(self.recent),
             hook_s=self.hook_s,
+            ahead=self.before[0],
+            running_since_s=self.before[1],
         )
+        between_s = now - self.last_s if self.last_s else 0.0
         return EngineRecord(
             worker_id="sglang",
             counter_id=self.counter,
-            wall_time=now - self.last_s if self.last_s else 0.0,
+            wall_time=self.flying.wall_time if self.flying.ends_seen else between_s,
             scheduled_requests=Scheduled(prompts, new_tokens, 0.0, prefix, len(tokens), cached),
             queued_requests=Queued(len(waiting), queued + more * queued // MAX_ROWS),
             detail=detail,
@@ -141,4 +161,9 @@ def register() -> None:
             watcher.append(SglangWatcher(Sender.from_environment()))
         watcher[0].before_run_batch(scheduler, batch, *args, **kwargs)
 
+    def results(result: Any, *args: Any, **kwargs: Any) -> None:
+        if watcher:
+            watcher[0].after_results(result)
+
     HookRegistry.register(TARGET, hook, HookType.BEFORE)
+    HookRegistry.register(RESULT_TARGET, results, HookType.AFTER)

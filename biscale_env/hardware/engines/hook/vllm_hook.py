@@ -8,9 +8,9 @@ scheduling and computing off. It looks at the batch after it was formed and befo
 one record, and returns vLLM's own result untouched. Addresses come from the environment (see
 ``sender``); without them, and after lasting trouble, it does nothing at all.
 
-With asynchronous scheduling, vLLM forms batch N + 1 while batch N runs: the record, and so the
-clock, is one iteration early. Start the engine with ``--no-async-scheduling`` where that matters,
-or keep it in mind.
+With asynchronous scheduling, vLLM forms batch N + 1 while batch N runs: the record comes one
+iteration early. It says so (``Detail.ahead``, counted, not configured), and since when batch N
+runs; the controller looks ahead by that much.
 """
 
 import importlib.metadata
@@ -27,6 +27,8 @@ from .engine_record import (
 )
 from .guard import MAX_FAILURES as MAX_FAILURES
 from .guard import NOTHING, Guard, logger
+from .in_flight import FLYING as FLYING
+from .in_flight import InFlight
 from .sender import Sender
 from .versions import version_note
 
@@ -97,8 +99,7 @@ class SchedulerWatcher:
         self.arrived_tokens = 0
         self.recent: list[float] = []
         self.starts: dict[str, float] = {}  # running request -> time of its first token
-        self.wall_time = 0.0
-        self.scheduled_s = 0.0
+        self.flying = InFlight()
         self.guard = Guard("biscale hook", sender.close)
         self.hook_s = 0.0
 
@@ -118,24 +119,28 @@ class SchedulerWatcher:
         """A batch was formed; the engine is about to run it."""
         for gone in output.finished_req_ids:
             self.starts.pop(gone, None)
-        if not output.total_num_scheduled_tokens:
-            return NOTHING  # a decode engine that waits for KV spins through empty steps
         now = time.monotonic()
-        self.scheduled_s = self.scheduled_s or now
+        if not output.total_num_scheduled_tokens:
+            self.flying.forms(now, empty=True)
+            return NOTHING  # a decode engine that waits for KV spins through empty steps
+        before = self.flying.forms(now)
         self.counter += 1
-        self.sender.send(self.record(scheduler, output, now))
+        self.sender.send(self.record(scheduler, output, now, before))
         self.recent = []
         self.hook_s = time.monotonic() - now
         return None
 
     def ends(self) -> None:
         """The iteration's results have come back."""
-        now = time.monotonic()
-        self.wall_time = now - self.scheduled_s if self.scheduled_s else 0.0
-        self.scheduled_s = 0.0
+        self.flying.ends(time.monotonic())
 
-    def record(self, scheduler: Any, output: Any, now: float) -> EngineRecord:
-        """Everything about the batch and the queue."""
+    def record(
+        self, scheduler: Any, output: Any, now: float, before: tuple[int, float] = (0, 0.0)
+    ) -> EngineRecord:
+        """Everything about the batch and the queue.
+
+        ``before``: how many have not ended, and since when the oldest runs.
+        """
         to_monotonic = now - time.time()  # vLLM stamps arrivals with the time of day
         cached = output.scheduled_cached_reqs
         prompts = prompts_of(scheduler, output, to_monotonic)
@@ -156,11 +161,13 @@ class SchedulerWatcher:
             arrived_tokens=self.arrived_tokens,
             recent=table(self.recent),
             hook_s=self.hook_s,
+            ahead=before[0],
+            running_since_s=before[1],
         )
         return EngineRecord(
             worker_id=self.worker_id,
             counter_id=self.counter,
-            wall_time=self.wall_time,
+            wall_time=self.flying.wall_time,
             scheduled_requests=Scheduled(
                 num_prefill_requests=prompts.requests,
                 sum_prefill_tokens=prompts.new_tokens,

@@ -1,0 +1,1 @@
+"""A deployment: machines, instances, a router, and what runs beside them."""

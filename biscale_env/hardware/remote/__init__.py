@@ -1,0 +1,1 @@
+"""Records and commands between machines: keys, authenticated sockets, fresh commands only."""
