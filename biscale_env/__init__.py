@@ -6,5 +6,5 @@ their discrete twins; everything heavy is imported when it is used.
 
 from biscale_env.envs.registration import register_envs
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 register_envs()

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import importlib
 import importlib.util
+import io
 import os
 import signal
 import sys
@@ -27,6 +28,9 @@ GROUPS = (
     "reproduce",
     "train",
     "evaluate",
+    "benchmark",
+    "export",
+    "dashboard",
     "hw",
 )
 INTERRUPTED = 130
@@ -67,10 +71,25 @@ def polite_process() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show(warnings.showwarning)
-            yield
+            with _any_encoding(sys.stdout, sys.stderr):
+                yield
     finally:
         for ended, handler in before.items():
             signal.signal(ended, handler)
+
+
+@contextlib.contextmanager
+def _any_encoding(*streams: object) -> Iterator[None]:
+    """A letter that an output cannot encode is a question mark, not a traceback: code pages."""
+    strict = [s for s in streams if isinstance(s, io.TextIOWrapper) and s.errors == "strict"]
+    for stream in strict:
+        stream.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        for stream in strict:
+            with contextlib.suppress(OSError, ValueError):  # full, or closed meanwhile
+                stream.reconfigure(errors="strict")
 
 
 def ending_signals() -> list[signal.Signals]:

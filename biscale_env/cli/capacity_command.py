@@ -5,25 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from biscale_env.cli.instance_options import (
-    DtypeName,
-    EpDegree,
-    GpuName,
-    IdlePower,
-    InstanceFile,
-    LlmName,
-    ModelName,
-    SloName,
-    TpDegree,
-    instance_changes,
-)
+from biscale_env.cli.instance_options import describes_instance
 from biscale_env.cli.trace_options import reads_trace
 
 if TYPE_CHECKING:
-    from biscale_env.envs.capacity import Capacity
+    from biscale_env.envs.loads.capacity import Capacity
     from biscale_env.envs.plant import Plant
     from biscale_env.traces import Trace
-    from biscale_env.traces.reading_options import ReadingOptions
+    from biscale_env.traces.reading.reading_options import ReadingOptions
 
 
 def register(app: typer.Typer) -> None:
@@ -32,6 +21,7 @@ def register(app: typer.Typer) -> None:
 
 
 @reads_trace
+@describes_instance("slo", "gpu", "llm", "model", "tp", "ep", "dtype", "idle", "prefix_cache")
 def capacity(
     phase: Annotated[str, typer.Argument(help="prefill or decode")],
     *,
@@ -39,15 +29,6 @@ def capacity(
         str | None,
         typer.Option(help="Trace file or name; default: the embedded generated workload."),
     ] = None,
-    slo: SloName = None,
-    tp: TpDegree = None,
-    ep: EpDegree = None,
-    dtype: DtypeName = None,
-    gpu: GpuName = None,
-    llm: LlmName = None,
-    model: ModelName = None,
-    instance: InstanceFile = None,
-    idle: IdlePower = None,
     clock: Annotated[
         float | None, typer.Option(help="SM clock in MHz; default: the highest.")
     ] = None,
@@ -61,6 +42,7 @@ def capacity(
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    instance: dict[str, Any],
     reading: "ReadingOptions",
 ) -> None:
     """Bisect for the highest load within the SLO.
@@ -68,25 +50,24 @@ def capacity(
     Loads are made by choosing requests, time is never stretched.
     """
     from biscale_env.core.errors import BiscaleError
-    from biscale_env.envs.capacity import find_capacity, profile_capacity
+    from biscale_env.envs.loads.capacity import find_capacity, profile_capacity
+    from biscale_env.envs.loads.prefix_hits import with_cache
+    from biscale_env.envs.loads.workloads import capacity_sample
     from biscale_env.envs.options import DEFAULT_PROFILE
     from biscale_env.envs.plant import Plant, PlantSettings
-    from biscale_env.envs.workloads import capacity_sample
     from biscale_env.traces import load_named
 
-    given = instance_changes(
-        instance, gpu=gpu, llm=llm, model=model, slo=slo, tp=tp, ep=ep, dtype=dtype, idle=idle
-    )
-    plant = Plant(PlantSettings.of(phase, drain=True, **given))
+    plant = Plant(PlantSettings.of(phase, drain=True, **instance))
     freq = plant.gpu.freq_max_mhz if clock is None else plant.gpu.check_clock(clock)
     if parts and not trace:
         raise BiscaleError("--parts are those of a trace: give one with --trace")
     if trace:
-        whole = load_named(trace, reading)
+        whole = with_cache(plant.settings.instance.prefix_cache, load_named(trace, reading))
         samples = list(whole.split(0.5)) if parts else [whole]
         found = [find_capacity(plant, sample, freq, member=member) for sample in samples]
     else:
-        samples = [capacity_sample(DEFAULT_PROFILE)]
+        rule = plant.settings.instance.prefix_cache
+        samples = [with_cache(rule, capacity_sample(DEFAULT_PROFILE))]
         found = [profile_capacity(plant, DEFAULT_PROFILE, freq, member)]
     if as_json:
         told = [_told(plant, *one, freq) for one in zip(samples, found, strict=True)]
@@ -109,7 +90,7 @@ def _told(plant: "Plant", sample: "Trace", found: "Capacity", freq_mhz: float) -
 
 
 def _tell(plant: "Plant", sample: "Trace", freq_mhz: float, found: "Capacity") -> None:
-    from biscale_env.envs.capacity import slowest_alone_s
+    from biscale_env.envs.loads.capacity import slowest_alone_s
 
     s = plant.settings
     for rate, attainment in sorted(found.tried):

@@ -14,6 +14,7 @@ from biscale_env.cli.comparison_options import (
     OutFolder,
     PhaseName,
     PolicyList,
+    RayAddress,
     Resume,
     SeedCount,
     no_per_cent,
@@ -26,12 +27,13 @@ from biscale_env.cli.instance_options import (
     InstanceFile,
     LlmName,
     ModelName,
+    PrefixCacheName,
     instance_changes,
 )
 from biscale_env.cli.trace_options import only_given, reads_trace
 
 if TYPE_CHECKING:
-    from biscale_env.traces.reading_options import ReadingOptions
+    from biscale_env.traces.reading.reading_options import ReadingOptions
 
 TraceName = Annotated[
     str | None,
@@ -43,6 +45,15 @@ ScenarioName = Annotated[
 ExperimentName = Annotated[
     str | None, typer.Option("--experiment", help="Frozen experiment, see configs/experiments.")
 ]
+Windows = Annotated[
+    str | None,
+    typer.Option(
+        "--windows",
+        metavar="LENGTH/EVERY",
+        help="Cut a trace of several days into windows, e.g. 30min/1d: early days tune, the "
+        "others are judged.",
+    ),
+]
 SloName = Annotated[
     str | None,
     typer.Option(
@@ -53,12 +64,12 @@ Load = Annotated[
     float | None,
     typer.Option(
         "--load",
-        help="Fraction of one instance's capacity at max clock. [default: 0.5]",
+        help="Fraction of one instance's capacity at max clock; default: 0.5.",
         callback=no_per_cent,
     ),
 ]
-GpuCount = Annotated[int | None, typer.Option("--tp", help="GPUs per instance. [default: 4]")]
-DtypeName = Annotated[str | None, typer.Option("--dtype", help="bf16 or fp8. [default: bf16]")]
+GpuCount = Annotated[int | None, typer.Option("--tp", help="GPUs per instance; default: 4.")]
+DtypeName = Annotated[str | None, typer.Option("--dtype", help="bf16 or fp8; default: bf16.")]
 Tune = Annotated[
     bool,
     typer.Option("--tune", help="Choose every policy's free parameters on tuning workloads first."),
@@ -80,6 +91,7 @@ def register(app: typer.Typer) -> None:
 def compare(
     *,
     trace: TraceName = None,
+    windows: Windows = None,
     scenario: ScenarioName = None,
     experiment: ExperimentName = None,
     phase: PhaseName = None,
@@ -97,11 +109,13 @@ def compare(
     model: ModelName = None,
     instance: InstanceFile = None,
     idle: IdlePower = None,
+    prefix_cache: PrefixCacheName = None,
     out: OutFolder = None,
     tune: Tune = False,
     quick: Quick = False,
     resume: Resume = False,
     jobs: Jobs = None,
+    ray: RayAddress = None,
     reading: "ReadingOptions",
 ) -> None:
     """Compare controllers on one scenario, or on all points of an experiment.
@@ -109,11 +123,24 @@ def compare(
     Write table, figures and every number behind them.
     """
     from biscale_env.evaluation.experiment import comparison
+    from biscale_env.jobs.workers import Workers
+
+    workers = Workers.of(jobs, ray)
 
     changes = instance_changes(
-        instance, gpu=gpu, llm=llm, model=model, slo=slo, tp=tp, ep=ep, dtype=dtype, idle=idle
+        instance,
+        gpu=gpu,
+        llm=llm,
+        model=model,
+        slo=slo,
+        tp=tp,
+        ep=ep,
+        dtype=dtype,
+        idle=idle,
+        prefix_cache=prefix_cache,
     ) | {
         "trace": trace,
+        "windows": windows,
         "load": load,
         "seeds": seeds,
         "delay_s": delay,
@@ -124,4 +151,4 @@ def compare(
         asked = comparison.compare_scenario(scenario, changes, names, phase, tune, quick)
     else:
         asked = comparison.compare_experiment(experiment, changes, names, phase, quick)
-    comparison.run_comparison(asked, out, resume, jobs)
+    comparison.run_comparison(asked, out, resume, workers)

@@ -9,7 +9,8 @@ PolicyList = Annotated[
     str | None,
     typer.Option(
         "--policies",
-        help="Comma-separated list of [label=]name; 'all', 'ablations', 'beliefs' for several.",
+        help="Comma-separated list of name or label=name; "
+        "'all', 'ablations', 'beliefs' for several.",
     ),
 ]
 OnePolicy = Annotated[
@@ -37,6 +38,12 @@ Resume = Annotated[
     typer.Option("--resume", help="Go on with an interrupted run (--out, or the newest of these)."),
 ]
 Jobs = Annotated[int | None, typer.Option("--jobs", help="Processes; default: all cores.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray", metavar="ADDRESS", help="Ray cluster instead of processes: auto or HOST:PORT."
+    ),
+]
 
 
 def no_per_cent(load: float | None) -> float | None:

@@ -1,7 +1,7 @@
 """``biscale evaluate``: a trained agent beside the references on named scenarios."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,20 +12,12 @@ from biscale_env.cli.comparison_options import (
     OutFolder,
     PhaseName,
     PolicyList,
+    RayAddress,
     Resume,
     SeedCount,
     policy_entries,
 )
-from biscale_env.cli.instance_options import (
-    EpDegree,
-    GpuName,
-    IdlePower,
-    InstanceFile,
-    LlmName,
-    ModelName,
-    TpDegree,
-    instance_changes,
-)
+from biscale_env.cli.instance_options import describes_instance
 from biscale_env.core.errors import BiscaleError
 
 Target = Annotated[
@@ -73,6 +65,7 @@ def register(app: typer.Typer) -> None:
     app.command("evaluate")(evaluate)
 
 
+@describes_instance("gpu", "llm", "model", "tp", "ep", "idle")
 def evaluate(
     target: Target,
     *,
@@ -82,13 +75,6 @@ def evaluate(
     loads: Loads = None,
     seeds: SeedCount = None,
     delay: DelaySeconds = None,
-    gpu: GpuName = None,
-    llm: LlmName = None,
-    model: ModelName = None,
-    tp: TpDegree = None,
-    ep: EpDegree = None,
-    instance: InstanceFile = None,
-    idle: IdlePower = None,
     out: OutFolder = None,
     phase: PhaseName = None,
     table: TableFile = None,
@@ -97,35 +83,31 @@ def evaluate(
     oracle_seeds: OracleSeeds = None,
     resume: Resume = False,
     jobs: Jobs = None,
+    ray: RayAddress = None,
+    instance: dict[str, Any],
 ) -> None:
     """Evaluate an agent on scenarios, on the same workloads as the references.
 
     Table, run directory and report as of compare.
     """
     from biscale_env.evaluation.experiment import evaluation_request
+    from biscale_env.jobs.workers import Workers
 
+    workers = Workers.of(jobs, ray)
+
+    own = {"seeds": seeds, "delay_s": delay}
     asked = evaluation_request.EvaluationRequest(
         target,
         [name.strip() for name in scenario.split(",") if name.strip()],
         policy_entries(policies, policy),
         [_fraction(text) for text in loads.split(",")] if loads else (),
         phase,
-        instance_changes(
-            instance,
-            gpu=gpu,
-            llm=llm,
-            model=model,
-            tp=tp,
-            ep=ep,
-            idle=idle,
-            seeds=seeds,
-            delay_s=delay,
-        ),
+        instance | {key: value for key, value in own.items() if value is not None},
         robustness,
         tuned,
         oracle_seeds,
     )
-    evaluation_request.run_evaluation(asked, out, resume, jobs, table)
+    evaluation_request.run_evaluation(asked, out, resume, workers, table)
 
 
 def _fraction(text: str) -> float:

@@ -72,6 +72,16 @@ def _user(
         typer.echo(f"{path}: held-out error, latency {fit.latency_mape:.1%}, {power_text}")
 
 
+def _from_run(run: Path, profile: Path | None, out: Path | None, model: str | None) -> None:
+    from biscale_env.cli.hw.observe_command import fit_from_run
+
+    if profile is not None:
+        raise BiscaleError("--from and --profile are two fits: give one of them")
+    if out is None:
+        raise BiscaleError("--from needs --out: the folder of the corrected model")
+    fit_from_run(run, out, model)
+
+
 def fit(
     *,
     profile: Annotated[
@@ -81,13 +91,25 @@ def fit(
             "freq_mhz and perhaps power_w."
         ),
     ] = None,
+    from_run: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Correct a model by what a running engine told: a folder of `biscale hw observe`, "
+            "`explore` or `replay`.",
+        ),
+    ] = None,
     power: Annotated[
         Path | None, typer.Option(help="A second table with power_w, if it was measured apart.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File (.yaml) or folder to write.")] = None,
     model: Annotated[
-        str, typer.Option(help="Family in which your own fit starts.")
-    ] = DEFAULT_MODEL,
+        str | None,
+        typer.Option(
+            help="Family in which your own fit starts; default h100-sxm/llama-3.3-70b, with --from "
+            "that of the run."
+        ),
+    ] = None,
     gpu: Annotated[
         str | None,
         typer.Option(
@@ -96,7 +118,7 @@ def fit(
     ] = None,
     llm: Annotated[
         str | None,
-        typer.Option(help="LLM of your table, name or YAML file. [default: the model's]"),
+        typer.Option(help="LLM of your table, name or YAML file; default: the model's."),
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; fail if the committed files differ.")
@@ -113,6 +135,9 @@ def fit(
     ] = False,
 ) -> None:
     """Fit the models: without options, regenerate the shipped coefficient files."""
+    if from_run is not None:
+        _from_run(from_run, profile, out, model)
+        return
     if profile is None and (llm or out):
         raise BiscaleError("--llm and --out need --profile: they belong to an own table")
     if report:
@@ -129,7 +154,7 @@ def fit(
             "configurations"
         )
     else:
-        _user(profile, power, out, model, gpu, llm)
+        _user(profile, power, out, model or DEFAULT_MODEL, gpu, llm)
 
 
 def register(app: typer.Typer) -> None:

@@ -67,7 +67,7 @@ def describe(
     name: Annotated[str, typer.Argument(help="Model family, e.g. h100-sxm/llama-3.3-70b.")],
     file: Annotated[
         str | None,
-        typer.Option(help="File whose coefficients are shown. [default: the first of decode]"),
+        typer.Option(help="File whose coefficients are shown; default: the first of decode."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -127,7 +127,7 @@ def build_command(
     tp: Annotated[list[int] | None, typer.Option(min=1, help="TP degree; may be repeated.")] = None,
     ep: Annotated[int, typer.Option(min=1, help="Groups that experts are spread over.")] = 1,
     dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp8 or mxfp4. [default: as the LLM is published]")
+        str | None, typer.Option(help="bf16, fp8 or mxfp4; default: as the LLM is published.")
     ] = None,
     roofline: Annotated[
         bool, typer.Option("--roofline", help="Count kernel times from data sheets alone.")
@@ -153,7 +153,7 @@ def build_command(
 def tables(
     only: Annotated[str | None, typer.Option("--gpu", help="One GPU alone.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write. [default: configs/models/profiles]")
+        Path | None, typer.Option(help="Folder to write; default: configs/models/profiles.")
     ] = None,
 ) -> None:
     """Write the shipped kernel tables anew (needs the extra `tables`)."""

@@ -1,30 +1,21 @@
 """``biscale place``: tier 1 for one workload, DistServe's and BiScale's placements side by side."""
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from biscale_env.cli.instance_options import (
-    DtypeName,
-    EpDegree,
-    GpuName,
-    IdlePower,
-    InstanceFile,
-    LlmName,
-    ModelName,
-    SloName,
-    instance_changes,
-)
+from biscale_env.cli.comparison_options import RayAddress
+from biscale_env.cli.instance_options import describes_instance
 from biscale_env.cli.trace_options import reads_trace
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import write_whole
 
 if TYPE_CHECKING:
     from biscale_env.envs.cluster.cluster_settings import ClusterSettings
+    from biscale_env.jobs.workers import Workers
     from biscale_env.traces import Trace
-    from biscale_env.traces.reading_options import ReadingOptions
+    from biscale_env.traces.reading.reading_options import ReadingOptions
     from controllers.placement.ilp import CapacityTable, Plan
 
 # a generated workload only gives the shape: loads are made by choosing and superposing its requests
@@ -38,24 +29,17 @@ def register(app: typer.Typer) -> None:
 
 
 @reads_trace
+@describes_instance("slo", "gpu", "llm", "model", "ep", "dtype", "idle", "prefix_cache")
 def place(
     *,
     rate: Annotated[float, typer.Option(help="Load to serve, requests/s.")],
     gpus: Annotated[int, typer.Option(help="GPUs of the cluster.")] = 16,
-    slo: SloName = None,
     trace: Annotated[
         str | None,
         typer.Option(
             help="Trace file or name; default: the generated workload gamma-sharegpt-like."
         ),
     ] = None,
-    ep: EpDegree = None,
-    dtype: DtypeName = None,
-    gpu: GpuName = None,
-    llm: LlmName = None,
-    model: ModelName = None,
-    instance: InstanceFile = None,
-    idle: IdlePower = None,
     alpha: Annotated[
         float, typer.Option(help="Headroom of BiScale's placement over the load.")
     ] = 0.1,
@@ -65,8 +49,10 @@ def place(
     table: Annotated[bool, typer.Option("--table", help="Print the capacity table too.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write BiScale's placement as YAML.")] = None,
     jobs: Annotated[
-        int | None, typer.Option(help="Processes for the capacity table. [default: all cores]")
+        int | None, typer.Option(help="Processes for the capacity table; default: all cores.")
     ] = None,
+    ray: RayAddress = None,
+    instance: dict[str, Any],
     reading: "ReadingOptions",
 ) -> None:
     """Choose instances, TP and base clocks for a load.
@@ -76,19 +62,18 @@ def place(
     from controllers.placement.ilp import biscale_plan, check_request, distserve_plan
 
     check_request(rate, gpus, alpha)
-    if jobs is not None and jobs < 1:
-        raise BiscaleError(f"--jobs must be at least 1, got {jobs}")
+    from biscale_env.jobs.workers import Workers
+
+    workers = Workers.of(jobs, ray)
     from biscale_env.config import load_slo
     from biscale_env.envs.cluster.cluster_settings import ClusterSettings
+    from biscale_env.envs.loads.prefix_hits import with_cache
 
-    given = instance_changes(
-        instance, gpu=gpu, llm=llm, model=model, slo=slo, ep=ep, dtype=dtype, idle=idle
-    )
     own = {"tp", "max_seqs"}  # chosen by the placement, and given per phase
-    settings = ClusterSettings.of(gpus=gpus, **{k: v for k, v in given.items() if k not in own})
+    settings = ClusterSettings.of(gpus=gpus, **{k: v for k, v in instance.items() if k not in own})
     load_slo(settings.slo)
-    workload = _workload(trace, rate, window, reading)
-    capacities = _table(settings, workload, jobs or os.cpu_count() or 1)
+    workload = with_cache(settings.prefix_cache, _workload(trace, rate, window, reading))
+    capacities = _table(settings, workload, workers)
     if table:
         _print_table(capacities)
     plans = [distserve_plan(capacities, rate, gpus), biscale_plan(capacities, rate, gpus, alpha)]
@@ -129,18 +114,12 @@ def _workload(
     return piece
 
 
-def _table(settings: "ClusterSettings", workload: "Trace", jobs: int) -> "CapacityTable":
-    from rich.progress import Progress
-
+def _table(settings: "ClusterSettings", workload: "Trace", workers: "Workers") -> "CapacityTable":
+    from biscale_env.jobs.progress import JobProgress
     from controllers.placement.capacity_table import TableRequest, capacity_table
 
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("capacity table", total=None)
-
-        def report(done: int, total: int) -> None:
-            progress.update(bar, completed=done, total=total)
-
-        return capacity_table(TableRequest(settings), workload, jobs, report)
+    with JobProgress("entries of the capacity table", transient=True) as progress:
+        return capacity_table(TableRequest(settings), workload, workers, progress.tell)
 
 
 def _print_table(capacities: "CapacityTable") -> None:

@@ -1,44 +1,31 @@
 """`biscale predict`: latency, power and energy of iterations and of one GEMM."""
 
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from biscale_env.cli.instance_options import (
-    EpDegree,
-    GpuName,
-    InstanceFile,
-    LlmName,
-    ModelName,
-    instance_changes,
-)
+from biscale_env.cli.instance_options import describes_instance
 
 if TYPE_CHECKING:
     from biscale_env.config import InstanceSpec
     from biscale_env.models import IterationModel
     from biscale_env.models.predict import Prediction
 
-Tp = Annotated[
-    int | None, typer.Option(help="GPUs of the instance (tensor parallel). [default: 4]")
-]
-Dtype = Annotated[
-    str | None, typer.Option(help="bf16, or fp8 for weights and KV cache. [default: bf16]")
-]
 Clock = Annotated[
-    float | None, typer.Option(help="Requested SM clock, MHz. [default: the GPU's highest]")
+    float | None, typer.Option(help="Requested SM clock, MHz; default: the GPU's highest.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
-def _model(
-    phase: str, file: Path | None, **options: str | int | None
-) -> tuple["IterationModel", "InstanceSpec"]:
+OF_AN_INSTANCE = ("gpu", "llm", "model", "tp", "ep", "dtype")
+
+
+def _model(phase: str, given: dict[str, Any]) -> tuple["IterationModel", "InstanceSpec"]:
     from biscale_env.config import InstanceSpec
     from biscale_env.models import instance_model
 
-    instance = InstanceSpec.of(**instance_changes(file, **options))
+    instance = InstanceSpec.of(**given)
     return instance_model(phase, instance), instance
 
 
@@ -72,6 +59,7 @@ def _show(p: "Prediction", as_json: bool) -> None:
     typer.echo(json.dumps(p.as_dict(), indent=2) if as_json else _text(p))
 
 
+@describes_instance(*OF_AN_INSTANCE)
 def prefill(
     *,
     tokens: Annotated[int, typer.Option(help="New prompt tokens of all requests.")],
@@ -79,36 +67,21 @@ def prefill(
     prefix: Annotated[int, typer.Option(help="Tokens per prompt that are cached already.")] = 0,
     budget: Annotated[
         int | None,
-        typer.Option("--token-budget", min=1, help="New tokens per batch. [default: 2048]"),
+        typer.Option("--token-budget", min=1, help="New tokens per batch; default: 2048."),
     ] = None,
     one_batch: Annotated[
         bool, typer.Option("--one-batch", help="All tokens in one batch, whatever the budget.")
     ] = False,
-    tp: Tp = None,
-    ep: EpDegree = None,
-    dtype: Dtype = None,
     clock: Clock = None,
-    gpu: GpuName = None,
-    llm: LlmName = None,
-    model: ModelName = None,
-    instance: InstanceFile = None,
     as_json: Json = False,
+    instance: dict[str, Any],
 ) -> None:
     """Predict prompts as the engine runs them: in batches of its token budget."""
     from biscale_env.models.predict import check_prefill, predict, predict_prefill
     from biscale_env.sim.prefill_plan import equal_prompts, prefill_batches
 
-    fitted, spec = _model(
-        "prefill",
-        instance,
-        gpu=gpu,
-        llm=llm,
-        model=model,
-        tp=tp,
-        ep=ep,
-        dtype=dtype,
-        token_budget=budget,
-    )
+    limit = {} if budget is None else {"token_budget": budget}
+    fitted, spec = _model("prefill", instance | limit)
     freq = _clock(fitted, clock)
     if one_batch:
         _show(predict_prefill(fitted, tokens, requests, prefix, freq), as_json)
@@ -119,24 +92,19 @@ def prefill(
     _show(predict(fitted, works, freq), as_json)
 
 
+@describes_instance(*OF_AN_INSTANCE)
 def decode(
     *,
     batch: Annotated[int, typer.Option(help="Running requests.")],
     context: Annotated[int, typer.Option(help="KV-cache tokens per request.")] = 1024,
-    tp: Tp = None,
-    ep: EpDegree = None,
-    dtype: Dtype = None,
     clock: Clock = None,
-    gpu: GpuName = None,
-    llm: LlmName = None,
-    model: ModelName = None,
-    instance: InstanceFile = None,
     as_json: Json = False,
+    instance: dict[str, Any],
 ) -> None:
     """Predict one decode iteration."""
     from biscale_env.models.predict import predict_decode
 
-    fitted, _ = _model("decode", instance, gpu=gpu, llm=llm, model=model, tp=tp, ep=ep, dtype=dtype)
+    fitted, _ = _model("decode", instance)
     _show(predict_decode(fitted, batch, context, _clock(fitted, clock)), as_json)
 
 

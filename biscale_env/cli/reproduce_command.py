@@ -1,22 +1,30 @@
 """``biscale reproduce``: the published headline experiment, and a whole day of a cluster."""
 
-import os
+import itertools
+import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from biscale_env.cli.instance_options import EpDegree, GpuName, IdlePower, LlmName, ModelName
+from biscale_env.cli.comparison_options import RayAddress
+from biscale_env.cli.instance_options import describes_instance
 from biscale_env.cli.trace_options import reads_trace
 from biscale_env.core.errors import BiscaleError
 from biscale_env.reproduce.day_defaults import DAY_ALPHA, DAY_RPS
 
 if TYPE_CHECKING:
+    from biscale_env.jobs.workers import Workers
+    from biscale_env.reproduce.cells import CellsPlan
+    from biscale_env.reproduce.day import DayPlan
     from biscale_env.reproduce.paper import PaperExperiment
     from biscale_env.traces import Trace
-    from biscale_env.traces.reading_options import ReadingOptions
+    from biscale_env.traces.reading.reading_options import ReadingOptions
 
+DaysAndTotals = tuple[Mapping[str, Sequence[Mapping[str, Any]]], Mapping[str, Mapping[str, float]]]
+OF_AN_INSTANCE = ("gpu", "llm", "model", "ep", "idle", "prefix_cache")
 commands = typer.Typer(help="Reproduce published experiments.", no_args_is_help=True)
 
 
@@ -27,6 +35,7 @@ def register(app: typer.Typer) -> None:
 
 @commands.command("paper")
 @reads_trace
+@describes_instance(*OF_AN_INSTANCE, with_file=False)
 def paper(
     *,
     quick: Annotated[
@@ -34,57 +43,46 @@ def paper(
     ] = False,
     config: Annotated[
         str | None,
-        typer.Option(help="Experiment (configs/reproductions) or a YAML file. [default: paper]"),
+        typer.Option(help="Experiment (configs/reproductions) or a YAML file; default: paper."),
     ] = None,
     trace: Annotated[
         str | None,
-        typer.Option(help="Trace file or name behind workload B. [default: the experiment's]"),
+        typer.Option(help="Trace file or name behind workload B; default: the experiment's."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for paper.md, figures and rows. [default: runs/paper]"),
+        typer.Option(help="Folder for paper.md, figures and rows; default: runs/paper."),
     ] = None,
     members: Annotated[
-        int | None, typer.Option(help="Members of the model ensemble. [default: the experiment's]")
+        int | None, typer.Option(help="Members of the model ensemble; default: the experiment's.")
     ] = None,
-    gpu: GpuName = None,
-    llm: LlmName = None,
-    model: ModelName = None,
-    ep: EpDegree = None,
-    idle: IdlePower = None,
-    jobs: Annotated[int | None, typer.Option(help="Processes. [default: all cores]")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes; default: all cores.")] = None,
+    ray: RayAddress = None,
+    instance: dict[str, Any],
     reading: "ReadingOptions",
 ) -> None:
     """BiScale's headline experiment.
 
     DistServe, PlaceOnly, BiScale and rivals on 16 GPUs, the paper's range beside ours.
     """
-    from rich.progress import Progress
-
     from biscale_env.config.loader import validate
+    from biscale_env.jobs.progress import JobProgress
+    from biscale_env.jobs.workers import Workers
     from biscale_env.reproduce.paper import PaperExperiment, arrivals_of, load_paper
     from biscale_env.reproduce.paper_jobs import run_experiment
     from biscale_env.reproduce.paper_report import write_report
 
-    if jobs is not None and jobs < 1:
-        raise BiscaleError(f"--jobs must be at least 1, got {jobs}")
+    workers = Workers.of(jobs, ray)
     if members is not None and members < 0:
         raise BiscaleError(f"--members must not be negative, got {members}")
     experiment = load_paper(config or ("paper-quick" if quick else "paper"))
-    named = {"gpu": gpu, "llm": llm, "model": model, "ep": ep, "idle": idle}
-    given = {"members": members, **named}
-    changes = {key: value for key, value in given.items() if value is not None}
+    changes = instance if members is None else {"members": members, **instance}
     experiment = validate(experiment.model_dump() | changes, PaperExperiment, "reproduce paper")
     arrivals, about = arrivals_of(experiment, trace, reading)
     _check_length(experiment, arrivals)
     started = time.perf_counter()
-    with Progress() as progress:
-        bar = progress.add_task("operating points x plants")
-
-        def tell(done: int, total: int) -> None:
-            progress.update(bar, completed=done, total=total)
-
-        frame = run_experiment(experiment, arrivals, jobs or os.cpu_count() or 1, tell)
+    with JobProgress("operating points x plants") as progress:
+        frame = run_experiment(experiment, arrivals, workers, progress.tell)
     page = write_report(frame, experiment, about, out or Path("runs") / "paper")
     typer.echo(f"written: {page} ({(time.perf_counter() - started) / 60:.1f} min)")
 
@@ -107,6 +105,7 @@ def _check_length(experiment: "PaperExperiment", arrivals: "Trace") -> None:
 
 
 @commands.command("day")
+@describes_instance(*OF_AN_INSTANCE, with_file=False)
 def day(
     *,
     hours: Annotated[float, typer.Option(help="How long.")] = 24.0,
@@ -120,44 +119,48 @@ def day(
     alpha: Annotated[
         float, typer.Option(help="Headroom of tier 1 over the load of the window before.")
     ] = DAY_ALPHA,
-    gpu: GpuName = None,
-    llm: LlmName = None,
-    model: ModelName = None,
-    ep: EpDegree = None,
-    idle: IdlePower = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for day.md and its figure. [default: runs/day]")
+        Path | None, typer.Option(help="Folder for day.md and its figure; default: runs/day.")
     ] = None,
+    cells: Annotated[
+        int,
+        typer.Option(help="Clusters of --gpus each behind a front router; --rate is of each."),
+    ] = 1,
+    front: Annotated[
+        str, typer.Option(help="Front router: random or round_robin over the cells.")
+    ] = "random",
+    jobs: Annotated[
+        int | None, typer.Option(help="Processes for cells; default: all cores.")
+    ] = None,
+    ray: RayAddress = None,
+    instance: dict[str, Any],
 ) -> None:
     """A day of a cluster, streamed.
 
     DistServe, tier 1 alone, and both tiers (EcoFreq and slack inside), planned every 5 min.
     """
-    from rich.progress import Progress
+    from biscale_env.jobs.workers import Workers
+    from biscale_env.reproduce.cells import CellsPlan
+    from biscale_env.reproduce.day import WINDOW_S, DayPlan
+    from biscale_env.reproduce.day_report import about_cells, about_day, write_day
 
-    from biscale_env.reproduce.day import WINDOW_S, DayPlan, run_days
-    from biscale_env.reproduce.day_report import about_day, write_day
-
+    workers = Workers.of(jobs, ray)
+    if cells == 1 and (jobs is not None or ray is not None):
+        raise BiscaleError("--jobs and --ray run groups of cells at once: give --cells")
     count = round(hours * 3600 / WINDOW_S)
     if not 0 < hours <= 24 * 366 or count < 1:
         raise BiscaleError(
             f"--hours must be at least one window of 5 min and at most a year, got {hours:g}"
         )
-    named = {"gpu": gpu, "llm": llm, "model": model, "ep": ep, "idle": idle}
-    settings: dict[str, Any] = {k: v for k, v in named.items() if v is not None}
-    settings |= {"gpus": gpus, "dtype": dtype, "slo": slo}
-    plan = DayPlan(settings, rate, count * WINDOW_S, lengths, alpha)
-    days, totals = {}, {}
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("windows of 5 min", total=3 * (count + 1))
-        for title, result in run_days(plan, lambda _: progress.advance(bar)):
-            days[title] = result.windows
-            totals[title] = {
-                **result.totals(),
-                "seconds": result.seconds,
-                "memory_mb": result.memory_mb,
-            }
-    about = about_day(plan, next(iter(totals.values()))["requests"])
+    settings = instance | {"gpus": gpus, "dtype": dtype, "slo": slo}
+    plan = CellsPlan(DayPlan(settings, rate, count * WINDOW_S, lengths, alpha), cells, front)
+    started = time.perf_counter()
+    days, totals = _one_cell(plan.day) if cells == 1 else _many_cells(plan, workers)
+    requests = next(iter(totals.values()))["requests"]
+    about = about_day(plan.day, requests)
+    if cells > 1:
+        took_s = time.perf_counter() - started
+        about = about_cells(plan, requests, workers, took_s)
     page = write_day(days, totals, about, out or Path("runs") / "day")
     for title, t in totals.items():
         typer.echo(
@@ -165,4 +168,98 @@ def day(
             f"TTFT met {100 * t['attainment_ttft']:.2f} %, "
             f"TPOT met {100 * t['attainment_tpot']:.2f} %, {t['seconds']:.0f} s"
         )
+    typer.echo("prefix cache: off, since the requests of a day are made without shared prompts")
     typer.echo(f"written: {page}")
+
+
+def _one_cell(plan: "DayPlan") -> DaysAndTotals:
+    """Windows and totals by system."""
+    from biscale_env.jobs.progress import JobProgress
+    from biscale_env.reproduce.day import WINDOW_S, run_days
+
+    days, totals = {}, {}
+    steps, done = 3 * (round(plan.duration_s / WINDOW_S) + 1), itertools.count(1)
+    with JobProgress("windows of 5 min", steps, transient=True) as progress:
+        for title, result in run_days(plan, lambda _: progress.tell(next(done))):
+            days[title], totals[title] = result.windows, result.figures()
+    return days, totals
+
+
+def _many_cells(plan: "CellsPlan", workers: "Workers") -> DaysAndTotals:
+    """The same of many cells; the bar follows files that the workers let grow."""
+    import tempfile
+
+    from biscale_env.jobs.progress import JobProgress
+    from biscale_env.reproduce.cells import groups_of, run_cells
+    from biscale_env.reproduce.day import WINDOW_S
+
+    windows = round(plan.day.duration_s / WINDOW_S)
+    steps, groups_done = len(groups_of(plan.cells, workers)) * windows, itertools.count(1)
+    bar = JobProgress("windows of 5 min", steps, transient=True)
+    with tempfile.TemporaryDirectory() as name, bar as progress:
+        marks = Path(name) if workers.ray is None else None
+        done = threading.Event()
+
+        def follow() -> None:
+            while marks is not None and not done.wait(1.0):
+                progress.tell(sum(p.stat().st_size for p in marks.iterdir()))
+
+        def note() -> None:
+            if marks is None:
+                progress.tell(windows * next(groups_done))
+
+        follower = threading.Thread(target=follow, daemon=True)
+        follower.start()
+        try:
+            found, changes = run_cells(plan, workers, marks, note)
+        finally:
+            done.set()
+            follower.join()
+    days = {title: day.windows for title, day in found.items()}
+    return days, {t: day.figures() | {"changes": float(changes[t])} for t, day in found.items()}
+
+
+@commands.command("coarse")
+def coarse(
+    *,
+    agent: Annotated[
+        str, typer.Option(help="The learned policy: agent, a run of biscale train cluster, .npz.")
+    ] = "agent",
+    config: Annotated[
+        str | None, typer.Option(help="Config of the training: cluster, windows, its days.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for coarse.md and coarse.csv; default: runs/coarse."),
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes; default: all cores.")] = None,
+    ray: RayAddress = None,
+) -> None:
+    """The learned coarse policy beside BiScale's tier 1, on days that neither has seen."""
+    from agents.coarse.coarse_config import load_coarse_config
+    from biscale_env.core.files import write_whole
+    from biscale_env.jobs.progress import JobProgress
+    from biscale_env.jobs.workers import Workers
+    from biscale_env.reproduce.coarse import (
+        SPLITS,
+        coarse_markdown,
+        compare_coarse,
+        tuned_alpha,
+    )
+    from controllers.placement.coarse_rules import ALPHAS
+
+    mine, workers = load_coarse_config(config), Workers.of(jobs, ray)
+    folder = out or Path("runs") / "coarse"
+    folder.mkdir(parents=True, exist_ok=True)
+    alpha, _ = tuned_alpha(mine, workers, typer.echo)
+    less = max((a for a in ALPHAS if a < alpha), default=alpha)  # the frontier's next point
+    policies = list(dict.fromkeys([f"ilp:{less:g}", f"ilp:{alpha:g}", agent]))
+    steps = len(policies) * sum(len(split.services) * len(split.days) for split in SPLITS)
+    with JobProgress("days under a policy", steps, transient=True) as progress:
+        frame = compare_coarse(mine, policies, workers, lambda done, _: progress.tell(done), SPLITS)
+    required = mine.make_env().plant.slo.attainment
+    table = coarse_markdown(frame, f"ilp:{alpha:g}", required)
+    write_whole(folder / "coarse.csv", frame.to_csv(index=False))
+    write_whole(folder / "coarse.md", table + "\n")
+    typer.echo(table)
+    typer.echo(f"written: {folder / 'coarse.md'}")

@@ -1,7 +1,5 @@
 """The options of reading a trace, the same in every command that takes one."""
 
-import functools
-import inspect
 import logging
 import os
 import sys
@@ -11,8 +9,10 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from biscale_env.cli.added_options import with_options
+
 if TYPE_CHECKING:
-    from biscale_env.traces.reading_options import ReadingOptions
+    from biscale_env.traces.reading.reading_options import ReadingOptions
 
 PANEL: Final = "How the trace is read"
 LOGGER: Final = "biscale_env.traces"
@@ -27,7 +27,9 @@ _TEXTS: Final = {
     "time_column": ("--time-column", "Column of the arrival time, where it is not recognised."),
     "prompt_column": ("--prompt-column", "Column of the prompt length."),
     "output_column": ("--output-column", "Column of the output length."),
+    "class_column": ("--class-column", "Column of SLO classes; default: slo_class, if there."),
     "time_unit": ("--time-unit", "Unit of a numeric time: s, ms, us or ns."),
+    "block_tokens": ("--block-tokens", "Tokens of a block of hash_ids, if not as recognised."),
     "start": ("--from", "Use requests from here on: 600, 15min, 2h, 1d, or a date."),
     "stop": ("--to", "Use requests before this, written as for --from."),
 }
@@ -41,38 +43,23 @@ def reads_trace(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of reading a trace.
 
     The command has a parameter ``reading``, which the user does not see: it receives
-    :class:`~biscale_env.traces.reading_options.ReadingOptions`. What was recognised in a file is
-    told on stdout, or on stderr where the output is for a program (``--json``).
+    :class:`~biscale_env.traces.reading.reading_options.ReadingOptions`. What was recognised in a
+    file is told on stdout, or on stderr where the output is for a program (``--json``).
     """
 
-    @functools.wraps(command)
-    def with_reading(**given: Any) -> None:
+    def call(mine: dict[str, Any], given: dict[str, Any]) -> None:
         from biscale_env.config.loader import validate
-        from biscale_env.traces.reading_options import ReadingOptions
+        from biscale_env.traces.reading.reading_options import ReadingOptions
 
-        mine = {name: given.pop(name) for name in (*_TEXTS, *_FLAGS)}
         reading = validate(mine, ReadingOptions, "options of the trace")
         # what another program reads on stdout stays clean
         machine = given.get("as_json") or given.get("as_profile")
         with told_on(sys.stderr if machine else sys.stdout):
             command(**given, **{READING: reading})
 
-    own = [p for p in inspect.signature(command).parameters.values() if p.name != READING]
-    texts: dict[str, Any] = {
-        name: Annotated[str | None, _option(*words)] for name, words in _TEXTS.items()
-    }
-    flags: dict[str, Any] = {
-        name: Annotated[bool, _option(*words)] for name, words in _FLAGS.items()
-    }
-    added = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-        for kinds, default in ((texts, None), (flags, False))
-        for name, kind in kinds.items()
-    ]
-    with_reading.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
-    hints = {name: hint for name, hint in command.__annotations__.items() if name != READING}
-    with_reading.__annotations__ = {**hints, **texts, **flags}
-    return with_reading
+    texts = {name: (Annotated[str | None, _option(*words)], None) for name, words in _TEXTS.items()}
+    flags = {name: (Annotated[bool, _option(*words)], False) for name, words in _FLAGS.items()}
+    return with_options(command, READING, {**texts, **flags}, call)
 
 
 class _Telling(logging.Handler):

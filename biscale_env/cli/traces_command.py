@@ -13,7 +13,7 @@ from biscale_env.core.errors import BiscaleError
 if TYPE_CHECKING:
     from biscale_env.config.loader import Config
     from biscale_env.traces import TraceStatistics
-    from biscale_env.traces.reading_options import ReadingOptions
+    from biscale_env.traces.reading.reading_options import ReadingOptions
 
 group = typer.Typer(no_args_is_help=True, help="Request traces: list, fetch, describe, generate.")
 

@@ -3,24 +3,18 @@
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
-from biscale_env.cli.instance_options import (
-    EpDegree,
-    GpuName,
-    IdlePower,
-    InstanceFile,
-    LlmName,
-    ModelName,
-    TpDegree,
-    instance_changes,
-)
+from biscale_env.cli.comparison_options import RayAddress
+from biscale_env.cli.instance_options import describes_instance
+from biscale_env.cli.trace_options import told_on
 from biscale_env.core.errors import BiscaleError
 
-if TYPE_CHECKING:
-    from agents.training.train_config import AgentConfig
+SeedsAtOnce = Annotated[
+    int, typer.Option("--jobs", help="Seeds or trials that are trained at once, a process each.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -39,11 +33,12 @@ def _need_rl() -> None:
         ) from None
 
 
+@describes_instance("gpu", "llm", "model", "tp", "ep", "idle", "prefix_cache")
 def train(
-    phase: Annotated[str, typer.Argument(help="prefill or decode")],
+    phase: Annotated[str, typer.Argument(help="prefill, decode or cluster (the coarse loop)")],
     *,
     algo: Annotated[
-        str | None, typer.Option(help="ppo, sac, tqc, dqn or recurrent_ppo. [default: ppo]")
+        str | None, typer.Option(help="ppo, sac, tqc, dqn or recurrent_ppo; default: ppo.")
     ] = None,
     config: Annotated[
         str | None, typer.Option(help="Config name or YAML file; default: the shipped one.")
@@ -52,81 +47,90 @@ def train(
     seed: Annotated[
         int | None, typer.Option(help="First training seed instead of the config's.")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Train this many seeds, one after the other.")] = 1,
-    gpu: GpuName = None,
-    llm: LlmName = None,
-    model: ModelName = None,
-    tp: TpDegree = None,
-    ep: EpDegree = None,
-    instance: InstanceFile = None,
-    idle: IdlePower = None,
+    seeds: Annotated[int, typer.Option(help="Train this many seeds.")] = 1,
     out: Annotated[
         Path | None, typer.Option(help="Directory; default: runs/train-<time>-<phase>-<algo>.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
+    jobs: SeedsAtOnce = 1,
+    ray: RayAddress = None,
+    instance: dict[str, Any],
 ) -> None:
     """Train an agent.
 
     Every seed has a directory of its own with config, checkpoints, TensorBoard log and evaluations.
     """
     _need_rl()
+    if phase == "cluster":
+        given = {"--algo": algo, "--steps": steps, "--seeds": None if seeds == 1 else seeds}
+        _train_cluster(config, seed, out, resume, jobs, ray, given | instance)
+        return
+    from agents.training.many_seeds import train_seed, train_seeds
     from agents.training.run import new_folder
-    from agents.training.train_config import AgentConfig, load_config
-    from biscale_env.config.loader import validate
+    from agents.training.train_config import load_config
+    from biscale_env.jobs.workers import Workers
     from biscale_env.models import instance_hardware
 
+    workers = Workers.of(None if ray is not None and jobs == 1 else jobs, ray)
     if seeds < 1:
         raise BiscaleError(f"--seeds must be at least 1, got {seeds}")
+    if seeds == 1 and (jobs > 1 or ray is not None):
+        raise BiscaleError("--jobs and --ray train several seeds at once: give --seeds")
     if resume and out is None:
         raise BiscaleError("--resume needs the directory of the run: give it with --out")
     base = load_config(config, phase, algo)
-    given = instance_changes(
-        instance,
-        gpu=gpu,
-        llm=llm,
-        model=model,
-        tp=tp,
-        ep=ep,
-        idle=idle,
-        total_timesteps=steps,
-        seed=seed,
-    )
-    base = validate(base.model_dump() | given, AgentConfig, "train")
+    own = {"total_timesteps": steps, "seed": seed}
+    given = instance | {key: value for key, value in own.items() if value is not None}
+    base = base.changed(**given)
     instance_hardware(base.instance)  # a wrong name is said before a directory is made
     named = f"train-{datetime.now():%Y%m%d-%H%M%S}-{phase}-{base.algo}"
     folder = out or new_folder(Path("runs") / named)
-    for k in range(seeds):
-        mine = base.model_copy(update={"seed": base.seed + k})
-        _train_one(mine, folder if seeds == 1 else folder / f"seed-{mine.seed}", resume)
+    with told_on(sys.stdout):
+        configs = [base.model_copy(update={"seed": base.seed + k}) for k in range(seeds)]
+        if seeds > 1 and not workers.alone:
+            train_seeds(configs, folder, resume, workers, print)
+            return
+        for mine in configs:
+            home = folder if seeds == 1 else folder / f"seed-{mine.seed}"
+            print(train_seed(mine, home, resume, print, progress=sys.stderr.isatty()))
 
 
-def _train_one(config: "AgentConfig", folder: Path, resume: bool) -> None:
-    from agents.training.run import CONFIG, claimed, set_up
-    from agents.training.run import train as learn
+def _train_cluster(
+    config: str | None,
+    seed: int | None,
+    out: Path | None,
+    resume: bool,
+    jobs: int,
+    ray: str | None,
+    others: dict[str, Any],
+) -> None:
+    """The coarse loop; what it is trained for stands in the config."""
+    from agents.coarse.coarse_config import load_coarse_config
+    from agents.coarse.coarse_run import train_coarse
+    from agents.training.run import new_folder
+    from biscale_env.jobs.workers import Workers
 
-    with claimed(folder):
-        run = set_up(config, folder, resume and (folder / CONFIG).is_file())
-        print(
-            f"{config.phase}, {config.algo}, seed {config.seed}: {config.total_timesteps} steps, "
-            f"{config.n_envs} sub-environments, directory {folder}"
+    given = sorted(name for name, value in others.items() if value is not None)
+    if given:
+        raise BiscaleError(
+            f"biscale train cluster takes no {given[0]}: write it into a copy of "
+            "configs/agents/cluster.yaml and give that with --config"
         )
-        metrics = learn(run, print, progress=sys.stderr.isatty())
-    print(f"{'held-out workloads':36s} {'energy ratio':>12s} {'attainment':>11s} {'target':>8s}")
-    for name, e, a, t in zip(
-        run.evaluate.names,
-        metrics.energy_ratio,
-        metrics.attainment,
-        run.evaluate.targets,
-        strict=True,
-    ):
-        print(f"{name:36s} {e:12.4f} {a:11.3%} {t:8.2%}{'' if a >= t else '   missed'}")
-    print(f"best policy: {folder / ('best.zip' if config.algo == 'recurrent_ppo' else 'best.npz')}")
+    if resume and out is None:
+        raise BiscaleError("--resume needs the directory of the run: give it with --out")
+    mine = load_coarse_config(config)
+    mine = mine if seed is None else mine.model_copy(update={"seed": seed})
+    workers = Workers.of(None if ray is not None and jobs == 1 else jobs, ray)
+    folder = out or new_folder(Path("runs") / f"train-{datetime.now():%Y%m%d-%H%M%S}-cluster")
+    with told_on(sys.stdout):
+        made = train_coarse(mine, folder, resume, workers, print)
+    print(f"price {made.price:g}; agent: {folder / 'best.npz'}")
 
 
 def tune(
     phase: Annotated[str, typer.Argument(help="prefill or decode")],
     algo: Annotated[
-        str | None, typer.Option(help="ppo, sac, tqc, dqn or recurrent_ppo. [default: ppo]")
+        str | None, typer.Option(help="ppo, sac, tqc, dqn or recurrent_ppo; default: ppo.")
     ] = None,
     config: Annotated[
         str | None, typer.Option(help="Config to start from; default: the shipped one.")
@@ -136,16 +140,22 @@ def tune(
     out: Annotated[
         Path, typer.Option(help="Directory; the study in it is stored and resumed.")
     ] = Path("runs/tune"),
+    jobs: SeedsAtOnce = 1,
+    ray: RayAddress = None,
 ) -> None:
     """Search hyper-parameters with Optuna.
 
-    The study is stored in <out>/study.db and the best config beside it.
+    The study is stored in <out>/study.db, with --jobs or --ray in <out>/study.journal, and the
+    best config beside it.
     """
     _need_rl()
+    from biscale_env.jobs.workers import Workers
+
+    workers = Workers.of(None if ray is not None and jobs == 1 else jobs, ray)
     from agents.training.study import run_study
     from agents.training.train_config import load_config
 
     if trials < 1 or steps < 1:
         raise BiscaleError("--trials and --steps must be at least 1")
-    best, path = run_study(load_config(config, phase, algo), trials, steps, out)
+    best, path = run_study(load_config(config, phase, algo), trials, steps, out, workers)
     print(f"best score {best:.4f}; config: {path}")

@@ -1,11 +1,14 @@
 """What the hardware commands share."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Final, Literal
 
 import typer
+
+from biscale_env.cli.added_options import with_options
+from biscale_env.cli.instance_options import GpuName, LlmName
 
 if TYPE_CHECKING:
     from biscale_env.config import InstanceSpec
@@ -38,8 +41,52 @@ TokenBudget = Annotated[
     int | None, typer.Option(help="New tokens per prefill batch; default 2048.")
 ]
 MaxSeqs = Annotated[int | None, typer.Option(help="Requests per batch; default 256.")]
+LookAhead = Annotated[
+    bool,
+    typer.Option(
+        help="Where the engine schedules asynchronously, decide for the begin of the iteration "
+        "that a record is about; --no-look-ahead: as if that were now."
+    ),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(help="Key of the engines.", envvar="OPENAI_API_KEY", show_envvar=True),
+]
+Slo = Annotated[str | None, typer.Option(help="SLO; default biscale.")]
+Delay = Annotated[
+    float | None, typer.Option(help="Expected actuation delay, s; default the model's.")
+]
 Phase = Annotated[str, typer.Option(help="prefill or decode.")]
-EXTRA = {"zmq": "pyzmq", "msgspec": "msgspec", "aiohttp": "aiohttp", "pynvml": "nvidia-ml-py"}
+Keys = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of this machine's keys (`biscale hw keys`); without it no address beyond "
+        "loopback."
+    ),
+]
+Means = Annotated[
+    Literal["lock", "cap"],
+    typer.Option(
+        help="How a clock is held: lock it, or cap the power where clocks may not be locked."
+    ),
+]
+_ENGINE_KINDS: Final[dict[str, Any]] = {
+    "gpu": GpuName,
+    "llm": LlmName,
+    "model": Model,
+    "tp": Tp,
+    "dtype": Dtype,
+    "token_budget": TokenBudget,
+    "max_seqs": MaxSeqs,
+}
+EXTRA = {
+    "zmq": "pyzmq",
+    "msgspec": "msgspec",
+    "aiohttp": "aiohttp",
+    "httpx_sse": "httpx-sse",
+    "httpx": "httpx",
+    "pynvml": "nvidia-ml-py",
+}
 
 
 def need_extra() -> None:
@@ -120,6 +167,29 @@ def instance_of(file: Path | None, **changes: object) -> "InstanceSpec":
 
     spec = InstanceSpec.from_yaml(file) if file else ENGINE_INSTANCE
     return spec.changed(**{key: value for key, value in changes.items() if value is not None})
+
+
+def describes_engine(
+    *names: str,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options that describe an engine's instance.
+
+    The command has a parameter ``instance``, which the user does not see: it receives what
+    :func:`instance_of` makes of them.
+
+    Args:
+        names: options beside the file: keys of ``_ENGINE_KINDS``.
+    """
+    options = {"instance": (Instance, None)} | {n: (_ENGINE_KINDS[n], None) for n in names}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def call(mine: dict[str, Any], given: dict[str, Any]) -> None:
+            file = mine.pop("instance")
+            command(**given, instance=instance_of(file, **mine))
+
+        return with_options(command, "instance", options, call)
+
+    return decorate
 
 
 def clock_bounds(

@@ -1,17 +1,25 @@
 """``biscale replay`` and ``biscale validate``."""
 
+from collections.abc import Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from biscale_env.cli.hw_options import (
+from biscale_env.cli.hw import replay_options as options
+from biscale_env.cli.hw.deployment_command import AtMachine, replay_deployment
+from biscale_env.cli.hw.hw_options import (
     SOCKETS,
+    ApiKey,
     Backend,
+    Delay,
     Dtype,
     Instance,
+    LookAhead,
     MaxSeqs,
+    Means,
     Model,
+    Slo,
     TokenBudget,
     Tp,
     instance_of,
@@ -28,7 +36,7 @@ if TYPE_CHECKING:
     from biscale_env.hardware.replay.closed_loop import ReplaySettings
     from biscale_env.hardware.replay.measured_run import MeasuredRun
     from biscale_env.traces import Trace
-    from biscale_env.traces.reading_options import ReadingOptions
+    from biscale_env.traces.reading.reading_options import ReadingOptions
 
 
 def register(app: typer.Typer) -> None:
@@ -40,44 +48,22 @@ def register(app: typer.Typer) -> None:
 @reads_trace
 def replay_command(
     *,
-    trace: Annotated[str, typer.Option(help="Trace: file or name.")],
-    decode: Annotated[
-        str, typer.Option(help="Address of the engine that streams (decode pool or router).")
-    ],
-    policy: Annotated[
-        list[str],
-        typer.Option(
-            help="biscale, mpc, slack, static:1200, agent, CHECKPOINT, module:Class, "
-            "recorded.parquet, or PHASE=POLICY; repeatable."
-        ),
-    ] = ["biscale"],  # noqa: B006 - typer copies it
-    prefill: Annotated[str | None, typer.Option(help="Address of the prefill engine.")] = None,
-    engine: Annotated[
-        str, typer.Option(help="vllm, sglang, dynamo or emulated: a label in the results.")
-    ] = "vllm",
+    trace: options.TraceName,
+    decode: options.DecodeUrl = None,
+    deployment: options.DeploymentOption = None,
+    at: AtMachine = None,
+    policy: options.Policies = ["biscale"],  # noqa: B006 - typer copies it
+    prefill: options.PrefillUrl = None,
+    engine: options.EngineLabel = "vllm",
     backend: Backend = "nvml",
-    gpus: Annotated[
-        list[str] | None,
-        typer.Option(help="GPUs per phase; default prefill=0-3 and decode=4-7 (with TP 4)."),
-    ] = None,
-    observe_only: Annotated[bool, typer.Option(help="Decide and log, set no clock.")] = False,
-    actuator: Annotated[
-        bool,
-        typer.Option(
-            help="Start an actuator; --no-actuator uses one that runs on these sockets already."
-        ),
-    ] = True,
-    sockets: Annotated[
-        Path, typer.Option(help="Folder of the sockets that the engine's hooks use.")
-    ] = SOCKETS,
-    out: Annotated[Path, typer.Option(help="Run directory to write.")] = Path("runs/replay"),
-    duration: Annotated[
-        float | None, typer.Option(help="Replay this many seconds of the trace.")
-    ] = None,
-    rate: Annotated[
-        float | None, typer.Option(help="Thin the trace to this mean rate, requests/s.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the thinning.")] = 0,
+    gpus: options.GpusOfPhases = None,
+    observe_only: options.ObserveOnly = False,
+    actuator: options.OwnActuator = True,
+    sockets: options.HookSockets = SOCKETS,
+    out: options.RunFolder = Path("runs/replay"),
+    duration: options.Duration = None,
+    rate: options.Rate = None,
+    seed: options.ThinningSeed = 0,
     instance: Instance = None,
     gpu: GpuName = None,
     llm: LlmName = None,
@@ -85,21 +71,17 @@ def replay_command(
     tp: Tp = None,
     ep: EpDegree = None,
     dtype: Dtype = None,
-    slo: Annotated[str | None, typer.Option(help="SLO; default biscale.")] = None,
+    slo: Slo = None,
     token_budget: TokenBudget = None,
     max_seqs: MaxSeqs = None,
-    delay: Annotated[
-        float | None, typer.Option(help="Expected actuation delay, s; default the model's.")
-    ] = None,
+    delay: Delay = None,
     lease: float = 1.5,
-    vocabulary: Annotated[int, typer.Option(help="Token ids are drawn below this.")] = 32_000,
-    stall: Annotated[
-        float, typer.Option(help="Seconds of silence after which the engine counts as gone.")
-    ] = 30.0,
-    wait: Annotated[
-        float,
-        typer.Option(help="Wait so many seconds at most for engines that are still starting."),
-    ] = 0.0,
+    vocabulary: options.Vocabulary = 32_000,
+    stall: options.Stall = 30.0,
+    api_key: ApiKey = None,
+    look_ahead: LookAhead = True,
+    means: Means = "lock",
+    wait: options.Wait = 0.0,
     reading: "ReadingOptions",
 ) -> None:
     """Replay a trace against a running engine while a policy controls the clocks.
@@ -107,6 +89,7 @@ def replay_command(
     Write a run directory.
     """
     need_hardware()
+    from biscale_env.core.errors import BiscaleError
     from biscale_env.hardware.replay import measured_run
     from biscale_env.hardware.replay.closed_loop import (
         ReplaySettings,
@@ -114,6 +97,13 @@ def replay_command(
         wait_for_engines,
     )
 
+    if deployment is not None:
+        load = measured_run.trace_to_replay(trace, duration, rate, seed, reading)
+        measured_run.must_be_free(out)
+        replay_deployment(deployment, at, load, out, (vocabulary, stall, wait), api_key)
+        return
+    if decode is None:
+        raise BiscaleError("nothing to replay against: give --decode URL or --deployment FILE")
     limits = {"tp": tp, "ep": ep, "dtype": dtype}
     limits |= {"token_budget": token_budget, "max_seqs": max_seqs}
     spec = instance_of(instance, gpu=gpu, llm=llm, model=model, slo=slo, **limits)
@@ -136,10 +126,13 @@ def replay_command(
         lease_s=lease,
         vocabulary=vocabulary,
         stall_s=stall,
+        api_key=api_key,
+        look_ahead=look_ahead,
+        means=means,
     )
     load = measured_run.trace_to_replay(trace, duration, rate, seed, reading)
     measured_run.must_be_free(out)
-    wait_for_engines([url for url in (prefill, decode) if url], wait)
+    wait_for_engines([url for url in (prefill, decode) if url], wait, api_key)
     done = _with_progress(settings, load, out)
     _tell(done)
     done.raise_trouble()
@@ -149,8 +142,8 @@ def _with_progress(settings: "ReplaySettings", trace: "Trace", out: Path) -> "Me
     """Replay under a progress bar."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from biscale_env.hardware.replay.client import RequestRecord
     from biscale_env.hardware.replay.measured_run import run_replay
+    from biscale_env.hardware.replay.request_record import RequestRecord
 
     columns = (
         TextColumn("replaying"),
@@ -178,8 +171,7 @@ def _tell(done: "MeasuredRun") -> None:
     from biscale_env.hardware.replay.closed_loop import INTERRUPTED
 
     console = Console()
-    if done.view is not None:
-        _tell_results(console, done)
+    _tell_results(console, done)
     for problem in done.outcome.problems:
         console.print(f"[yellow]{problem}[/]")
     if done.outcome.gone == INTERRUPTED:
@@ -189,7 +181,6 @@ def _tell(done: "MeasuredRun") -> None:
 def _tell_results(console: "Console", done: "MeasuredRun") -> None:
     from rich.table import Table
 
-    assert done.view is not None
     rows = done.view.results.to_dict("records")
     names = ("phase", "policy", "sent", "failed", "P50", "P99", "SLO attainment", "energy")
     table = Table(*names, "per output token", title=str(done.out))
@@ -203,29 +194,48 @@ def _tell_results(console: "Console", done: "MeasuredRun") -> None:
             _or_unknown(row[f"{metric}_p50_s"], "{:.1f} ms", 1e3),
             _or_unknown(row[f"{metric}_p99_s"], "{:.1f} ms", 1e3),
             _or_unknown(row["attainment"], "{:.2%}"),
-            f"{row['energy_j']:,.0f} J",
-            f"{row['energy_per_output_token_j']:.3f} J",
+            _or_unknown(row["energy_j"], "{:,.0f} J"),
+            _or_unknown(row["energy_per_output_token_j"], "{:.3f} J"),
         )
     console.print(table)
+    for text in _unknown_tpots(done):
+        console.print(f"[yellow]{text}[/]")
     for row in rows:
-        if row["phase"] == "decode" and row["unknown_tpot_requests"]:
-            count = f"{row['unknown_tpot_requests']} of {len(done.raw.requests)} streams"
-            console.print(
-                f"[yellow]{count} came in one piece: their TPOT is unknown and not judged; "
-                "something between engine and client buffers them[/]"
-            )
-    for row in rows:
-        told = (
-            f"{row['phase']}: record to command P99 {row['record_to_command_p99_s'] * 1e3:.2f} ms, "
-            f"clock seen after median {row['actuation_delay_median_s'] * 1e3:.0f} ms, "
-            f"records lost {row.get('records_lost', 0):.0f}"
+        console.print(_latencies(row), highlight=False)
+
+
+def _unknown_tpots(done: "MeasuredRun") -> list[str]:
+    """Why the TPOT of some streams is not known."""
+    requests = [r for r in done.raw.requests if not r.failed and r.output_tokens > 1]
+    counts = {
+        "came in one piece, something between engine and client buffers them": sum(
+            r.in_one_piece for r in requests
+        ),
+        "came without a count of tokens (`usage`)": sum(
+            r.uncounted and not r.in_one_piece for r in requests
+        ),
+    }
+    return [
+        f"{count} of {len(done.raw.requests)} streams {why}: their TPOT is unknown and not judged"
+        for why, count in counts.items()
+        if count
+    ]
+
+
+def _latencies(row: dict[Hashable, Any]) -> str:
+    """Latencies of the loop that controlled one phase."""
+    told = (
+        f"{row['phase']}: record to command P99 "
+        f"{_or_unknown(row['record_to_command_p99_s'], '{:.2f} ms', 1e3)}, clock seen after median "
+        f"{_or_unknown(row['actuation_delay_median_s'], '{:.0f} ms', 1e3)}, "
+        f"records lost {row.get('records_lost', 0):.0f}"
+    )
+    if row["hook_p50_s"] > 0:
+        told += (
+            f", hook {row['hook_p50_s'] * 1e6:.0f} us per iteration "
+            f"(P99 {row['hook_p99_s'] * 1e6:.0f} us)"
         )
-        if row["hook_p50_s"] > 0:
-            told += (
-                f", hook {row['hook_p50_s'] * 1e6:.0f} us per iteration "
-                f"(P99 {row['hook_p99_s'] * 1e6:.0f} us)"
-            )
-        console.print(told, highlight=False)
+    return told
 
 
 def _or_unknown(value: float, form: str, scale: float = 1.0) -> str:
@@ -243,11 +253,18 @@ def validate_command(
     from rich.table import Table
 
     from biscale_env.core.errors import BiscaleError
-    from biscale_env.hardware.replay.raw_log import read_raw
+    from biscale_env.hardware.deploy.deployed_raw import DeployedRaw, is_deployed, read_deployed
+    from biscale_env.hardware.deploy.deployed_validate import compare_deployed
+    from biscale_env.hardware.replay.raw_log import Raw, read_raw
     from biscale_env.hardware.replay.validate import compare
 
-    raw = read_raw(run / "raw")
-    rows = compare(raw)
+    raw: Raw | DeployedRaw
+    if is_deployed(run / "raw"):
+        raw = read_deployed(run / "raw")
+        rows = compare_deployed(raw)
+    else:
+        raw = read_raw(run / "raw")
+        rows = compare(raw)
     names = ("phase", "quantity", "measured", "simulated", "deviation", "within")
     table = Table(*names, title=f"simulation against {run}")
     for row in rows:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from biscale_env.cli.hw_options import need_hardware
+from biscale_env.cli.hw.hw_options import need_hardware
 
 if TYPE_CHECKING:
     from biscale_env.config import InstanceSpec

@@ -1,0 +1,1 @@
+"""Commands of GPUs and engines: ``biscale hw``, ``replay``, ``validate`` and ``profile``."""
