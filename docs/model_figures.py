@@ -5,19 +5,17 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-
-mpl.use("svg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from biscale_env.config import load_gpu
+from biscale_env.core.svg import save_svg, svg_axes
 from biscale_env.models.fit.gpu_evidence import KernelPoint, load_gpu_evidence
 from biscale_env.models.fit.gpu_fit import predict_kernels
 from biscale_env.models.fit.report import measured_servers
 from biscale_env.models.gpu_layer import load_layer
 
-mpl.rcParams |= {
-    "svg.hashsalt": "biscale",  # the same bytes every time
+STYLE = {
     "svg.fonttype": "none",
     "font.size": 9,
     "axes.spines.top": False,
@@ -38,6 +36,7 @@ COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c
 CLOCKS = np.arange(510.0, 1981.0, 15.0)
 
 
+@mpl.rc_context(STYLE)
 def draw(folder: Path) -> None:
     """Write every figure as SVG into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,13 +45,13 @@ def draw(folder: Path) -> None:
         ("servers", servers("h100-sxm")),
         ("servers-b200", servers("b200-sxm")),
     ):
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
-        plt.close(figure)
+        save_svg(figure, folder / f"{name}.svg", bbox_inches="tight")
 
 
-def kernels() -> plt.Figure:
+def kernels() -> Figure:
     """Measured GEMMs of each GPU: power above, time relative to the fastest below."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex="col", layout="constrained")
+    figure, axes = svg_axes(2, 2, (9, 6), sharex="col")
+    figure.set_layout_engine("constrained")
     for column, gpu in enumerate(("h100-sxm", "b200-sxm")):
         for color, (label, points) in zip(COLORS, shapes(gpu), strict=False):
             one_shape(gpu, points, label, color, axes[0, column], axes[1, column])
@@ -94,14 +93,13 @@ def one_shape(
               color=color)  # fmt: skip
 
 
-def servers(gpu: str) -> plt.Figure:
+def servers(gpu: str) -> Figure:
     """Measured servers: a pair of axes each."""
     found = list(measured_servers(gpu))
     columns = 4
     rows = -(-len(found) // columns)
-    figure, axes = plt.subplots(
-        2 * rows, columns, figsize=(11, 3.6 * rows), layout="constrained", squeeze=False
-    )
+    figure, axes = svg_axes(2 * rows, columns, (11, 3.6 * rows), squeeze=False)
+    figure.set_layout_engine("constrained")
     for ax in axes.flat:
         ax.set_visible(False)
     for k, (server, itl, watts) in enumerate(found):

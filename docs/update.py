@@ -1,31 +1,45 @@
-"""Regenerate what README.md and docs/ state, between their markers.
+"""Regenerate what docs/ states, between its markers, and the pictures of the README.
 
 Every block comes from the command that measures it.
 
-Usage: python docs/update.py [models] [bench] [bench-cluster] [observation] [compare=RUN_DIRECTORY]
-       [experiment:NAME=RUN_DIRECTORY ...] [agents=EVALUATION,EVALUATION]
+Usage: python docs/update.py [models] [bench] [bench-cluster] [observation] [envs] [readme]
+       [controllers]
+       [compare=RUN_DIRECTORY] [experiment:NAME=RUN_DIRECTORY ...] [agents=EVALUATION,EVALUATION]
        [curves:PHASE=TRAINING_DIRECTORY] [algorithms=DIRECTORY_OF_RUNS] [robustness=EVALUATION]
+       [leaderboard] [look-ahead] [paper=FOLDER_OF_A_REPRODUCTION]
 `make docs` runs the parts that need no long experiment.
 """
 
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import controller_pages
+import environment_pages
+import look_ahead
 import model_figures
 import pandas as pd
+import readme_figures
 
-from agents.training.curves import draw, learning_curves
+from agents.training.progress.curves import draw, learning_curves
 from biscale_env.contract import DECODE_SPEC, PREFILL_SPEC
-from biscale_env.evaluation.report.agent_table import HEAD, markdown, point_rows, summary
-from biscale_env.evaluation.report.fold_table import matrix_markdown, winners_markdown
+from biscale_env.core.markdown import markdown_table
+from biscale_env.evaluation.report.agent_table import markdown
+from biscale_env.evaluation.report.fold_table import (
+    matrix_markdown,
+    ranges_markdown,
+    winners_markdown,
+)
 from biscale_env.evaluation.report.robustness_table import robustness_markdown
 from biscale_env.evaluation.report.tables import summary_markdown
 from biscale_env.evaluation.runs.results import scenario_label
 from biscale_env.evaluation.runs.run_view import load_run
+from biscale_env.evaluation.suite.leaderboard import leaderboard_markdown
+from biscale_env.evaluation.suite.score_card import read_card
 from biscale_env.models.fit.report import frame_markdown, report_markdown, summary_frame
 from biscale_env.policies.checkpoint_source import shipped_seeds
 
@@ -45,7 +59,7 @@ def replace_block(path: Path, name: str, text: str) -> None:
 
 
 def models() -> None:
-    """The whole comparison into docs/models.md with its figures, the targets into the README."""
+    """The whole comparison into docs/models.md with its figures, the targets into evidence.md."""
     model_figures.draw(ROOT / "docs" / "models")
     head = (
         "# Model against measurement\n\nMade by `python docs/update.py models` from the committed"
@@ -58,25 +72,28 @@ def models() -> None:
     )
     (ROOT / "docs" / "models.md").write_text(head + figures + report_markdown())
     replace_block(
-        ROOT / "README.md",
+        ROOT / "docs" / "evidence.md",
         "models",
-        frame_markdown(summary_frame()) + "\n\n![power by clock](docs/models/kernels.svg)",
+        frame_markdown(summary_frame()) + "\n\n![power by clock](models/kernels.svg)",
     )
 
 
-def bench(target: str = "bench", page: str = "README.md", block: str = "bench") -> None:
+def bench(target: str = "bench", page: str = "docs/speed.md", block: str = "bench") -> None:
     """Speed of this machine, as ``make bench`` left it in ``runs/``."""
     subprocess.run(["make", target], cwd=ROOT, check=True)
     measured = json.loads((ROOT / "runs" / f"{target}.json").read_text())["benchmarks"]
     figures = [metric for one in measured for metric in one["extra_info"].get("metrics", [])]
-    lines = ["| what | measured | target | ratio |", "|---|---:|---:|---:|"]
-    for f in figures:
-        bound = "≤" if f["better"] == "lower" else "≥"
-        lines.append(
-            f"| {f['name']} | {f['value']:,.3g} {f['unit']} | {bound} {f['target']:,.3g} |"
-            f" {f['ratio']:.2f} |"
+    rows = [
+        (
+            f["name"],
+            f"{f['value']:,.3g} {f['unit']}",
+            f"{'≤' if f['better'] == 'lower' else '≥'} {f['target']:,.3g}",
+            f"{f['ratio']:.2f}",
         )
-    replace_block(ROOT / page, block, "\n".join(lines))
+        for f in figures
+    ]
+    table = markdown_table(("what", "measured", "target", "ratio"), rows)
+    replace_block(ROOT / page, block, table)
 
 
 def bench_cluster() -> None:
@@ -95,9 +112,25 @@ def observation() -> None:
     (ROOT / "docs" / "observation.md").write_text(text)
 
 
+def envs() -> None:
+    """A page per environment."""
+    environment_pages.write(ROOT / "docs" / "environments")
+
+
+def controllers() -> None:
+    """A page per controller, with its burst."""
+    controller_pages.write(ROOT / "docs" / "controllers")
+
+
+def readme() -> None:
+    """The two pictures of the README."""
+    readme_figures.draw(ROOT / "docs")
+
+
 def compare(folder: str) -> None:
     """The table of a plain `biscale compare`."""
-    replace_block(ROOT / "README.md", "compare", summary_markdown(load_run(folder).summary()))
+    page = ROOT / "docs" / "start" / "first-run.md"
+    replace_block(page, "compare", summary_markdown(load_run(folder).summary()))
 
 
 def cell(row: pd.Series) -> str:
@@ -120,12 +153,8 @@ def cell(row: pd.Series) -> str:
 
 def table(cells: pd.DataFrame, heads: list[str]) -> str:
     """Markdown of policies (index) by operating points (columns)."""
-    lines = ["| controller | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
-    lines += [
-        f"| {policy} | " + " | ".join(str(v) for v in row) + " |"
-        for policy, row in cells.fillna("").iterrows()
-    ]
-    return "\n".join(lines)
+    rows = [(policy, *row) for policy, row in cells.fillna("").iterrows()]
+    return markdown_table(["controller", *heads], rows)
 
 
 def bounds(results: pd.DataFrame, column: str) -> dict[str, str]:
@@ -200,32 +229,34 @@ def oracle_facts(results: pd.DataFrame, column: str) -> str:
     rows = results[results["policy"] == "oracle"]
     if rows.empty:
         return ""
-    lines = [
-        (
-            "| phase | point | workloads | plan above its bound, % (worst) | time of one workload,"
-            " s (worst) |"
-        ),
-        "|---|---|---:|---:|---:|",
-    ]
+    heads = (
+        "phase",
+        "point",
+        "workloads",
+        "plan above its bound, % (worst)",
+        "time of one workload, s (worst)",
+    )
+    cells = []
     for (phase, point), group in rows.groupby(["phase", column], sort=False):
         gap, seconds = 100 * group["oracle_gap"], group["oracle_seconds"]
-        lines.append(
-            f"| {phase} | {point} | {len(group)} | {gap.mean():.2f} ({gap.max():.2f}) |"
-            f" {seconds.mean():.1f} ({seconds.max():.1f}) |"
-        )
+        shown = [f"{x.mean():.{n}f} ({x.max():.{n}f})" for x, n in ((gap, 2), (seconds, 1))]
+        cells.append((phase, point, len(group), *shown))
     return (
         "\n## How good the optimum is\n\nPrefill: the plan is that of an exact programme on cells"
         " of time, so what lies between it and the bound is the cells and the multiplier (the"
         " duality gap). Decode: between the best plan of a search and the bound of a"
-        " relaxation.\n\n" + "\n".join(lines) + "\n"
+        " relaxation.\n\n" + markdown_table(heads, cells, "llr") + "\n"
     )
 
 
-def experiment(name: str, folder: str) -> None:
-    """An experiment: the whole table into docs/, a matrix of energy ratios into docs/results.md.
+HEADLINE = {
+    "prefill": ("static-hindsight", "mpc", "mpc-plus", "agent", "oracle"),
+    "decode": ("static-hindsight", "slack", "slack-plus", "agent", "oracle"),
+}
 
-    The matrix of `main` goes into the README too.
-    """
+
+def experiment(name: str, folder: str) -> None:
+    """An experiment: the whole table into docs/, a matrix of energy ratios into docs/results.md."""
     run = load_run(folder)
     summary, results = run.summary(), run.results.copy()
     equal = ("equal_", "static_ratio", "member_ratio")
@@ -262,8 +293,13 @@ def experiment(name: str, folder: str) -> None:
         + "\n"
         + oracle_facts(results, "point")
     )
+    if name == "main":
+        ranges = ranges_markdown(summary, HEADLINE)
+        replace_block(ROOT / "docs" / "results.md", "ranges", ranges)
+        table, figure = ROOT / "docs" / "experiment-main.csv", ROOT / "docs" / "readme"
+        readme_figures.energy(table, figure / "energy.svg")
     replace_block(
-        ROOT / ("README.md" if name == "main" else "docs/results.md"),
+        ROOT / "docs" / "results.md",
         name,
         matrix_markdown(summary) if name == "main" else matrix(summary, results, "point"),
     )
@@ -284,42 +320,15 @@ def both_ways(summary: pd.DataFrame) -> str:
     )
 
 
-IN_README = (
-    "scenario",
-    "load",
-    "max clock",
-    "best static (hindsight)",
-    "BiScale's own",
-    "agent",
-    "agent - own",
-    "agent - static",
-    "that hold",
-)
-
-
 def agents(folders: str) -> None:
-    """The table of learned agents, from the run directories of `biscale evaluate`.
-
-    Whole into docs/, the main columns into the README.
-    """
+    """The table of learned agents, from the run directories of `biscale evaluate`, into docs/."""
     runs = [load_run(folder) for folder in folders.split(",")]
     results = pd.concat([run.results for run in runs], ignore_index=True)
     windows = pd.concat([run.windows for run in runs], ignore_index=True)
-    shipped, parts = shipped_seeds(), []
     (ROOT / "docs" / "agents-table.md").write_text(
         "# Learned agents on workloads not used in training\n\nMade by the commands in"
-        " [agents.md](agents.md).\n\n" + markdown(results, windows, shipped)
+        " [agents.md](agents.md).\n\n" + markdown(results, windows, shipped_seeds())
     )
-    keep = [HEAD.index(name) for name in IN_README]
-    for phase in dict.fromkeys(results["phase"]):
-        whole = point_rows(results, windows, phase, shipped.get(phase))
-        rows = [[row[i] for i in keep] for row in whole]
-        lines = ["| " + " | ".join(IN_README) + " |", "|---|" + "---:|" * (len(IN_README) - 1)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-        parts.append(
-            f"**{phase}**\n\n" + "\n".join(lines) + f"\n\n{summary(results, windows, phase)}"
-        )
-    replace_block(ROOT / "README.md", "agents", "\n\n".join(parts))
 
 
 def curves(phase: str, folder: str) -> None:
@@ -336,13 +345,16 @@ def algorithms(folder: str) -> None:
 
     First and best held-out score, energy and lowest attainment at the best.
     """
-    lines = [
-        (
-            "| phase | algorithm | env steps | score untrained | best score | energy ratio | lowest"
-            " attainment |"
-        ),
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
+    heads = (
+        "phase",
+        "algorithm",
+        "env steps",
+        "score untrained",
+        "best score",
+        "energy ratio",
+        "lowest attainment",
+    )
+    rows = []
     for path in sorted(
         Path(folder).glob("*/evaluations.csv"),
         key=lambda p: (p.parent.name.split("-")[0] != "prefill", p.parent.name),
@@ -355,9 +367,9 @@ def algorithms(folder: str) -> None:
             best.filter(like="attainment:").min(),
         )
         first = frame["score"].iloc[0]
-        figures = f"{first:.4f} | {best['score']:.4f} | {energy:.4f} | {attained:.4f}"
-        lines.append(f"| {phase} | {name} | {int(frame['step'].max()):,} | {figures} |")
-    replace_block(ROOT / "docs" / "agents.md", "algorithms", "\n".join(lines))
+        figures = [f"{value:.4f}" for value in (first, best["score"], energy, attained)]
+        rows.append((phase, name, f"{int(frame['step'].max()):,}", *figures))
+    replace_block(ROOT / "docs" / "agents.md", "algorithms", markdown_table(heads, rows, "llr"))
 
 
 def robustness(folder: str) -> None:
@@ -367,9 +379,43 @@ def robustness(folder: str) -> None:
     replace_block(ROOT / "docs" / "agents.md", "robustness", table)
 
 
+def leaderboard() -> None:
+    """The leaderboard from the committed score cards."""
+    home = ROOT / "docs"
+    cards = [read_card(path) for path in sorted((home / "leaderboard").glob("*.json"))]
+    replace_block(home / "leaderboard.md", "leaderboard", leaderboard_markdown(cards))
+
+
+def paper(folder: str) -> None:
+    """docs/paper.md and its figures from ``reproduce paper --out FOLDER``.
+
+    What is explained by hand, between the markers of ``why``, stays.
+    """
+    page = ROOT / "docs" / "paper.md"
+    kept = re.search(r"<!-- begin:why -->.*?<!-- end:why -->", page.read_text(), re.DOTALL)
+    why = kept.group(0) if kept else "<!-- begin:why -->\n<!-- end:why -->"
+    opening, heading, rest = (Path(folder) / "paper.md").read_text().partition("\n## ")
+    page.write_text(f"{opening}\n{why}\n{heading}{rest}")
+    for made in (Path(folder) / "paper").iterdir():
+        if made.suffix in (".svg", ".csv"):
+            shutil.copy(made, ROOT / "docs" / "paper" / made.name)
+
+
+def look_ahead_table() -> None:
+    """What looking ahead is worth under asynchronous scheduling, into docs/hardware.md."""
+    replace_block(ROOT / "docs" / "hardware.md", "look-ahead", look_ahead.markdown())
+
+
 def main(arguments: list[str]) -> None:
     """Run the parts asked for; all but the long ones without arguments."""
-    for argument in arguments or ["models", "observation", "bench"]:
+    for argument in arguments or [
+        "models",
+        "observation",
+        "envs",
+        "controllers",
+        "readme",
+        "bench",
+    ]:
         part, _, folder = argument.partition("=")
         if part.startswith("experiment:"):
             experiment(part.partition(":")[2], folder)
@@ -381,6 +427,7 @@ def main(arguments: list[str]) -> None:
                 "agents": agents,
                 "algorithms": algorithms,
                 "robustness": robustness,
+                "paper": paper,
             }[part](folder)
         else:
             parts = {
@@ -388,6 +435,11 @@ def main(arguments: list[str]) -> None:
                 "bench": bench,
                 "bench-cluster": bench_cluster,
                 "observation": observation,
+                "envs": envs,
+                "controllers": controllers,
+                "readme": readme,
+                "leaderboard": leaderboard,
+                "look-ahead": look_ahead_table,
             }
             parts[part]()
 
