@@ -8,7 +8,7 @@ from meter import Meter, Metric
 
 from biscale_env.envs.batch import Batch, RequestTable
 from biscale_env.envs.plant import Plant, PlantSettings
-from biscale_env.evaluation.experiment.rollout import time_decisions
+from biscale_env.evaluation.rollouts.rollout import time_decisions
 from biscale_env.policies import resolve_policy
 from biscale_env.traces import generate
 
@@ -51,10 +51,10 @@ def test_decision(meter: Meter, phase: str, name: str, unit: str, target: float)
 def test_ppo_learns(meter: Meter) -> None:
     """Environment steps per second of CPU time with the shipped prefill configuration."""
     pytest.importorskip("stable_baselines3")
-    from agents.training.mixture import make_groups
     from agents.training.run import make_model
     from agents.training.train_config import load_config
-    from agents.training.training_env import AgentVecEnv
+    from agents.training.worlds.mixture import make_groups
+    from agents.training.worlds.training_env import AgentVecEnv
 
     config = load_config(None, "prefill")
     generated = tuple(

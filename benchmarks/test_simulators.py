@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from meter import Meter
 
-from biscale_env.envs.capacity import StaticRun, run_static
+from biscale_env.envs.loads.capacity import StaticRun, run_static
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.traces import Trace, generate
 

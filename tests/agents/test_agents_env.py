@@ -5,12 +5,12 @@ import pytest
 
 pytest.importorskip("stable_baselines3")
 
-from agents.policy.features import NAMES, FeatureMap, cheapest_mhz
-from agents.training.duals import Tally
-from agents.training.mixture import make_groups, targets
-from agents.training.reward import Spread
+from agents.policy.features import NAMES, FeatureMap, cheapest_mhz, plants_of
 from agents.training.train_config import AgentConfig
-from agents.training.training_env import AgentVecEnv
+from agents.training.worlds.duals import Tally
+from agents.training.worlds.mixture import make_groups, targets
+from agents.training.worlds.reward import Spread
+from agents.training.worlds.training_env import AgentVecEnv
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.batch import Batch, RequestTable
 from biscale_env.envs.plant import Plant, PlantSettings
@@ -204,9 +204,8 @@ def test_prefill_slack_feature_is_the_slack_that_then_happens():
     closed form.
     """
     plant, batch = plant_with("prefill", [1500], [0.5])
-    features = FeatureMap("prefill", plant.spec, plant.clocks)
-    coefs, cheapest = features.nominal_model(plant.model, [-1])
-    out, rule, lost = features(batch.obs, coefs, cheapest)
+    features = FeatureMap("prefill", plant.spec)
+    out, rule, lost = features(batch.obs, *plants_of(plant, "prefill", [-1]))
     levels = np.array(plant.clocks.levels_mhz)
     duration = plant.model.latency_s(1500, 1500**2 / 2, 0, 1, levels)
     assert np.allclose(out[0, :7], (0.6 - duration) / 0.6, atol=1e-4)
@@ -218,24 +217,24 @@ def test_prefill_slack_feature_is_the_slack_that_then_happens():
 
 def test_delay_costs_slack_and_a_hopeless_request_is_counted_lost():
     plant, batch = plant_with("prefill", [1500], [0.5])
-    features = FeatureMap("prefill", plant.spec, plant.clocks)
+    features = FeatureMap("prefill", plant.spec)
     batch.obs[0, plant.spec.index("freq_pending")] = 510 / 1980  # running at the lowest clock
     slacks = []
     for delay in (0.0, 0.05, 0.1):
         batch.obs[0, plant.spec.index("actuation_delay")] = delay / 0.1
-        slacks.append(features(batch.obs, *features.nominal_model(plant.model, [-1]))[0][0, 6])
+        slacks.append(features(batch.obs, *plants_of(plant, plant.phase, [-1]))[0][0, 6])
     assert slacks[0] > slacks[1] > slacks[2]
     plant, batch = plant_with("prefill", [30000], [0.5])
     batch.obs[0, plant.spec.index("batch_completing_0")] = 1 / 32
     batch.obs[0, plant.spec.index("batch_slack_0")] = -0.1
-    features = FeatureMap("prefill", plant.spec, plant.clocks)
-    assert features(batch.obs, *features.nominal_model(plant.model, [-1]))[2][0] >= 1.0
+    features = FeatureMap("prefill", plant.spec)
+    assert features(batch.obs, *plants_of(plant, plant.phase, [-1]))[2][0] >= 1.0
 
 
 def test_decode_time_features_are_the_models_latencies():
     plant, batch = plant_with("decode", [800] * 4, [0.1, 0.1, 0.1, 0.1])
-    features = FeatureMap("decode", plant.spec, plant.clocks)
-    out, rule, _ = features(batch.obs, *features.nominal_model(plant.model, [-1]))
+    features = FeatureMap("decode", plant.spec)
+    out, rule, _ = features(batch.obs, *plants_of(plant, plant.phase, [-1]))
     st = batch.states[0]
     expected = plant.model.latency_s(
         st["batch"], 0, st["cached"], st["batch"], np.array(plant.clocks.levels_mhz)
@@ -256,8 +255,8 @@ def test_features_are_finite_on_any_observation(phase):
     obs[:, spec.index("freq_current")], obs[:, spec.index("freq_pending")] = rng.uniform(
         0.3, 1, (2, 500)
     )
-    features = FeatureMap(phase, spec, plant.clocks)
-    out, rule, lost = features(obs, *features.nominal_model(plant.model, [-1]))
+    features = FeatureMap(phase, spec)
+    out, rule, lost = features(obs, *plants_of(plant, plant.phase, [-1]))
     assert np.isfinite(out).all()
     assert np.isfinite(rule).all()
     assert (lost >= 0).all()
@@ -267,7 +266,7 @@ def test_features_are_finite_on_any_observation(phase):
 
 def test_mistakes_are_one_sentence():
     with pytest.raises(BiscaleError, match="choose prefill or decode"):
-        FeatureMap("cluster", None, None)
+        FeatureMap("cluster", None)
     with pytest.raises(BiscaleError, match="optional traces"):
         make(mixture=[{"trace": "/nowhere/at-all.csv", "optional": True, "loads": [0.5]}])
     with pytest.raises(BiscaleError):

@@ -4,14 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from agents.training.curves import draw, learning_curves, spread
+from agents.training.progress.curves import draw, learning_curves, spread
 from biscale_env.config.loader import list_names, load_named
 from biscale_env.config.loader import validate as check
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.experiment import robustness
-from biscale_env.evaluation.experiment.scenarios import Scenario, load_scenario
 from biscale_env.evaluation.report import agent_table
 from biscale_env.evaluation.report.robustness_table import robustness_markdown
+from biscale_env.evaluation.rollouts.scenarios import Scenario, load_scenario
 
 
 def frame(agent, own=0.8, lost=5, max_lost=5, oracle=0.7, seeds=(0, 1), scenario="synthetic"):
@@ -74,6 +74,19 @@ def test_the_shipped_seed_stands_in_the_table_and_all_seeds_beside_it():
     assert everybody["agent"] == "0.765 (99.50)"
 
 
+def test_a_policy_of_another_name_has_the_table_of_an_agent():
+    """Same figures under its own heading; an agent that stands beside it is not mixed in."""
+    results = frame([0.75, 0.77])
+    plain = agent_table.markdown(results, windows(results), {"prefill": 1})
+    mine = results.assign(policy=results["policy"].replace("agent", "mine"))
+    beside = frame([0.4, 0.4])[lambda f: f["policy"] == "agent"]
+    both = pd.concat([mine, beside])
+    text = agent_table.markdown(both, windows(results), {"prefill": 1}, "mine")
+    assert text == plain.replace("| agent ", "| mine ")
+    for head in ("| mine |", "| mine - own |", "| mine - static |"):
+        assert head in text
+
+
 def test_a_missed_slo_is_struck_through_and_never_rounded_away():
     cells = point_cells(frame([0.75], lost=11, seeds=[0]))
     assert cells["agent"] == "~~0.755 (98.90?)~~"
@@ -99,7 +112,8 @@ def test_scores_are_between_max_clock_and_oracle_and_leave_out_what_max_clock_mi
 @pytest.mark.parametrize("name", list_names("robustness"))
 def test_shipped_conditions_are_scenarios(name):
     plan = load_named("robustness", name, robustness.Robustness)
-    assert list(plan.splits) == ["in distribution", "shifted", "unseen"]
+    kept_apart = ["in distribution", "shifted", "unseen", "another LLM", "another GPU"]
+    assert list(plan.splits) == kept_apart
     for condition in (c for part in plan.splits.values() for c in part):
         check(
             load_scenario(condition.scenario).model_dump() | condition.changes,
@@ -139,8 +153,11 @@ def test_learning_curves_show_the_spread_over_seeds(tmp_path):
     pytest.importorskip("matplotlib")
     draw({"prefill": curves}, tmp_path / "x.svg")
     assert (tmp_path / "x.svg").read_text().startswith("<?xml")
+    alone = learning_curves(tmp_path / "seed-2")
+    assert alone["score"].tolist() == [0.9, 0.6, 0.5]
+    assert set(alone["seed"]) == {0}
     with pytest.raises(BiscaleError, match="holds no seed-"):
-        learning_curves(tmp_path / "seed-0")
+        learning_curves(tmp_path / "nothing")
 
 
 def test_matrix_of_training_seeds_by_workloads():

@@ -12,8 +12,8 @@ from toy_hardware import TOY_GPU, TOY_LLM
 
 import agents
 from agents.policy.action_map import ActionMap
-from agents.policy.feature_parts import N_LEVELS, feature_clocks, spread_levels_mhz
-from agents.policy.features import NAMES, FeatureMap, feature_id
+from agents.policy.feature_parts import N_LEVELS, feature_plants, spread_levels_mhz
+from agents.policy.features import NAMES, FeatureMap, feature_id, nominal_plants
 from agents.policy.numpy_policy import Network, NumpyPolicy
 from biscale_env.contract import ClockRange
 from biscale_env.envs.plant import Plant, PlantSettings
@@ -69,8 +69,9 @@ def test_features_of_any_number_of_levels_are_those_at_the_spread_ones(phase, co
     plant, clocks = PLANTS[phase], with_levels(count)
     seven = dataclasses.replace(clocks, levels_mhz=tuple(spread_levels_mhz(clocks).tolist()))
     obs = observations(phase, seed=seed)
-    made = [FeatureMap(phase, plant.spec, c) for c in (clocks, seven)]
-    got, same = (f(obs, *f.nominal_model(plant.model, [-1])) for f in made)
+    made = FeatureMap(phase, plant.spec)
+    told = (nominal_plants(phase, plant.model, c, [-1], [None]) for c in (clocks, seven))
+    got, same = (made(obs, *nominal) for nominal in told)
     assert np.isfinite(got.features).all()
     for a, b in zip(got, same, strict=True):
         assert np.array_equal(a, b)
@@ -78,7 +79,7 @@ def test_features_of_any_number_of_levels_are_those_at_the_spread_ones(phase, co
 
 @pytest.mark.parametrize("count", range(2, 13))
 def test_the_record_of_the_kernels_has_a_fixed_number_of_levels(count):
-    record = feature_clocks(with_levels(count))
+    record = feature_plants(with_levels(count), [1.2], [None])
     assert record["levels_ghz"].shape == (1, N_LEVELS)
     assert float(record["levels_ghz"][0, -1]) == pytest.approx(1.98)
 

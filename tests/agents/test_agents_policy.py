@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from agents.policy.features import NAMES, feature_id, tighten
+from agents.policy.features import NAMES, FeatureMap, feature_id, tighten
 from agents.policy.numpy_policy import Network, NumpyPolicy, load_network
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.batch import Batch, RequestTable
@@ -123,11 +123,32 @@ def test_margin_makes_the_agent_faster_and_is_checked(plant):
     mean = [NumpyPolicy(flat, plant, margin=m).predict(obs)[0].mean() for m in (0.0, 0.5, 0.7)]
     assert mean[0] <= mean[1] < mean[2]
     assert NumpyPolicy(made, plant).margin == 0.0
-    with pytest.raises(BiscaleError, match="below 1 of the TTFT bound"):
+    tight = tighten(obs, plant.spec, 0.5)  # all that a margin does: there is no floor in prefill
+    np.testing.assert_array_equal(
+        NumpyPolicy(made, plant, margin=0.5).predict(obs)[0],
+        NumpyPolicy(made, plant).predict(tight)[0],
+    )
+    with pytest.raises(BiscaleError, match="below 1 of the bound"):
         NumpyPolicy(made, plant, margin=1.0)
-    other = Plant(PlantSettings.of("decode"))
-    with pytest.raises(BiscaleError, match="a margin is for prefill agents"):
-        NumpyPolicy(network("decode"), other, margin=0.1)
+
+
+def test_a_margin_in_decode_is_a_floor_under_the_networks_clock():
+    """The lowest clock whose next iteration takes at most (1 - m) of the bound; never less."""
+    plant = Plant(PlantSettings.of("decode"))
+    spec, rng = plant.spec, np.random.default_rng(0)
+    rows = (rng.random((300, spec.dim)) * np.minimum(spec.high, 2.0)).astype(np.float32)
+    free = NumpyPolicy(network("decode"), plant).predict(rows)[0]
+    before = free
+    for margin in (0.2, 0.5, 0.9):
+        policy = NumpyPolicy(network("decode"), plant, margin=margin)
+        clocks = policy.predict(rows)[0]
+        bound = rows.copy()
+        bound[:, spec.index("slo")] *= np.float32(1.0 - margin)
+        floor = FeatureMap("decode", spec)(bound, *policy._nominal).rule
+        assert np.array_equal(clocks[:, 0], np.maximum(free[:, 0], floor))
+        assert np.all(clocks >= before)
+        before = clocks
+    assert np.any(before > free)
 
 
 @pytest.mark.parametrize(

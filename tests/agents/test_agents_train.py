@@ -15,15 +15,15 @@ from agents.policy.features_prefill import PREFILL_NAMES  # noqa: E402
 from agents.policy.numpy_policy import NumpyPolicy, load_network  # noqa: E402
 from agents.policy.sb3_policy import Sb3Policy  # noqa: E402
 from agents.training.algorithms import ALGORITHMS, check_hyper  # noqa: E402
-from agents.training.callbacks import Lagrangian  # noqa: E402
 from agents.training.clone import collect, oracle_data, output_for, warm_start  # noqa: E402
-from agents.training.dataset import export_dataset  # noqa: E402
 from agents.training.export import to_network  # noqa: E402
-from agents.training.mixture import make_groups  # noqa: E402
+from agents.training.progress import live_line  # noqa: E402
+from agents.training.progress.callbacks import Lagrangian  # noqa: E402
 from agents.training.run import make_model, set_up, train  # noqa: E402
 from agents.training.study import run_study, starting_point  # noqa: E402
 from agents.training.train_config import AgentConfig, WarmStart, load_config  # noqa: E402
-from agents.training.training_env import AgentVecEnv  # noqa: E402
+from agents.training.worlds.mixture import make_groups  # noqa: E402
+from agents.training.worlds.training_env import AgentVecEnv  # noqa: E402
 from biscale_env.config.loader import list_names  # noqa: E402
 from biscale_env.core.errors import BiscaleError  # noqa: E402
 from controllers.oracle.make import make_oracle  # noqa: E402
@@ -220,13 +220,13 @@ def test_cloning_recovers_a_teacher_that_a_network_can_hold():
     losses = warm_start(
         model,
         env,
-        lambda obs: 0.5 * np.ones(len(obs), np.float32),
-        WarmStart(teacher="static:1000", steps=2000, rounds=2, epochs=30),
+        WarmStart(teacher="static:1605", steps=2000, rounds=2, epochs=30),
         print,
     )
     assert losses[-1] < 0.01
     out = model.policy.predict(env.reset(), deterministic=True)[0]
-    assert np.abs(out - 0.5).max() < 0.3
+    taught = env.plant.clocks.to_action([1605.0])
+    assert np.abs(out - taught).max() < 0.3
 
 
 def test_plans_with_hindsight_are_data_to_clone():
@@ -295,12 +295,12 @@ def test_bad_configs_are_one_sentence(tmp_path):
             env_of(tiny()),
             None,
         )
-    path.write_text(yaml.safe_dump(data | {"phase": "decode", "margins": [0.2]}))
-    with pytest.raises(BiscaleError, match="a margin is for prefill agents"):
+    path.write_text(yaml.safe_dump(data | {"phase": "decode", "margins": [1.2]}))
+    with pytest.raises(BiscaleError, match="input should be less than 1"):
         load_config(path, "decode")
 
 
-@pytest.mark.parametrize("name", list_names("agents"))
+@pytest.mark.parametrize("name", sorted(set(list_names("agents")) - {"cluster"}))
 def test_shipped_configs_are_valid(name):
     assert load_config(name, name.split("-")[0]).n_envs >= 8
 
@@ -329,20 +329,23 @@ def test_study_is_stored_and_taken_up(tmp_path):
 
 
 @pytest.mark.slow
-def test_dataset_of_a_teacher_opens_in_minari(tmp_path, monkeypatch):
-    minari = pytest.importorskip("minari")
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    count = export_dataset(
-        "prefill",
-        "mpc:margin=0.2",
-        "biscale/prefill-mpc-v0",
-        episodes=2,
-        episode_s=20.0,
-        rate_rps=2.0,
+def test_tensorboard_and_a_line_tell_of_training_from_the_first_rollout(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(live_line.LiveLine.__init__, "__defaults__", (0.0,))
+    said = []
+    run = set_up(tiny(total_timesteps=512, price=[3.0, 300.0]), tmp_path / "run")
+    train(run, said.append)
+    lines = [line for line in said if line.startswith("step ")]
+    rollout = 8 * HYPER["ppo"]["n_steps"]
+    assert lines[0].startswith(f"step {rollout} of 512, energy ")
+    for word in ("attainment ", "price ", "entropy ", "steps/s"):
+        assert word in lines[-1]
+    (folder,) = (tmp_path / "run" / "tensorboard").iterdir()
+    told = EventAccumulator(str(folder)).Reload()
+    for tag in ("live/energy_ratio", "live/attainment", "live/price", "time/fps"):
+        assert told.Scalars(tag)[0].step == rollout, tag
+    assert told.Scalars("live/energy_ratio")[0].value == pytest.approx(
+        run.evaluate.history[0][1].energy_ratio.mean(), rel=1e-6
     )
-    data = minari.load_dataset("biscale/prefill-mpc-v0")
-    assert data.total_episodes == 2
-    assert data.total_steps == count > 10
-    episode = next(iter(data))
-    assert episode.observations.shape[0] == len(episode.rewards) + 1
-    assert (episode.rewards < 0).all()
+    assert told.Scalars("train/entropy_loss")[0].step == 2 * rollout  # learned after the first

@@ -12,7 +12,7 @@ import test_hardware_loop
 import test_simulators
 from meter import Meter, Metric
 
-from biscale_env.envs.capacity import run_static
+from biscale_env.envs.loads.capacity import run_static
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.traces import generate
 from controllers.placement.ilp import CapacityEntry, CapacityTable

@@ -13,6 +13,7 @@ import time
 import pandas as pd
 import pytest
 import yaml
+from cli_in_process import caller
 
 from biscale_env.evaluation.runs.run_view import load_run
 from biscale_env.models import load_model
@@ -31,22 +32,7 @@ def run(*arguments, cwd, timeout=120):
 @pytest.fixture
 def call(capsys, monkeypatch, tmp_path):
     """Run the command in this process from an empty folder: (exit code, stdout, stderr)."""
-
-    def invoke(*arguments):
-        from biscale_env.cli import main
-
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["biscale", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return invoke
+    return caller(capsys, monkeypatch, tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -63,3 +63,26 @@ def test_output_that_nobody_reads():
     done = subprocess.run(COMMAND, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("arguments", [("traces", "list"), ("compare", "--help")])
+def test_letters_that_the_output_cannot_encode(encoding, arguments):
+    """As on a Windows console, in a pipe there, or under LANG=C without UTF-8 mode."""
+    done = subprocess.run(
+        [sys.executable, "-m", "biscale_env.cli", *arguments],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "trace" in done.stdout.decode(encoding).lower()
+
+
+def test_streams_get_their_strictness_back(tmp_path, monkeypatch):
+    with (tmp_path / "out").open("w", encoding="ascii") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with cli.polite_process():
+            assert stream.errors == "replace"
+            print("30 \N{LESS-THAN OR EQUAL TO} 40")
+        assert stream.errors == "strict"
+    assert (tmp_path / "out").read_text() == "30 ? 40\n"

@@ -12,7 +12,7 @@ from toy_hardware import TOY_GPU, TOY_LLM, TOY_MODEL, follows_toy, on_toy_grid, 
 from biscale_env.config import load_gpu, load_llm
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.evaluation.experiment.experiments import Experiment
-from biscale_env.evaluation.experiment.scenarios import Scenario, resolve
+from biscale_env.evaluation.rollouts.scenarios import Scenario, resolve
 from biscale_env.evaluation.runs.run_view import load_run
 from biscale_env.models import load_model
 
@@ -224,6 +224,8 @@ def test_fit_keeps_neither_gpu_nor_llm_of_the_base(biscale, tmp_path):
     ],
 )
 def test_unknown_names_are_one_sentence_with_the_nearest(biscale, command):
+    if command[0] == "train":
+        pytest.importorskip("sb3_contrib")
     for option, wrong, near in (
         ("gpu", "h100-sxn", "h100-sxm"),
         ("llm", "llama-3.3-70", "llama-3.3-70b"),

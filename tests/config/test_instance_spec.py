@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 from toy_hardware import TOY_GPU, TOY_LLM
 
+from agents.training.train_config import AgentConfig
 from biscale_env.config import InstanceSpec, load_gpu, load_llm
+from biscale_env.config.loader import load_named
 from biscale_env.core.errors import BiscaleError, BiscaleWarning
 from biscale_env.envs.cluster.cluster_settings import ClusterPlant, ClusterSettings
 from biscale_env.envs.plant import Plant, PlantSettings
+from biscale_env.evaluation.rollouts.scenarios import load_scenario
 from biscale_env.models import iteration_model, load_model
 
 GPU, LLM = load_gpu(TOY_GPU), load_llm(TOY_LLM)
@@ -125,3 +128,18 @@ def test_a_gpu_outside_the_placement_idles_as_its_description_says(tmp_path):
     waiting = spare_w(gpu=str(silent), llm=TOY_LLM)
     c = load_model("prefill", 4, gpu=TOY_GPU, llm=TOY_LLM).coefficients
     assert c.p_static_w < waiting < c.p_static_w + 2 * c.p_clock_w_per_ghz
+
+
+def test_another_llm_brings_the_format_that_it_is_published_in():
+    """Through every way of changing an LLM; a format that was chosen stays."""
+    spec = InstanceSpec()
+    assert spec.changed(llm="gpt-oss-20b", tp=1).dtype == "mxfp4"
+    assert spec.changed(llm="gpt-oss-20b", tp=1).changed(llm="llama-3.1-8b").dtype == "bf16"
+    assert spec.changed(dtype="fp8").changed(llm="qwen3-32b").dtype == "fp8"
+    assert spec.changed(llm="gpt-oss-20b", dtype="bf16").dtype == "bf16"
+    scenario = load_scenario("synthetic")
+    assert scenario.changed(llm="gpt-oss-120b", tp=1).dtype == "mxfp4"
+    assert scenario.changed(llm="gpt-oss-120b", tp=1).changed(llm="qwen3-8b").dtype == "bf16"
+    assert scenario.changed(dtype="fp8").changed(llm="qwen3-32b").dtype == "fp8"
+    config = load_named("agents", "prefill-ppo", AgentConfig)
+    assert config.changed(llm="gpt-oss-20b", tp=1).dtype == "mxfp4"

@@ -192,9 +192,17 @@ def test_the_rule_stands_between_two_levels_where_the_spare_time_crosses_zero():
     assert feature_parts.between_levels(levels, 2, -0.1, 0.1) == pytest.approx(1.7)
 
 
+def walked(x, before_ghz: float, lead_s: float) -> features_prefill.QueueWalk:
+    """The projected queue of one encoded observation at 1.2 GHz, after a change in flight."""
+    batches = np.empty(features_prefill.BATCHES)
+    g = SimpleNamespace(freq_min_ghz=LOW, freq_max_ghz=HIGH)
+    n = features_prefill.project(x, C, g, batches)
+    pending = features_prefill.PendingClock(physics.clock_terms(C, before_ghz), lead_s)
+    return features_prefill.walk_queue(x, C, physics.clock_terms(C, 1.2), pending, batches, n)
+
+
 def test_late_requests_grow_with_the_lateness_of_their_batch():
     scale = features_prefill.SCALE
-    clocks = SimpleNamespace(freq_min_ghz=LOW, freq_max_ghz=HIGH)
     one = float(physics.latency_s(C, 1000.0, 0.0, 0.0, 4.0, 1.2))
     for lateness, late in ((-0.01, 0.0), (0.06, 1.6), (0.15, 2.5), (1.0, 4.0)):
         x = queue_of(
@@ -203,19 +211,16 @@ def test_late_requests_grow_with_the_lateness_of_their_batch():
         ) / np.where(scale > 0, scale, 1.0)  # fmt: skip
         at = PREFILL.batch_slack
         x[at : at + 8] *= scale[at]
-        free = features_prefill.PendingClock(HIGH, 0.0)
-        walk = features_prefill.walk_queue(x, C, 1.2, free, clocks)
+        walk = walked(x, HIGH, 0.0)
         assert walk.late == pytest.approx(late, abs=0.01)
         assert walk.first_s == pytest.approx(one)
 
 
 def test_before_the_delay_is_over_the_queue_runs_at_the_clock_requested_before():
-    scale, clocks = features_prefill.SCALE, SimpleNamespace(freq_min_ghz=LOW, freq_max_ghz=HIGH)
-    x = queue_of(batch_tokens=[1000.0], batch_requests=[1.0]) / scale
+    x = queue_of(batch_tokens=[1000.0], batch_requests=[1.0]) / features_prefill.SCALE
     fast, slow = (float(physics.latency_s(C, 1000.0, 0.0, 0.0, 1.0, f)) for f in (1.2, 0.8))
     for lead in (0.0, 0.02, 10.0):
-        pending = features_prefill.PendingClock(0.8, lead)
-        walk = features_prefill.walk_queue(x, C, 1.2, pending, clocks)
+        walk = walked(x, 0.8, lead)
         part = min(lead / slow, 1.0)
         assert walk.drain_s == pytest.approx(part * slow + (1.0 - part) * fast)
 
@@ -223,7 +228,7 @@ def test_before_the_delay_is_over_the_queue_runs_at_the_clock_requested_before()
 def test_the_decode_rule_hurries_for_spent_slack_and_does_not_linger_for_saved_slack():
     decode = plant("decode")
     c = np.array([tuple(decode.model.member(-1))], dtype=[(n, float) for n in C._fields])
-    clocks = feature_parts.feature_clocks(decode.clocks).view(np.recarray)
+    plants = feature_parts.feature_plants(decode.clocks, [LOW], [None]).view(np.recarray)
     at_1200 = float(decode.model.latency_s(64.0, 0.0, 7e4, 64.0, 1200.0))
     slo, rules = at_1200 / (1.0 - features_decode.RULE_MARGIN), []
     for saved in (-1.0, 0.0, 8.0):
@@ -233,7 +238,7 @@ def test_the_decode_rule_hurries_for_spent_slack_and_does_not_linger_for_saved_s
         rows = (x / decode.spec.scale)[None].astype(np.float32)
         out, rule = np.zeros((1, len(features_decode.DECODE_NAMES)), np.float32), np.zeros(1)
         features_decode.decode_features.py_func(
-            rows, c.view(np.recarray), np.array([LOW]), clocks, out, rule, np.zeros(1)
+            rows, c.view(np.recarray), plants, out, rule, np.zeros(1)
         )
         rules.append(rule[0])
     assert rules[0] > rules[1] == rules[2]

@@ -10,7 +10,7 @@ from oracle_helpers import ROW, brute_force, plant_of, run_policy, trace_of
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.batch import Batch, RequestTable
-from biscale_env.evaluation.experiment.rollout import rollout
+from biscale_env.evaluation.rollouts.rollout import rollout
 from biscale_env.models.physics import iteration_energy_j, latency_s
 from biscale_env.traces import generate
 from controllers.base import context_of

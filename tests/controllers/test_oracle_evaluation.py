@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from biscale_env.evaluation.experiment.experiments import load_experiment
-from biscale_env.evaluation.experiment.rollout import rollout
-from biscale_env.evaluation.experiment.scenarios import load_scenario, resolve
+from biscale_env.evaluation.rollouts.rollout import rollout
+from biscale_env.evaluation.rollouts.scenarios import load_scenario, resolve
 from controllers.base import context_of
 from controllers.oracle.decode_bound import DecodeFluid
 from controllers.oracle.prefill_optimum import solve_prefill_oracle

@@ -4,12 +4,13 @@ import time
 
 import numpy as np
 import pytest
+from block_helpers import contents_of, with_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_helpers import brute_force, every_outcome, plant_of, run_policy, trace_of
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.evaluation.experiment.rollout import rollout
+from biscale_env.evaluation.rollouts.rollout import rollout
 from biscale_env.traces import generate
 from controllers.base import context_of
 from controllers.oracle import prefill_problem
@@ -38,6 +39,13 @@ def traces(most):
             )
         )
         .filter(lambda t: t.duration_s > 0)
+    )
+
+
+def sharing(most):
+    """Traces of up to ``most`` requests that share blocks of 400 tokens."""
+    return traces(most).flatmap(
+        lambda t: st.builds(with_blocks, st.just(t), contents_of(len(t)), st.just(400))
     )
 
 
@@ -78,7 +86,7 @@ def solve(plant, trace, mode, price, cell_s, margin=np.inf):
 
 
 @settings(max_examples=30, deadline=None)
-@given(plants(), traces(4), PRICES)
+@given(plants(), st.one_of(traces(4), sharing(4)), PRICES)
 def test_programme_equals_brute_force(plant, trace, price):
     best = brute_force(plant, trace, PLAN_MHZ, price)
     cost, _ = solve(plant, trace, records.EXACT, price, 2e-5)
@@ -88,7 +96,7 @@ def test_programme_equals_brute_force(plant, trace, price):
 
 
 @settings(max_examples=30, deadline=None)
-@given(plants((0.0, 0.02, 0.08, 0.3)), traces(3), PRICES)
+@given(plants((0.0, 0.02, 0.08, 0.3)), st.one_of(traces(3), sharing(3)), PRICES)
 def test_no_delay_beats_the_bound_for_any_delay(plant, trace, price):
     best = brute_force(plant, trace, (510.0, 1110.0, 1980.0), price)
     bound, _ = solve(plant, trace, records.CELLS_ANY_DELAY, price, 1e-3)
@@ -96,7 +104,11 @@ def test_no_delay_beats_the_bound_for_any_delay(plant, trace, price):
 
 
 @settings(max_examples=30, deadline=None)
-@given(plants((0.0, 0.02, 0.08, 0.3)), traces(3), st.sampled_from([0.0, 0.5, 0.7, 1.0]))
+@given(
+    plants((0.0, 0.02, 0.08, 0.3)),
+    st.one_of(traces(3), sharing(3)),
+    st.sampled_from([0.0, 0.5, 0.7, 1.0]),
+)
 def test_no_delay_uses_less_energy_than_the_bound_at_an_attainment(plant, trace, attainment):
     """The lower bound of the README.
 
@@ -212,6 +224,32 @@ def test_a_bound_widens_its_windows_and_says_when_it_had_to_prune_or_found_none(
     none, search = bound(window_cells=16, MOST_WINDOW_CELLS=16)
     assert np.isnan(none)
     assert search.dropped > 0
+
+
+def test_no_programme_is_solved_twice_and_what_had_no_room_is_not_tried_again(monkeypatch):
+    """With room for few labels cells are widened: the plan keeps the attainment all the same."""
+    trace = generate("azure-conv-like", rate_rps=4.0, duration_s=30.0, seed=0)
+    plant, runs = plant_of("prefill", drain=True), []
+    roomy = solve_prefill_oracle(plant, trace, 0.97)
+    solved = PrefillProblem.run
+
+    def run(self, mode, price, cell_s, margin, stride=1):
+        found = solved(self, mode, price, cell_s, margin, stride)
+        if mode == records.EXACT:
+            runs.append((price, cell_s, stride, int(found[0]["status"])))
+        return found
+
+    monkeypatch.setattr(PrefillProblem, "run", run)
+    monkeypatch.setattr(prefill_problem, "MAX_LABELS", 3000)
+    cramped = solve_prefill_oracle(plant, trace, 0.97)
+    assert len(runs) == len(set(runs))
+    failed = [one for one in runs if one[3] != records.OK]
+    assert failed
+    for k, (price, cell_s, stride, _) in enumerate(runs):
+        before = [f for f in failed if runs.index(f) < k]
+        assert not any(s == stride and c >= cell_s and price <= p for p, c, s, _ in before)
+    assert cramped.replay.attainment >= 0.97
+    assert cramped.energy_bound_j <= roomy.replay.energy_j <= cramped.replay.energy_j * 1.001
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +390,7 @@ def test_a_decode_plant_is_refused(workload):
 
 @pytest.mark.slow
 def test_the_azure_hour_takes_less_than_a_minute(shared_data):
-    from biscale_env.envs.capacity import find_capacity
+    from biscale_env.envs.loads.capacity import find_capacity
     from biscale_env.traces import read_trace
 
     plant = plant_of("prefill", drain=True)

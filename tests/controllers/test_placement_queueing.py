@@ -15,9 +15,9 @@ from cluster_support import random_trace, trace
 
 from biscale_env.config.loader import configs_dir
 from biscale_env.core.errors import BiscaleError
-from biscale_env.envs.capacity import run_static
 from biscale_env.envs.cluster.cluster_options import fitting_tps
 from biscale_env.envs.cluster.cluster_settings import ClusterPlant, ClusterSettings
+from biscale_env.envs.loads.capacity import run_static
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.models.physics import Coefficients
 from biscale_env.traces import generate
@@ -255,7 +255,7 @@ def test_the_code_that_measures_counts(monkeypatch):
         "cluster/cluster_options.py",
         "laws/slack_law.py",
         "sim/decode.py",
-        "envs/capacity.py",
+        "loads/capacity.py",
         "traces/trace.py",
         "config/slo.py",
     }

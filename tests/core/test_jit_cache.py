@@ -62,7 +62,7 @@ def test_a_new_or_renamed_source_changes_the_digest(copy: Path) -> None:
 
 
 def test_parts_are_only_inlined_where_they_count() -> None:
-    """A part outside the shared sources may be inlined only by kernels of its own room, whose
+    """A part outside the shared sources may be inlined only by kernels of its own package, whose
     digest it is in.
     """
     digested = {p.resolve() for s in jit.SOURCES for p in jit.python_files(PACKAGE / s)}
@@ -77,22 +77,22 @@ def test_parts_are_only_inlined_where_they_count() -> None:
     assert parts
     for part in parts:
         for file, text in texts.items():
-            if jit.room_of(file.parent) != jit.room_of(part.parent) and "@compiled" in text:
+            if jit.package_of(file.parent) != jit.package_of(part.parent) and "@compiled" in text:
                 assert f".{part.stem} import" not in text, (
                     f"{file} may inline {part}, which does not count for its cache"
                 )
 
 
-def test_kernels_of_other_rooms_count_their_whole_room(tmp_path: Path) -> None:
+def test_kernels_of_other_packages_count_their_whole_package(tmp_path: Path) -> None:
     rule = tmp_path / "law" / "rule.py"
     rule.parent.mkdir()
     for folder in (tmp_path, rule.parent):
         (folder / "__init__.py").write_text("")
     rule.write_text("A = 1\n")
-    assert jit.room_of(rule.parent) == tmp_path
-    before = jit.source_digest(room=tmp_path)
+    assert jit.package_of(rule.parent) == tmp_path
+    before = jit.source_digest(other=tmp_path)
     rule.write_text("A = 2\n")
-    assert len({before, jit.source_digest(room=tmp_path), jit.source_digest()}) == 3
+    assert len({before, jit.source_digest(other=tmp_path), jit.source_digest()}) == 3
     assert (
         jit.cache_dir(PACKAGE / "sim" / "cluster")
         == jit.cache_dir(PACKAGE / "models")
@@ -101,11 +101,11 @@ def test_kernels_of_other_rooms_count_their_whole_room(tmp_path: Path) -> None:
     assert jit.cache_dir(tmp_path) != jit.cache_dir()
     controllers = PACKAGE.parent / "controllers"
     assert (
-        jit.room_of(controllers / "prefill")
-        == jit.room_of(controllers / "surrogates")
+        jit.package_of(controllers / "prefill")
+        == jit.package_of(controllers / "surrogates")
         == controllers
     )
-    assert jit.room_of(PACKAGE / "hardware" / "emulation") == PACKAGE / "hardware"
+    assert jit.package_of(PACKAGE / "hardware" / "emulation") == PACKAGE / "hardware"
 
 
 def run(code: str, **environment: str) -> str:

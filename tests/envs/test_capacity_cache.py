@@ -9,10 +9,15 @@ import yaml
 from toy_hardware import TOY_GPU, TOY_LLM
 
 from biscale_env.config import configs_dir, load_slo
-from biscale_env.envs import capacity
-from biscale_env.envs.capacity import SearchSettings, capacity_key, find_capacity, profile_capacity
+from biscale_env.envs.loads import capacity
+from biscale_env.envs.loads.capacity import (
+    SearchSettings,
+    capacity_key,
+    find_capacity,
+    profile_capacity,
+)
+from biscale_env.envs.loads.workloads import WorkloadSource, generated, trace_windows
 from biscale_env.envs.plant import Plant, PlantSettings
-from biscale_env.envs.workloads import WorkloadSource, generated, trace_windows
 from biscale_env.traces import Trace, generate
 
 PROFILE = "gamma-sharegpt-like"

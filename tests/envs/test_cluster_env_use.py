@@ -68,7 +68,7 @@ def test_the_length_of_an_episode(given, want):
         ({"load": -1.0}, "load must be a positive"),
         ({"n_workloads": 0}, "n_workloads must be at least 1"),
         ({"violation_weight": -1.0}, "violation_weight must be"),
-        ({"render_mode": "human"}, "render_mode"),
+        ({"render_mode": "depth"}, "render_mode"),
         ({"tp": 4}, "'tp': the placement gives"),
         ({"max_seqs": 4}, "prefill_max_seqs or decode_max_seqs"),
         ({"min_decision_interval_s": 0.1}, "min_decision_interval_s"),
@@ -88,7 +88,7 @@ def test_an_unknown_keyword_is_a_type_error_and_one_sentence(name):
     """Stable-Baselines3 and TorchRL try keywords and go on without them after a TypeError."""
     for make_it in (lambda **kw: gym.make("BiScale/Cluster-v1", **kw), ClusterParallelEnv):
         with pytest.raises(TypeError, match=name) as caught:
-            make_it(**{name: "human"})
+            make_it(**{name: "depth"})
         assert isinstance(caught.value, BiscaleError)
         if name == "frameskip":
             assert "unexpected keyword argument 'frameskip'" in str(caught.value)

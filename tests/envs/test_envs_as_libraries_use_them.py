@@ -3,6 +3,8 @@
 import copy
 import json
 import pickle
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -13,6 +15,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 import biscale_env  # noqa: F401  registers the environments
 from biscale_env.config import load_slo
 from biscale_env.core.errors import BiscaleError, OptionError
+from biscale_env.envs.options import plain_options
 from biscale_env.envs.vector import PhaseVectorEnv
 from biscale_env.traces import generate
 
@@ -53,7 +56,7 @@ def test_render_mode_none_is_accepted_everywhere(env_id: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*render_mode.*")
-@pytest.mark.parametrize("keyword", [{"render_mode": "rgb_array"}, {"frameskip": 4}, {"tpp": 4}])
+@pytest.mark.parametrize("keyword", [{"render_mode": "depth"}, {"frameskip": 4}, {"tpp": 4}])
 @pytest.mark.parametrize("make", [gym.make, gym.make_vec])
 def test_a_keyword_that_there_is_not_is_a_type_error_and_one_sentence(make, keyword) -> None:
     """SB3 and TorchRL go on without the keyword after a TypeError."""
@@ -124,6 +127,36 @@ def test_the_spec_can_be_written_as_json_and_makes_the_same_again(make) -> None:
     assert spec["kwargs"]["slo"]["ttft_s"] == 0.35
     again = make(gym.envs.registration.EnvSpec.from_json(env.spec.to_json()))
     assert again.unwrapped.plant.slo == slo
+
+
+KINDS_OF_VALUES = {
+    "slo by fields": {"slo": {"name": "own", "ttft_s": 0.5, "tpot_s": 0.1, "attainment": 0.99}},
+    "a trace": {"trace": generate("azure-conv-like", rate_rps=4.0, duration_s=30.0, seed=1)},
+    "a path": {"gpu": Path(str(files("biscale_env"))) / "no-such.yaml"},
+    "numbers of NumPy": {"rate_rps": np.float32(4.0), "workload_seed": np.int64(3)},
+}
+
+
+@pytest.mark.parametrize("make", [gym.make, gym.make_vec])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS_OF_VALUES if kind != "a path"])
+def test_a_spec_with_any_kind_of_value_is_json_and_makes_the_same_episode(make, kind) -> None:
+    env = make(IDS[0], **SMALL | KINDS_OF_VALUES[kind])
+    again = make(gym.envs.registration.EnvSpec.from_json(env.spec.to_json()))
+    np.testing.assert_array_equal(env.reset(seed=4)[0], again.reset(seed=4)[0])
+    assert again.unwrapped.plant.slo == env.unwrapped.plant.slo
+
+
+def test_a_path_in_a_spec_is_text() -> None:
+    assert plain_options(KINDS_OF_VALUES["a path"])["gpu"].endswith("no-such.yaml")
+
+
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [({"arrival_s": [0.0]}, "prompt_tokens"), ({"arival_s": [0.0]}, "arival_s")],
+)
+def test_columns_that_are_no_trace_are_one_sentence(columns, named) -> None:
+    with pytest.raises(BiscaleError, match=named):
+        gym.make(IDS[0], trace=columns, rate_rps=4.0)
 
 
 # --- actions ------------------------------------------------------------------------------------
@@ -200,11 +233,14 @@ def test_an_action_that_is_not_a_number_is_named_by_its_environment() -> None:
 # --- vector form --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kpis", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("env_id", [*IDS, DISCRETE[1]])
-def test_native_vector_is_the_sync_vector_of_gymnasium(env_id: str, mode: AutoresetMode) -> None:
+def test_native_vector_is_the_sync_vector_of_gymnasium(
+    env_id: str, mode: AutoresetMode, kpis: bool
+) -> None:
     """Observations, rewards, ends, infos and masks, over several episodes, in each mode."""
-    options = SMALL | {"ensemble_member": "random"}
+    options = SMALL | {"ensemble_member": "random", "kpis": kpis}
     native = gym.make_vec(env_id, num_envs=3, autoreset_mode=mode, **options)
     sync = SyncVectorEnv([lambda: gym.make(env_id, **options)] * 3, autoreset_mode=mode)
     assert native.metadata["autoreset_mode"] is mode is native.unwrapped.autoreset_mode
@@ -323,8 +359,8 @@ def test_a_copy_goes_on_as_the_original_would(env_id: str, copied) -> None:
 
 def test_a_workload_is_made_once_and_memory_is_bounded() -> None:
     from biscale_env.envs.batch import RequestTable
+    from biscale_env.envs.loads.workload_tables import WorkloadTables
     from biscale_env.envs.plant import Plant, PlantSettings
-    from biscale_env.envs.workload_tables import WorkloadTables
 
     made: list[int] = []
 

@@ -146,3 +146,54 @@ def test_steps_add_up_to_the_episode(phase: str, interval_s: float) -> None:
             sums[total] += float(st[step])
     assert sums == pytest.approx({total: float(st[total]) for total in parts})
     assert energy_j == pytest.approx(float(st["energy_j"]))
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_an_episode_runs_on_its_own_coefficients_at_the_clock_of_the_last(phase: str) -> None:
+    """The state keeps what a clock makes of any work; another plant makes something else of it."""
+    used, fresh = started(phase, n=1), started(phase, n=1)
+    top, row, first = np.ones(1, dtype=np.float32), np.zeros(1, dtype=np.int64), np.zeros(1, int)
+    used.step(top)
+    for batch in (used, fresh):
+        batch.reset(row, first, np.array([3]))
+        batch.step(top)
+    assert used.states["step_energy_j"] == fresh.states["step_energy_j"]
+    fresh.reset(row, first, np.array([-1]))
+    fresh.step(top)
+    assert used.states["step_energy_j"] != fresh.states["step_energy_j"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_what_is_told_and_counted_is_what_the_records_and_the_table_say(phase: str) -> None:
+    """Kernels write infos side by side and keep the tokens of the queue as a running sum."""
+    plant, n = Plant(PlantSettings.of(phase, max_seqs=8)), 4  # so that decode has a queue, too
+    rate_rps = 8.0 if phase == "prefill" else 60.0
+    traces = [
+        generate("azure-conv-like", rate_rps=rate_rps, duration_s=6.0, seed=k) for k in range(n)
+    ]
+    batch = Batch(plant, n, RequestTable.of(plant, traces))
+    rows, st, told, waited = np.arange(n), batch.states, batch.told, 0.0
+    batch.reset(rows, rows, np.full(n, -1))
+    for k in range(400):
+        queued = batch.pool.cumulative[st["tail"]] - batch.pool.cumulative[st["head"]]
+        np.testing.assert_array_equal(st["queue_tokens"], queued)
+        waited = max(waited, float(queued.max()))
+        np.testing.assert_array_equal(told.time_s, st["time_s"])
+        np.testing.assert_array_equal(told.dt, st["time_s"] - st["step_start_s"])
+        np.testing.assert_array_equal(told.energy_j, st["step_energy_j"])
+        np.testing.assert_array_equal(told.freq_mhz, st["step_freq_mean_ghz"] * 1e3)
+        np.testing.assert_array_equal(told.cost, st["step_violations"])
+        np.testing.assert_array_equal(told.done, st["done"])
+        batch.step(np.full(n, np.sin(k), dtype=np.float32))
+    assert waited > 0
+    assert batch.done.any() or phase == "decode"
+
+
+def test_ensemble_members_get_their_own_records_in_any_order() -> None:
+    batch = started("decode")
+    rows, members = np.arange(3), np.array([5, -1, 2])
+    for order in ([0, 1, 2], [2, 0, 1]):
+        batch.reset(rows[order], rows[order], members[order])
+        for row, member in zip(rows, members, strict=True):
+            assert batch.coefs[row].tolist() == tuple(batch.plant.model.member(int(member)))
+            assert batch.params["delay_s"][row] == batch.plant.delay_s(int(member))

@@ -8,10 +8,10 @@ import pytest
 from biscale_env.config import Slo, load_slo
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.batch import Batch, RequestTable
+from biscale_env.envs.loads.workloads import WorkloadSource, trace_windows
 from biscale_env.envs.options import make_options
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.envs.single import DecodeEnv, PrefillEnv
-from biscale_env.envs.workloads import WorkloadSource, trace_windows
 from biscale_env.traces import Trace
 
 SMALL: dict[str, Any] = {"rate_rps": 4.0, "episode_s": 5.0}

@@ -144,7 +144,9 @@ def test_info_and_reward(phase: str, cls: type[PhaseEnv]) -> None:
     cost_name = "cost_ttft" if phase == "prefill" else "cost_tpot"
     for k in range(200):
         obs, reward, terminated, truncated, info = env.step(CHOSEN[k % 4])
-        assert set(info) == {"time_s", "energy_j", "freq_mhz", "cost", cost_name, *EPISODE}
+        kpis = info.pop("kpis", None)
+        assert (kpis is not None) == truncated
+        assert set(info) == {"time_s", "dt", "energy_j", "freq_mhz", "cost", cost_name, *EPISODE}
         assert set(first) == set(info)
         assert all(type(v) is float for v in info.values())
         assert type(reward) is float

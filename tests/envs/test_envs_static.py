@@ -9,9 +9,10 @@ from hypothesis import settings as hypothesis
 from hypothesis import strategies as some
 
 from biscale_env.config import load_slo
+from biscale_env.config.loader import configs_dir
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.batch import Batch, RequestTable
-from biscale_env.envs.capacity import (
+from biscale_env.envs.loads.capacity import (
     attainment_at,
     find_capacity,
     profile_capacity,
@@ -211,3 +212,37 @@ def test_slowest_alone_is_the_closed_form_of_the_longest_request(phase):
     else:
         expected = float(plant.model.latency_s(1, 0, 2500, 1, 1980.0))
     assert slowest_alone_s(plant, trace) == pytest.approx(expected, rel=1e-3)
+
+
+FAMILIES = sorted(
+    f"{gpu.name}/{llm.name}"
+    for gpu in (configs_dir() / "models").iterdir()
+    if gpu.is_dir() and gpu.name != "profiles"
+    for llm in gpu.iterdir()
+)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_shipped_llm_serves_a_crowd_and_its_requests_sum_up(family: str, phase: str) -> None:
+    """300 requests at once: full batches and caches, where a formula may leave its numbers."""
+    gpu, llm = family.split("/")
+    file = sorted((configs_dir() / "models" / family).glob(f"{phase}-*.yaml"))[0]
+    _, dtype, tp = file.stem.split("-")[:3]
+    plant = Plant(PlantSettings.of(phase, gpu=gpu, llm=llm, dtype=dtype, tp=int(tp[2:])))
+    crowd = sample(phase, n=300, rate=1e4)
+    for freq_mhz in (plant.clocks.freq_min_mhz, plant.clocks.freq_max_mhz):
+        run = run_static(plant, crowd, freq_mhz)
+        assert run.latency_s.min() > 0.0
+        assert run.latency_s.max() < 600.0
+        assert run.energy_j < run.duration_s * plant.settings.tp * 2500.0
+    if phase == "decode":
+        assert run.iterations >= crowd.output_tokens.max() - 1
+
+
+def test_a_model_that_gives_no_numbers_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant = Plant(PlantSettings.of("decode"))
+    broken = plant.model.member(-1)._replace(e_flop_j=float("nan"))
+    monkeypatch.setattr(type(plant.model), "member", lambda model, k: broken)
+    with pytest.raises(BiscaleError, match="not finite: check its coefficients"):
+        run_static(plant, sample("decode"), 1980.0)

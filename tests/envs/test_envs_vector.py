@@ -43,7 +43,7 @@ def test_equals_single_env_step_by_step(phase: str) -> None:
     """Copy i seeded with s + i walks the path of a single environment seeded with s + i, over
     several episodes.
     """
-    options = {**SMALL, "ensemble_member": "random"}
+    options = {**SMALL, "ensemble_member": "random", "kpis": False}
     vector = PhaseVectorEnv(phase, 4, **options)
     singles = [(PrefillEnv if phase == "prefill" else DecodeEnv)(**options) for _ in range(4)]
     obs, _ = vector.reset(seed=10)
@@ -176,6 +176,7 @@ def test_sb3_vec_env_conventions() -> None:
             told = more["final_info"] if truncated[i] else more
             assert infos[i]["cost"] == told["cost"][i]
             assert infos[i]["energy_j"] == told["energy_j"][i]
+            assert infos[i]["dt"] == told["dt"][i]
             assert type(infos[i]["cost"]) is float
             assert infos[i].get("TimeLimit.truncated", False) == bool(truncated[i])
             if truncated[i]:
@@ -186,6 +187,34 @@ def test_sb3_vec_env_conventions() -> None:
     assert ended >= 3
     assert venv.get_attr("plant") == [venv.env.plant] * 3
     assert venv.env_is_wrapped(gym.Wrapper, indices=[0, 1]) == [False, False]
+
+
+def test_sb3_logs_returns_of_episodes_and_can_scale_rewards() -> None:
+    """VecMonitor tells the return of the environment itself, whatever VecNormalize makes of it."""
+    pytest.importorskip("stable_baselines3")
+    from biscale_env.envs.sb3 import SB3VecEnv, make_sb3
+
+    plain = make_sb3("prefill", 3, kpis=True, **SMALL)
+    scaled = make_sb3("prefill", 3, normalize_reward=0.99, **SMALL)
+    for venv in (plain, scaled):
+        venv.seed(4)
+        venv.reset()
+    total, ended, rewards = np.zeros(3), 0, []
+    for acts in actions_for(PhaseVectorEnv("prefill", 3, **SMALL), 2, 60):
+        _, reward, done, infos = plain.step(acts)
+        _, r, _, told = scaled.step(acts)
+        rewards.append((reward, r))
+        total += reward
+        for i in np.flatnonzero(done):
+            assert infos[i]["episode"]["r"] == pytest.approx(total[i], abs=1e-4)
+            assert told[i]["episode"]["r"] == pytest.approx(infos[i]["episode"]["r"], abs=1e-4)
+            assert infos[i]["kpis"]["energy_ratio"] > 0
+            assert "kpis" not in told[i]
+            total[i], ended = 0.0, ended + 1
+    assert ended > 3
+    assert np.std([s for _, s in rewards]) < np.std([r for r, _ in rewards])
+    with pytest.raises(BiscaleError, match="SAME_STEP"):
+        SB3VecEnv(PhaseVectorEnv("prefill", 2, autoreset_mode="NEXT_STEP", **SMALL))
 
 
 @pytest.mark.slow

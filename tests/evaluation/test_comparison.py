@@ -1,5 +1,6 @@
 """What is compared and evaluated, which run is resumed, what a run directory says was asked."""
 
+import gc
 import warnings
 from contextlib import closing
 
@@ -8,7 +9,7 @@ import pytest
 import yaml
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.evaluation.experiment.agent_jobs import candidates_of
+from biscale_env.evaluation.experiment.agent_jobs import candidates_of, label_of
 from biscale_env.evaluation.experiment.compare import ComparisonJob, run_jobs
 from biscale_env.evaluation.experiment.comparison import (
     Comparison,
@@ -24,7 +25,7 @@ from biscale_env.evaluation.experiment.evaluation_request import (
     plan_evaluation,
     run_evaluation,
 )
-from biscale_env.evaluation.experiment.scenarios import Scenario, resolve
+from biscale_env.evaluation.rollouts.scenarios import Scenario, resolve
 from biscale_env.evaluation.runs.run_view import load_run
 from biscale_env.evaluation.runs.rundir import RunDirectory
 from biscale_env.policies.checkpoint_source import SHIPPED
@@ -114,6 +115,35 @@ def test_candidates_of_a_target(tmp_path):
         phases_to_run(plain, candidates_of(plain.target))
 
 
+def test_a_target_of_evaluate_keeps_its_own_name(tmp_path):
+    data = (SHIPPED / "decode.npz").read_bytes()
+    for place in ("p/best.npz", "many/seed-0/best.npz", "net.onnx", "mine.zip"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_bytes(data)
+    for target, label in {
+        "agent": "agent",
+        "agent:margin=0.1": "agent",
+        "mine=agent": "mine",
+        f"{tmp_path}/many": "agent",
+        f"{tmp_path}/p": "p",
+        f"{tmp_path}/p/best.npz": "p",
+        f"{tmp_path}/p/best.npz:price=4": "p:price=4",
+        f"{tmp_path}/net.onnx": "net",
+        f"{tmp_path}/mine.zip": "mine",
+        f"ours={tmp_path}/mine.zip": "ours",
+        "outside_rule:Plain": "outside_rule:Plain",
+        "outside_rule:Plain:gain=2": "outside_rule:Plain:gain=2",
+        "mpc": "mpc (evaluated)",
+        "mpc:margin=0.2": "mpc:margin=0.2",
+    }.items():
+        assert label_of(target) == label, target
+    (found,) = candidates_of(f"ours={tmp_path}/p")
+    assert found.build == f"{tmp_path}/p/best.npz"
+    twice = EvaluationRequest("agent", policies=("max", "agent"), changes={"duration_s": 30.0})
+    with pytest.raises(BiscaleError, match="two policies are called 'agent': give the one that"):
+        plan_evaluation(twice)
+
+
 def test_everything_that_was_asked_of_evaluate_is_in_its_config(tmp_path):
     request = EvaluationRequest(
         "outside_rule:QueueRule",
@@ -126,7 +156,12 @@ def test_everything_that_was_asked_of_evaluate_is_in_its_config(tmp_path):
     )
     jobs, infeasible = plan_evaluation(request)
     assert not infeasible
-    assert [job.policy for job in jobs] == 2 * ["max", "static-hindsight", "static:900", "agent"]
+    assert [job.policy for job in jobs] == 2 * [
+        "max",
+        "static-hindsight",
+        "static:900",
+        "outside_rule:QueueRule",
+    ]
     assert [job.variant for job in jobs] == 2 * ["", "", "", "tuned"]
     out = run_evaluation(request, tmp_path / "run", n_jobs=1, table=tmp_path / "table.md")
     config = yaml.safe_load((out / "config.yaml").read_text())
@@ -179,6 +214,49 @@ def test_leaving_jobs_early_warns_of_nothing_and_leaves_the_filters_alone():
     assert [str(w.message) for w in told if "still being processed" in str(w.message)] == []
 
 
+def arrays_of(objects):
+    """Arrays that these hold, themselves or in what Python's collector does not track."""
+    seen, found = set(), []
+    while objects:
+        one = objects.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if type(one) is np.ndarray:  # `isinstance` asks proxies, whose object may be gone
+            found.append(one)
+        objects += [
+            held
+            for held in gc.get_referents(one)
+            if type(held) in (np.ndarray, dict, tuple) and not gc.is_tracked(held)
+        ]
+    return found
+
+
+def test_jobs_in_one_process_leave_no_arrays_to_the_collector():
+    """What they built goes when they end: circles, which a collection has to find, hold none."""
+    built = (("prefill", "max"), ("prefill", "mpc"), ("decode", "slack-plus"))
+    jobs = [
+        ComparisonJob(Scenario(name="x", **TINY), phase, name, name, -1, (0,))
+        for phase, name in built
+    ]
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for outcome in run_jobs(jobs, 1):
+            assert outcome.records[0].totals["energy_j"] > 0
+        del outcome
+        gc.collect()
+        left = list(gc.garbage)
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert sum(array.nbytes for array in arrays_of(left)) < 10_000
+    requests = {"arrival_s": np.zeros(2000)}  # Python does not track it, as it holds no circles
+    assert sum(array.nbytes for array in arrays_of([[requests]])) == 16_000
+
+
 def test_a_trace_that_changes_under_its_name_is_read_again(tmp_path):
     path = tmp_path / "t.csv"
 
@@ -191,6 +269,6 @@ def test_a_trace_that_changes_under_its_name_is_read_again(tmp_path):
     first = resolve(scenario, "prefill")
     write(600)
     second = resolve(scenario, "prefill")
-    assert np.unique(first.part.prompt_tokens).tolist() == [300]
-    assert np.unique(second.part.prompt_tokens).tolist() == [600]
+    assert np.unique(first.judged.traces[0].prompt_tokens).tolist() == [300]
+    assert np.unique(second.judged.traces[0].prompt_tokens).tolist() == [600]
     assert second.capacity.rate_rps < first.capacity.rate_rps

@@ -11,6 +11,7 @@ from biscale_env.evaluation.report import tables, verdicts
 from biscale_env.evaluation.report.fold_table import (
     fold_means,
     matrix_markdown,
+    ranges_markdown,
     winners_markdown,
 )
 from biscale_env.evaluation.report.page import write_report
@@ -49,6 +50,32 @@ def test_a_curve_that_does_not_reach_has_no_number_and_no_difference(summary):
     assert row["energy_ratio"] < 0.7  # least of all as tuned, and still no claim
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_over_members_ratios_are_formed_within_each_whatever_finished_first(turned):
+    """Saver needs 0.72 of max clock in one plant and 0.9 in the other, at its own energies."""
+    other = {
+        "max": [(2.0, 0.998)],
+        "static-hindsight": [(1.9, 0.990)],
+        "saver": [(1.9, 0.996), (1.8, 0.990)],
+    }
+    first = {name: SETTINGS[name] for name in other}
+    parts = [*records(settings=first, member=0), *records(settings=other, member=1)]
+    summary = summary_of(parts[::-1] if turned else parts)
+    row = at(summary, "saver")
+    assert row["equal_ratio"] == pytest.approx((0.72 + 0.9) / 2)
+    assert row["static_ratio"] == pytest.approx((0.72 / 0.79 + 1.8 / 1.9) / 2)
+    assert row["equal_ratio_ci_low"] <= row["equal_ratio"] <= row["equal_ratio_ci_high"]
+    assert at(summary, "max")["equal_ratio"] == 1.0
+
+
+def test_a_curve_that_does_not_reach_in_one_member_has_no_number():
+    late = {"max": [(2.0, 0.998)], "saver": [(1.0, 0.98)]}
+    first = {name: SETTINGS[name] for name in late}
+    summary = summary_of([*records(settings=first, member=0), *records(settings=late, member=1)])
+    assert at(summary, "saver")["equal_state"] == "not reached"
+    assert math.isnan(at(summary, "saver")["equal_ratio"])
+
+
 def test_the_tuned_static_clock_has_the_curve_of_all_static_clocks(summary):
     static, best = at(summary, "static-hindsight"), at(summary, "static-best")
     assert best["equal_ratio"] == static["equal_ratio"]
@@ -67,6 +94,15 @@ def test_the_range_over_members_is_relative_to_max_clock_in_the_same_member(summ
     assert (low, high) == (pytest.approx(0.76 * 0.91), pytest.approx(0.76 * 1.09))
     assert at(summary, "saver")["n_members"] == 5
     assert at(summary, "max")["member_ratio_high"] == 1.0
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_range_of_several_training_seeds_is_that_of_their_mean(turned):
+    settings = {"max": SETTINGS["max"], "saver": [(0.8, 0.996)]}
+    dearer = {"saver": [(0.6, 0.996)]}
+    parts = [*records(settings=settings), *records(settings=dearer, training_seed=7)]
+    row = at(summary_of(parts[::-1] if turned else parts), "saver")
+    assert row["member_ratio_low"] == pytest.approx(0.7 * 0.91)
 
 
 def test_curve_of_kept_rows():
@@ -194,6 +230,17 @@ def test_who_wins_is_said_per_idle_rule():
     first, second = row.split("|")[3:5]
     assert first.strip().startswith("saver: 0.720 of max clock, 0.911 of best static; as tuned")
     assert second.strip().startswith("lenient: 0.710 of max clock")
+
+
+def test_ranges_count_the_points_that_a_policy_reaches_in_every_fold():
+    harder = {**SETTINGS, "saver": [(0.8, 0.999)], "late": [(0.9, 0.98)]}
+    with_plan = {"oracle": [(0.69, 0.99)]}
+    rows = [*records(settings={**SETTINGS, **with_plan}), *records("code", settings=harder)]
+    summary = summary_of(rows)
+    summary["workload"] = summary["scenario"]
+    text = ranges_markdown(summary, {"prefill": ("saver", "late", "oracle")})
+    assert text.splitlines()[0] == "| phase, idle GPUs | saver | late | oracle |"
+    assert "| prefill, the last clock | 0.72–0.80 | – | 0.69–0.69 (1 of 2) |" in text
 
 
 def test_a_run_directory_gives_the_same_columns_and_a_page(tmp_path):

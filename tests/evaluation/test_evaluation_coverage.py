@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from biscale_env.envs.plant import Plant, PlantSettings
-from biscale_env.evaluation.experiment.rollout import rollout
+from biscale_env.evaluation.rollouts.rollout import rollout
 from biscale_env.evaluation.stats.windows import (
     WINDOW_S,
     attainment_interval,

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from biscale_env.envs.plant import Plant, PlantSettings
-from biscale_env.evaluation.experiment.rollout import rollout
-from biscale_env.evaluation.experiment.same_work import attention_work
 from biscale_env.evaluation.report.decomposition_table import (
     HEADS,
     NOTE,
     decomposition_markdown,
     write_decomposition,
 )
+from biscale_env.evaluation.rollouts.rollout import rollout
+from biscale_env.evaluation.rollouts.same_work import attention_work
 from biscale_env.evaluation.runs import results
 from biscale_env.evaluation.runs.run_view import load_run
 from biscale_env.evaluation.runs.rundir import RunDirectory
@@ -88,18 +88,21 @@ def test_one_factor_alone_is_one_part(busy_j, clock, batches):
         assert found == pytest.approx(expected, abs=tolerance)
 
 
-@given(st.lists(st.integers(1, 3000), min_size=1, max_size=20), st.sampled_from([1, 64, 700, 2048]))
+@given(
+    st.lists(st.tuples(st.integers(1, 3000), st.integers(0, 5000)), min_size=1, max_size=20),
+    st.sampled_from([1, 64, 700, 2048]),
+)
 def test_attention_work_is_that_of_the_batches(prompts, budget):
-    prompt = np.array(prompts, dtype=np.int32)
+    prompt, prefix = np.array(prompts, dtype=np.int32).T
     if budget == 1:
         prompt = np.minimum(prompt, 5).astype(np.int32)
     head, done, tokens, work = 0, 0, [], []
     while head < len(prompt):
-        batch = form_batch(prompt, head, done, len(prompt), budget, 3)
+        batch = form_batch(prompt, prefix, head, done, len(prompt), budget, 3)
         head, done = batch.head, batch.head_done
         tokens.append(batch.tokens)
         work.append(batch.attn_work)
-    np.testing.assert_allclose(attention_work(prompt, np.array(tokens, dtype=float)), work)
+    np.testing.assert_allclose(attention_work(prompt, prefix, np.array(tokens, dtype=float)), work)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.evaluation.report import (
+from biscale_env.evaluation.report.drawing import (
     figdata,
     figure_style,
     figures,
@@ -167,6 +167,22 @@ def test_energy_figure_shows_the_summary(run):
     )
     line = fig.layout.shapes[1]
     assert line.x0 == line.x1 == pytest.approx(figdata.nines(0.99))
+
+
+def test_names_of_many_policies_stand_in_a_legend_not_on_one_another(run):
+    few = run.summary()[run.summary()["phase"] == "prefill"]
+    many = pd.concat(
+        [few.assign(policy=few["policy"] + str(k), label=few["label"] + str(k)) for k in range(3)]
+    )
+    assert many["policy"].nunique() > figures_energy.MOST_LABELS >= few["policy"].nunique()
+    plain, crowded = (figures_energy.energy_attainment(rows) for rows in (few, many))
+    assert not plain.layout.showlegend
+    assert crowded.layout.showlegend
+    assert any(text for trace in plain.data for text in trace.text)
+    assert not any(text for trace in crowded.data for text in trace.text)
+    assert {trace.name for trace in crowded.data} == set(many["policy"])
+    spread = [trace.error_x.array for trace in crowded.data]
+    assert any(np.max(widths) > 0 for widths in spread)  # intervals stay
 
 
 @pytest.mark.parametrize(("metric", "number"), [("ttft", 0), ("tpot", 1)])

@@ -58,6 +58,13 @@ def test_plain_leaves_plain_data_as_it_is(data):
 
 def test_flat_names_every_leaf():
     assert run_files.flat({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
+    listed = {"points": [{"load": 0.5, "slo": {"ttft_s": 1.0}}, {"load": 0.9}], "none": []}
+    assert run_files.flat(listed) == {
+        "points[0].load": 0.5,
+        "points[0].slo.ttft_s": 1.0,
+        "points[1].load": 0.9,
+        "none": [],
+    }
 
 
 def test_merging_replaces_a_run_and_keeps_the_others(tmp_path):

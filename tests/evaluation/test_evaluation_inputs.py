@@ -20,10 +20,10 @@ from biscale_env.evaluation.experiment.input_digests import (
     policy_inputs,
 )
 from biscale_env.evaluation.experiment.outcome_tables import keep_tuning
-from biscale_env.evaluation.experiment.scenarios import Infeasible, Scenario, resolve
-from biscale_env.evaluation.experiment.tuning import Setting
+from biscale_env.evaluation.rollouts.scenarios import Infeasible, Scenario, resolve
 from biscale_env.evaluation.runs import run_files
 from biscale_env.evaluation.runs.run_view import load_run
+from biscale_env.evaluation.tuning.tuning import Setting
 
 SHIPPED = "agents/checkpoints/prefill.npz"
 

@@ -7,7 +7,8 @@ from scipy import stats
 
 from biscale_env.evaluation.runs.results import results_frame, summarise
 from biscale_env.evaluation.stats.intervals import add_intervals
-from biscale_env.evaluation.stats.metrics import judged_latency_s, results_row
+from biscale_env.evaluation.stats.judging import judged_latency_s
+from biscale_env.evaluation.stats.metrics import results_row
 from biscale_env.evaluation.stats.paired_windows import N_RESAMPLES, SEED, PairedWindows
 from biscale_env.evaluation.stats.windows import (
     WINDOW_S,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.runs.record import run_id
-from biscale_env.evaluation.stats import metrics
+from biscale_env.evaluation.stats import judging, metrics
 
 NAN = math.nan
 
@@ -19,8 +19,8 @@ def test_latencies_by_hand():
     requests = requests_of(
         [0.0, 1.0, 2.0, 3.0], [0.5, 1.4, NAN, 3.1], [1.5, 1.4, NAN, NAN], [11, 1, 5, 3]
     )
-    assert metrics.ttft_s(requests) == pytest.approx([0.5, 0.4, NAN, 0.1], nan_ok=True)
-    assert metrics.tpot_s(requests) == pytest.approx([0.1, 0.0, NAN, NAN], nan_ok=True)
+    assert judging.ttft_s(requests) == pytest.approx([0.5, 0.4, NAN, 0.1], nan_ok=True)
+    assert judging.tpot_s(requests) == pytest.approx([0.1, 0.0, NAN, NAN], nan_ok=True)
 
 
 def test_prefill_row_by_hand():
@@ -56,23 +56,23 @@ def test_decode_leaves_single_tokens_out_of_quantiles_but_counts_them_as_met():
 
 def test_unfinished_counts_only_when_its_deadline_has_passed():
     requests = requests_of([0.0, 2.3, 2.5], [NAN] * 3, [NAN] * 3, [5, 5, 5])
-    verdict = metrics.judge(requests, SLO, "prefill", end_s=2.9)
+    verdict = judging.judge(requests, SLO, "prefill", end_s=2.9)
     assert verdict["counted"].tolist() == [True, True, False]  # deadlines 0.6, 2.9 and 3.1
     assert not verdict["met"].any()
 
 
 def test_unfinished_decode_deadline_grows_with_its_tokens():
     requests = requests_of([0.0, 0.0], [1.0, 1.0], [NAN, NAN], [11, 31])
-    verdict = metrics.judge(requests, SLO, "decode", end_s=2.5)
+    verdict = judging.judge(requests, SLO, "decode", end_s=2.5)
     assert verdict["counted"].tolist() == [True, False]  # deadlines 1 + 1.0 and 1 + 3.0
 
 
 def test_unfinished_violation_enters_quantiles_with_what_it_had_reached():
     requests = requests_of([0.0, 1.0, 8.0], [0.1, NAN, NAN], [0.1, NAN, NAN], [5, 5, 5])
-    values = metrics.judged_latency_s(requests, "ttft", np.array([True, True, False]), 8.2)
+    values = judging.judged_latency_s(requests, "ttft", np.array([True, True, False]), 8.2)
     assert values == pytest.approx([0.1, 7.2])
     decode = requests_of([0, 0], [0.0, 1.0], [1.0, NAN], [11, 11])
-    assert metrics.judged_latency_s(decode, "tpot", np.array([True, True]), 6.0) == pytest.approx(
+    assert judging.judged_latency_s(decode, "tpot", np.array([True, True]), 6.0) == pytest.approx(
         [0.1, 0.5]
     )
 
@@ -91,7 +91,7 @@ def test_joint_statistic_needs_both_in_one_request():
 
 def test_cluster_request_that_never_started_counts_once_its_ttft_is_lost():
     requests = requests_of([0.0, 9.8], [NAN, NAN], [NAN, NAN], [11, 11])
-    verdict = metrics.judge(requests, SLO, "cluster", end_s=10.0)
+    verdict = judging.judge(requests, SLO, "cluster", end_s=10.0)
     assert verdict["counted"].tolist() == [True, False]
     assert not verdict["met_ttft"][0]
     assert not verdict["met_tpot"][0]
@@ -109,6 +109,13 @@ def test_energy_between_splits_an_entry_by_its_overlap():
     timeline = timeline_of([0.0, 2.0, 4.0], [1.0, 2.0, 0.0], [1.0, 0.0, 0.0], [10.0, 20.0, 5.0])
     assert metrics.energy_between(timeline, 0.0) == pytest.approx(35)
     assert metrics.energy_between(timeline, 1.5, 3.0) == pytest.approx(2.5 + 10)
+
+
+def test_served_without_a_known_latency_attains_nothing_that_is_known():
+    row = metrics.results_row(tiny("decode", requests=requests_of([0.0], [NAN], [1.0], [5])))
+    assert (row["n_finished"], row["n_counted"]) == (1, 0)
+    assert math.isnan(row["attainment"])
+    assert not row["slo_met"]
 
 
 def test_nothing_asked_is_nothing_missed():
@@ -129,8 +136,8 @@ def test_attainment_is_a_share_and_a_longer_run_never_uncounts(pairs, end_s):
     arrival = np.array([a for a, _ in pairs])
     first = arrival + np.array([lat for _, lat in pairs])
     requests = requests_of(arrival, first, first, np.full(arrival.size, 7))
-    early, late = (metrics.judge(requests, SLO, "prefill", end) for end in (end_s, end_s + 5))
-    assert 0 <= metrics.attainments(early, SLO, "prefill")["attainment"] <= 1
+    early, late = (judging.judge(requests, SLO, "prefill", end) for end in (end_s, end_s + 5))
+    assert 0 <= judging.attainments(early, SLO, "prefill")["attainment"] <= 1
     assert not (early["counted"] & ~late["counted"]).any()
     assert not (early["met"] & ~early["counted"]).any()
 
@@ -140,8 +147,8 @@ def test_looser_bound_never_attains_less(bound_a, bound_b):
     requests = plausible("prefill", "mpc", 1, duration_s=60.0).requests
     low, high = sorted((bound_a, bound_b))
     shares = [
-        metrics.attainments(
-            metrics.judge(requests, SLO.model_copy(update={"ttft_s": bound}), "prefill", 200.0),
+        judging.attainments(
+            judging.judge(requests, SLO.model_copy(update={"ttft_s": bound}), "prefill", 200.0),
             SLO,
             "prefill",
         )["attainment"]
@@ -224,7 +231,7 @@ def test_a_decode_request_that_was_cut_off_counts_from_its_deadline_on():
     """Five tokens have four intervals of 0.1 s: the deadline is 1.4 s."""
     requests = requests_of([1.0], [1.0], [NAN], [5])
     for end_s, counted in ((1.39, False), (1.4, True)):
-        judged = metrics.judge(requests, SLO, "decode", end_s)
+        judged = judging.judge(requests, SLO, "decode", end_s)
         assert judged["counted"].tolist() == [counted]
         assert not judged["met_tpot"][0]
 

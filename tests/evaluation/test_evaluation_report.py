@@ -6,12 +6,15 @@ import json
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 from evaluation_synthetic import plausible, requests_of, tiny
 from rich.console import Console
 
-from biscale_env.evaluation.report import figure_style, tables
 from biscale_env.evaluation.report import page as report_page
+from biscale_env.evaluation.report import tables
+from biscale_env.evaluation.report.drawing import figure_style
+from biscale_env.evaluation.report.overview import overviews
 from biscale_env.evaluation.runs import results
 from biscale_env.evaluation.runs.run_view import load_run
 from biscale_env.evaluation.runs.rundir import RunDirectory
@@ -88,6 +91,23 @@ def test_every_policy_point_and_figure_is_there(run, page):
     }
     assert drawn == shown
     assert set(re.findall(r'data-figure="(point-\d)-(\w+)"', own)) == shown
+
+
+def test_an_overview_per_phase_has_the_controllers_of_that_phase_alone(run, page):
+    prefill, decode = overviews(run)
+    assert (prefill["title"], decode["title"]) == ("Prefill", "Decode")
+    assert set(prefill["labels"]) == set(SHOWN["prefill"])
+    assert set(decode["labels"]) == set(SHOWN["decode"])
+    assert [len(table["rows"]) for table in (prefill, decode)] == [2, 1]
+    assert all(cell is not None for row in decode["rows"] for cell in row["cells"])
+    ids = [row["id"] for table in (prefill, decode) for row in table["rows"]]
+    assert sorted(ids) == ["point-0", "point-1", "point-2"]
+    for table in (prefill, decode):
+        for row in table["rows"]:
+            assert "SLO" not in row["title"]  # one SLO for all: the sections name it
+            section = page.partition(f'<section id="{row["id"]}">')[2].partition("</h2>")[0]
+            assert row["title"] in section
+            assert section.strip().startswith(f"<h2>{table['title']}: ")
 
 
 def figures_of(phase):
@@ -269,3 +289,17 @@ def test_verdict_on_the_slo_says_when_the_sample_cannot_tell():
     beside = row | {"slo_met": False, "target": 0.98}
     assert tables.slo_words(beside) == "as max"
     assert tables.slo_words(beside | {"attainment_ci_low": 0.97}) == "as max?"
+
+
+def test_the_report_says_what_the_prefix_cache_spared():
+    rows = pd.DataFrame({"prefix_cache": ["lru:5000"] * 2, "cached_share": [0.25, 0.75]})
+    assert report_page.cache_facts(rows) == [
+        "prefix cache lru:5000, 50.00 % of prompt tokens cached"
+    ]
+    assert report_page.cache_facts(rows.assign(cached_share=np.nan)) == [
+        "prefix cache lru:5000"
+    ]  # decode
+    assert report_page.cache_facts(rows.assign(prefix_cache="off")) == []
+    assert (
+        report_page.cache_facts(rows.drop(columns="prefix_cache")) == []
+    )  # runs of older versions

@@ -8,17 +8,17 @@ import pytest
 from biscale_env.config import load_slo
 from biscale_env.config.slo import within
 from biscale_env.core.errors import BiscaleError
-from biscale_env.envs.capacity import find_capacity, run_static
+from biscale_env.envs.loads.capacity import find_capacity, run_static
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.evaluation.experiment.compare import ComparisonJob, run_job
-from biscale_env.evaluation.experiment.rollout import (
+from biscale_env.evaluation.rollouts.rollout import (
     PROBE_DECISIONS,
     _Samples,
     rollout,
     time_decisions,
 )
-from biscale_env.evaluation.experiment.scenarios import Infeasible, Scenario, resolve
-from biscale_env.evaluation.experiment.tuning import Setting, best_static, choose, tune
+from biscale_env.evaluation.rollouts.scenarios import Infeasible, Scenario, resolve
+from biscale_env.evaluation.tuning.tuning import Setting, best_static, choose, tune
 from biscale_env.traces import Trace, generate, write_trace
 
 
@@ -329,7 +329,7 @@ def test_the_load_of_each_part_is_a_share_of_its_own_capacity(tmp_path, fold):
     """The evaluated half serves several times more than the other: 90 % is 90 % of each."""
     trace = halves_of(tmp_path, (3000, 300))
     case = resolve(Scenario(name="h", trace=trace, load=0.9, fold=fold), "prefill")
-    easy, hard = case.part, case.tune_part
+    (easy,), (hard,) = case.judged.traces, case.tuning.traces
     rates = case.rate_rps, case.tune_rate_rps
     if fold == "backward":
         easy, hard, rates = hard, easy, rates[::-1]
@@ -353,8 +353,8 @@ def test_a_part_that_nobody_can_serve_is_named(tmp_path):
 def test_other_seeds_are_other_workloads():
     first = Scenario(name="x", duration_s=60.0, seeds=2)
     later = first.model_copy(update={"first_seed": 7})
-    assert later.workload_seeds == (7, 8)
     case, other = resolve(first, "prefill"), resolve(later, "prefill")
+    assert other.workload_seeds() == (7, 8)
     assert other.workloads()[0] == case.workload(7)
     assert case.workloads()[0] != other.workloads()[0]
 

@@ -17,8 +17,9 @@ from evaluation_synthetic import POLICIES, SLO, plausible, requests_of, tiny
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.runs import run_files
 from biscale_env.evaluation.runs.blocks import window_totals
-from biscale_env.evaluation.runs.run_view import load_run, slo_of
+from biscale_env.evaluation.runs.run_view import load_run
 from biscale_env.evaluation.runs.rundir import RunDirectory
+from biscale_env.evaluation.stats.class_metrics import slo_of
 from biscale_env.evaluation.stats.metrics import results_row
 from biscale_env.traces import Trace
 
@@ -251,6 +252,15 @@ def test_resume_with_another_configuration_names_what_changed(tmp_path):
     with pytest.raises(BiscaleError, match=r"'scenario\.load' was 0\.75 and is now 0\.9"):
         RunDirectory(tmp_path, changed, resume=True)
     RunDirectory(tmp_path, CONFIG, resume=True)
+
+
+def test_of_a_list_of_points_the_changed_value_alone_is_told(tmp_path):
+    points = [{"load": 0.5, "trace": "a"}, {"load": 0.9, "trace": "a"}]
+    RunDirectory(tmp_path, CONFIG | {"points": points})
+    points[1]["load"] = 0.8
+    told = r"cannot resume .*: 'points\[1\]\.load' was 0\.9 and is now 0\.8; resume with the same"
+    with pytest.raises(BiscaleError, match=told):
+        RunDirectory(tmp_path, CONFIG | {"points": points}, resume=True)
 
 
 def test_bad_places_are_refused_and_left_alone(tmp_path):
@@ -571,7 +581,8 @@ def test_a_run_directory_on_a_full_disk(tmp_path):
         for name in finished:
             assert len(os.listdir(tiny_disk / "run" / run_files.PARTS / name)) == 4
     finally:
-        subprocess.run(["umount", str(tiny_disk)], check=True)
+        # lazily: another run of the tests may be looking into its old folders
+        subprocess.run(["umount", "--lazy", str(tiny_disk)], check=True)
 
 
 def test_failed_requests_are_judged_alike_after_reading(tmp_path):

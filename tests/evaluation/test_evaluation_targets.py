@@ -6,12 +6,12 @@ import pytest
 from evaluation_synthetic import requests_of, tiny
 
 from biscale_env.evaluation.experiment.compare import ComparisonJob, settle
-from biscale_env.evaluation.experiment.scenarios import Scenario, resolve
-from biscale_env.evaluation.experiment.tuning import max_clock
 from biscale_env.evaluation.report import tables
+from biscale_env.evaluation.rollouts.scenarios import Scenario, resolve
 from biscale_env.evaluation.runs import results
 from biscale_env.evaluation.stats.metrics import results_row
 from biscale_env.evaluation.stats.targets import ALLOWANCE, judged_target, tuning_target
+from biscale_env.evaluation.tuning.tuning import max_clock
 
 GOOD = requests_of([0.0, 1.0, 2.0], [0.1, 1.1, 2.1], [0.1, 1.1, 2.1], [10, 20, 1])
 

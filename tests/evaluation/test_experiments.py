@@ -40,11 +40,11 @@ def test_quick_cuts_both_phases():
 
 def test_presets_are_chosen_on_workloads_that_nothing_judges():
     judged = {(p.trace or p.profile, seed) for name in ("main", "full", "delay", "slo")
-              for p in load_experiment(name).scenarios() for seed in p.workload_seeds}  # fmt: skip
+              for p in load_experiment(name).scenarios() for seed in p.choices}  # fmt: skip
     chosen = {
         (p.trace or p.profile, seed)
         for p in load_experiment("ablation").scenarios()
-        for seed in p.workload_seeds
+        for seed in p.choices
     }
     assert not judged & chosen
     assert all(p.trace is None for p in load_experiment("ablation").scenarios())

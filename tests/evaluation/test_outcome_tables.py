@@ -12,8 +12,8 @@ from biscale_env.evaluation.experiment.outcome_tables import (
     member_frame,
 )
 from biscale_env.evaluation.experiment.run_comparison import run_all
-from biscale_env.evaluation.experiment.scenarios import Scenario
-from biscale_env.evaluation.experiment.window_meter import WindowTotals
+from biscale_env.evaluation.rollouts.scenarios import Scenario
+from biscale_env.evaluation.rollouts.window_meter import WindowTotals
 from biscale_env.evaluation.runs import run_files
 from biscale_env.evaluation.runs.run_view import load_run
 from biscale_env.evaluation.runs.rundir import RunDirectory
@@ -69,8 +69,10 @@ def totals(value):
 
 def test_subsamples_of_one_trace_are_added_and_generated_workloads_are_not():
     one = [totals(1.0), totals(2.0)]
-    assert joined_windows(one, True).energy_j.tolist() == [3.0, 6.0]
-    assert joined_windows(one, False).energy_j.tolist() == [1.0, 2.0, 2.0, 4.0]
+    same, apart = [("/", 0.0)] * 2, [("/0", 0.0), ("/1", 0.0)]
+    assert [t.energy_j.tolist() for t in joined_windows(one, same).values()] == [[3.0, 6.0]]
+    each = [t.energy_j.tolist() for t in joined_windows(one, apart).values()]
+    assert each == [[1.0, 2.0], [2.0, 4.0]]
 
 
 def test_a_job_cut_off_between_its_runs_starts_over_and_leaves_everything_once(

@@ -4,24 +4,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from biscale_env.evaluation.experiment import settings_search
-from biscale_env.evaluation.experiment.judged_curves import (
+from biscale_env.evaluation.rollouts.scenarios import Scenario, resolve
+from biscale_env.evaluation.stats.targets import judged_target as rule
+from biscale_env.evaluation.tuning import settings_search
+from biscale_env.evaluation.tuning.judged_curves import (
     hindsight_static,
     judged_target,
     policy_curve,
     static_curve,
 )
-from biscale_env.evaluation.experiment.member_spread import constant_clock, member_runs
-from biscale_env.evaluation.experiment.scenarios import Scenario, resolve
-from biscale_env.evaluation.experiment.settings_search import (
+from biscale_env.evaluation.tuning.member_spread import constant_clock, member_runs
+from biscale_env.evaluation.tuning.settings_search import (
     COARSE,
     Setting,
     bracket,
     search,
     thinned,
 )
-from biscale_env.evaluation.experiment.tuning import best_static, choose, tune_seeds
-from biscale_env.evaluation.stats.targets import judged_target as rule
+from biscale_env.evaluation.tuning.tuning import best_static, choose, tune_seeds
 from controllers.base import MARGINS
 
 
@@ -31,7 +31,7 @@ def pretend(monkeypatch):
     asked = []
 
     def install(energy_j, attainment):
-        def of(params, runs):
+        def of(params, runs, plant):
             return Setting(dict(params), energy_j(params), attainment(params))
 
         monkeypatch.setattr(settings_search, "rollout", lambda *a, **k: [])
@@ -50,7 +50,7 @@ def test_the_search_closes_in_on_the_target(knee):
         patch.setattr(
             settings_search,
             "setting_of",
-            lambda p, _: Setting(dict(p), 1.0 + p["margin"], 0.99 + 0.05 * (p["margin"] - knee)),
+            lambda p, *_: Setting(dict(p), 1.0 + p["margin"], 0.99 + 0.05 * (p["margin"] - knee)),
         )
         grid = [{"margin": m} for m in MARGINS["margin"]]
         tried = search(lambda *a: None, None, [], grid, 0.99)

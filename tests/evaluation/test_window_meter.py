@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from biscale_env.envs.plant import Plant, PlantSettings
-from biscale_env.evaluation.experiment.rollout import rollout
-from biscale_env.evaluation.experiment.window_meter import (
+from biscale_env.evaluation.rollouts.rollout import rollout
+from biscale_env.evaluation.rollouts.window_meter import (
     WindowMeter,
     judged_windows,
     window_edges,

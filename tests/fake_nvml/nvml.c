@@ -29,7 +29,9 @@ typedef struct {
     double freq_mhz, inflight_mhz, apply_at_s, wanted_mhz, previous_mhz, landed_at_s, default_mhz, min_mhz, max_mhz, step_mhz,
         memory_mhz, temperature_c;
     int64_t reasons, locked, n_sets, n_resets, lost, external;
-    double effective_mhz, energy_j, power_w, power_at_s, toy_idle_w, toy_slope_w;
+    double effective_mhz, energy_j, power_w, power_at_s, toy_idle_w, toy_slope_w, limit_w, limit_inflight_w, limit_at_s, limit_wanted_w, limit_low_w,
+        limit_high_w, limit_default_w;
+    int64_t n_caps, n_uncaps;
 } Gpu;
 
 typedef struct {
@@ -53,27 +55,45 @@ static double now_s(void) {
     return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
+static double toy_mhz(Gpu *g) {
+    if (g->limit_w <= 0) return g->freq_mhz;
+    double room = fmax(g->limit_w - g->toy_idle_w, 0.0);
+    return fmin(g->freq_mhz, 1e3 * cbrt(room / g->toy_slope_w));
+}
+
 static void integrate(Gpu *g, double now) {
     if (g->external) return;
-    double ghz = g->freq_mhz * 1e-3, power = g->toy_idle_w + g->toy_slope_w * ghz * ghz * ghz;
+    double ghz = toy_mhz(g) * 1e-3, power = g->toy_idle_w + g->toy_slope_w * ghz * ghz * ghz;
     if (now > g->power_at_s) g->energy_j += power * (now - g->power_at_s);
     g->power_w = power;
     g->power_at_s = now;
 }
 
+static void land_limit(Gpu *g, double landed) {
+    integrate(g, landed);
+    g->limit_w = g->limit_inflight_w;
+    g->limit_inflight_w = g->limit_wanted_w;
+    g->limit_at_s = g->limit_wanted_w == g->limit_w ? INFINITY : landed + header->delay_s;
+}
+
+static void land_clock(Gpu *g, double landed) {
+    integrate(g, landed);
+    g->previous_mhz = g->freq_mhz;
+    g->freq_mhz = g->inflight_mhz;
+    g->landed_at_s = landed;
+    if (g->wanted_mhz == g->freq_mhz) {
+        g->apply_at_s = INFINITY;
+    } else {
+        g->inflight_mhz = g->wanted_mhz;
+        g->apply_at_s = landed + header->delay_s;
+    }
+}
+
 static void settle(Gpu *g, double now) {
-    while (g->apply_at_s <= now) {
-        double landed = g->apply_at_s;
-        integrate(g, landed);
-        g->previous_mhz = g->freq_mhz;
-        g->freq_mhz = g->inflight_mhz;
-        g->landed_at_s = landed;
-        if (g->wanted_mhz == g->freq_mhz) {
-            g->apply_at_s = INFINITY;
-        } else {
-            g->inflight_mhz = g->wanted_mhz;
-            g->apply_at_s = landed + header->delay_s;
-        }
+    double due;
+    while ((due = fmin(g->limit_at_s, g->apply_at_s)) <= now) { /* in the order of time */
+        if (g->limit_at_s == due) land_limit(g, due);
+        else land_clock(g, due);
     }
     integrate(g, now);
 }
@@ -185,10 +205,51 @@ int nvmlDeviceResetGpuLockedClocks(Gpu *g) {
     return end();
 }
 
+int nvmlDeviceGetPowerManagementLimitConstraints(Gpu *g, unsigned *low, unsigned *high) {
+    if (g->lost) return GPU_IS_LOST;
+    *low = (unsigned)(g->limit_low_w * 1e3);
+    *high = (unsigned)(g->limit_high_w * 1e3);
+    return OK;
+}
+
+int nvmlDeviceGetPowerManagementDefaultLimit(Gpu *g, unsigned *milliwatts) {
+    if (g->lost) return GPU_IS_LOST;
+    *milliwatts = (unsigned)(g->limit_default_w * 1e3);
+    return OK;
+}
+
+int nvmlDeviceGetPowerManagementLimit(Gpu *g, unsigned *milliwatts) {
+    if (g->lost) return GPU_IS_LOST;
+    *milliwatts = (unsigned)(g->limit_wanted_w * 1e3);
+    return OK;
+}
+
+int nvmlDeviceSetPowerManagementLimit(Gpu *g, unsigned milliwatts) {
+    if (!header) return UNINITIALIZED;
+    if (!allowed()) return NO_PERMISSION;
+    double limit = milliwatts * 1e-3;
+    if (limit < g->limit_low_w || limit > g->limit_high_w) return INVALID_ARGUMENT;
+    usleep((useconds_t)header->set_latency_us);
+    int code = begin(g);
+    if (code) return code;
+    if (limit == g->limit_default_w) g->n_uncaps++;
+    else g->n_caps++;
+    if (limit != g->limit_wanted_w) {
+        g->limit_wanted_w = limit;
+        if (isinf(g->limit_at_s)) {
+            g->limit_inflight_w = limit;
+            g->limit_at_s = now_s() + header->delay_s;
+            settle(g, now_s());
+        }
+    }
+    return end();
+}
+
 int nvmlDeviceGetClockInfo(Gpu *g, unsigned kind, unsigned *mhz) {
     int code = begin(g);
     if (code) return code;
-    double core = g->effective_mhz > 0 && g->effective_mhz < g->freq_mhz ? g->effective_mhz : g->freq_mhz;
+    double core = g->external ? g->freq_mhz : toy_mhz(g);
+    if (g->effective_mhz > 0 && g->effective_mhz < core) core = g->effective_mhz;
     *mhz = (unsigned)(kind == 2 ? g->memory_mhz : core);
     return end();
 }

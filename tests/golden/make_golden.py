@@ -72,6 +72,8 @@ def inputs(name: str) -> dict[str, Any]:
     settings = asdict(Settings(**case["settings"]))
     if not settings["parked"]:  # not known to the files that were made before it
         settings = {k: v for k, v in settings.items() if not k.startswith("parked")}
+    if not settings["classes"]:  # likewise
+        settings = {k: v for k, v in settings.items() if not k.startswith("class")}
     actions = [float(np.float32(np.sin(0.7 * k) if k % 5 else 1.0)) for k in range(STEPS)]
     return {
         "phase": case["phase"],

@@ -17,7 +17,7 @@ import pytest
 import zmq
 from hardware_helpers import gpus_of
 
-from biscale_env.cli.hw_options import open_log
+from biscale_env.cli.hw.hw_options import open_log
 from biscale_env.core.errors import BiscaleError
 from biscale_env.hardware.clocks import owner
 from biscale_env.hardware.clocks.backend import (
@@ -25,12 +25,13 @@ from biscale_env.hardware.clocks.backend import (
     ClockError,
     ClockReading,
     GpuLost,
-    ObserveOnly,
 )
 from biscale_env.hardware.clocks.caller import sudo_caller
 from biscale_env.hardware.clocks.fake_gpus import FakeBackend, FakeState, create_state
+from biscale_env.hardware.clocks.observe_only import ObserveOnly
 from biscale_env.hardware.loop import wire
-from biscale_env.hardware.loop.actuator import Actuator, serve
+from biscale_env.hardware.loop.actuator import Actuator
+from biscale_env.hardware.loop.actuator_process import serve
 from biscale_env.hardware.loop.gpu_group import ActuatorConfig
 from biscale_env.hardware.loop.wire import ClockChange, Command
 from biscale_env.hardware.profile.profiler import write_table

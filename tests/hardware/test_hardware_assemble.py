@@ -24,9 +24,13 @@ from biscale_env.hardware.replay.assemble import (
     run_record,
     timeline_columns,
 )
-from biscale_env.hardware.replay.client import GONE_ERROR, INTERRUPTED_ERROR, RequestRecord
 from biscale_env.hardware.replay.raw_log import Raw
 from biscale_env.hardware.replay.recorder import TELEMETRY_COLUMNS, EnergyCurve, IterationRow
+from biscale_env.hardware.replay.request_record import (
+    GONE_ERROR,
+    INTERRUPTED_ERROR,
+    RequestRecord,
+)
 from biscale_env.hardware.replay.validate import (
     Agreement,
     compare,

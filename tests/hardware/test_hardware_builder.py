@@ -53,6 +53,7 @@ def mirror(plant, trace, actions):
         if plant.phase == "prefill":
             tokens, _, n_seq, _, _ = form_batch(
                 pool.prompt,
+                pool.prefix,
                 int(st["head"]),
                 int(st["head_done"]),
                 int(st["tail"]),

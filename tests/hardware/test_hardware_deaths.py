@@ -13,26 +13,16 @@ import time
 from pathlib import Path
 
 import pytest
-from hardware_helpers import REPOSITORY, gpus_of, read_until, spawn, wait_until
+from hardware_helpers import REPOSITORY, FakeMachine, gpus_of, read_until, spawn, wait_until
 
-from biscale_env.hardware.clocks.fake_gpus import FakeState, create_state
+from biscale_env.hardware.clocks.fake_gpus import FakeState
 
 pytest_plugins = ["hardware_fixtures"]
 LEASE_S = 0.6
 
 
-class Machine:
-    """Two fake GPUs under the C library, and the processes that this test started."""
-
-    def __init__(self, folder, library, state):
-        self.folder = folder
-        self.path = create_state(folder / "gpus", 2, delay_s=0.01)
-        self.env = {
-            "LD_LIBRARY_PATH": str(library.parent),
-            "FAKE_NVML_STATE": str(self.path),
-            "BISCALE_HW_STATE": str(state),
-        }
-        self.processes = []
+class Machine(FakeMachine):
+    """With an actuator of both phases, controllers and engines."""
 
     def actuator(self, *extra, env=None):
         options = ["--gpus", "prefill=0", "--gpus", "decode=1", "--lease", str(LEASE_S)]
@@ -83,14 +73,6 @@ class Machine:
 
     def log(self):
         return [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
-
-    def close(self):
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-            process.stdout.close()
-            process.stderr.close()
 
 
 @pytest.fixture

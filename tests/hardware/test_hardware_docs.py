@@ -1,18 +1,17 @@
-"""Every `biscale` command line of the hardware guide and of the README section exists.
+"""Every `biscale` command line of the hardware guides exists.
 
 The example without a GPU runs as printed.
 """
 
-import os
 import re
 import shlex
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import typer
+from hardware_helpers import free_port
+from page_blocks import shim
 
 from biscale_env.cli import build
 
@@ -21,11 +20,9 @@ DOCS = ROOT / "docs"
 
 
 def pages():
-    """The guide, and the section of the README."""
-    section = re.search(
-        r"^## On hardware\n(.*?)^## ", (ROOT / "README.md").read_text(), flags=re.S | re.M
-    )
-    return [(DOCS, (DOCS / "hardware.md").read_text()), (ROOT, section[1])]
+    """The guides."""
+    names = ("hardware.md", "simulation-to-hardware.md", "deployment.md")
+    return [(DOCS, (DOCS / name).read_text()) for name in names]
 
 
 def commands():
@@ -34,7 +31,8 @@ def commands():
         code = re.findall(r"```\n(.*?)```", text, flags=re.S) + re.findall(r"`([^`\n]+)`", text)
         for block in code:
             for line in block.replace("\\\n", " ").splitlines():
-                line = line.strip().removeprefix("sudo ").removesuffix("&").strip()
+                line = line.strip().removeprefix("sudo ").removesuffix("|| true")
+                line = line.strip().removesuffix("&").strip()
                 if line.startswith("biscale "):
                     yield pytest.param(line, id=line[:60])
 
@@ -57,9 +55,10 @@ def test_the_guide_names_commands():
 
 def test_every_environment_variable_of_the_guide_is_read_somewhere():
     sources = "".join(p.read_text() for p in (ROOT / "biscale_env").rglob("*.py"))
+    units = "".join(p.read_text() for p in (ROOT / "packaging" / "systemd").glob("*.service"))
     for _, text in pages():
         for name in set(re.findall(r"\b(?:BISCALE|ZEUSD)_[A-Z_]+\b", text)):
-            assert f'"{name}"' in sources, name
+            assert f'"{name}"' in sources or f"${{{name}}}" in units, name
 
 
 def test_links_point_to_files():
@@ -73,20 +72,15 @@ def test_test_files_that_the_guide_names_exist():
         assert (ROOT / name).exists(), name
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.slow
-def test_the_readme_example_runs_as_printed(tmp_path):
+def test_the_example_without_a_gpu_runs_as_printed(tmp_path):
     """In an empty folder and offline.
 
     Only ports, folders and the length are others, so that tests can run side by side.
     """
     (block,) = re.findall(r"```\n(.*?)```", pages()[1][1], flags=re.S)
-    ports = free_port(), free_port()
+    first = free_port(2)
+    ports = first, first + 1
     emulate = (
         f"hw emulate --state s/gpus --sockets s --prefill-port {ports[0]} --decode-port {ports[1]}"
     )
@@ -99,19 +93,11 @@ def test_the_readme_example_runs_as_printed(tmp_path):
     ):
         assert printed in block
         block = block.replace(printed, here)
-    shim = tmp_path / "bin" / "biscale"
-    shim.parent.mkdir()
-    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m biscale_env.cli "$@"\n')
-    shim.chmod(0o755)
     empty = tmp_path / "e"
     empty.mkdir()
-    env = {
-        **os.environ,
-        "PATH": f"{shim.parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+    env = shim(tmp_path / "bin") | {
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
         "BISCALE_HW_STATE": str(tmp_path / "owned"),
-        "COLUMNS": "100",
     }
     script = f"set -em\n{block}\nwait || true\n"
     done = subprocess.run(

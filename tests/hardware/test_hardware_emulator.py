@@ -14,7 +14,8 @@ from biscale_env.envs.batch import Batch, RequestTable
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.hardware.clocks.fake_gpus import FakeBackend, FakeState, create_state, settle, want
 from biscale_env.hardware.emulation import engine_kernels as kernels
-from biscale_env.hardware.emulation.emulator import ClockHistory, Instance, Ticket
+from biscale_env.hardware.emulation.clock_history import ClockHistory
+from biscale_env.hardware.emulation.emulator import Instance, Ticket
 from biscale_env.hardware.engines.hook.sender import Sender
 from biscale_env.sim.clock import run_work
 from biscale_env.sim.state import PREFILL_DTYPE
@@ -127,7 +128,7 @@ def test_a_clock_that_lands_in_the_middle_of_an_iteration_changes_what_is_left_o
         kernels.prefill_work(
             st, engine.coefs, engine.params, batch, table, 1 if st["time_s"] < landed else 0
         )
-        kernels.prefill_end(st, engine.params, engine.arrival_s, np.zeros(1), batch)
+        kernels.prefill_end(st, engine.params, engine.requests, np.zeros(1), batch)
     assert engine.finish_s[0] == pytest.approx(float(st["time_s"]), abs=1e-6)
 
 

@@ -123,6 +123,28 @@ def test_a_lost_gpu_says_so(tmp_path):
         backend.read(backend.devices()[0].uuid)
 
 
+@pytest.mark.parametrize("library", ["python", "c"])
+@pytest.mark.parametrize("first", ["clock", "limit"])
+def test_a_clock_and_a_limit_land_in_the_order_of_their_times(tmp_path, c_nvml, library, first):
+    """Nobody has looked since: the energy between the two is counted once."""
+    path = create_state(tmp_path / "gpus", 1, delay_s=0.05)
+    gpu, now = FakeState(path).gpus[0], time.monotonic()
+    gpu["inflight_mhz"] = gpu["wanted_mhz"] = 1000.0
+    gpu["limit_inflight_w"] = gpu["limit_wanted_w"] = 125.0
+    gpu["apply_at_s"], gpu["limit_at_s"] = now - 3.0, now - 1.0
+    between_w = 150.0
+    if first == "limit":
+        gpu["apply_at_s"], gpu["limit_at_s"] = now - 1.0, now - 3.0
+        between_w = 125.0
+    gpu["energy_j"], gpu["power_at_s"] = 0.0, now - 5.0
+    backend = c_nvml(path) if library == "c" else FakeBackend(path)
+    energy_j = backend.energy_j(backend.devices()[0].uuid)
+    high_w = 100.0 + 50.0 * 1.98**3
+    most_j = 2.0 * high_w + 2.0 * between_w + 125.0 * (time.monotonic() - now + 1.0)
+    assert most_j - 125.0 * (time.monotonic() - now) - 0.1 <= energy_j <= most_j + 0.1
+    assert (gpu["freq_mhz"], gpu["limit_w"], gpu["power_w"]) == pytest.approx((1000, 125, 125))
+
+
 @pytest.mark.parametrize("content", [b"", b"short", b"x" * 4096])
 def test_a_wrong_file_is_named(tmp_path, content):
     (tmp_path / "gpus").write_bytes(content)

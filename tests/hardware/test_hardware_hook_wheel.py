@@ -29,7 +29,7 @@ class HookRegistry:
 module("vllm.v1.metrics.loggers", StatLoggerBase=StatLoggerBase)
 module("vllm.v1.core.sched.async_scheduler", AsyncScheduler=AsyncScheduler)
 module("sglang.srt.plugins.hook_registry", HookRegistry=HookRegistry,
-       HookType=types.SimpleNamespace(BEFORE=1))
+       HookType=types.SimpleNamespace(BEFORE=1, AFTER=2))
 loggers = [e.load() for e in m.entry_points(group="vllm.stat_logger_plugins")]
 for e in m.entry_points(group="sglang.srt.plugins"):
     e.load()()
@@ -98,7 +98,10 @@ def test_the_hook_brings_one_package_and_its_plug_ins(engine_environment):
     assert told == {
         "loggers": [True],
         "scheduler": True,
-        "registered": ["sglang.srt.managers.scheduler.Scheduler.run_batch"],
+        "registered": [
+            "sglang.srt.managers.scheduler.Scheduler.run_batch",
+            "sglang.srt.managers.scheduler.Scheduler.process_batch_result",
+        ],
         "loaded": [],
         "found": {"biscale-engine-hook": ["biscale", "biscale"]},
     }

@@ -345,7 +345,7 @@ def test_sglang_hook_never_raises_and_registers_where_it_should(monkeypatch):
     assert watcher.sender.closed
     registered = []
     module = types.ModuleType("sglang.srt.plugins.hook_registry")
-    module.HookType = SimpleNamespace(BEFORE="before")
+    module.HookType = SimpleNamespace(BEFORE="before", AFTER="after")
     module.HookRegistry = SimpleNamespace(register=lambda *a: registered.append(a))
     for name in ("sglang", "sglang.srt", "sglang.srt.plugins"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
@@ -355,9 +355,64 @@ def test_sglang_hook_never_raises_and_registers_where_it_should(monkeypatch):
     copy = copy_of_the_hook("sglang_hook", monkeypatch)
     copy.register()
     assert copy.__name__ == "biscale_hook.sglang_hook"
-    ((target, hook, kind),) = registered
-    assert (target, kind) == ("sglang.srt.managers.scheduler.Scheduler.run_batch", "before")
+    (target, hook, kind), (ended, results, when) = registered
+    scheduler = "sglang.srt.managers.scheduler.Scheduler"
+    assert (target, kind) == (f"{scheduler}.run_batch", "before")
+    assert (ended, when) == (f"{scheduler}.process_batch_result", "after")
+    assert results("kept", None, None) is None  # before the first batch too
     assert hook(None, None) is None
+    assert results("kept", None, None) is None
+
+
+def empty_batches(monkeypatch):
+    """A watcher of SGLang, the time it sees, and what launches a batch of nothing."""
+    now, watcher = [100.0], sglang_hook.SglangWatcher(Keeper())
+    monkeypatch.setattr(sglang_hook.time, "monotonic", lambda: now[0])
+    batch = SimpleNamespace(forward_mode=Mode(False), reqs=[], seq_lens_sum=0)
+    return (
+        watcher,
+        now,
+        lambda: watcher.before_run_batch(SimpleNamespace(waiting_queue=[]), batch),
+    )
+
+
+def test_sglang_counts_batches_that_overlap(monkeypatch):
+    """Its overlapped schedule launches a batch, then takes the results of the one before."""
+    watcher, now, launch = empty_batches(monkeypatch)
+
+    def at(time_s, call):
+        now[0] = time_s
+        call()
+
+    def result():
+        assert watcher.after_results("kept") is None
+
+    at(100.0, launch)
+    at(100.1, launch)  # no result was seen yet: whether they overlap is not known
+    at(100.3, result)
+    at(100.3, launch)
+    at(100.6, result)
+    at(100.7, launch)
+    at(100.8, result)
+    at(100.9, result)
+    at(105.0, launch)
+    kept = watcher.sender.kept
+    told = [(r.detail.ahead, r.detail.running_since_s, r.wall_time) for r in kept]
+    assert [ahead for ahead, _, _ in told] == [0, 0, 1, 1, 0]
+    assert [since_s for _, since_s, _ in told[2:]] == pytest.approx([100.3, 100.6, 0.0])
+    assert [wall_s for _, _, wall_s in told[2:]] == pytest.approx([0.3, 0.3, 0.1])
+
+
+def test_sglang_without_overlap_is_never_ahead(monkeypatch):
+    watcher, now, launch = empty_batches(monkeypatch)
+    for _ in range(5):
+        launch()
+        now[0] += 0.4
+        watcher.after_results("kept")
+        now[0] += 0.1
+    kept = watcher.sender.kept
+    assert [r.detail.ahead for r in kept] == [0] * 5
+    assert [r.wall_time for r in kept] == pytest.approx([0.0, 0.4, 0.4, 0.4, 0.4])
 
 
 def copy_of_the_hook(name, monkeypatch):

@@ -11,19 +11,16 @@ from biscale_env.hardware.clocks.backend import (
     ClockDenied,
     ClockError,
     GpuLost,
-    ObserveOnly,
     reason_text,
 )
 from biscale_env.hardware.clocks.backend_registry import open_backend
 from biscale_env.hardware.clocks.nvml import NvmlBackend
+from biscale_env.hardware.clocks.observe_only import ObserveOnly
 
 
 @pytest.fixture
 def library(monkeypatch):
-    library = PythonNvml()
-    monkeypatch.setattr(pynvml, "nvmlLib", library)
-    monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
-    return library
+    return PythonNvml().install(monkeypatch)
 
 
 @pytest.fixture
@@ -153,9 +150,7 @@ class PowerOfSome(PythonNvml):
 
 @pytest.fixture
 def power(monkeypatch):
-    library = PowerOfSome(3)
-    monkeypatch.setattr(pynvml, "nvmlLib", library)
-    monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
+    library = PowerOfSome(3).install(monkeypatch)
     with NvmlBackend() as backend:
         yield library, backend
 

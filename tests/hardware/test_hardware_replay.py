@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,10 +15,11 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pytest
-from hardware_helpers import gpus_of, read_until, spawn, wait_until
+from hardware_helpers import free_port, gpus_of, read_until, spawn, wait_until
 from toy_hardware import TOY_GPU, follows_toy, on_toy_grid, toy_spec
 from typer.testing import CliRunner
 
@@ -35,18 +35,14 @@ from biscale_env.hardware.loop.recorded_policy import load_policy
 from biscale_env.hardware.loop.wire import ClockChange
 from biscale_env.hardware.replay.assemble import at_step
 from biscale_env.hardware.replay.closed_loop import policies_by_phase, wait_for_engines
+from biscale_env.hardware.replay.measured_run import UNCONTROLLED
 from biscale_env.hardware.replay.raw_log import read_lines, read_raw
+from biscale_env.hardware.replay.recorder import IterationRow
 from biscale_env.hardware.replay.validate import compare, plant_of
 
 # lateness of the emulated engines (P99) up to which 5 % of the smallest P99 here can be told
 CALM_S = 0.008
 pytest_plugins = ["hardware_fixtures"]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def write_trace(path, n, rate, prompt=(20, 1500), output=(5, 60), seed=0):
@@ -193,16 +189,20 @@ def test_a_replay_that_would_run_uncontrolled_ends_before_the_load(lab, tmp_path
 
 
 @pytest.mark.slow
-def test_an_engine_without_the_hook_gets_no_result_under_a_policy_s_name(lab, tmp_path):
+def test_an_engine_without_the_hook_gets_its_results_but_not_under_a_policy_s_name(lab, tmp_path):
     trace, out = write_trace(tmp_path / "t.jsonl", 8, 5.0), tmp_path / "run"
     elsewhere = ("--sockets", str(tmp_path / "other"))
     code, stdout, stderr = lab.run(trace, out, "--policy", "max", *elsewhere)
     assert code == 2, stdout
     assert "no record came from the prefill engine" in stderr
-    assert "there is no result of prefill" in stderr
+    assert "its policy decided nothing" in stderr
+    assert f"start `biscale hw emulate --sockets {tmp_path / 'other'}`" in stderr
+    assert stdout.count("│ driver") == 2  # the table of what was measured
     raw = read_raw(out / "raw")
     assert len([r for r in raw.requests if not r.error]) == 8
-    assert not list(out.rglob("results.parquet"))
+    results = load_run(out).results
+    assert set(results["policy"]) == {UNCONTROLLED}
+    assert results["tpot_p99_s"].notna().any()
     watched = tmp_path / "watched"  # without control there is nothing to be mistaken about
     code, stdout, stderr = lab.run(trace, watched, "--policy", "max", "--observe-only", *elsewhere)
     assert code == 0, stderr
@@ -447,7 +447,7 @@ def random_agent(path):
 
     plant = Plant(PlantSettings.of("decode"))
     rng = np.random.default_rng(0)
-    sizes = (FeatureMap("decode", plant.spec, plant.clocks).dim, 16, 1)
+    sizes = (FeatureMap("decode", plant.spec).dim, 16, 1)
     weights = [rng.normal(0, 0.3, pair).astype(np.float32) for pair in itertools.pairwise(sizes)]
     biases = [np.zeros(n, np.float32) for n in sizes[1:]]
     Network(
@@ -624,6 +624,10 @@ def test_logs_with_missing_numbers_and_a_torn_end_are_read(tmp_path):
     assert (row.cause, row.set_s) == ("lease", 3.5)
     assert np.isnan(row.seen_s)
     assert read_lines(tmp_path / "none", ClockChange) == []
+    detail = IterationRow("decode", 1, 2.0, 2.0, 0.1, 0, 0, 0, 3, 40, 0, kv_use=np.nan)
+    path.write_bytes(msgspec.json.encode(detail))
+    (kept,) = read_lines(path, IterationRow)  # an engine that does not tell its KV cache
+    assert (kept.decode_requests, np.isnan(kept.kv_use)) == (3, True)
 
 
 def test_a_child_process_dies_with_its_parent(tmp_path):

@@ -53,10 +53,7 @@ class SlowNvml(PythonNvml):
 
 @pytest.fixture
 def library(monkeypatch):
-    library = SlowNvml()
-    monkeypatch.setattr(pynvml, "nvmlLib", library)
-    monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
-    return library
+    return SlowNvml().install(monkeypatch)
 
 
 @pytest.fixture
@@ -253,10 +250,7 @@ class OneUnopened(PythonNvml):
 
 @pytest.fixture
 def unopened(monkeypatch):
-    library = OneUnopened(8)
-    monkeypatch.setattr(pynvml, "nvmlLib", library)
-    monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
-    return library
+    return OneUnopened(8).install(monkeypatch)
 
 
 def test_the_others_can_be_used(unopened):
@@ -285,9 +279,7 @@ def test_restoring_all_reports_it_and_resets_the_others(unopened, hw_state):
 
 
 def test_where_none_can_be_opened_the_reason_is_said(monkeypatch):
-    library = PythonNvml(2)
+    library = PythonNvml(2).install(monkeypatch)
     library.codes["nvmlDeviceGetUUID"] = pynvml.NVML_ERROR_GPU_IS_LOST
-    monkeypatch.setattr(pynvml, "nvmlLib", library)
-    monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
     with pytest.raises(BiscaleError, match="lost"):
         NvmlBackend()

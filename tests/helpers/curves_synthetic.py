@@ -47,7 +47,7 @@ def members(energy, spread):
     return pd.DataFrame({"member": np.arange(5.0), "energy_j": ratios, "attainment": 1.0})
 
 
-def records(scenario="conv", fold="forward", settings=None, **labels):
+def records(scenario="conv", fold="forward", settings=None, member=-1, training_seed=-1, **labels):
     """A record per policy with the tables that go with it."""
     labels = {
         "workload": "conv",
@@ -67,6 +67,8 @@ def records(scenario="conv", fold="forward", settings=None, **labels):
             scenario=scenario,
             load=0.9,
             labels=labels,
+            ensemble_member=member,
+            training_seed=training_seed,
             variant="" if policy.startswith(("max", "static")) else "tuned",
             totals=totals,
         )

@@ -2,15 +2,17 @@
 
 import ctypes
 import os
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import pynvml
 
-from biscale_env.hardware.clocks.fake_gpus import FakeState
+from biscale_env.hardware.clocks.fake_gpus import FakeState, create_state
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 C_SOURCE = Path(__file__).resolve().parents[1] / "fake_nvml" / "nvml.c"
@@ -35,6 +37,13 @@ class PythonNvml:
         self.reasons = [0] * n_gpus
         self.heat = [40] * n_gpus
         self.instant_power = True
+        self.limits_w = [700] * n_gpus
+
+    def install(self, monkeypatch):
+        """Take the library's place until the test ends; itself."""
+        monkeypatch.setattr(pynvml, "nvmlLib", self)
+        monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
+        return self
 
     def __getattr__(self, name):
         if not name.startswith("nvml"):
@@ -123,11 +132,39 @@ class PythonNvml:
         self.locks[self.gpu(handle)] = None
         self.clock[self.gpu(handle)] = 1980
 
+    def _nvmlDeviceGetPowerManagementLimitConstraints(self, handle, low, high):
+        by_reference(low).value, by_reference(high).value = 200_000, 700_000
+
+    def _nvmlDeviceGetPowerManagementDefaultLimit(self, handle, limit):
+        by_reference(limit).value = 700_000
+
+    def _nvmlDeviceGetPowerManagementLimit(self, handle, limit):
+        by_reference(limit).value = 1000 * self.limits_w[self.gpu(handle)]
+
+    def _nvmlDeviceSetPowerManagementLimit(self, handle, limit):
+        self.limits_w[self.gpu(handle)] = limit.value // 1000
+
 
 def gpus_of(path: Path) -> np.ndarray:
     """Copy of the fake GPUs' records, brought up to now."""
     with FakeState(path).locked() as gpus:
         return gpus.copy()
+
+
+def free_port(count: int = 1) -> int:
+    """First of ``count`` TCP ports in a row that nobody uses now."""
+    for _ in range(100):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            first = probe.getsockname()[1]
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError):
+            continue
+        return first
+    raise AssertionError("no free ports")
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> float:
@@ -139,9 +176,18 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> float:
     return time.monotonic() - start
 
 
-def spawn(*arguments: str, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
-    """Start ``biscale ...`` as its own process."""
-    command = [sys.executable, "-u", "-c", "from biscale_env.cli import main; main()", *arguments]
+def spawn(
+    *arguments: str, env: dict[str, str] | None = None, before: tuple[str, ...] = (), **options
+) -> subprocess.Popen:
+    """Start ``biscale ...`` as its own process, by way of the command ``before``."""
+    command = [
+        *before,
+        sys.executable,
+        "-u",
+        "-c",
+        "from biscale_env.cli import main; main()",
+        *arguments,
+    ]
     return subprocess.Popen(
         command,
         cwd=REPOSITORY,
@@ -162,3 +208,38 @@ def read_until(process: subprocess.Popen, text: str) -> str:
         if text in line:
             return seen
     raise AssertionError(f"'{text}' never came; output: {seen}; errors: {process.stderr.read()}")
+
+
+def end_all(processes: Iterable[subprocess.Popen]) -> None:
+    """Kill what still runs, wait for all, and close their pipes."""
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+class FakeMachine:
+    """Two fake GPUs under the C library, and the processes that a test started."""
+
+    def __init__(self, folder: Path, library: Path, state: Path) -> None:
+        """Make the GPUs.
+
+        Args:
+            folder: of everything.
+            library: the compiled C stand-in.
+            state: folder of the state files of owners.
+        """
+        self.folder = folder
+        self.path = create_state(folder / "gpus", 2, delay_s=0.01)
+        self.env = {
+            "LD_LIBRARY_PATH": str(library.parent),
+            "FAKE_NVML_STATE": str(self.path),
+            "BISCALE_HW_STATE": str(state),
+        }
+        self.processes: list[subprocess.Popen] = []
+
+    def close(self) -> None:
+        """End its processes."""
+        end_all(self.processes)

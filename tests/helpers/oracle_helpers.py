@@ -1,5 +1,6 @@
 """Brute force and small plants for the tests of the oracles."""
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -37,30 +38,39 @@ def trace_of(gaps_s: Any, prompts: Any, outputs: Any = None, tail_s: float = 0.0
     )
 
 
-def every_outcome(plant: Plant, trace: Trace, clocks_mhz: Any) -> dict[int, float]:
-    """Least energy (J) per number of violations over every sequence of clocks, by trying them in
-    the real simulator.
+def every_end(plant: Plant, trace: Trace, clocks_mhz: Any) -> Iterator[tuple[Batch, float, float]]:
+    """Every sequence of clocks, tried in the real simulator: the batch at its end, with cost (minus
+    the sum of rewards) and energy (J) of the sequence. The batch goes on to the next one.
     """
-    batch = Batch(plant, 1, RequestTable.of(plant, [trace]))
+    batch = Batch(plant, 1, RequestTable.of(plant, [trace]), record=True)
     batch.reset(ROW, ROW, np.array([-1]))
     actions = plant.clocks.to_action(np.asarray(clocks_mhz))
     decode = batch.running if plant.phase == "decode" else ()
-    memory = (batch.states, *decode)
-    least: dict[int, float] = {}
+    memory = (batch.states, batch.finish_s, *decode)
 
-    def visit(energy: float) -> None:
+    def visit(cost: float, energy_j: float) -> Iterator[tuple[Batch, float, float]]:
         if batch.done[0]:
-            violations = int(batch.states["violations"][0])
-            least[violations] = min(energy, least.get(violations, np.inf))
+            yield batch, cost, energy_j
             return
         saved = [array.copy() for array in memory]
         for k in range(len(actions)):
             for array, copy in zip(memory, saved, strict=True):
                 array[:] = copy
             batch.step(actions[k : k + 1])
-            visit(energy - float(batch.terms[0, 0]) * plant.energy_ref_j)
+            yield from visit(
+                cost - float(batch.reward[0]),
+                energy_j - float(batch.terms[0, 0]) * plant.energy_ref_j,
+            )
 
-    visit(0.0)
+    return visit(0.0, 0.0)
+
+
+def every_outcome(plant: Plant, trace: Trace, clocks_mhz: Any) -> dict[int, float]:
+    """Least energy (J) per number of violations over every sequence of clocks."""
+    least: dict[int, float] = {}
+    for batch, _, energy_j in every_end(plant, trace, clocks_mhz):
+        violations = int(batch.states["violations"][0])
+        least[violations] = min(energy_j, least.get(violations, np.inf))
     return least
 
 

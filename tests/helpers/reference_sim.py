@@ -15,6 +15,7 @@ from biscale_env.models.physics import Coefficients
 RATE_WINDOWS_S = (1.0, 10.0, 60.0)
 NO_DEADLINE = 10.0
 HORIZON = 8
+MOST_CLASSES = 8
 
 
 @dataclass
@@ -38,6 +39,9 @@ class Settings:
     parked: int = 0
     parked_w: float = 0.0
     parked_ramp_s: float = 0.0
+    classes: int = 0  # SLO classes of requests
+    class_scale: tuple[float, ...] = (1.0,) * MOST_CLASSES
+    class_weight: tuple[float, ...] = (1.0,) * MOST_CLASSES
 
 
 @dataclass
@@ -48,6 +52,7 @@ class Request:
     arrival_s: float
     prompt: int
     output: int
+    slo_class: int = 0
     done: int = 0  # prompt tokens computed (prefill) or output tokens it has (decode)
     start_s: float = math.nan
     finish_s: float = math.nan
@@ -244,6 +249,7 @@ class Instance:
     def step(self, freq_ghz: float) -> None:
         """One decision."""
         self.step_segments, self.step_violations, self.step_finished = [], 0, 0
+        self.step_missed = 0.0
         p = self.p
         grid = [
             p.freq_max_ghz - k * p.freq_step_ghz
@@ -257,11 +263,17 @@ class Instance:
             if self.over or self.now_s >= until_s:
                 return
 
+    def bound_s(self, request: Request) -> float:
+        """Bound of a request: the SLO's, or that of its class."""
+        return self.p.slo_s * (self.p.class_scale[request.slo_class] if self.p.classes else 1.0)
+
     def finish(self, request: Request, late: bool) -> None:
         request.finish_s = self.now_s
         self.finished.append(request)
         self.step_finished += 1
         self.step_violations += late
+        weight = self.p.class_weight[request.slo_class] if self.p.classes else 1.0
+        self.step_missed += weight * late
         self.violations += late
 
     # sums
@@ -289,8 +301,7 @@ class Instance:
     @property
     def reward(self) -> float:
         return (
-            -self.step_energy_j / self.p.energy_ref_j
-            - self.p.violation_weight * self.step_violations
+            -self.step_energy_j / self.p.energy_ref_j - self.p.violation_weight * self.step_missed
         )
 
     def common_observation(self) -> dict[str, float]:
@@ -360,14 +371,16 @@ class PrefillInstance(Instance):
             request.done = before + take
             if request.done == request.prompt:
                 self.queue.remove(request)
-                self.finish(request, self.now_s - request.arrival_s > self.p.slo_s)
+                self.finish(request, self.now_s - request.arrival_s > self.bound_s(request))
 
     def observation(self) -> dict[str, float]:
         seen = self.common_observation()
+        complete = 0
         for k, batch in enumerate(self.plan(HORIZON)):
             work = self.work_of(batch)
             ends = [r for r, before, take in batch if before + take == r.prompt]
-            slacks = [(r.arrival_s + self.p.slo_s - self.now_s) / self.p.slo_s for r in ends]
+            slacks = [(r.arrival_s + self.bound_s(r) - self.now_s) / self.p.slo_s for r in ends]
+            complete += len(ends)
             seen[f"batch_tokens_{k}"] = work.tokens
             seen[f"batch_attn_{k}"] = work.attn
             seen[f"batch_requests_{k}"] = work.n_seq
@@ -376,9 +389,12 @@ class PrefillInstance(Instance):
             seen[f"batch_slack_alive_{k}"] = min([*(s for s in slacks if s > 0), NO_DEADLINE])
         seen["queue_requests"] = len(self.queue)
         seen["queue_tokens"] = sum(r.prompt - r.done for r in self.queue)
-        seen["oldest_wait"] = max(
-            [(self.now_s - r.arrival_s) / self.p.slo_s for r in self.queue], default=0.0
-        )
+        # a wider bound is as good as a later arrival
+        waits = [
+            (self.now_s - r.arrival_s - (self.bound_s(r) - self.p.slo_s)) / self.p.slo_s
+            for r in self.queue[: complete + 1]
+        ]
+        seen["oldest_wait"] = max(waits, default=0.0)
         seen["kv_backpressure"] = 0.0
         return seen
 
@@ -439,15 +455,17 @@ class DecodeInstance(Instance):
             if request.done == request.output:
                 self.running.remove(request)
                 elapsed_s = self.now_s - request.arrival_s
-                self.finish(request, elapsed_s > self.p.slo_s * (request.output - 1))
+                self.finish(request, elapsed_s > self.bound_s(request) * (request.output - 1))
 
     def observation(self) -> dict[str, float]:
         seen = self.common_observation()
         waiting = [(r, 1) for r in self.queue] + [(r, r.done) for r in self.thrown_out]
+        unit_s = min([self.bound_s(r) for r in self.running], default=self.p.slo_s)
         slacks = [
-            (self.p.slo_s * (r.done - 1) - (self.now_s - r.arrival_s)) / self.p.slo_s
+            (self.bound_s(r) * (r.done - 1) - (self.now_s - r.arrival_s)) / unit_s
             for r in self.running
         ]
+        seen["slo"] = unit_s
         seen["batch"] = len(self.running)
         seen["cached_tokens"] = self.cached
         seen["kv_use"] = self.cached / self.p.kv_capacity

@@ -3,7 +3,7 @@
 A plant with coefficients of its own, so that a new fit changes no expected value.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +11,14 @@ import numpy as np
 from hypothesis import strategies as some
 from reference_sim import DecodeInstance, Instance, PrefillInstance, Request, Settings
 
+from biscale_env.config.slo import MOST_CLASSES
 from biscale_env.contract import spec_for
 from biscale_env.envs.batch import Batch, RequestTable
 from biscale_env.envs.plant import Plant
 from biscale_env.models.physics import Coefficients
 from biscale_env.sim.state import PARAMS_DTYPE
 from biscale_env.traces import Trace
+from biscale_env.traces.request_classes import RequestClasses
 
 # Near the published TP4 bf16 figures, rounded: plausible, and frozen here.
 COEFFICIENTS = Coefficients(
@@ -96,11 +98,16 @@ class StubPlant:
     def __init__(self, phase: str, c: Coefficients, settings: Settings) -> None:
         self.phase, self.spec = phase, spec_for(phase)
         self.settings = SimpleNamespace(
-            max_seqs=settings.max_seqs, min_decision_interval_s=settings.min_interval_s
+            max_seqs=settings.max_seqs,
+            min_decision_interval_s=settings.min_interval_s,
+            means="lock",
         )
         self.kv_capacity_tokens = settings.kv_capacity
         self.model = SimpleNamespace(member=lambda k: c)
         self._settings = settings
+
+    def class_numbers(self, trace: Trace) -> np.ndarray | None:
+        return None if self._settings.classes == 0 else numbers_of(trace)
 
     def params(self, draw: int, end_s: float) -> np.ndarray:
         record = np.zeros((), dtype=PARAMS_DTYPE)
@@ -108,6 +115,11 @@ class StubPlant:
             record[name] = value
         record["end_s"] = end_s
         return record
+
+
+def numbers_of(trace: Trace) -> np.ndarray:
+    """SLO class of each request of a trace whose classes are called by their numbers."""
+    return np.array([int(name) for name in trace.classes.each()], dtype=np.int8)
 
 
 def workload(rows: list[tuple[float, int, int]], end_s: float) -> Trace:
@@ -140,7 +152,11 @@ def reference(phase: str, c: Coefficients, settings: Settings, trace: Trace) -> 
         trace.output_tokens.tolist(),
         strict=True,
     )
-    requests = [Request(i, *row) for i, row in enumerate(rows)]
+    numbers = numbers_of(trace).tolist() if settings.classes else [0] * len(trace)
+    requests = [
+        Request(i, *row, slo_class=number)
+        for i, (row, number) in enumerate(zip(rows, numbers, strict=True))
+    ]
     return (PrefillInstance if phase == "prefill" else DecodeInstance)(c, settings, requests)
 
 
@@ -180,6 +196,23 @@ idle_rules = some.one_of(
 
 
 @some.composite
+def classed(draw: Any, settings: Settings, trace: Trace) -> tuple[Settings, Trace]:
+    """A case as it is, or its requests in SLO classes, tighter and wider ones."""
+    n = draw(some.sampled_from([0, 0, 3]))
+    if n == 0:
+        return settings, trace
+    numbers = draw(some.lists(some.integers(0, n - 1), min_size=len(trace), max_size=len(trace)))
+    rest = (1.0,) * (MOST_CLASSES - n)
+    changes = {
+        "classes": n,
+        "class_scale": (1.0, draw(some.sampled_from([0.3, 2.0])), 5.0, *rest),
+        "class_weight": (1.0, 2.5, 0.2, *rest),
+    }
+    classes = RequestClasses.of([str(number) for number in numbers])
+    return replace(settings, **changes), replace(trace, classes=classes)
+
+
+@some.composite
 def coefficients(draw: Any) -> Coefficients:
     """Coefficients of which those that matter for the dynamics vary."""
     return COEFFICIENTS._replace(
@@ -215,7 +248,7 @@ def prefill_cases(draw: Any) -> tuple[Settings, Trace]:
     )
     if settings.token_budget == 7:
         rows = [(t, 1 + n % 60, o) for t, n, o in rows]
-    return settings, workload(rows, end_s)
+    return draw(classed(settings, workload(rows, end_s)))
 
 
 @some.composite
@@ -240,4 +273,4 @@ def decode_cases(draw: Any) -> tuple[Settings, Trace]:
         drain=draw(some.integers(0, 1)),
         **draw(idle_rules),
     )
-    return settings, workload(rows, end_s)
+    return draw(classed(settings, workload(rows, end_s)))

@@ -258,6 +258,22 @@ def test_numeric_compiled_and_symbolic_agree(configuration):
         np.testing.assert_allclose(symbolic, plain, rtol=1e-9, atol=0)
 
 
+def test_whole_numbers_of_tokens_are_as_good_as_any():
+    """Simulators count tokens in integers, whose fourth power does not fit into 64 bits."""
+    c = load_model("decode").coefficients._replace(
+        experts_s=0.01, expert_s_per_token=1e-5, expert_miss=0.9, window_tokens=128.0,
+        window_share=0.5,
+    )  # fmt: skip
+    w = [np.array([1, 64, 512, 4096]), np.array([0, 1, 10**6, 10**9]),
+         np.array([10, 60_000, 1_000_000, 10_000_000]), np.array([1, 64, 512, 4096])]  # fmt: skip
+    f = np.full(4, 1.5)
+    whole, exact = np.empty((4, 4)), np.empty((4, 4))
+    _compiled(as_record(c), *w, f, whole)
+    _compiled(as_record(c), *(x.astype(float) for x in w), f, exact)
+    np.testing.assert_array_equal(whole, exact)
+    np.testing.assert_allclose(_numpy(c, w, f), exact, rtol=1e-12)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     model=models,

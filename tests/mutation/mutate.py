@@ -67,6 +67,7 @@ TARGETS = {
     "loop": Target(
         (
             "biscale_env/hardware/loop/actuator.py",
+            "biscale_env/hardware/loop/actuator_process.py",
             "biscale_env/hardware/loop/control.py",
             "biscale_env/hardware/loop/clockview.py",
         ),

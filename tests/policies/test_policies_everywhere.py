@@ -13,8 +13,8 @@ import pytest
 import biscale_env  # noqa: F401 - registers the environments
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.evaluation.experiment.interactive import compare_policies
-from biscale_env.evaluation.experiment.rollout import rollout
-from biscale_env.evaluation.experiment.scenarios import Scenario
+from biscale_env.evaluation.rollouts.rollout import rollout
+from biscale_env.evaluation.rollouts.scenarios import Scenario
 from biscale_env.hardware.loop.recorded_policy import load_policy
 from biscale_env.hardware.replay.closed_loop import policies_by_phase
 from biscale_env.policies import policy_settings, resolve_policy
@@ -80,7 +80,7 @@ def test_compare_tunes_it_in_workers_beside_a_named_one(site, tmp_path):
     assert tuning["chosen"].sum() == 1
 
 
-def test_evaluate_takes_it_as_the_agent(site, tmp_path):
+def test_evaluate_takes_it_by_its_name(site, tmp_path):
     (tmp_path / "tiny.yaml").write_text(SCENARIO)
     done = biscale(
         "evaluate",
@@ -102,10 +102,10 @@ def test_evaluate_takes_it_as_the_agent(site, tmp_path):
         "max",
         "static-hindsight",
         "slack:0.1,fine=true",
-        "agent",
+        "mine:Plain:action=-0.5",
     }
     assert set(results["phase"]) == {"decode"}
-    assert results.loc["agent", "training_seed"] == -1
+    assert results.loc["mine:Plain:action=-0.5", "training_seed"] == -1
 
 
 @pytest.mark.parametrize("command", ["compare", "evaluate"])

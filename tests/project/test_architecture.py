@@ -10,19 +10,24 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = [  # lowest first; a room may import from earlier entries only
     "biscale_env.core",
+    "biscale_env.jobs",
     "biscale_env.config",
     "biscale_env.contract",
     "biscale_env.laws",
     "biscale_env.models",
     "biscale_env.traces",
     "biscale_env.sim",
+    "biscale_env.render",
     "biscale_env.envs",
+    "biscale_env.wrappers",
     "controllers",
     "agents",
     "biscale_env.policies",
     "biscale_env.evaluation",
+    "biscale_env.plots",
     "biscale_env.reproduce",
     "biscale_env.hardware",
+    "biscale_env.dashboard",
     "biscale_env.cli",
 ]
 FORBIDDEN = {  # exceptions to "earlier is allowed"
@@ -30,6 +35,9 @@ FORBIDDEN = {  # exceptions to "earlier is allowed"
     "biscale_env.models": {"biscale_env.contract", "biscale_env.laws"},
     "biscale_env.traces": {"biscale_env.contract", "biscale_env.laws", "biscale_env.models"},
     "biscale_env.sim": {"biscale_env.traces", "biscale_env.contract"},
+    "biscale_env.render": {
+        f"biscale_env.{room}" for room in ("config", "contract", "laws", "models", "traces", "sim")
+    },
 }
 CONTROLLERS_MAY_SEE_ENVS = ("controllers/oracle/", "controllers/placement/")
 
@@ -126,6 +134,8 @@ def test_imports_point_down(path):
             continue
         allowed = LAYERS.index(other) < LAYERS.index(me) and other not in FORBIDDEN.get(me, set())
         if me == "controllers" and other in (
+            "biscale_env.wrappers",
+            "biscale_env.render",
             "biscale_env.envs",
             "biscale_env.sim",
             "biscale_env.traces",

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,9 +14,13 @@ from biscale_env.config import list_names
 from biscale_env.models.coefficient_files import known_names
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```[a-z]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHIPPED = {"--gpu": "gpus", "--gpu-spec": "gpus", "--scenario": "scenarios"}
+# Names that docs/from-outside.md installs first.
+OUTSIDE = tomllib.loads((ROOT / "tests/outside_package/pyproject.toml").read_text())["project"][
+    "entry-points"
+]
 COMMANDS = typer.main.get_command(build())
 
 
@@ -52,7 +57,7 @@ def faults(words: list[str]) -> list[str]:
     wrong += [f"no option {option}" for option in given if option not in options]
     for option, value in pairwise(rest):
         if (kind := SHIPPED.get(option)) and not re.search(r"[A-Z./]|^\d", value):
-            known = list_names(kind)
+            known = [*list_names(kind), *OUTSIDE.get(f"biscale.{kind}", ())]
             wrong += [f"none of {kind}: {name}" for name in value.split(",") if name not in known]
     shipped = known_names()
     prefixes = {name.split("/")[0] + "/" for name in shipped}

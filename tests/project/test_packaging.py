@@ -1,5 +1,7 @@
 """The wheel: complete, and enough by itself."""
 
+import ast
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -11,6 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+
+import biscale_env
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,6 +59,58 @@ def test_the_oldest_row_has_exactly_the_minimums_of_pyproject():
 
 def test_every_direct_dependency_is_pinned():
     assert set(minimums()) - set(pins("constraints.txt")) == set()
+
+
+def test_one_version_everywhere_that_of_the_changelog():
+    stated = {
+        file: tomllib.loads((ROOT / file).read_text())["project"]["version"]
+        for file in ("pyproject.toml", "packaging/engine-hook/pyproject.toml")
+    }
+    assert set(stated.values()) == {biscale_env.__version__}, stated
+    newest = re.search(r"^## ([\d.]+)(.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest
+    released = newest[2].strip() != "(unreleased)"
+    assert biscale_env.__version__ == newest[1] + ("" if released else ".dev0")
+
+
+def third_party_imports() -> dict[str, set[str]]:
+    """Top-level modules that our packages import, those that are caught where missing left out."""
+    found: dict[str, set[str]] = {}
+    for package in ("biscale_env", "controllers", "agents"):
+        for path in (ROOT / package).rglob("*.py"):
+            tree = ast.parse(path.read_text())
+            caught = {
+                id(node)
+                for attempt in ast.walk(tree)
+                if isinstance(attempt, ast.Try)
+                for node in ast.walk(attempt)
+            }
+            for node in ast.walk(tree):
+                if id(node) in caught:
+                    continue
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    names = [node.module]
+                for name in names:
+                    found.setdefault(name.split(".")[0], set()).add(str(path.relative_to(ROOT)))
+    return found
+
+
+def test_every_import_is_of_a_declared_dependency():
+    """What another package happens to bring may be gone with its next version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [d for group in project["optional-dependencies"].values() for d in group]
+    declared = {canonical(re.split(r"[^\w.-]", d)[0]) for d in [*project["dependencies"], *extras]}
+    provided = importlib.metadata.packages_distributions()
+    ours = {"biscale_env", "controllers", "agents"}
+    engines = {"vllm", "sglang"}  # their environment is theirs; the hook runs inside
+    missing = {
+        module: sorted(files)
+        for module, files in third_party_imports().items()
+        if module not in sys.stdlib_module_names | ours | engines
+        and not declared & {canonical(d) for d in provided.get(module, [module])}
+    }
+    assert missing == {}
 
 
 @pytest.fixture(scope="module")

@@ -278,9 +278,41 @@ def test_verdict_names_the_assumption_that_closes_a_gap():
     assert "saves 4.0 points less" in decode
     assert "changing one assumption closes it: batch of 9 (−45 %)" in decode
     assert "the others that were run (1) do not (−39 %)" in decode
+    far = b67({"": (0.7, 0.6), "batch of 9": (0.7, 0.55), "batch of 99": (0.7, 0.3)})
+    said = verdict(summarise(with_ratios(far)), with_ratios(far))
+    assert "closes it: batch of 9 (−45 %); changing one goes past the range: batch of 99" in said
     nothing = b67({"": (0.7, 0.6), "delay 1 s": (0.7, 0.61)})
     said = verdict(summarise(with_ratios(nothing)), with_ratios(nothing))
     assert "of the changed assumptions that were run there (1) none closes it (−39 %)" in said
+
+
+def test_a_system_that_misses_the_slo_is_no_saving():
+    """All points missed: it does not compare; one of two: the other is compared."""
+    missed = b67({"": (0.5, 0.5)}, "bad").replace({"system": {"bad": "biscale"}})
+    said = verdict(summarise(with_ratios(missed)), with_ratios(missed))
+    assert "bf16: misses the SLO at every point, so it does not compare (−50 %)." in said
+    both = pd.concat([missed, b67({"": (0.7, 0.55)}, point="B-67-two")])
+    said = verdict(summarise(with_ratios(both)), with_ratios(both))
+    assert "prefill, BiScale (tier 1 + 2), bf16: −30 % overlaps" in said
+    assert said.count("It misses the SLO at 1 of 2 points.") == 2
+
+
+@pytest.mark.parametrize(("decode", "carries"), [(0.8, True), (0.45, False)])
+def test_whether_the_load_carries_decode_is_read_from_the_rows(decode, carries):
+    of_rates = [
+        rows({("distserve", -1, 0): (1.0, 1.0), ("biscale", -1, 0): (0.9, ratio)}).assign(
+            point=f"A-{rate:g}", rate_rps=rate
+        )
+        for rate, ratio in ((10.0, 0.4), (20.0, 0.3), (30.0, decode))
+    ]
+    frame = pd.concat(of_rates)
+    said = verdict(summarise(with_ratios(frame)), with_ratios(frame))
+    assert ("capacity carries the decode figure" in said) is carries
+    assert ("capacity does not carry the decode figure" in said) is not carries
+    assert "−60 % at 10 requests/s" in said
+    assert f"(bf16, lowest and highest −{round(100 * (1 - decode))}..−70 %)" in said or (
+        "lowest and highest −55..−70 %" in said
+    )
 
 
 def test_verdict_on_missed_rates_rules_and_head_room():

@@ -162,7 +162,9 @@ def test_a_kept_file_that_was_cut_off_is_made_again(experiment, monkeypatch, tmp
     assert len(calls) == 2
 
 
-def test_the_experiment_is_all_rows_of_all_tasks_with_progress(experiment, monkeypatch):
+def test_the_experiment_is_all_rows_of_all_tasks_with_progress(experiment, tmp_path, monkeypatch):
+    # invented rows must not stay in the user's cache
+    monkeypatch.setattr(paper_jobs.user_cache, "writable_root", lambda: tmp_path)
     monkeypatch.setattr(
         paper_jobs,
         "run_kept",

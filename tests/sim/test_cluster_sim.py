@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.envs.capacity import run_static
 from biscale_env.envs.cluster.engine import Cluster
 from biscale_env.envs.cluster.whole_run import run_cluster
+from biscale_env.envs.loads.capacity import run_static
 from biscale_env.sim.cluster.layout import ROUTERS
 from biscale_env.sim.cluster.routing import level_with, route_decode
 

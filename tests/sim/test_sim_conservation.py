@@ -41,7 +41,10 @@ def test_every_request_ends_once_and_energy_is_the_integral_of_power(
     assert last["finished"] == n == sum(int(s["step_finished"][0]) for s in states)
     assert np.isfinite(batch.finish_s).all()
     assert (batch.finish_s > batch.pool.arrival_s).all()
-    late = batch.finish_s - batch.pool.arrival_s > settings.slo_s * (
+    bound_s = settings.slo_s * np.ones(n)
+    if settings.classes:
+        bound_s *= np.array(settings.class_scale)[batch.pool.slo_class]
+    late = batch.finish_s - batch.pool.arrival_s > bound_s * (
         1 if phase == "prefill" else batch.pool.output - 1
     )
     assert last["violations"] == late.sum() == sum(int(s["step_violations"][0]) for s in states)

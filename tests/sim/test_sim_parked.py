@@ -7,9 +7,9 @@ from sim_support import COEFFICIENTS, compiled, run_out, workload
 
 from biscale_env.config.cluster_layout import Placement
 from biscale_env.core.errors import BiscaleError
-from biscale_env.envs.capacity import SearchSettings, capacity_key, run_static
 from biscale_env.envs.cluster.cluster_settings import ClusterPlant, ClusterSettings
 from biscale_env.envs.cluster.whole_run import run_cluster
+from biscale_env.envs.loads.capacity import SearchSettings, capacity_key, run_static
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.models import physics
 from biscale_env.traces import generate

@@ -12,12 +12,12 @@ import pytest
 
 from biscale_env.core.errors import BiscaleError, BiscaleWarning
 from biscale_env.traces import iter_trace, load_named, read_trace, write_trace
-from biscale_env.traces.formats import BUILT_IN, format_of, installed_formats
+from biscale_env.traces.reading.formats import BUILT_IN, format_of, installed_formats
 from biscale_env.traces.trace import Trace
 
 MODULE = """
-from biscale_env.traces.formats import TraceFormat
-from biscale_env.traces.raw_columns import RawColumns
+from biscale_env.traces.reading.formats import TraceFormat
+from biscale_env.traces.rows.raw_columns import RawColumns
 
 
 def batches(path, **columns):

@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from trace_files import lines, written
 
 from biscale_env.core.errors import BiscaleError, BiscaleWarning
 from biscale_env.traces import Trace, iter_trace, read_trace, write_trace
-from biscale_env.traces.readers import load_file
+from biscale_env.traces.reading.readers import load_file
 
 AZURE = (
     "TIMESTAMP,ContextTokens,GeneratedTokens\n"
@@ -26,22 +27,12 @@ AZURE = (
 EXPECTED = ([0.0, 0.75, 4.0], [900, 41, 7000], [12, 300, 5])
 
 
-def written(tmp_path, content, name="t.csv"):
-    path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
 def numbers(trace):
     return (
         np.round(trace.arrival_s, 9).tolist(),
         trace.prompt_tokens.tolist(),
         trace.output_tokens.tolist(),
     )
-
-
-def lines(*rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def mooncake(t, i=64, o=8, **more):
@@ -303,7 +294,7 @@ def test_lines_of_several_megabytes(tmp_path):
 
 
 def test_long_lines_late_in_a_file_repeat_no_row(tmp_path, monkeypatch):
-    monkeypatch.setattr("biscale_env.traces.raw_columns.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("biscale_env.traces.rows.raw_columns.BLOCK_BYTES", 2000)
     rows = [mooncake(100 * k, i=k + 1) for k in range(500)]
     for k in (0, 300, 499):
         rows[k]["hash_ids"] = list(range(3000))
@@ -507,7 +498,7 @@ def test_a_stream_cannot_be_sorted(tmp_path):
 
 
 def test_line_ends_in_a_field_late_in_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("biscale_env.traces.raw_columns.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("biscale_env.traces.rows.raw_columns.BLOCK_BYTES", 2000)
     rows = [f"{k},{k + 1},5,plain" for k in range(1000)]
     rows[700] = '700,701,5,"two\nlines"'
     text = "arrived_at,num_prefill_tokens,num_decode_tokens,note\n" + "\n".join(rows)

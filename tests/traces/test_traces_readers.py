@@ -236,7 +236,7 @@ def test_stream_yields_quiet_windows_too(tmp_path):
 
 
 def test_stream_crosses_read_blocks_and_counts_lines_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("biscale_env.traces.raw_columns.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("biscale_env.traces.rows.raw_columns.BLOCK_BYTES", 2000)
     path = write_trace(made(2000), tmp_path / "t.csv")
     assert sum(len(w) for w in iter_trace(path, 5.0)) == 2000
     lines = path.read_text().splitlines()

@@ -53,8 +53,8 @@ def test_windows_are_those_that_the_definition_says(n, length_s, factor, first_s
 def test_streamed_windows_are_those_of_the_whole_trace(
     tmp_path, monkeypatch, suffix, length_s, every_s, first_s
 ):
-    monkeypatch.setattr("biscale_env.traces.raw_columns.BLOCK_BYTES", 2000)
-    monkeypatch.setattr("biscale_env.traces.raw_columns.BLOCK_ROWS", 50)
+    monkeypatch.setattr("biscale_env.traces.rows.raw_columns.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("biscale_env.traces.rows.raw_columns.BLOCK_ROWS", 50)
     path = write_trace(made(3000, 5000.0), tmp_path / f"long{suffix}")
     whole = windows_of(read_trace(path), length_s, every_s, first_s)
     streamed = list(read_windows(path, length_s, every_s, first_s))
