@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SHELL  := /bin/bash
 
-.PHONY: compare test test-slow test-all test-oldest test-python coverage mutation lint types bench bench-hardware bench-cluster fit install docs tables test-engine clean
+.PHONY: compare test test-slow test-all test-oldest test-python test-rllib coverage mutation lint types bench bench-hardware bench-cluster fit install docs docs-site tables test-engine clean
 
 compare: $(READY)            ## the main job on the embedded default scenario
 	$(BIN)/biscale compare
@@ -37,6 +37,11 @@ mutation:                    ## a sample of mutants of the parts that matter mos
 	.venv-mutation/bin/python -m pip install --quiet -c constraints.txt -e ".[hw,mutation]"
 	.venv-mutation/bin/python tests/mutation/mutate.py $(NAMES) --sample $(or $(SAMPLE),60)
 
+test-rllib:                  ## the environments under RLlib, which pins a Gymnasium of its own
+	$(PYTHON) -m venv .venv-rllib
+	.venv-rllib/bin/python -m pip install --quiet -e ".[rllib,test]"
+	.venv-rllib/bin/python -m pytest -q tests/envs/test_envs_rl_libraries.py -k rllib
+
 define row
 	$(2) -m venv $(1)
 	$(1)/bin/python -m pip install --quiet -c $(3) -e ".[$(ROW_EXTRAS)]"
@@ -51,12 +56,15 @@ types: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)              ## every speed metric with its target and ratio
+	@mkdir -p runs
 	$(BIN)/python -m pytest -q benchmarks -m "not cluster and not hardware" --benchmark-json=runs/bench.json --benchmark-columns=min,median,rounds
 
 bench-hardware: $(READY)     ## the hook, and the closed loop on emulated engines in real time; wants a quiet machine
+	@mkdir -p runs
 	$(BIN)/python -m pytest -q benchmarks -m hardware --benchmark-json=runs/bench-hardware.json --benchmark-columns=min,median,rounds
 
 bench-cluster: $(READY)      ## the same for the cluster, tier 1, a day and the quick headline experiment (minutes)
+	@mkdir -p runs
 	$(BIN)/python -m pytest -q benchmarks -m cluster --benchmark-json=runs/bench-cluster.json --benchmark-columns=min,median,rounds
 
 fit: $(READY)                ## regenerate the shipped models from kernel tables and evidence (minutes)
@@ -65,7 +73,11 @@ fit: $(READY)                ## regenerate the shipped models from kernel tables
 docs: $(READY)               ## regenerate the figures of README and docs that need no long experiment
 	$(BIN)/python docs/update.py
 
-EXPERIMENTS := main delay slo members ablation mismatch
+docs-site: $(READY)          ## the documentation as a site in site/, read from files, notebooks executed (minutes); warnings fail
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[site]"
+	$(BIN)/python -m mkdocs build --strict
+
+EXPERIMENTS := main delay caps slo members ablation mismatch
 
 tables: $(READY)             ## every experiment and its tables; half an hour on two cores, resumes where it was broken off
 	$(BIN)/biscale traces fetch azure-conv-2023 azure-code-2023
