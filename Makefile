@@ -73,9 +73,12 @@ fit: $(READY)                ## regenerate the shipped models from kernel tables
 docs: $(READY)               ## regenerate the figures of README and docs that need no long experiment
 	$(BIN)/python docs/update.py
 
-docs-site: $(READY)          ## the documentation as a site in site/, read from files, notebooks executed (minutes); warnings fail
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[site]"
-	$(BIN)/python -m mkdocs build --strict
+SITE_EXTRAS := rl,render,hw,marl,tables,notebooks,site
+
+docs-site:                   ## the documentation as a site in site/, read from files, notebooks executed (minutes); warnings fail
+	$(PYTHON) -m venv .venv-site
+	.venv-site/bin/python -m pip install --quiet -c constraints.txt -e ".[$(SITE_EXTRAS)]"
+	.venv-site/bin/python -m mkdocs build --strict
 
 EXPERIMENTS := main delay caps slo members ablation mismatch
 
@@ -97,4 +100,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-python .venv-mutation build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-python .venv-mutation .venv-site site .mkdocs-jupyter build dist *.egg-info
