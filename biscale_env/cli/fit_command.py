@@ -1,11 +1,15 @@
 """`biscale fit`: regenerate the shipped models, fit an own table, or compare with measurements."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from biscale_env.cli.comparison_options import Jobs, RayAddress
 from biscale_env.core.errors import BiscaleError
+
+if TYPE_CHECKING:
+    from biscale_env.jobs.workers import Workers
 
 DEFAULT_MODEL = "h100-sxm/llama-3.3-70b"
 
@@ -16,27 +20,32 @@ def _report() -> None:
     typer.echo(report_markdown())
 
 
-def _held_out(gpu: str | None) -> None:
+def _held_out(gpu: str | None, workers: "Workers") -> None:
+    from biscale_env.jobs.progress import JobProgress
     from biscale_env.models.fit.gpu_evidence import known_evidence, load_gpu_evidence
     from biscale_env.models.fit.held_out import write_held_out
 
     for name in known_evidence() if gpu is None else [gpu]:
         ev = load_gpu_evidence(name)
         if ev.kernels.points or ev.serving.groups:
-            typer.echo(f"wrote {write_held_out(name)}")
+            with JobProgress(f"fits without an LLM of {name}", transient=True) as progress:
+                path = write_held_out(name, workers, progress.tell)
+            typer.echo(f"wrote {path}")
 
 
-def _shipped(gpu: str | None, check: bool) -> None:
+def _shipped(gpu: str | None, check: bool, workers: "Workers") -> None:
+    from biscale_env.jobs.progress import JobProgress
     from biscale_env.models.fit.llm_files import stale_files, write_family
     from biscale_env.models.fit.shipped import fit_shipped
 
     stale: list[str] = []
-    for folder, files in fit_shipped(gpu):
-        if not check:
-            write_family(files, folder)
-            typer.echo(f"wrote {len(files)} files to {folder}")
-        else:
-            stale += [f"{folder.name}/{name}" for name in stale_files(files, folder)]
+    with JobProgress("members of ensembles", transient=True) as progress:
+        for folder, files in fit_shipped(gpu, workers, progress.tell):
+            if not check:
+                write_family(files, folder)
+                typer.echo(f"wrote {len(files)} files to {folder}")
+            else:
+                stale += [f"{folder.name}/{name}" for name in stale_files(files, folder)]
     if stale:
         raise BiscaleError(
             f"the shipped models are stale: {', '.join(stale)} differ from what `biscale fit` "
@@ -133,8 +142,17 @@ def fit(
             help="Measure errors on LLMs and clocks that the fit is not shown; minutes per GPU.",
         ),
     ] = False,
+    jobs: Jobs = None,
+    ray: RayAddress = None,
 ) -> None:
     """Fit the models: without options, regenerate the shipped coefficient files."""
+    from biscale_env.jobs.workers import Workers
+
+    workers = Workers.of(jobs, ray)
+    if (jobs is not None or ray is not None) and (from_run or profile or report):
+        raise BiscaleError(
+            "--jobs and --ray belong to the shipped models and --held-out: other fits take seconds"
+        )
     if from_run is not None:
         _from_run(from_run, profile, out, model)
         return
@@ -143,11 +161,11 @@ def fit(
     if report:
         _report()
     elif held_out:
-        _held_out(gpu)
+        _held_out(gpu, workers)
     elif profile is None:
         if power is not None:
             raise BiscaleError("--power needs --profile: the power table completes a profile table")
-        _shipped(gpu, check)
+        _shipped(gpu, check, workers)
     elif out is None:
         raise BiscaleError(
             "--profile needs --out: a .yaml file, or a folder if the table holds several "

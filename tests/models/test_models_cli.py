@@ -214,6 +214,12 @@ def test_fit_of_several_configurations_wants_a_folder(tmp_path, monkeypatch):
     assert load_model("prefill", 4, "bf16", str(tmp_path / "both")).name == "t"
 
 
+def test_a_gpu_is_fitted_over_processes():
+    result = run("fit", "--gpu", "l40s", "--check", "--jobs", "2")
+    assert result.exit_code == 0, result.output
+    assert "are what the kernel tables and the evidence give" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -222,6 +228,9 @@ def test_fit_of_several_configurations_wants_a_folder(tmp_path, monkeypatch):
         (("--profile", "absent.csv", "--out", "x.yaml"), "cannot read absent.csv"),
         (("--gpu", "b100"), "there is no evidence about GPU 'b100'; there is about: "),
         (("--llm", "qwen3-8b"), "--llm and --out need --profile"),
+        (("--jobs", "0"), "--jobs must be at least 1"),
+        (("--report", "--jobs", "2"), "--jobs and --ray belong to the shipped models"),
+        (("--profile", "t.csv", "--out", "x.yaml", "--ray", "auto"), "other fits take seconds"),
     ],
 )
 def test_fit_mistakes(args, message):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from biscale_env.config import configs_dir, load_gpu
 from biscale_env.core.errors import BiscaleError
+from biscale_env.jobs.workers import Workers
 from biscale_env.models import load_model, physics
 from biscale_env.models.ensemble_table import read_table, table_text
 from biscale_env.models.fit import gpu_fit
@@ -25,7 +26,7 @@ from biscale_env.models.fit.gpu_evidence import (
     known_evidence,
     load_gpu_evidence,
 )
-from biscale_env.models.fit.gpu_files import servers_of
+from biscale_env.models.fit.gpu_files import counted, fit_gpu, layer_texts, servers_of
 from biscale_env.models.fit.gpu_fit import GpuFit, fixed_values, predict_kernels, predict_points
 from biscale_env.models.fit.host_fit import NO_HOST, fit_energy_factor, fit_host
 from biscale_env.models.fit.server_model import mixture, predict_server, prompt_tokens_of
@@ -227,6 +228,28 @@ def test_an_unbiased_start_would_not_pass():
     _, power = predict_kernels(ev.kernels.points, H100, fixed_values(EVIDENCE))
     measured = np.array([p.power_w for p in ev.kernels.points])
     assert np.abs(power / measured - 1.0).mean() > 0.03
+
+
+def test_members_are_the_same_wherever_they_are_fitted_and_however_many_follow():
+    ev = load_gpu_evidence("b200-sxm")
+    ev = ev.model_copy(update={"serving": ev.serving.model_copy(update={"groups": ()})})
+    told = []
+    here = fit_gpu(ev, 3, progress=lambda *step: told.append(step))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    first = [m["e_hbm_j"] for m in here.members]
+    assert len(set(first)) == 3
+    assert layer_texts(fit_gpu(ev, 3, workers=Workers(2))) == layer_texts(here)
+    assert fit_gpu(ev, 2).members == here.members[:2]
+
+
+def test_progress_of_several_fits_counts_on():
+    told = []
+    tell = counted(lambda *step: told.append(step), 3)
+    assert tell is not None
+    for step in ((1, 2), (2, 2), (1, 1)):
+        tell(*step)
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert counted(None, 3) is None
 
 
 def test_mixture_has_the_moments_of_its_distribution():

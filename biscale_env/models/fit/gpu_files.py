@@ -1,14 +1,17 @@
 """`biscale fit --gpu`: from evidence and kernel tables to the committed layer of a GPU."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from biscale_env.config import Gpu, configs_dir, list_names, load_gpu, load_llm
+from biscale_env.jobs.workers import Workers, in_order
 from biscale_env.models.coefficient import Coefficient, dump_fitted, rounded
 from biscale_env.models.coefficient_files import OWN_FIELDS
 from biscale_env.models.ensemble_table import table_text
@@ -20,6 +23,7 @@ from biscale_env.models.fit.gpu_evidence import (
 from biscale_env.models.fit.gpu_fit import (
     GpuFit,
     HostTime,
+    Moved,
     ServerWork,
     fixed_values,
     predict_kernels,
@@ -33,6 +37,8 @@ from biscale_env.models.fit.work_fit import fit_work
 from biscale_env.models.gpu_layer import LAYER_FIELDS, GpuLayer, ensemble_path
 
 ROUNDS: Final = 2  # fit and host time settle to 1e-3 in two
+Progress = Callable[[int, int], None]
+"""Called with (done, all) after each member."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,11 @@ def servers_of(
 
 
 def fit_gpu(
-    ev: GpuEvidence, n_members: int | None = None, without_llm: str | None = None
+    ev: GpuEvidence,
+    n_members: int | None = None,
+    without_llm: str | None = None,
+    workers: Workers | None = None,
+    progress: Progress | None = None,
 ) -> FittedGpu:
     """Fit the layer of a GPU and its ensemble.
 
@@ -106,6 +116,8 @@ def fit_gpu(
         ev: the evidence.
         n_members: other size of the ensemble.
         without_llm: an LLM whose servers are kept from the fit.
+        workers: where members are fitted; None: in this process.
+        progress: told of every member.
     """
     gpu = load_gpu(ev.gpu)
     groups = [g for g in ev.serving.groups if g.llm != without_llm]
@@ -121,22 +133,52 @@ def fit_gpu(
         values = fit.values(z, fixed_values(ev))
         host = fit_host(ev, gpu, values, servers)
     rng = np.random.default_rng(ev.seed)
-    members = [
-        _member(fit, host, rng, z) for _ in range(ev.n_members if n_members is None else n_members)
+    # all draws come first, one after the other: members do not depend on where they are fitted
+    draws = [
+        (fit, *_draw(fit, host, rng), z)
+        for _ in range(ev.n_members if n_members is None else n_members)
     ]
+    members = in_order(fit_member, draws, workers or Workers(), progress)
     return FittedGpu(
         ev, gpu, servers, missing, values | _host_fields(host.mean), host, tuple(members),
         fit.fields,
     )  # fmt: skip
 
 
-def _member(
-    fit: GpuFit, host: HostFit, rng: np.random.Generator, start: np.ndarray | None
+def counted(progress: Progress | None, total: int) -> Progress | None:
+    """Progress of several fits as that of one: every call is one member more of ``total``."""
+    if progress is None:
+        return None
+    done = itertools.count(1)
+    return lambda *_: progress(next(done), total)
+
+
+def _draw(
+    fit: GpuFit, host: HostFit, rng: np.random.Generator
+) -> tuple[dict[str, float], Moved, HostTime]:
+    """What chance decides of a member: fields that are not fitted, evidence, host time."""
+    return fixed_values(fit.ev, rng), fit.moved(rng), sample_host(host, rng)
+
+
+def fit_member(
+    fit: GpuFit,
+    fixed: Mapping[str, float],
+    moved: Moved,
+    host: HostTime,
+    start: np.ndarray | None,
 ) -> dict[str, float]:
-    fixed = fixed_values(fit.ev, rng)
-    moved = fit.moved(rng)
-    values = fit.values(fit.solve(fixed, moved, start), fixed)
-    return values | _host_fields(sample_host(host, rng))
+    """Fields of one member; at the top level, so that it can be sent.
+
+    Args:
+        fit: the posterior.
+        fixed: fields that are not fitted.
+        moved: how far the evidence is moved.
+        host: host time.
+        start: standardised parameters where the search starts.
+    """
+    with threadpool_limits(1):  # sums in the same order here as in a worker
+        values = fit.values(fit.solve(fixed, moved, start), fixed)
+    return values | _host_fields(host)
 
 
 def _host_fields(host: HostTime) -> dict[str, float]:

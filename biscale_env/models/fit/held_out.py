@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from biscale_env.config import configs_dir, load_gpu
 from biscale_env.config.loader import read_yaml
 from biscale_env.core.files import write_whole
+from biscale_env.jobs.workers import Workers
 from biscale_env.models.fit.gpu_evidence import GpuEvidence, evidence_dir, load_gpu_evidence
-from biscale_env.models.fit.gpu_files import FittedGpu, fit_gpu, servers_of
+from biscale_env.models.fit.gpu_files import FittedGpu, Progress, counted, fit_gpu, servers_of
 from biscale_env.models.fit.gpu_fit import (
     GpuFit,
     HostTime,
@@ -91,10 +92,17 @@ def _inside(measured: Floats, members: Floats) -> int:
     return int(((measured >= low) & (measured <= high)).sum())
 
 
-def leave_one_llm_out(ev: GpuEvidence, n_members: int) -> Iterator[HeldOutServer]:
+def leave_one_llm_out(
+    ev: GpuEvidence,
+    n_members: int,
+    workers: Workers | None = None,
+    progress: Progress | None = None,
+) -> Iterator[HeldOutServer]:
     """Fit without each measured LLM in turn and predict its servers as those of a new LLM."""
-    for llm in sorted({g.llm for g in ev.serving.groups}):
-        fitted = fit_gpu(ev, n_members, without_llm=llm)
+    llms = sorted({g.llm for g in ev.serving.groups})
+    tell = counted(progress, n_members * len(llms))
+    for llm in llms:
+        fitted = fit_gpu(ev, n_members, llm, workers, tell)
         groups = [g for g in ev.serving.groups if g.llm == llm]
         for server in servers_of(ev, fitted.values, groups)[0]:
             yield _predicted(fitted, server)
@@ -166,15 +174,22 @@ def held_out_path(gpu: str) -> Path:
     return configs_dir() / "gpus" / "held-out" / f"{gpu}.yaml"
 
 
-def held_out_record(gpu: str, n_members: int = 32) -> dict[str, Any]:
+def held_out_record(
+    gpu: str,
+    n_members: int = 32,
+    workers: Workers | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """Both kinds of leaving out, as plain figures; minutes.
 
     Args:
         gpu: GPU with evidence of its own.
         n_members: members that a band is made of.
+        workers: where members are fitted; None: in this process.
+        progress: called with (done, all) after each member.
     """
     ev = load_gpu_evidence(gpu)
-    servers = [s.record() for s in leave_one_llm_out(ev, n_members)]
+    servers = [s.record() for s in leave_one_llm_out(ev, n_members, workers, progress)]
     points = sum(int(s["points"]) for s in servers)
     inside = {
         f"{what}_coverage": round(sum(int(s[f"{what}_inside_5_95"]) for s in servers) / points, 3)
@@ -201,10 +216,13 @@ def held_out_record(gpu: str, n_members: int = 32) -> dict[str, Any]:
     }
 
 
-def write_held_out(gpu: str) -> Path:
+def write_held_out(
+    gpu: str, workers: Workers | None = None, progress: Progress | None = None
+) -> Path:
     """Make the record of a GPU anew and write it beside the layer."""
     path = held_out_path(gpu)
-    write_whole(path, yaml.safe_dump(held_out_record(gpu), sort_keys=False, width=150))
+    record = held_out_record(gpu, workers=workers, progress=progress)
+    write_whole(path, yaml.safe_dump(record, sort_keys=False, width=150))
     return path
 
 

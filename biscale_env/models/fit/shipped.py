@@ -6,8 +6,16 @@ from pathlib import Path
 import numpy as np
 
 from biscale_env.config import configs_dir
+from biscale_env.jobs.workers import Workers
 from biscale_env.models.fit.gpu_evidence import known_evidence, load_gpu_evidence
-from biscale_env.models.fit.gpu_files import FittedGpu, fit_gpu, fitted_dir, layer_texts
+from biscale_env.models.fit.gpu_files import (
+    FittedGpu,
+    Progress,
+    counted,
+    fit_gpu,
+    fitted_dir,
+    layer_texts,
+)
 from biscale_env.models.fit.gpu_fit import HostTime
 from biscale_env.models.fit.host_fit import HostFit, MeasuredLlm, fit_energy_factor
 from biscale_env.models.fit.kernel_profiles import KernelProfile, shipped_profiles
@@ -41,16 +49,22 @@ def profile_files(profile: KernelProfile, measured: dict[str, MeasuredLlm]) -> d
     return fit_tables(profile.tables(), profile.llm, on, source, profile.family)
 
 
-def fit_shipped(gpu: str | None = None) -> Iterator[tuple[Path, dict[str, str]]]:
+def fit_shipped(
+    gpu: str | None = None, workers: Workers | None = None, progress: Progress | None = None
+) -> Iterator[tuple[Path, dict[str, str]]]:
     """Folder and files of every GPU's layer, then of its LLMs.
 
     A layer has to be written before what follows it is asked for: its LLMs' files refer to it.
 
     Args:
         gpu: one GPU alone; None for all that there is evidence about.
+        workers: where members of ensembles are fitted; None: in this process.
+        progress: called with (done, all) after each member of all GPUs.
     """
-    for name in known_evidence() if gpu is None else [gpu]:
-        fitted = fit_gpu(load_gpu_evidence(name))
+    evidence = [load_gpu_evidence(name) for name in (known_evidence() if gpu is None else [gpu])]
+    tell = counted(progress, sum(ev.n_members for ev in evidence))
+    for ev in evidence:
+        name, fitted = ev.gpu, fit_gpu(ev, workers=workers, progress=tell)
         yield fitted_dir(), layer_texts(fitted)
         for profile in shipped_profiles(name):
             yield (
