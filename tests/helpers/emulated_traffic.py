@@ -10,8 +10,8 @@ import numpy as np
 
 from biscale_env.hardware.emulation.emulate import Emulation, EmulatorSettings
 from biscale_env.hardware.replay.client import LoadSettings, Replayer
-from biscale_env.hardware.replay.engine_health import EngineGone
 from biscale_env.hardware.replay.closed_loop import wait_for_engines
+from biscale_env.hardware.replay.engine_health import EngineGone
 from biscale_env.traces import Trace
 
 
