@@ -58,7 +58,12 @@ class JobProgress:
         self._bar.stop()
 
     def tell(
-        self, done: int, total: int | None = None, name: str = "", cpu_s: float | None = None
+        self,
+        done: int,
+        total: int | None = None,
+        name: str = "",
+        cpu_s: float | None = None,
+        note: str = "",
     ) -> None:
         """Say how many are finished; at most one line in ``LINE_EVERY_S`` where there is no bar.
 
@@ -67,13 +72,18 @@ class JobProgress:
             total: how many there are, if that is new.
             name: of the one that has just finished.
             cpu_s: processor time that it took, s; without it the rest is told in time that passes.
+            note: on those that are finished, such as how many have failed.
         """
         if self._total is None:
             self._before, self._begin_s = done, time.monotonic()
         self._total = self._total if total is None else total
         self._cpu_s += cpu_s or 0.0
+        note = f", {note}" if note else ""
         self._bar.update(
-            self._task, completed=done, total=self._total, description=name or self._what
+            self._task,
+            completed=done,
+            total=self._total,
+            description=(name or self._what) + note,
         )
         now_s = time.monotonic()
         if not self._lines or done <= self._before or now_s - self._told_s < LINE_EVERY_S:
@@ -84,7 +94,7 @@ class JobProgress:
         last = f", last {name}" if name else ""
         kind = "" if cpu_s is None else " of processor time"
         print(
-            f"biscale: {done} of {self._total or '?'} {self._what}{last}; {spent_s / 60:.1f} "
+            f"biscale: {done} of {self._total or '?'} {self._what}{last}{note}; {spent_s / 60:.1f} "
             f"minutes{kind}, about {left_s / 60:.1f} to go",
             file=sys.stderr,
             flush=True,

@@ -57,3 +57,12 @@ def test_silence_without_a_finished_job(monkeypatch, capsys):
     with JobProgress("runs", 3, 1) as lines:
         lines.tell(1)
     assert capsys.readouterr().err == ""
+
+
+def test_a_note_stands_behind_the_jobs(clock, capsys):
+    clock += [0.0, LINE_EVERY_S]
+    with JobProgress("requests", 4) as lines:
+        lines.tell(2, note="1 failed")
+    assert capsys.readouterr().err == (
+        "biscale: 2 of 4 requests, 1 failed; 0.3 minutes, about 0.3 to go\n"
+    )

@@ -247,8 +247,7 @@ def replay_deployment(
 
     ``numbers``: vocabulary; seconds of silence and of waiting for the router.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+    from biscale_env.cli.hw.replay_progress import replay_progress
     from biscale_env.hardware.deploy.deployed_replay import DeployedReplay, run_deployed_replay
     from biscale_env.hardware.deploy.deployment_file import load_deployment
     from biscale_env.hardware.replay.closed_loop import wait_for_engines
@@ -259,10 +258,8 @@ def replay_deployment(
         deployment, at, vocabulary=vocabulary, stall_s=stall_s, api_key=api_key
     )
     wait_for_engines([deployment.router.url], wait_s, api_key)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(TextColumn("replaying"), *columns, transient=True) as bar:
-        task = bar.add_task("replay", total=len(trace))
-        done = run_deployed_replay(settings, trace, out, lambda record: bar.advance(task))
+    with replay_progress(len(trace)) as tell:
+        done = run_deployed_replay(settings, trace, out, tell)
     _tell_replay(done)
     done.raise_trouble()
 

@@ -33,9 +33,7 @@ from biscale_env.cli.trace_options import reads_trace
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from biscale_env.hardware.replay.closed_loop import ReplaySettings
     from biscale_env.hardware.replay.measured_run import MeasuredRun
-    from biscale_env.traces import Trace
     from biscale_env.traces.reading.reading_options import ReadingOptions
 
 
@@ -89,6 +87,7 @@ def replay_command(
     Write a run directory.
     """
     need_hardware()
+    from biscale_env.cli.hw.replay_progress import replay_progress
     from biscale_env.core.errors import BiscaleError
     from biscale_env.hardware.replay import measured_run
     from biscale_env.hardware.replay.closed_loop import (
@@ -133,35 +132,10 @@ def replay_command(
     load = measured_run.trace_to_replay(trace, duration, rate, seed, reading)
     measured_run.must_be_free(out)
     wait_for_engines([url for url in (prefill, decode) if url], wait, api_key)
-    done = _with_progress(settings, load, out)
+    with replay_progress(len(load)) as tell:
+        done = measured_run.run_replay(settings, load, out, tell)
     _tell(done)
     done.raise_trouble()
-
-
-def _with_progress(settings: "ReplaySettings", trace: "Trace", out: Path) -> "MeasuredRun":
-    """Replay under a progress bar."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from biscale_env.hardware.replay.measured_run import run_replay
-    from biscale_env.hardware.replay.request_record import RequestRecord
-
-    columns = (
-        TextColumn("replaying"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[failed]}"),
-    )
-    failed = 0
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("replay", total=len(trace), failed="")
-
-        def tell(record: RequestRecord) -> None:
-            nonlocal failed
-            failed += record.failed
-            bar.update(task, advance=1, failed=f"{failed} failed" if failed else "")
-
-        return run_replay(settings, trace, out, tell)
 
 
 def _tell(done: "MeasuredRun") -> None:
