@@ -118,6 +118,7 @@ def test_groups_over_processes_add_up_to_all_cells(bench, together, monkeypatch,
         assert changes[title] == sum(row["changed"] for row in rows if row["index"] >= 0)
     assert days["DistServe"].figures()["seconds"] > 0
     told = about_cells(PLAN, 10_800.0, Workers(2), 90.0)
+    assert "on 1 process;" in about_cells(PLAN, 10_800.0, Workers(1), 90.0)
     assert told.startswith("48 GPUs as 3 cells")
     assert "1.5 min on 2 processes" in told
 
