@@ -30,7 +30,7 @@ from biscale_env.reproduce.day import (
     peak_memory_mb,
 )
 from biscale_env.reproduce.day_defaults import DAY_MARGIN
-from biscale_env.reproduce.systems import Bench, System, TunedSystem, planner_of
+from biscale_env.reproduce.systems import Bench, Plans, System, TunedSystem, planner_of
 from biscale_env.traces import Trace
 from controllers.placement.ilp import check_request
 
@@ -117,9 +117,9 @@ class CellRun:
     """One cell under one system, a window at a time."""
 
     def __init__(self, plant: ClusterPlant, system: System, tuned: TunedSystem, bench: Bench,
-                 seed: int) -> None:  # fmt: skip
+                 seed: int, plans: Plans | None = None) -> None:  # fmt: skip
         """Bring the cell into service; ``seed`` is of its own router."""
-        planner = planner_of(system, tuned, bench)
+        planner = planner_of(system, tuned, bench, plans)
         self._waiting: deque[Trace] = deque()
         self._windows = WindowedRun(plant, planner(0, None), seed).over(self._fed(), planner)
         self._slo, self._placement = plant.slo, ""
@@ -167,15 +167,17 @@ def run_group(
     """
     tuned = TunedSystem(alpha=plan.day.alpha, prefill_margin=DAY_MARGIN, decode_margin=DAY_MARGIN)
     runs = {}
+    plans: Plans = {}  # tier 1 sees the same load whatever tier 2 does, and cells of equal load
     for title, system in day_systems().items():
         plant = bench.plant(system, tuned)
-        runs[title] = [CellRun(plant, system, tuned, bench, seed) for seed in wanted]
+        runs[title] = [CellRun(plant, system, tuned, bench, seed, plans) for seed in wanted]
     rows: dict[str, list[dict[str, Any]]] = {title: [] for title in runs}
     seconds, made_s, first = dict.fromkeys(runs, 0.0), 0.0, 0
     if marks is not None:
         write_whole(marks, b"")  # a group whose worker was killed begins anew
     start = time.perf_counter()
     for k, window in enumerate(plan.windows()):
+        plans.clear()
         parts = parts_of(window, cell_of(plan, k, first, len(window)), wanted)
         first += len(window)
         made_s += time.perf_counter() - start

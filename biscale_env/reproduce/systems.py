@@ -169,12 +169,25 @@ def colocated_placement(gpus: int, tp: int, freq_mhz: float) -> Placement:
     )
 
 
-def planner_of(system: System, tuned: TunedSystem, bench: Bench) -> Planner:
+Plans = dict[tuple[float, float], Placement | None]
+"""Placements by forecast, requests/s, and headroom; None where there is none."""
+
+
+def planner_of(
+    system: System, tuned: TunedSystem, bench: Bench, plans: Plans | None = None
+) -> Planner:
     """Tier 1 of a system: called at the start of every window.
 
     BiScale's forecast is the load of the window before, and where the bench says so its table is
     measured on the same requests. If no placement serves it with the headroom, DistServe's is
     taken; a window without requests changes nothing.
+
+    Args:
+        system: tier 1 and tier 2.
+        tuned: its free parameters.
+        bench: cluster, table, forecast of the first window.
+        plans: those made before of the bench's table, shared by the planners of one bench; whoever
+            gives them clears them. None: every window is solved.
     """
     gpus = bench.settings.gpus
     if system.tier1 == "colocated":
@@ -192,14 +205,21 @@ def planner_of(system: System, tuned: TunedSystem, bench: Bench) -> Planner:
         rate = bench.rate_rps if before is None else before.rate_rps
         if rate > 0:
             table = bench.table if before is None else bench.table_after(before)
-            try:
-                chosen = biscale_plan(table, rate, gpus, tuned.alpha, bench.spare_w).placement
-            except NoPlacementError:
-                chosen = base.placement
-            current["placement"] = chosen
+            known = plans if plans is not None and table is bench.table else {}
+            if (rate, tuned.alpha) not in known:
+                known[rate, tuned.alpha] = _solved(bench, table, rate, tuned.alpha)
+            current["placement"] = known[rate, tuned.alpha] or base.placement
         return current["placement"]
 
     return plan
+
+
+def _solved(bench: Bench, table: CapacityTable, rate: float, alpha: float) -> Placement | None:
+    """BiScale's placement for a forecast; None where nothing serves it."""
+    try:
+        return biscale_plan(table, rate, bench.settings.gpus, alpha, bench.spare_w).placement
+    except NoPlacementError:
+        return None
 
 
 def run_system(

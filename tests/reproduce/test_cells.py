@@ -9,7 +9,7 @@ from biscale_env.cli import build
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.cluster.cluster_settings import ClusterSettings
 from biscale_env.jobs.workers import Workers
-from biscale_env.reproduce import cells
+from biscale_env.reproduce import cells, systems
 from biscale_env.reproduce.cells import (
     FRONTS,
     GROUPS_ON_RAY,
@@ -104,6 +104,18 @@ def test_one_cell_is_the_cluster_of_before(bench):
             assert {k: v for k, v in row.items() if k != "changed"} == {
                 k: v for k, v in before.items() if k != "placement"
             }
+
+
+def test_a_load_is_planned_once_for_both_systems(bench, monkeypatch):
+    solved, solve = [], systems.biscale_plan
+
+    def counted(table, rate_rps, *others):
+        solved.append(rate_rps)
+        return solve(table, rate_rps, *others)
+
+    monkeypatch.setattr(systems, "biscale_plan", counted)
+    run_group(CellsPlan(DAY, 1), bench, [0])
+    assert len(solved) == len(set(solved)) == 2  # the first forecast, and the load of a window
 
 
 def test_groups_over_processes_add_up_to_all_cells(bench, together, monkeypatch, tmp_path):
