@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from agents.coarse.service_days import ConstantLoad
 from biscale_env.config.cluster_layout import InstanceGroup, Placement
-from biscale_env.config.slo import within
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.cluster.cluster_env import ClusterEnv
 from biscale_env.envs.cluster.cluster_settings import ClusterPlant, Transitions
-from biscale_env.envs.cluster.whole_run import Window, WindowedRun, cut
+from biscale_env.envs.cluster.whole_run import WindowedRun, cut
 from controllers.placement.ilp import PHASES
 from controllers.placement.load_plans import LoadPlans
 
@@ -154,6 +153,7 @@ def _group(phase: Any, tp: int, count: int, freq_mhz: float) -> InstanceGroup:
 def measure_kind(plant: ClusterPlant, kind: KindAtLoads, profile: str) -> tuple[Floats, Floats]:
     """Power, W, and missed fraction at each of the loads, (k,) each."""
     index, power_w, missed = PHASES.index(kind.phase), [], []  # type: ignore[arg-type]
+    bounds = (plant.slo.ttft_s, plant.slo.tpot_s)
     for share in SHARES:
         load_rps = float(share * kind.capacity_rps)
         trace = ConstantLoad("constant", 0, load_rps, profile).trace(3, kind.window_s)
@@ -163,21 +163,12 @@ def measure_kind(plant: ClusterPlant, kind: KindAtLoads, profile: str) -> tuple[
         window = run.window(1, second)
         energy_j = (window.energy.prefill_j, window.energy.decode_j)[index]
         power_w.append(energy_j / window.duration_s)
-        late = late_requests(window, plant)[index]
+        late = window.missed(*bounds)[index]
         if late > LEFT_BEHIND * len(second):
             run.cluster.place(kind.placement(load_rps, recovers=True))
-            late += late_requests(run.window(2, third), plant)[index]
+            late += run.window(2, third).missed(*bounds)[index]
         missed.append(late / max(len(second), 1))
     return np.array(power_w), np.array(missed)
-
-
-def late_requests(window: Window, plant: ClusterPlant) -> tuple[int, int]:
-    """Requests that ended in a window and missed TTFT, and TPOT."""
-    r, slo = window.finished, plant.slo
-    late = ~within(r["first_token_s"] - r["arrival_s"], slo.ttft_s)
-    intervals = r["output_tokens"] - 1
-    slow = ~within(r["finish_s"] - r["first_token_s"], slo.tpot_s * intervals) & (intervals > 0)
-    return int(late.sum()), int(slow.sum())
 
 
 def kinds_of(env: ClusterEnv, plans: LoadPlans, window_s: float) -> list[KindAtLoads]:

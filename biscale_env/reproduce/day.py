@@ -9,9 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
-from biscale_env.config.slo import within
 from biscale_env.envs.cluster.cluster_settings import ClusterSettings
 from biscale_env.envs.cluster.stream import daily_windows
 from biscale_env.envs.cluster.whole_run import Window, WindowedRun
@@ -67,24 +64,21 @@ class Day:
 
 def day_row(window: Window, ttft_s: float, tpot_s: float) -> dict[str, Any]:
     """Metrics of a window; requests count where they end."""
-    r = window.finished
-    intervals = r["output_tokens"] - 1
-    late = ~within(r["first_token_s"] - r["arrival_s"], ttft_s)
-    slow = ~within(r["finish_s"] - r["first_token_s"], tpot_s * intervals) & (intervals > 0)
+    late, slow = window.missed(ttft_s, tpot_s)
     length = max(window.duration_s, 1e-9)
     return {
         "index": window.index,
         "duration_s": window.duration_s,
         "rate_rps": window.arrived / length,
-        "requests": len(r),
+        "requests": len(window.finished),
         "tokens": window.produced_tokens,
         "energy_j": window.energy.total_j,
         "prefill_j": window.energy.prefill_j,
         "decode_j": window.energy.decode_j,
         "spare_j": window.energy.spare_j,
         "power_w": window.energy.total_j / length,
-        "late_ttft": int(np.sum(late)),
-        "late_tpot": int(np.sum(slow)),
+        "late_ttft": late,
+        "late_tpot": slow,
         "gpus": window.placement.gpus,
         "placement": window.placement.label(),
     }

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biscale_env.config.cluster_layout import Placement
-from biscale_env.config.slo import within
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.actions import numbers
 from biscale_env.envs.cluster.cluster_kpis import cluster_kpis
@@ -242,11 +241,7 @@ class ClusterEnv(PlainSpec, gym.Env[NDArray[np.float32], Any]):
 
     def _costs(self, window: Window) -> tuple[int, int]:
         """Requests that ended in the window and missed TTFT, and TPOT."""
-        r, slo = window.finished, self.plant.slo
-        late = ~within(r["first_token_s"] - r["arrival_s"], slo.ttft_s)
-        intervals = r["output_tokens"] - 1
-        slow = ~within(r["finish_s"] - r["first_token_s"], slo.tpot_s * intervals)
-        return int(late.sum()), int((slow & (intervals > 0)).sum())
+        return window.missed(self.plant.slo.ttft_s, self.plant.slo.tpot_s)
 
     def _observe(self, window: Window | None) -> NDArray[np.float32]:
         values = np.zeros(len(FEATURES))

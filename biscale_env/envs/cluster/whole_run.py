@@ -158,6 +158,14 @@ class Window:
     prefilled_tokens: int
     duration_s: float
 
+    def missed(self, ttft_s: float, tpot_s: float) -> tuple[int, int]:
+        """Finished requests beyond a TTFT bound, and beyond a TPOT bound, s."""
+        r = self.finished
+        intervals = r["output_tokens"] - 1
+        late = ~within(r["first_token_s"] - r["arrival_s"], ttft_s)
+        slow = ~within(r["finish_s"] - r["first_token_s"], tpot_s * intervals) & (intervals > 0)
+        return int(late.sum()), int(slow.sum())
+
 
 class WindowedRun:
     """A cluster that is run window by window, under a coarse loop.
