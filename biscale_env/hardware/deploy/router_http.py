@@ -27,14 +27,18 @@ from biscale_env.hardware.deploy.deployment_file import Deployment
 from biscale_env.hardware.deploy.pool_router import InstanceLoad, PoolRouter
 from biscale_env.hardware.loop import wire
 from biscale_env.hardware.remote.channels import take
-from biscale_env.hardware.replay.answers import error_text
+from biscale_env.hardware.replay.answers import BROKEN_FINISHES, error_text
 from biscale_env.hardware.replay.engine_health import described
 
 KEPT_ROUTES = 1_000_000
 RECENT_S = 300.0  # attainment is told over the requests that ended within this
 BYTES_PER_TOKEN = 4.0  # of a prompt that is text (assumed; only routing and counts depend on it)
 TOKEN_MARK = re.compile(rb'"choices"\s*:\s*\[\s*\{')
-MARK_LENGTH = 24  # of a mark that a read cuts in two, at most (with three spaces at each place)
+BROKEN_MARK = re.compile(
+    rb'[\r\n]event:\s*error|"error"\s*:\s*(?:"[^"]|\{\s*"|\[\s*[^\]\s]|[1-9t])|"object"\s*:\s*"error"'
+    rb'|"finish_reason"\s*:\s*"(?:' + "|".join(BROKEN_FINISHES).encode() + rb')"'
+)  # quotes within a token's text are escaped, so a key of the event it is
+MARK_LENGTH = 40  # of a mark that a read cuts in two, at most (with three spaces at each place)
 ROUTES, STATE, ARRIVALS = "/biscale/routes", "/biscale/state", "/biscale/arrivals"
 KEPT_ARRIVALS = 200_000
 REFUSED = (aiohttp.ClientConnectorError, ConnectionRefusedError)
@@ -331,9 +335,10 @@ class Router:
             response = web.StreamResponse(headers={"Content-Type": answer.content_type})
             response.enable_chunked_encoding()
             await response.prepare(request)
-            rest = b""
+            rest = b"\n"  # a stream begins with a line
             try:
                 async for piece in answer.content.iter_any():
+                    route.error = route.error or broken_off(rest + piece, name)
                     rest = self._count(rest + piece, name, route)
                     await response.write(piece)
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -366,6 +371,17 @@ class Router:
             self.pool.more(name, tokens)
         route.chunks += tokens
         return rest
+
+
+def broken_off(piece: bytes, name: str) -> str:
+    """The error that a piece of a stream reports under status 200; empty when it reports none."""
+    found = BROKEN_MARK.search(piece)
+    if found is None:
+        return ""
+    begin = piece.rfind(b"\n", 0, found.start() + 1) + 1
+    lines = piece[begin:].decode(errors="replace").splitlines()
+    data = next((line for line in lines if not line.startswith("event:")), lines[0])
+    return f"{name} broke the stream off: {error_text(data.removeprefix('data:'))}"
 
 
 def _failure(status: int, text: str) -> web.Response:

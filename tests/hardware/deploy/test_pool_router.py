@@ -16,7 +16,7 @@ from biscale_env.config.loader import validate
 from biscale_env.core.errors import BiscaleError
 from biscale_env.hardware.deploy.deployment_file import Deployment
 from biscale_env.hardware.deploy.pool_router import PHASES, PoolRouter
-from biscale_env.hardware.deploy.router_http import Route, Router, prompt_length
+from biscale_env.hardware.deploy.router_http import Route, Router, broken_off, prompt_length
 
 
 def deployment(prefill=2, decode=3, ports=None, **router):
@@ -382,6 +382,61 @@ def test_a_prefill_without_a_completion_is_a_502_that_says_so(ports, body, words
     assert (state.failed, router.failed) == (1, 1)
     assert np.isnan(router.routes[0].prefill_done_s)
     assert all(load.requests == 0 for load in state.instances.values())
+
+
+NO_ERRORS = [
+    b'data: {"choices": [{"text": "an \\"error\\": \\"x\\""}], "error": null}',
+    b'data: {"choices": [{"text": "event: error"}], "error": {}}',
+    b'data: {"choices": [{"text": "x", "finish_reason": null}], "error": ""}',
+    b'data: {"choices": [{"text": "finish_reason abort"}], "object": "text_completion"}',
+]
+ERRORS = {
+    b'data: {"error": {"message": "KV is full", "code": 500}}': "KV is full",
+    b'data: {"error":"out of memory"}': "out of memory",
+    b'data: {"object": "error", "message": "preempted"}': "preempted",
+    b'event: error\ndata: {"message": "gone"}': "gone",
+    b'data: {"choices": [{"text": "", "finish_reason": "abort"}]}': "abort",
+}
+
+
+def read_in_pieces(body, cut):
+    """The error that a router sees where reads end every ``cut`` bytes."""
+    route, rest, error = Route("r", 3, 4, 0.0), b"\n", ""
+    for begin in range(0, len(body), cut):
+        piece = rest + body[begin : begin + cut]
+        error = error or broken_off(piece, "decode_0")
+        rest = READER._count(piece, "decode_0", route)
+    return error
+
+
+READER = Router(deployment(1, 1))
+
+
+@pytest.mark.parametrize("said", ERRORS)
+def test_an_error_within_a_stream_is_seen_wherever_a_read_ends(said):
+    """Its status is 200 and it passes through; the books know that it failed."""
+    body = said + b"\n\ndata: [DONE]\n\n"
+    for cut in range(1, len(body)):
+        assert read_in_pieces(body, cut).startswith("decode_0 broke the stream off: ")
+    assert ERRORS[said] in read_in_pieces(body, len(body))
+
+
+@given(st.permutations(NO_ERRORS), st.integers(1, 60))
+def test_what_only_looks_like_an_error_is_none(lines, cut):
+    assert read_in_pieces(b"\n\n".join(lines), cut) == ""
+
+
+def test_a_stream_that_reports_an_error_is_counted_as_failed(ports):
+    said = b'data: {"error": {"message": "KV is full"}}\n\n'
+    engines = [Odd(ports[0], (), b'{"choices": [{}]}'), Odd(ports[2], [SPACED, said])]
+
+    async def talk(session, router):
+        return await ask(session), router.state()
+
+    router, ((status, text), state) = serve(engines, talk, ports)
+    assert (status, text) == (200, SPACED + said)
+    assert router.routes[0].error == "decode_0 broke the stream off: KV is full"
+    assert state.failed == 1
 
 
 def test_an_engine_that_breaks_off_is_seen_as_that_and_as_nothing_else(ports):
