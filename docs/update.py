@@ -7,6 +7,7 @@ Usage: python docs/update.py [models] [bench] [bench-cluster] [observation] [env
        [compare=RUN_DIRECTORY] [experiment:NAME=RUN_DIRECTORY ...] [agents=EVALUATION,EVALUATION]
        [curves:PHASE=TRAINING_DIRECTORY] [algorithms=DIRECTORY_OF_RUNS] [robustness=EVALUATION]
        [leaderboard] [look-ahead] [paper=FOLDER_OF_A_REPRODUCTION]
+       [plain-sb3=ROWS_OF_DOCS_PLAIN_SB3]
 `make docs` runs the parts that need no long experiment.
 """
 
@@ -23,6 +24,7 @@ import environment_pages
 import look_ahead
 import model_figures
 import pandas as pd
+import plain_sb3
 import readme_figures
 
 from agents.training.progress.curves import draw, learning_curves
@@ -341,13 +343,15 @@ def curves(phase: str, folder: str) -> None:
 
 
 def algorithms(folder: str) -> None:
-    """Training runs of all algorithms below a folder.
+    """Training runs of all algorithms below a folder, each with its training seeds.
 
-    First and best held-out score, energy and lowest attainment at the best.
+    Held-out score of the untrained network, the best one, energy and lowest attainment there; mean
+    over seeds, and their range where there are several.
     """
     heads = (
         "phase",
         "algorithm",
+        "seeds",
         "env steps",
         "score untrained",
         "best score",
@@ -356,20 +360,22 @@ def algorithms(folder: str) -> None:
     )
     rows = []
     for path in sorted(
-        Path(folder).glob("*/evaluations.csv"),
-        key=lambda p: (p.parent.name.split("-")[0] != "prefill", p.parent.name),
+        (p for p in Path(folder).iterdir() if p.is_dir()),
+        key=lambda p: (p.name.split("-")[0] != "prefill", p.name),
     ):
-        phase, _, name = path.parent.name.partition("-")
-        frame = pd.read_csv(path)
-        best = frame.loc[frame["score"].idxmin()]
-        energy, attained = (
-            best.filter(like="energy_ratio:").mean(),
-            best.filter(like="attainment:").min(),
-        )
-        first = frame["score"].iloc[0]
-        figures = [f"{value:.4f}" for value in (first, best["score"], energy, attained)]
-        rows.append((phase, name, f"{int(frame['step'].max()):,}", *figures))
+        phase, _, name = path.name.partition("-")
+        seeds = learning_curves(path).groupby("seed")
+        first = seeds["score"].first()
+        best = seeds.apply(lambda of: of.loc[of["score"].idxmin()], include_groups=False)
+        figures = [first, best["score"], best["energy_ratio"], best["lowest_attainment"]]
+        steps = f"{int(seeds['step'].last().max()):,}"
+        rows.append((phase, name, str(len(best)), steps, *map(_mean_and_range, figures)))
     replace_block(ROOT / "docs" / "agents.md", "algorithms", markdown_table(heads, rows, "llr"))
+
+
+def _mean_and_range(values: pd.Series) -> str:
+    mean = f"{values.mean():.4f}"
+    return mean if len(values) == 1 else f"{mean} [{values.min():.4f}, {values.max():.4f}]"
 
 
 def robustness(folder: str) -> None:
@@ -406,6 +412,16 @@ def look_ahead_table() -> None:
     replace_block(ROOT / "docs" / "hardware.md", "look-ahead", look_ahead.markdown())
 
 
+def plain(rows_csv: str) -> None:
+    """What plain Stable-Baselines3 learns: rows, figure, table of docs/train.md."""
+    rows = pd.read_csv(rows_csv)
+    kept = ROOT / "docs" / "agents" / "plain-sb3.csv"
+    if Path(rows_csv).resolve() != kept:
+        shutil.copy(rows_csv, kept)
+    plain_sb3.draw(rows, ROOT / "docs" / "agents" / "plain-sb3.svg")
+    replace_block(ROOT / "docs" / "train.md", "plain-sb3", plain_sb3.markdown(rows))
+
+
 def main(arguments: list[str]) -> None:
     """Run the parts asked for; all but the long ones without arguments."""
     for argument in arguments or [
@@ -428,6 +444,7 @@ def main(arguments: list[str]) -> None:
                 "algorithms": algorithms,
                 "robustness": robustness,
                 "paper": paper,
+                "plain-sb3": plain,
             }[part](folder)
         else:
             parts = {
