@@ -15,13 +15,12 @@ from biscale_env.core.files import write_whole
 from biscale_env.core.markdown import markdown_table
 from biscale_env.core.svg import save_svg, svg_axes
 from biscale_env.evaluation import evaluate
+from biscale_env.evaluation.report.drawing.palette import GRID, INK, styles
 
-STATIC = "best static clock (hindsight)"
-COLOURS = {STATIC: "#e69f00", "mpc": "#009e73", "mpc-plus": "#cc79a7", "slack": "#009e73"}
-ENVS = {  # id: controllers shown beside it
-    "BiScale/Prefill-v1": ("mpc", "mpc-plus"),
-    "BiScale/DecodeInterval-v1": ("slack",),
-}
+LINES = {"solid": "--", "dash": ":"}
+STATIC = "static-hindsight"
+SHOWN = (STATIC, "mpc", "mpc-plus")
+ENVS = {"BiScale/Prefill-v1": ("mpc", "mpc-plus")}  # id: controllers shown beside it
 TARGET = 0.99
 CLOCKS_MHZ = range(510, 1981, 30)
 STEPS = 300_000
@@ -101,6 +100,7 @@ def curves(rows: pd.DataFrame) -> pd.DataFrame:
 def draw(rows: pd.DataFrame, path: Path) -> None:
     """Energy ratio above, attainment below, a column per environment, a line per training seed."""
     found = curves(rows)
+    look = styles(SHOWN)
     ids = [env_id for env_id in ENVS if env_id in set(found["env"])]
     figure, axes = svg_axes(2, len(ids), (4.6 * len(ids), 5.2), squeeze=False, sharex=True)
     for column, env_id in enumerate(ids):
@@ -112,14 +112,19 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
                 axis.plot(
                     line["step"] / 1e3,
                     scale * line[what],
-                    color="#0072b2",
+                    color=INK,
                     linewidth=1.2,
                     label="PPO, three training seeds" if seed == SEEDS[0] else None,
                 )
-            for _, line in here[here["policy"].isin(COLOURS)].iterrows():
+            for _, line in here[here["policy"].isin(SHOWN)].iterrows():
                 name = str(line["policy"])
-                axis.axhline(scale * line[what], color=COLOURS[name], dashes=(4, 2), label=name)
-            axis.grid(color="#e4e7ed")
+                axis.axhline(
+                    scale * line[what],
+                    color=look[name].color,
+                    ls=LINES[look[name].dash],
+                    label=name,
+                )
+            axis.grid(color=GRID)
         axes[0, column].set_title(env_id, fontsize=10)
         axes[1, column].set_xlabel("thousand env steps")
         axes[0, column].legend(frameon=False, fontsize=8)
@@ -148,11 +153,15 @@ def markdown(rows: pd.DataFrame) -> str:
 
 
 def main(out: str) -> None:
-    """Train, evaluate, write the rows."""
+    """Train, evaluate, write the rows; seeds that the file holds already are kept."""
+    known = pd.read_csv(out) if Path(out).is_file() else pd.DataFrame(columns=list(COLUMNS))
+    learned = known[known["policy"] == "ppo"]
     frames = [references()]
     for env_id in ENVS:
         for seed in SEEDS:
-            frames.append(learn(env_id, seed))
+            kept = learned[(learned["env"] == env_id) & (learned["seed"] == seed)]
+            whole = not kept.empty and kept["step"].max() >= STEPS
+            frames.append(kept if whole else learn(env_id, seed))
             write_whole(Path(out), pd.concat(frames).to_csv(index=False))
 
 

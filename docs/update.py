@@ -21,6 +21,7 @@ from pathlib import Path
 
 import controller_pages
 import environment_pages
+import foresight_figure
 import look_ahead
 import model_figures
 import pandas as pd
@@ -300,6 +301,11 @@ def experiment(name: str, folder: str) -> None:
         replace_block(ROOT / "docs" / "results.md", "ranges", ranges)
         table, figure = ROOT / "docs" / "experiment-main.csv", ROOT / "docs" / "readme"
         readme_figures.energy(table, figure / "energy.svg")
+    if name == "foresight":
+        table, page = ROOT / "docs" / "experiment-foresight.csv", ROOT / "docs" / "bounds.md"
+        foresight_figure.draw(table, ROOT / "docs" / "bounds" / "foresight.svg")
+        replace_block(page, "foresight", foresight_figure.markdown(table))
+        return
     replace_block(
         ROOT / "docs" / "results.md",
         name,

@@ -51,6 +51,7 @@ def test_the_committed_page_and_figure_are_made_from_the_committed_rows(plain, t
     assert (last >= plain.STEPS).all()
     assert set(last.index.get_level_values("seed")) == set(plain.SEEDS)
     assert set(last.index.get_level_values("env")) == set(plain.ENVS)
+    assert set(rows["policy"]) == {"ppo", "max", *plain.SHOWN}
     pytest.importorskip("matplotlib")
     plain.draw(rows, tmp_path / "a.svg")
     plain.draw(rows, tmp_path / "b.svg")
