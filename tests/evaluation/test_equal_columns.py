@@ -257,3 +257,18 @@ def test_a_run_directory_gives_the_same_columns_and_a_page(tmp_path):
     assert "<h1>Clock control on conv</h1>" in page
     assert "over members" in page
     assert members(1.0, 0.1)["energy_j"].max() == pytest.approx(1.1)
+
+
+def test_a_run_that_goes_on_can_be_read(tmp_path):
+    """Its result is written last: what stands there of a run without one is left out."""
+    folder = keep(tmp_path / "run", both(SETTINGS))
+    whole = load_run(folder)
+    results = pd.read_parquet(folder / "results.parquet")
+    newest = results["policy"].eq("saver")
+    results[~newest].to_parquet(folder / "results.parquet")
+    run = load_run(folder)
+    without = set(results.loc[newest, "run_id"])
+    assert without & set(whole.curves["run_id"])
+    assert set(run.curves["run_id"]) == set(whole.curves["run_id"]) - without
+    assert set(run.summary()["policy"]) == set(whole.summary()["policy"]) - {"saver"}
+    assert {"equal_ratio", "member_ratio_low"} <= set(run.summary().columns)

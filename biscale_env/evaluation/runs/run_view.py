@@ -101,7 +101,9 @@ class Run:
         path = self.path / name
         if not path.is_file():
             return pd.DataFrame({"run_id": pd.Series([], dtype=str)})
-        return run_files.read_results(path).astype({"run_id": str})
+        frame = run_files.read_results(path).astype({"run_id": str})
+        known = frame["run_id"].isin(self.results["run_id"])
+        return frame if known.all() else frame[known]  # a run that goes on writes its result last
 
     def _one(self, name: str, run_id: str) -> dict[str, NDArray[np.float64]] | None:
         path = self.path / name
