@@ -47,6 +47,12 @@ def test_it_is_strict_and_reads_from_files_without_the_network():
     assert SITE["theme"]["font"] is False
 
 
+def test_only_pages_and_pictures_are_published():
+    assert SITE["exclude_docs"].split() == ["*.py", "__pycache__/"]
+    for sheet in SITE["extra_css"]:
+        assert (ROOT / "docs" / sheet).is_file()
+
+
 def test_modules_of_the_reference_exist():
     texts = [p.read_text() for p in (ROOT / "docs/reference").glob("*.md")]
     modules = re.findall(r"^::: (\S+)$", "\n".join(texts), re.M)
