@@ -7,7 +7,7 @@ Usage: python docs/update.py [models] [bench] [bench-cluster] [observation] [env
        [compare=RUN_DIRECTORY] [experiment:NAME=RUN_DIRECTORY ...] [agents=EVALUATION,EVALUATION]
        [curves:PHASE=TRAINING_DIRECTORY] [algorithms=DIRECTORY_OF_RUNS] [robustness=EVALUATION]
        [leaderboard] [look-ahead] [paper=FOLDER_OF_A_REPRODUCTION]
-       [plain-sb3=ROWS_OF_DOCS_PLAIN_SB3]
+       [plain-sb3=ROWS_OF_DOCS_PLAIN_SB3] [offline=RUN,RUN]
 `make docs` runs the parts that need no long experiment.
 """
 
@@ -24,6 +24,7 @@ import environment_pages
 import foresight_figure
 import look_ahead
 import model_figures
+import offline_tables
 import pandas as pd
 import plain_sb3
 import readme_figures
@@ -398,6 +399,13 @@ def leaderboard() -> None:
     replace_block(home / "leaderboard.md", "leaderboard", leaderboard_markdown(cards))
 
 
+def offline(folders: str) -> None:
+    """Data sets and held-out scores of runs of ``biscale offline``, into docs/offline.md."""
+    page, runs = ROOT / "docs" / "offline.md", [Path(folder) for folder in folders.split(",")]
+    replace_block(page, "offline-data", offline_tables.data_markdown(runs))
+    replace_block(page, "offline-scores", offline_tables.scores_markdown(runs))
+
+
 def paper(folder: str) -> None:
     """docs/paper.md and its figures from ``reproduce paper --out FOLDER``.
 
@@ -451,6 +459,7 @@ def main(arguments: list[str]) -> None:
                 "robustness": robustness,
                 "paper": paper,
                 "plain-sb3": plain,
+                "offline": offline,
             }[part](folder)
         else:
             parts = {

@@ -1,5 +1,6 @@
 """Offline data sets: policies recorded in the environment and stored with Minari."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -145,16 +146,18 @@ def _store(recorded: RecordedData, buffers: Sequence[Any], env: gym.Env, options
         f"{row.attainment:.2%}"
         for row in table.itertuples()
     )
-    minari.create_dataset_from_buffers(
-        dataset_id=recorded.dataset_id,
-        buffer=list(buffers),
-        env=env,
-        algorithm_name=", ".join(map(str, table.index)),
-        description=f"biscale-env {biscale_env.__version__}, options {options}; {told}",
-        data_format="arrow",
-        requirements=["biscale-env"],
-        **scores,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* is set to None")  # author, address, links
+        minari.create_dataset_from_buffers(
+            dataset_id=recorded.dataset_id,
+            buffer=list(buffers),
+            env=env,
+            algorithm_name=", ".join(map(str, table.index)),
+            description=f"biscale-env {biscale_env.__version__}, options {options}; {told}",
+            data_format="arrow",
+            requirements=["biscale-env"],
+            **scores,
+        )
 
 
 def _episode(env: gym.Env, teacher: Policy, number: int) -> tuple[Any, dict[str, float]]:

@@ -27,6 +27,7 @@ GROUPS = (
     "place",
     "reproduce",
     "train",
+    "offline",
     "evaluate",
     "benchmark",
     "export",

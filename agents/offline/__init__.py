@@ -1,0 +1,1 @@
+"""Learning from recorded data alone: Minari data sets in, a plain network out."""

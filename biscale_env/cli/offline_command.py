@@ -1,0 +1,48 @@
+"""``biscale offline``: data sets recorded, networks learned from them alone, scored."""
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from biscale_env.cli.trace_options import told_on
+from biscale_env.core.errors import BiscaleError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("offline")(offline)
+
+
+def offline(
+    phase: Annotated[str, typer.Argument(help="prefill or decode")],
+    *,
+    config: Annotated[
+        str | None, typer.Option(help="Config name or YAML file; default: the shipped one.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory; default: runs/offline-<time>-<phase>.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
+) -> None:
+    """Record policies as Minari data sets, learn from them alone, score what was learned.
+
+    Behaviour cloning, TD3+BC and implicit Q-learning of TorchRL; each network is a policy for every
+    command (<out>/bc-mixed). Data sets in <out>/data, scores on held-out workloads in
+    <out>/scores.csv.
+    """
+    from agents.offline.offline_config import load_offline_config
+    from agents.offline.recipe import run_offline
+    from agents.training.run import new_folder
+    from biscale_env.policies import resolve_policy
+
+    if resume and out is None:
+        raise BiscaleError("--resume needs the directory of the run: give it with --out")
+    mine = load_offline_config(config, phase)
+    folder = out or new_folder(Path("runs") / f"offline-{datetime.now():%Y%m%d-%H%M%S}-{phase}")
+    with told_on(sys.stdout):
+        table = run_offline(mine, folder, resume, resolve_policy, print)
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.4f}", na_rep="-"))
+    print(f"networks, data and scores: {folder}")
