@@ -7,7 +7,7 @@ Usage: python docs/update.py [models] [bench] [bench-cluster] [observation] [env
        [compare=RUN_DIRECTORY] [experiment:NAME=RUN_DIRECTORY ...] [agents=EVALUATION,EVALUATION]
        [curves:PHASE=TRAINING_DIRECTORY] [algorithms=DIRECTORY_OF_RUNS] [robustness=EVALUATION]
        [leaderboard] [look-ahead] [paper=FOLDER_OF_A_REPRODUCTION]
-       [plain-sb3=ROWS_OF_DOCS_PLAIN_SB3] [offline=RUN,RUN]
+       [plain-sb3=ROWS_OF_DOCS_PLAIN_SB3] [offline=RUN,RUN] [many-agents=FOLDER]
 `make docs` runs the parts that need no long experiment.
 """
 
@@ -421,6 +421,12 @@ def paper(folder: str) -> None:
             shutil.copy(made, ROOT / "docs" / "paper" / made.name)
 
 
+def many_agents(folder: str) -> None:
+    """The table of `biscale reproduce multi --out FOLDER`, into docs/many-agents.md."""
+    table = (Path(folder) / "multi.md").read_text()
+    replace_block(ROOT / "docs" / "many-agents.md", "many-agents", table)
+
+
 def look_ahead_table() -> None:
     """What looking ahead is worth under asynchronous scheduling, into docs/hardware.md."""
     replace_block(ROOT / "docs" / "hardware.md", "look-ahead", look_ahead.markdown())
@@ -460,6 +466,7 @@ def main(arguments: list[str]) -> None:
                 "paper": paper,
                 "plain-sb3": plain,
                 "offline": offline,
+                "many-agents": many_agents,
             }[part](folder)
         else:
             parts = {

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import yaml
 
 from agents.coarse.coarse_agent import CoarseAgent
 from agents.coarse.coarse_checkpoint import CoarseCheckpoint, load_coarse
@@ -18,13 +17,11 @@ from agents.coarse.coarse_rollout import Sums, least_careful, run_coarse_day, tu
 from agents.coarse.forecast_fit import fit_forecast
 from agents.coarse.service_days import ServiceDay
 from agents.coarse.window_costs import kinds_of, measure_costs
-from biscale_env.config.loader import read_yaml
-from biscale_env.core.errors import BiscaleError
+from agents.training.run_config import open_config
 from biscale_env.core.files import lock, write_whole
 from biscale_env.jobs.workers import Workers, in_order
 from controllers.placement.load_plans import LoadPlans
 
-CONFIG: Final = "config.yaml"
 BEST: Final = "best.npz"
 UNTUNED: Final = "untuned.npz"
 TUNING: Final = "tuning.json"
@@ -50,7 +47,7 @@ def train_coarse(
     """
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / ".lock", what=f"training run {folder}"):
-        _open(folder, config, resume)
+        open_config(folder, config.model_dump(mode="json"), resume)
         if not (folder / UNTUNED).is_file():
             _learned(config, say).save(folder / UNTUNED)
         untuned = load_coarse(folder / UNTUNED)
@@ -75,27 +72,6 @@ def _learned(config: CoarseConfig, say: Say) -> CoarseCheckpoint:
     forecast = fit_forecast(config, say)
     middle = float(np.sqrt(config.price[0] * config.price[1]))
     return CoarseCheckpoint(forecast, costs, config.window_s, config.price, middle)
-
-
-def _open(folder: Path, config: CoarseConfig, resume: bool) -> None:
-    known, plain = folder / CONFIG, config.model_dump(mode="json")
-    if resume and not known.is_file():
-        raise BiscaleError(f"{folder} holds no training run to resume")
-    if known.is_file() and not resume:
-        raise BiscaleError(
-            f"{folder} holds a training run already: add --resume or choose another --out"
-        )
-    if resume:
-        old = read_yaml(known)
-        if not isinstance(old, dict):
-            raise BiscaleError(f"{known} is empty or damaged: restore it or choose another --out")
-        changed = sorted(k for k in old.keys() | plain.keys() if old.get(k) != plain.get(k))
-        if changed:
-            raise BiscaleError(
-                f"cannot resume {folder}: '{changed[0]}' was {old.get(changed[0])} and is now "
-                f"{plain.get(changed[0])}; use the same config"
-            )
-    write_whole(known, yaml.safe_dump(plain, sort_keys=False))
 
 
 def tuning_days(config: CoarseConfig) -> list[ServiceDay]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from stable_baselines3.common.vec_env import VecEnv
 
 from agents.policy.features import feature_id
 from agents.policy.sb3_policy import SPEC_FILE, TRAINED_ON_FILE
@@ -152,7 +153,7 @@ def training_facts(config: AgentConfig, plant: Plant) -> dict[str, Any]:
     }
 
 
-def make_model(config: AgentConfig, env: AgentVecEnv, folder: Path | None) -> Any:
+def make_model(config: AgentConfig, env: VecEnv, folder: Path | None) -> Any:
     """The SB3 model of a config.
 
     Raises:

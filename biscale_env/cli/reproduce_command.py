@@ -263,3 +263,53 @@ def coarse(
     write_whole(folder / "coarse.md", table + "\n")
     typer.echo(table)
     typer.echo(f"written: {folder / 'coarse.md'}")
+
+
+@commands.command("multi")
+def multi(
+    *,
+    agent: Annotated[
+        str, typer.Option(help="The shared agents: shipped, or a run of biscale train multi.")
+    ] = "shipped",
+    config: Annotated[
+        str | None, typer.Option(help="Config of the training: clusters, interval.")
+    ] = None,
+    systems: Annotated[
+        str | None, typer.Option(help="Some of max,static,tier2,independent,shared; default: all.")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="Judged workloads per cluster.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for multi.md and multi.csv; default: runs/multi.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes; default: all cores.")] = None,
+    ray: RayAddress = None,
+) -> None:
+    """Many agents beside BiScale's tier 2 in the same clusters, on workloads nobody has seen."""
+    from agents.multi.multi_config import load_multi_config
+    from biscale_env.config.slo import load_slo
+    from biscale_env.core.files import write_whole
+    from biscale_env.jobs.progress import JobProgress
+    from biscale_env.jobs.workers import Workers
+    from biscale_env.reproduce.multi import MultiPlan, cells_of, compare_multi, multi_markdown
+    from biscale_env.reproduce.multi_systems import TITLES, of_run
+
+    mine, workers = load_multi_config(config), Workers.of(jobs, ray)
+    asked = list(TITLES) if systems is None else systems.split(",")
+    for name in asked:
+        if name not in TITLES:
+            raise BiscaleError(f"unknown system '{name}': choose from {', '.join(TITLES)}")
+    if windows is not None and windows < 1:
+        raise BiscaleError(f"--windows must be at least 1, got {windows}")
+    agents = None if agent == "shipped" else of_run(Path(agent))
+    changed = {} if windows is None else {"n_judged": windows}
+    plan = MultiPlan(interval_s=mine.interval_s, **changed)
+    cells, folder = cells_of(mine), out or Path("runs") / "multi"
+    folder.mkdir(parents=True, exist_ok=True)
+    with JobProgress("clusters x systems", len(cells) * len(asked), transient=True) as progress:
+        told = lambda done, _: progress.tell(done)  # noqa: E731
+        frame = compare_multi(cells, asked, plan, agents, workers, told)
+    table = multi_markdown(frame, load_slo("biscale").attainment)
+    write_whole(folder / "multi.csv", frame.to_csv(index=False))
+    write_whole(folder / "multi.md", table + "\n")
+    typer.echo(table)
+    typer.echo(f"written: {folder / 'multi.md'}")

@@ -35,7 +35,10 @@ def _need_rl() -> None:
 
 @describes_instance("gpu", "llm", "model", "tp", "ep", "idle", "prefix_cache")
 def train(
-    phase: Annotated[str, typer.Argument(help="prefill, decode or cluster (the coarse loop)")],
+    phase: Annotated[
+        str,
+        typer.Argument(help="prefill, decode, cluster (the coarse loop) or multi (many agents)"),
+    ],
     *,
     algo: Annotated[
         str | None, typer.Option(help="ppo, sac, tqc, dqn or recurrent_ppo; default: ppo.")
@@ -64,6 +67,11 @@ def train(
     if phase == "cluster":
         given = {"--algo": algo, "--steps": steps, "--seeds": None if seeds == 1 else seeds}
         _train_cluster(config, seed, out, resume, jobs, ray, given | instance)
+        return
+    if phase == "multi":
+        given = {"--algo": algo, "--steps": steps, "--seeds": None if seeds == 1 else seeds}
+        given |= {"--jobs": None if jobs == 1 else jobs, "--ray": ray}
+        _train_multi(config, seed, out, resume, given | instance)
         return
     from agents.training.many_seeds import train_seed, train_seeds
     from agents.training.run import new_folder
@@ -110,12 +118,7 @@ def _train_cluster(
     from agents.training.run import new_folder
     from biscale_env.jobs.workers import Workers
 
-    given = sorted(name for name, value in others.items() if value is not None)
-    if given:
-        raise BiscaleError(
-            f"biscale train cluster takes no {given[0]}: write it into a copy of "
-            "configs/agents/cluster.yaml and give that with --config"
-        )
+    _refuse("cluster", others)
     if resume and out is None:
         raise BiscaleError("--resume needs the directory of the run: give it with --out")
     mine = load_coarse_config(config)
@@ -125,6 +128,39 @@ def _train_cluster(
     with told_on(sys.stdout):
         made = train_coarse(mine, folder, resume, workers, print)
     print(f"price {made.price:g}; agent: {folder / 'best.npz'}")
+
+
+def _train_multi(
+    config: str | None, seed: int | None, out: Path | None, resume: bool, others: dict[str, Any]
+) -> None:
+    """Agents of a cluster that share a network per phase."""
+    from agents.multi.multi_config import load_multi_config
+    from agents.multi.multi_run import train_multi
+    from agents.training.run import new_folder
+
+    _refuse("multi", others)
+    if resume and out is None:
+        raise BiscaleError("--resume needs the directory of the run: give it with --out")
+    mine = load_multi_config(config)
+    mine = mine if seed is None else mine.model_copy(update={"seed": seed})
+    folder = out or new_folder(Path("runs") / f"train-{datetime.now():%Y%m%d-%H%M%S}-multi")
+    with told_on(sys.stdout):
+        train_multi(mine, folder, resume, print)
+    print(f"agents: {folder / 'prefill.npz'}, {folder / 'decode.npz'}")
+
+
+def _refuse(phase: str, others: dict[str, Any]) -> None:
+    """Refuse options that the config of a phase holds.
+
+    Raises:
+        BiscaleError: names the first one given.
+    """
+    given = sorted(name for name, value in others.items() if value is not None)
+    if given:
+        raise BiscaleError(
+            f"biscale train {phase} takes no {given[0]}: write it into a copy of "
+            f"configs/agents/{phase}.yaml and give that with --config"
+        )
 
 
 def tune(

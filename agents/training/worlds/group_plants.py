@@ -22,14 +22,20 @@ class GroupPlants:
         energy_ref_j: unit of energy of each group, J, (groups,).
     """
 
-    def __init__(self, groups: Sequence[WorkloadGroup], decision_interval_s: float) -> None:
+    def __init__(
+        self,
+        groups: Sequence[WorkloadGroup],
+        decision_interval_s: float,
+        nominal_only: bool = False,
+    ) -> None:
         """Lay out one record per group and member.
 
         Args:
             groups: families at loads.
             decision_interval_s: how long a decision stands at least, s.
+            nominal_only: leave the members of the ensembles out.
         """
-        made = [_records(g.plant) for g in groups]
+        made = [_records(g.plant, 0 if nominal_only else g.plant.model.n_members) for g in groups]
         sizes = np.array([len(records.coefs) for records, _ in made])
         self.n_members = sizes - 1
         self.energy_ref_j = np.array([g.plant.energy_ref_j for g in groups])
@@ -59,8 +65,8 @@ class GroupPlants:
         return np.asarray(self._plants["cheapest_ghz"][first : first + self.n_members[group] + 1])
 
 
-def _records(plant: Plant) -> tuple[InstanceRecords, NominalPlants]:
-    members = range(-1, plant.model.n_members)
+def _records(plant: Plant, n_members: int) -> tuple[InstanceRecords, NominalPlants]:
+    members = range(-1, n_members)
     nominal = plants_of(plant, plant.phase, members)
     params = np.array([plant.params(k, 0.0) for k in members], dtype=PARAMS_DTYPE)
     return InstanceRecords(nominal.coefs, params), nominal

@@ -4,7 +4,7 @@ The training environment and the public wrapper ask this one place.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +14,24 @@ from agents.training.worlds.duals import Duals
 from agents.training.worlds.group_plants import GroupPlants
 from agents.training.worlds.mixture import WorkloadGroup
 from agents.training.worlds.reward import Effects, RewardShaper
-from agents.training.worlds.workload_set import WorkloadSet
 
 Floats = NDArray[np.float64]
 Floats32 = NDArray[np.float32]
 Ints = NDArray[np.int64]
 PRICE_BINS = 4
+
+
+class PricedWorkloads(Protocol):
+    """What rewards must know of the workloads; a `WorkloadSet` offers it."""
+
+    @property
+    def request_cost(self) -> Floats:
+        """Mean energy of a request at max clock per group, reference energies."""
+        ...
+
+    def refund(self, before: Ints, after: Ints) -> Floats:
+        """See :meth:`agents.training.worlds.workload_set.WorkloadSet.refund`."""
+        ...
 
 
 class RewardMeter:
@@ -35,7 +47,7 @@ class RewardMeter:
         config: AgentConfig,
         groups: Sequence[WorkloadGroup],
         plants: GroupPlants,
-        workloads: WorkloadSet,
+        workloads: PricedWorkloads,
     ) -> None:
         """Prepare the baselines.
 

@@ -62,6 +62,23 @@ class ClusterObserver:
             observe_decode_instance(self.cluster.decodes, i, self._parts[phase], out)
         return phase, out
 
+    def observe_phase(self, phase: str) -> NDArray[np.float32]:
+        """Fresh observations of all instances of a phase, (instances, dim)."""
+        n = len(self.cluster.prefills.meta)
+        first, count = (0, n) if phase == "prefill" else (n, len(self.cluster.decodes.meta))
+        return np.stack([self.observe(first + k)[1] for k in range(count)])
+
+    def set_clock(self, instance: int, freq_mhz: float) -> None:
+        """Clock at which an instance of the static rule starts its iterations from now on, MHz."""
+        phase, i = self.phase_of(instance)
+        pool = self.cluster.prefills if phase == "prefill" else self.cluster.decodes
+        pool.meta[i]["base_ghz"] = freq_mhz / 1e3
+
+    def act(self, phase: str, actions: NDArray[np.float32]) -> None:
+        """Set the clocks of all instances of a phase, (instances,) in [-1, 1]."""
+        pool = self.cluster.prefills if phase == "prefill" else self.cluster.decodes
+        pool.meta["base_ghz"] = self.clocks.snap_mhz(self.clocks.to_freq_mhz(actions)) / 1e3
+
     def freq_mhz(self, phase: str, action: float) -> float:
         """Supported clock that an action in [-1, 1] asks for, MHz."""
         return float(self.clocks.snap_mhz(self.clocks.to_freq_mhz(action)))

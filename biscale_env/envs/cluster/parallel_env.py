@@ -3,7 +3,7 @@
 Every instance is an agent that chooses its clock.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pettingzoo import ParallelEnv
 
 from biscale_env.config.cluster_layout import Placement, load_placement
-from biscale_env.contract import DECODE_SPEC, PREFILL_SPEC, ObservationSpec
+from biscale_env.contract import DECODE_SPEC, PREFILL_SPEC, ClockRange, ObservationSpec
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.cluster.cluster_options import make_cluster_options
 from biscale_env.envs.cluster.cluster_screen import agents_screen, show_interval
@@ -23,6 +23,8 @@ from biscale_env.render.screen import RENDER_MODES, Screen
 
 Observations = dict[str, NDArray[np.float32]]
 Infos = dict[str, dict[str, float]]
+TOTALS = ("energy_j", "cost", "finished", "tokens")
+"""What an agent's info says of an interval, in the order of the books."""
 
 
 class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float32]]):
@@ -36,7 +38,8 @@ class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float3
     own bound there. All agents are truncated together at the end of the episode.
 
     Info of an agent: as of a single instance, ``freq_mhz`` the clock in effect, ``cost`` the
-    requests that missed its own phase's bound; the same keys for every agent, at reset and step.
+    requests that missed its own phase's bound, ``finished`` all that ended there, ``tokens`` the
+    rows of the iterations that it began; the same keys for every agent, at reset and step.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012
@@ -89,6 +92,7 @@ class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float3
         self.possible_agents = list(tps)
         self.agents: list[str] = []
         self._number = {agent: k for k, agent in enumerate(tps)}
+        self._tps = tps
         self._energy_ref_j = {
             agent: self.options.plant.plant(self.spec_of(agent).name, tp).energy_ref_j
             for agent, tp in tps.items()
@@ -107,6 +111,16 @@ class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float3
     def spec_of(self, agent: str) -> ObservationSpec:
         """Meaning of an agent's observation."""
         return PREFILL_SPEC if agent.startswith("prefill") else DECODE_SPEC
+
+    def tp_of(self, agent: str) -> int:
+        """GPUs of an agent's instance."""
+        return self._tps[agent]
+
+    @property
+    def clocks(self) -> ClockRange:
+        """Clocks that actions are over; those of all agents."""
+        group = self.placement.groups[0]
+        return self.options.plant.plant(group.phase, group.tp).clocks
 
     def observation_space(self, agent: str) -> gym.spaces.Space[Any]:
         """Space of an agent's observation."""
@@ -142,18 +156,18 @@ class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float3
             self._screen = agents_screen(self.render_mode, self.cluster)
         clocks_mhz = self._clocks_mhz()
         return self._observations(), {
-            agent: self._info(0.0, 0.0, clocks_mhz[self._number[agent]]) for agent in self.agents
+            agent: self._info([0.0] * len(TOTALS), clocks_mhz[self._number[agent]])
+            for agent in self.agents
         }
 
-    def _info(self, energy_j: float, cost: float, freq_mhz: float) -> dict[str, float]:
+    def _info(self, changes: Sequence[float], freq_mhz: float) -> dict[str, float]:
         assert self.cluster is not None
         now_s = self.cluster.time_s
         return {
             "time_s": now_s,
             "dt": self.interval_s if now_s > 0 else 0.0,
-            "energy_j": energy_j,
+            **dict(zip(TOTALS, changes, strict=True)),
             "freq_mhz": freq_mhz,
-            "cost": cost,
             "workload": float(self._workload),
             "ensemble_member": float(self.options.plant.settings.ensemble_member),
         }
@@ -166,12 +180,17 @@ class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float3
         return [1e3 * freq for freq in ghz]
 
     def _totals(self) -> NDArray[np.float64]:
-        """Per agent: energy and violations so far, (agents, 2)."""
+        """Per agent: what of :data:`TOTALS` there was so far, (agents, totals)."""
         assert self.cluster is not None
-        pools = (self.cluster.prefills.states, self.cluster.decodes.states)
-        return np.concatenate(
-            [np.stack([s["energy_j"], s["violations"]], axis=1) for s in pools]
-        ).astype(np.float64)
+        pools = (self.cluster.prefills, self.cluster.decodes)
+        parts = [
+            [
+                *(p.states[name] for name in ("energy_j", "violations", "finished")),
+                p.meta["work_tokens"],
+            ]
+            for p in pools
+        ]
+        return np.concatenate([np.stack(part, axis=1) for part in parts]).astype(np.float64)
 
     def _observations(self) -> Observations:
         return {agent: self._observer.observe(self._number[agent])[1] for agent in self.agents}
@@ -193,10 +212,11 @@ class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float3
             raise BiscaleError("call reset() before step()")
         chosen = {agent: self._freq_mhz(agent, action) for agent, action in actions.items()}
         for agent, freq_mhz in chosen.items():
-            self._set_clock(self._number[agent], freq_mhz)
+            self._observer.set_clock(self._number[agent], freq_mhz)
         cluster.advance(cluster.time_s + self.interval_s)
         now = self._totals()
-        energy_j, missed = (now - self._read).T
+        changes = (now - self._read).tolist()
+        energy_j, missed, *_ = (now - self._read).T
         self._read = now
         over = cluster.time_s >= self.episode_s - 1e-9
         if self._screen is not None:
@@ -209,7 +229,7 @@ class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float3
         for agent in agents:
             k, weight = self._number[agent], self.options.violation_weight
             rewards[agent] = float(-energy_j[k] / self._energy_ref_j[agent] - weight * missed[k])
-            infos[agent] = self._info(float(energy_j[k]), float(missed[k]), clocks_mhz[k])
+            infos[agent] = self._info(changes[k], clocks_mhz[k])
         if over:
             self.agents = []
         ends, never = dict.fromkeys(agents, over), dict.fromkeys(agents, False)
@@ -227,12 +247,6 @@ class ClusterParallelEnv(ParallelEnv[str, NDArray[np.float32], NDArray[np.float3
         if value.size != 1 or np.isnan(value).any():
             raise BiscaleError(f"the action of {agent} must be one number in [-1, 1], got {action}")
         return self._observer.freq_mhz(self.spec_of(agent).name, float(value.item()))
-
-    def _set_clock(self, number: int, freq_mhz: float) -> None:
-        assert self.cluster is not None
-        phase, i = self._observer.phase_of(number)
-        pool = self.cluster.prefills if phase == "prefill" else self.cluster.decodes
-        pool.meta[i]["base_ghz"] = freq_mhz / 1e3
 
     def render(self) -> Any:
         """The last ten seconds: text (``ansi``) or a picture (``rgb_array``), else None."""

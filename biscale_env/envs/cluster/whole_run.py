@@ -14,6 +14,7 @@ from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.cluster.cluster_settings import ClusterPlant
 from biscale_env.envs.cluster.engine import Cluster, Energies
 from biscale_env.envs.cluster.instance_observer import ClusterObserver
+from biscale_env.sim.cluster.layout import LOG_DTYPE
 from biscale_env.traces import Trace
 
 
@@ -130,6 +131,38 @@ def advance_with(
         cluster.decide(waiting, observer.freq_mhz(phase, float(np.ravel(action)[0])))
 
 
+def advance_at_intervals(
+    cluster: Cluster,
+    observer: ClusterObserver,
+    policies: Mapping[str, Policy],
+    interval_s: float,
+    until_s: float = np.inf,
+) -> list[NDArray[np.void]]:
+    """Advance to a time; every ``interval_s`` all instances of the static rule choose a clock.
+
+    The decisions of the many-agent environment, where a phase without a policy keeps its clocks.
+
+    Args:
+        cluster: the cluster, without instances that drain.
+        observer: of the cluster.
+        policies: per phase.
+        interval_s: time between decisions, s.
+        until_s: when to stop, s; infinity: when every request is finished.
+
+    Returns:
+        The logs of all calls.
+    """
+    logs: list[NDArray[np.void]] = []
+    whole = np.isinf(until_s)
+    while cluster.in_flight > 0 if whole else cluster.time_s < until_s:
+        for phase, policy in policies.items():
+            actions, _ = policy.predict(observer.observe_phase(phase))
+            observer.act(phase, np.ravel(actions))
+        cluster.advance(min(cluster.time_s + interval_s, until_s))
+        logs.append(cluster.log)
+    return logs or [np.zeros(0, dtype=LOG_DTYPE)]
+
+
 Planner = Callable[[int, Trace | None], Placement]
 
 
@@ -172,7 +205,7 @@ class WindowedRun:
 
     Attributes:
         cluster: the cluster.
-        policies: per phase, the policy asked where the settings say ``external``.
+        policies: per phase, the policy asked where the settings say ``external``, or at intervals.
     """
 
     def __init__(
@@ -181,6 +214,7 @@ class WindowedRun:
         placement: Placement,
         seed: int = 0,
         policies: Mapping[str, Policy] | None = None,
+        interval_s: float | None = None,
     ) -> None:
         """Bring the first placement into service.
 
@@ -190,8 +224,10 @@ class WindowedRun:
             seed: of the router.
             policies: per phase, the policy asked where the settings say ``external``. Only
                 stateless policies: every instance is asked with a single observation.
+            interval_s: time between decisions, s, of all instances at once, under the static rule;
+                None: before every iteration, under ``external``.
         """
-        self.policies = policies or {}
+        self.policies, self._interval_s = policies or {}, interval_s
         self.cluster = Cluster(plant, placement, seed)
         self._observer = ClusterObserver(self.cluster) if policies else None
         self._read = (self.cluster.energies(), 0, 0)
@@ -232,7 +268,12 @@ class WindowedRun:
 
     def _advance(self, index: int, until_s: float, arrived: int) -> Window:
         start_s, cluster = self.cluster.time_s, self.cluster
-        logs = advance_with(cluster, self._observer, self.policies, until_s)
+        if self._interval_s is None or self._observer is None:
+            logs = advance_with(cluster, self._observer, self.policies, until_s)
+        else:
+            logs = advance_at_intervals(
+                cluster, self._observer, self.policies, self._interval_s, until_s
+            )
         state, before = cluster.state[0], self._read
         made, prompts = int(state["produced_tokens"]), int(state["prefilled_tokens"])
         self._read = (cluster.energies(), made, prompts)
@@ -263,6 +304,7 @@ def run_windows(
     window_s: float = np.inf,
     seed: int = 0,
     policies: Mapping[str, Policy] | None = None,
+    interval_s: float | None = None,
 ) -> tuple[ClusterRun, list[Window]]:
     """Run a coarse loop over a trace to the last token.
 
@@ -274,13 +316,14 @@ def run_windows(
         window_s: length of a window, s.
         seed: of the router.
         policies: per phase, the policy asked where the settings say ``external``.
+        interval_s: as of :class:`WindowedRun`.
 
     Raises:
         BiscaleError: an empty trace, or a placement that does not fit.
     """
     if len(trace) == 0:
         raise BiscaleError(f"{trace.name} has no requests: a cluster run needs at least one")
-    loop = WindowedRun(plant, planner(0, None), seed, policies)
+    loop = WindowedRun(plant, planner(0, None), seed, policies, interval_s)
     windows = list(loop.over(cut(trace, window_s), planner))
     requests = np.concatenate([w.finished for w in windows])
     inside = [w for w in windows if w.index >= 0]
@@ -306,13 +349,21 @@ def run_cluster(
     trace: Trace,
     seed: int = 0,
     policies: Mapping[str, Policy] | None = None,
+    interval_s: float | None = None,
 ) -> ClusterRun:
     """Run one placement over a trace to the last token; arguments as for :func:`run_windows`.
 
     Raises:
         BiscaleError: an empty trace, or a placement that does not fit.
     """
-    return run_windows(plant, lambda k, before: placement, trace, seed=seed, policies=policies)[0]
+    return run_windows(
+        plant,
+        lambda k, before: placement,
+        trace,
+        seed=seed,
+        policies=policies,
+        interval_s=interval_s,
+    )[0]
 
 
 def cluster_capacity(

@@ -46,6 +46,7 @@ INSTANCE_DTYPE = np.dtype(
         ("born_s", np.float64),
         ("retired_s", np.float64),  # inf: in service
         ("routed", np.int64),  # requests sent here
+        ("work_tokens", np.int64),  # rows of the iterations begun; not counted where co-located
     ]
 )
 

@@ -126,6 +126,7 @@ def run_batch(pf: Prefills, i: int, work: BatchWork, freq_ghz: float) -> None:
     request_clock(st, p, snap_ghz(p, freq_ghz))
     st.step_requests = work.n_seq
     st.step_tokens = work.tokens
+    meta.work_tokens += work.tokens
     run_work(st, pf.coefs[i], p, work.tokens, work.attn_work, 0.0, work.n_seq)
     meta.running = 1
     pf.next_s[i] = st.time_s
@@ -207,6 +208,7 @@ def run_iteration(dc: Decodes, j: int, freq_ghz: float) -> None:
     request_clock(st, p, snap_ghz(p, freq_ghz))
     st.step_requests = st.batch
     st.step_tokens = st.batch + st.recompute_tokens
+    dc.meta[j].work_tokens += st.step_tokens
     run_work(st, dc.coefs[j], p, st.step_tokens, st.recompute_attn, st.cached, st.batch)
     dc.meta[j].decided_ghz = 0.0
     dc.meta[j].running = 1
