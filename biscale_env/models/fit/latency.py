@@ -21,6 +21,9 @@ ERROR_SCALE = 0.02
 SMALLEST_S = 1e-15  # stands for zero in logarithms
 TINY = 1e-9  # keeps a start that lies on its bound inside
 LEAST_SKEW = 0.1  # assumed: fewer rows do not touch so many experts, whatever the routing
+# weight of the logarithms of an experts' stream and of their skew against a uniform stream that takes
+# all of the median time: it moves nothing that a table tells, and settles what it does not
+UNTOLD = 1e-4
 LOWER = {"expert_skew": LEAST_SKEW}  # coefficients with a lower bound above zero
 UPPER = {"core_share": 1.0, "expert_skew": 1.0}  # coefficients with an upper bound
 LATENCY_FIELDS = (
@@ -63,13 +66,16 @@ def _fit_experts(tokens: Floats, seconds: Floats, expert_miss: float) -> dict[st
 
     Beside them a constant, ``elem0_s``: sorting rows by expert and launching one GEMM per expert
     take their time whatever the number of rows. The least error of several starts, since few rows
-    alone tell a skew from a constant.
+    alone tell a skew from a constant. A table whose constant hides the stream tells neither stream
+    nor skew: those are held, so weakly that nothing else feels it, to a uniform stream.
     """
+    median = np.log(np.median(seconds))
 
     def residual(q: Floats) -> Floats:
         share = 1.0 - expert_miss ** (np.exp(q[2]) * tokens)
         time = physics.smooth_max(np.exp(q[0]) * share, np.exp(q[1]) * tokens)
-        return np.asarray((time + np.exp(q[3])) / seconds - 1.0)
+        untold = (UNTOLD * (q[0] - median), UNTOLD * q[2])
+        return np.concatenate([(time + np.exp(q[3])) / seconds - 1.0, untold])
 
     per_row, least = np.log(seconds.max() / tokens.max()), np.log(0.5 * seconds.min())
     bounds = (
@@ -79,10 +85,13 @@ def _fit_experts(tokens: Floats, seconds: Floats, expert_miss: float) -> dict[st
     found = [
         least_squares(
             residual,
-            np.array([np.log(np.median(seconds) * part), per_row, skew, least]),
+            np.array([median + np.log(part), per_row, skew, least]),
             bounds=bounds,
             loss="soft_l1",
             f_scale=ERROR_SCALE,
+            xtol=1e-14,
+            ftol=1e-14,
+            gtol=1e-14,
         )
         for part in (0.3, 1.0)
         for skew in (-0.2, -1.0, -2.0)
