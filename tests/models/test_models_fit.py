@@ -11,7 +11,15 @@ from biscale_env.models import Coefficients, load_model, physics
 from biscale_env.models.coefficient import rounded
 from biscale_env.models.fit.gpu_evidence import evidence_dir, load_gpu_evidence
 from biscale_env.models.fit.kernel_profiles import shipped_profiles
-from biscale_env.models.fit.latency import LATENCY_FIELDS, fit_components, mape, predict_s, refine
+from biscale_env.models.fit.latency import (
+    LATENCY_FIELDS,
+    _fit_experts,
+    _fit_gemm,
+    fit_components,
+    mape,
+    predict_s,
+    refine,
+)
 from biscale_env.models.fit.llm_files import same_fit, stale_files, write_family
 from biscale_env.models.fit.profile_table import ProfileTable, read_profile, sha256
 from biscale_env.models.fit.shipped import fit_shipped
@@ -253,6 +261,41 @@ def test_files_carry_the_hash_of_their_data():
         assert load_model(phase, 4).content.fit["profile_sha256"] == sha256(PROFILE.path)
     layer = load_layer("h100-sxm")
     assert layer.fit["evidence_sha256"] == sha256(evidence_dir() / "h100-sxm.yaml")
+
+
+@pytest.mark.parametrize(("stream_s", "noise"), [(0.0, 0.0), (0.0, 1e-3), (4e-3, 0.02)])
+def test_what_a_table_of_experts_does_not_tell_is_the_same_on_every_processor(stream_s, noise):
+    """Another processor rounds otherwise: what a constant hides must not land anywhere it likes."""
+    rng, missed = np.random.default_rng(3), 0.875
+    tokens = np.geomspace(32, 16384, 60).round()
+    stream = stream_s * (1 - missed ** (0.5 * tokens))
+    true_s = 6.5e-3 + physics.smooth_max(stream, 8.3e-6 * tokens)
+    seconds = true_s * (1 + noise * rng.standard_normal(60))
+    found = _fit_experts(tokens, seconds, missed)
+    for _ in range(3):
+        again = _fit_experts(tokens, seconds * (1 + 1e-13 * rng.standard_normal(60)), missed)
+        assert again == pytest.approx(found, rel=1e-3)
+    share = 1 - missed ** (found["expert_skew"] * tokens)
+    stream = physics.smooth_max(found["experts_s"] * share, found["expert_s_per_token"] * tokens)
+    assert stream + found["elem0_s"] == pytest.approx(true_s, rel=max(2 * noise, 1e-4))
+    if stream_s:
+        assert found["experts_s"] == pytest.approx(stream_s, rel=0.15)
+
+
+@pytest.mark.parametrize("stream_s", [0.0, 4e-3])
+def test_a_stream_of_weights_that_a_constant_hides_is_the_same_on_every_processor(stream_s):
+    rng, constant_s = np.random.default_rng(3), 1e-3
+    tokens = np.geomspace(32, 16384, 60).round()
+    true_s = constant_s + physics.smooth_max(stream_s, 8.3e-6 * tokens)
+    found = _fit_gemm(tokens, true_s, constant_s)
+    for _ in range(3):
+        again = _fit_gemm(tokens, true_s * (1 + 1e-13 * rng.standard_normal(60)), constant_s)
+        assert again == pytest.approx(found, rel=1e-3)
+    assert constant_s + physics.smooth_max(found[0], found[1] * tokens) == pytest.approx(
+        true_s, rel=1e-4
+    )
+    if stream_s:
+        assert found[0] == pytest.approx(stream_s, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -21,9 +21,10 @@ ERROR_SCALE = 0.02
 SMALLEST_S = 1e-15  # stands for zero in logarithms
 TINY = 1e-9  # keeps a start that lies on its bound inside
 LEAST_SKEW = 0.1  # assumed: fewer rows do not touch so many experts, whatever the routing
-# weight of the logarithms of an experts' stream and of their skew against a uniform stream that takes
-# all of the median time: it moves nothing that a table tells, and settles what it does not
-UNTOLD = 1e-4
+# relative difference of the error up to which a table does not tell a stream: what a constant hides
+# would land wherever the processor's rounding sends it
+UNTOLD = 1e-6
+NO_STREAM_S = 1e-9  # what such a stream is then: nothing beside any kernel, and no special case
 LOWER = {"expert_skew": LEAST_SKEW}  # coefficients with a lower bound above zero
 UPPER = {"core_share": 1.0, "expert_skew": 1.0}  # coefficients with an upper bound
 LATENCY_FIELDS = (
@@ -47,7 +48,10 @@ def _relative_nnls(columns: Sequence[Floats], target: Floats) -> Floats:
 
 
 def _fit_gemm(tokens: Floats, seconds: Floats, constant_s: float) -> tuple[float, float]:
-    """Time of the weight stream and compute time per row, s, beside a constant."""
+    """Time of the weight stream and compute time per row, s, beside a constant.
+
+    A stream that the table does not tell, since the constant hides it, is :data:`NO_STREAM_S`.
+    """
 
     def residual(q: Floats) -> Floats:
         time = physics.smooth_max(np.exp(q[0]), np.exp(q[1]) * tokens)
@@ -58,7 +62,15 @@ def _fit_gemm(tokens: Floats, seconds: Floats, constant_s: float) -> tuple[float
     q = least_squares(
         residual, start, loss="soft_l1", f_scale=ERROR_SCALE, xtol=1e-14, ftol=1e-14, gtol=1e-14
     ).x
+    without = np.array([np.log(NO_STREAM_S), q[1]])
+    q = without if _is_no_worse(residual(without), residual(q)) else q
     return float(np.exp(q[0])), float(np.exp(q[1]))
+
+
+def _is_no_worse(one: Floats, other: Floats) -> bool:
+    """Whether residuals are as good as others, to :data:`UNTOLD`, as ``least_squares`` counts."""
+    cost, least = (np.sum(np.sqrt(1.0 + (r / ERROR_SCALE) ** 2) - 1.0) for r in (one, other))
+    return bool(cost <= least * (1.0 + UNTOLD))
 
 
 def _fit_experts(tokens: Floats, seconds: Floats, expert_miss: float) -> dict[str, float]:
@@ -66,16 +78,14 @@ def _fit_experts(tokens: Floats, seconds: Floats, expert_miss: float) -> dict[st
 
     Beside them a constant, ``elem0_s``: sorting rows by expert and launching one GEMM per expert
     take their time whatever the number of rows. The least error of several starts, since few rows
-    alone tell a skew from a constant. A table whose constant hides the stream tells neither stream
-    nor skew: those are held, so weakly that nothing else feels it, to a uniform stream.
+    alone tell a skew from a constant. A stream that the table does not tell is
+    :data:`NO_STREAM_S`, its skew the least, which prefill's tables tell where they tell one.
     """
-    median = np.log(np.median(seconds))
 
     def residual(q: Floats) -> Floats:
         share = 1.0 - expert_miss ** (np.exp(q[2]) * tokens)
         time = physics.smooth_max(np.exp(q[0]) * share, np.exp(q[1]) * tokens)
-        untold = (UNTOLD * (q[0] - median), UNTOLD * q[2])
-        return np.concatenate([(time + np.exp(q[3])) / seconds - 1.0, untold])
+        return np.asarray((time + np.exp(q[3])) / seconds - 1.0)
 
     per_row, least = np.log(seconds.max() / tokens.max()), np.log(0.5 * seconds.min())
     bounds = (
@@ -85,7 +95,7 @@ def _fit_experts(tokens: Floats, seconds: Floats, expert_miss: float) -> dict[st
     found = [
         least_squares(
             residual,
-            np.array([median + np.log(part), per_row, skew, least]),
+            np.array([np.log(np.median(seconds) * part), per_row, skew, least]),
             bounds=bounds,
             loss="soft_l1",
             f_scale=ERROR_SCALE,
@@ -96,9 +106,11 @@ def _fit_experts(tokens: Floats, seconds: Floats, expert_miss: float) -> dict[st
         for part in (0.3, 1.0)
         for skew in (-0.2, -1.0, -2.0)
     ]
-    best = min(found, key=lambda s: float(s.cost))
+    q = min(found, key=lambda s: float(s.cost)).x
+    without = np.array([np.log(NO_STREAM_S), q[1], np.log(LEAST_SKEW), q[3]])
+    q = without if _is_no_worse(residual(without), residual(q)) else q
     names = ("experts_s", "expert_s_per_token", "expert_skew", "elem0_s")
-    return dict(zip(names, np.exp(best.x).tolist(), strict=True))
+    return dict(zip(names, np.exp(q).tolist(), strict=True))
 
 
 def fit_components(
