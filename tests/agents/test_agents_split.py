@@ -83,7 +83,7 @@ def test_generated_held_out_workloads_share_no_request_with_those_of_training(ph
         assert not trained & set.union(*requests_of(pool))
 
 
-@pytest.mark.parametrize("name", sorted(set(list_names("agents")) - {"cluster"}))
+@pytest.mark.parametrize("name", sorted(set(list_names("agents")) - {"cluster", "multi"}))
 def test_the_workloads_of_a_shipped_run_end_before_the_held_out_ones(name):
     config = load_named("agents", name, AgentConfig)
     assert max(part.workloads for part in config.mixture) < HELD_OUT

@@ -158,7 +158,7 @@ def test_the_command_writes_a_page_of_all_cells(bench, monkeypatch, tmp_path):
     page = (tmp_path / "day.md").read_text()
     assert "48 GPUs as 3 cells" in page
     offered = sum(len(window) for window in PLAN.windows())
-    assert f"{offered:,} requests in 0.166667 h on cells of 16 x" in page
+    assert f"{offered:,} requests in 0.167 h on cells of 16 x" in page
 
 
 @pytest.mark.parametrize("where", [("--ray", "auto"), ("--jobs", "2")])
