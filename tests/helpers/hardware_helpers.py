@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -174,6 +175,12 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> float:
         assert time.monotonic() - start < timeout_s, "waited in vain"
         time.sleep(0.005)
     return time.monotonic() - start
+
+
+def sentences(stderr: str) -> list[str]:
+    """What a command said on stderr beside the lines that tell how far it is."""
+    progress = re.compile(r"biscale: \d+ of (\d+|\?) ")
+    return [line for line in stderr.strip().splitlines() if not progress.match(line)]
 
 
 def spawn(
