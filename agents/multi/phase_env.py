@@ -6,7 +6,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
-from stable_baselines3.common.vec_env import VecEnv
 
 from agents.multi.cluster_rows import ClusterRows, Floats, Floats32
 from agents.multi.multi_config import PHASES
@@ -15,11 +14,12 @@ from agents.policy.action_map import within_range
 from agents.policy.feature_parts import FeatureRows
 from agents.policy.features import with_price
 from agents.policy.numpy_policy import Network
+from agents.training.worlds.shared_vec_env import SharedVecEnv
 
 NOTHING: dict[str, Any] = {}
 
 
-class PhaseVecEnv(VecEnv):
+class PhaseVecEnv(SharedVecEnv):
     """Rows of one phase in all clusters; episodes of all begin and end together.
 
     SuperSuit's conversion wants one observation for all agents and knows no features; this does the
@@ -99,24 +99,3 @@ class PhaseVecEnv(VecEnv):
             infos = [{"terminal_observation": x, "TimeLimit.truncated": True} for x in features]
             features = self.reset()
         return features, reward, np.full(self.num_envs, over), infos
-
-    def close(self) -> None:
-        """Nothing to release."""
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """The shared attribute, once per row asked for."""
-        return [getattr(self, attr_name, None)] * len(list(self._get_indices(indices)))
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Set a shared attribute."""
-        setattr(self, attr_name, value)
-
-    def env_method(
-        self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any
-    ) -> list[Any]:
-        """Call a shared method once."""
-        return [getattr(self, method_name)(*args, **kwargs)] * len(list(self._get_indices(indices)))
-
-    def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
-        """Rows are never wrapped one by one."""
-        return [False] * len(list(self._get_indices(indices)))

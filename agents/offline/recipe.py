@@ -10,7 +10,6 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from agents.offline.heldout_scores import (
     NetworkOnRows,
@@ -27,11 +26,10 @@ from agents.offline.transitions import load_transitions
 from agents.policy.features import feature_id
 from agents.policy.numpy_policy import Network, load_network
 from agents.training.heldout import HeldOut
-from agents.training.run import BEST, CONFIG, training_facts
+from agents.training.run import BEST, training_facts
+from agents.training.run_config import open_config
 from agents.training.worlds.mixture import make_groups, plant_of
-from biscale_env.config.loader import read_yaml
 from biscale_env.contract import spec_for
-from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import lock, write_whole
 
 SCORES: Final = "scores.csv"
@@ -59,7 +57,7 @@ def run_offline(
     need_torchrl()
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / ".lock", what=f"offline run {folder}"):
-        _open(folder, config, resume)
+        open_config(folder, config.model_dump(mode="json"), resume, "offline run")
         record_all(config, folder, make, say)
         for name in config.learners:
             for data in config.data:
@@ -71,26 +69,6 @@ def run_offline(
 def network_path(folder: Path, learner: str, data: str) -> Path:
     """File of a learned network; its folder is a run directory for every command."""
     return folder / f"{learner}-{data}" / BEST
-
-
-def _open(folder: Path, config: OfflineConfig, resume: bool) -> None:
-    known, plain = folder / CONFIG, config.model_dump(mode="json")
-    if resume and not known.is_file():
-        raise BiscaleError(f"{folder} holds no offline run to resume")
-    if known.is_file():
-        if not resume:
-            raise BiscaleError(
-                f"{folder} holds an offline run already: add --resume or choose another --out"
-            )
-        old = read_yaml(known)
-        if not isinstance(old, dict):
-            raise BiscaleError(f"{known} is empty or damaged: restore it or choose another --out")
-        for key, value in plain.items():
-            if old.get(key) != value:
-                raise BiscaleError(
-                    f"cannot resume {folder}: '{key}' was another; use the same config"
-                )
-    write_whole(known, yaml.safe_dump(plain, sort_keys=False))
 
 
 def _learn(config: OfflineConfig, folder: Path, name: str, data: str, say: Say) -> None:

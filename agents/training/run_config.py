@@ -13,24 +13,27 @@ from biscale_env.core.files import write_whole
 RUN_CONFIG: Final = "config.yaml"
 
 
-def open_config(folder: Path, plain: Mapping[str, Any], resume: bool) -> None:
+def open_config(
+    folder: Path, plain: Mapping[str, Any], resume: bool, what: str = "training run"
+) -> None:
     """Write the config of a new run, or check that of one that goes on.
 
     Args:
         folder: directory of the run, which exists.
         plain: the config as plain values.
         resume: go on with a run that is there.
+        what: the kind of run, for messages.
 
     Raises:
         BiscaleError: there is a run and resume was not asked for, none to resume, or its config
             was another.
     """
-    known = folder / RUN_CONFIG
+    known, article = folder / RUN_CONFIG, "an" if what[0] in "aeiou" else "a"
     if resume and not known.is_file():
-        raise BiscaleError(f"{folder} holds no training run to resume")
+        raise BiscaleError(f"{folder} holds no {what} to resume")
     if known.is_file() and not resume:
         raise BiscaleError(
-            f"{folder} holds a training run already: add --resume or choose another --out"
+            f"{folder} holds {article} {what} already: add --resume or choose another --out"
         )
     if resume:
         old = read_yaml(known)

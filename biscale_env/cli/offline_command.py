@@ -1,14 +1,13 @@
 """``biscale offline``: data sets recorded, networks learned from them alone, scored."""
 
 import sys
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from biscale_env.cli.trace_options import told_on
-from biscale_env.core.errors import BiscaleError
+from biscale_env.cli.train_command import check_resumable, run_folder
 
 
 def register(app: typer.Typer) -> None:
@@ -35,13 +34,11 @@ def offline(
     """
     from agents.offline.offline_config import load_offline_config
     from agents.offline.recipe import run_offline
-    from agents.training.run import new_folder
     from biscale_env.policies import resolve_policy
 
-    if resume and out is None:
-        raise BiscaleError("--resume needs the directory of the run: give it with --out")
+    check_resumable(resume, out)
     mine = load_offline_config(config, phase)
-    folder = out or new_folder(Path("runs") / f"offline-{datetime.now():%Y%m%d-%H%M%S}-{phase}")
+    folder = run_folder(out, "offline", phase)
     with told_on(sys.stdout):
         table = run_offline(mine, folder, resume, resolve_policy, print)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.4f}", na_rep="-"))

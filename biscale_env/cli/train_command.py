@@ -74,7 +74,6 @@ def train(
         _train_multi(config, seed, out, resume, given | instance)
         return
     from agents.training.many_seeds import train_seed, train_seeds
-    from agents.training.run import new_folder
     from agents.training.train_config import load_config
     from biscale_env.jobs.workers import Workers
     from biscale_env.models import instance_hardware
@@ -84,15 +83,13 @@ def train(
         raise BiscaleError(f"--seeds must be at least 1, got {seeds}")
     if seeds == 1 and (jobs > 1 or ray is not None):
         raise BiscaleError("--jobs and --ray train several seeds at once: give --seeds")
-    if resume and out is None:
-        raise BiscaleError("--resume needs the directory of the run: give it with --out")
+    check_resumable(resume, out)
     base = load_config(config, phase, algo)
     own = {"total_timesteps": steps, "seed": seed}
     given = instance | {key: value for key, value in own.items() if value is not None}
     base = base.changed(**given)
     instance_hardware(base.instance)  # a wrong name is said before a directory is made
-    named = f"train-{datetime.now():%Y%m%d-%H%M%S}-{phase}-{base.algo}"
-    folder = out or new_folder(Path("runs") / named)
+    folder = run_folder(out, "train", f"{phase}-{base.algo}")
     with told_on(sys.stdout):
         configs = [base.model_copy(update={"seed": base.seed + k}) for k in range(seeds)]
         if seeds > 1 and not workers.alone:
@@ -101,6 +98,23 @@ def train(
         for mine in configs:
             home = folder if seeds == 1 else folder / f"seed-{mine.seed}"
             print(train_seed(mine, home, resume, print, progress=sys.stderr.isatty()))
+
+
+def check_resumable(resume: bool, out: Path | None) -> None:
+    """Refuse to resume a run that is not named.
+
+    Raises:
+        BiscaleError: ``--resume`` without ``--out``.
+    """
+    if resume and out is None:
+        raise BiscaleError("--resume needs the directory of the run: give it with --out")
+
+
+def run_folder(out: Path | None, command: str, kind: str) -> Path:
+    """The directory asked for, else a new one under ``runs/`` named by command, time and kind."""
+    from agents.training.run import new_folder
+
+    return out or new_folder(Path("runs") / f"{command}-{datetime.now():%Y%m%d-%H%M%S}-{kind}")
 
 
 def _train_cluster(
@@ -115,16 +129,14 @@ def _train_cluster(
     """The coarse loop; what it is trained for stands in the config."""
     from agents.coarse.coarse_config import load_coarse_config
     from agents.coarse.coarse_run import train_coarse
-    from agents.training.run import new_folder
     from biscale_env.jobs.workers import Workers
 
     _refuse("cluster", others)
-    if resume and out is None:
-        raise BiscaleError("--resume needs the directory of the run: give it with --out")
+    check_resumable(resume, out)
     mine = load_coarse_config(config)
     mine = mine if seed is None else mine.model_copy(update={"seed": seed})
     workers = Workers.of(None if ray is not None and jobs == 1 else jobs, ray)
-    folder = out or new_folder(Path("runs") / f"train-{datetime.now():%Y%m%d-%H%M%S}-cluster")
+    folder = run_folder(out, "train", "cluster")
     with told_on(sys.stdout):
         made = train_coarse(mine, folder, resume, workers, print)
     print(f"price {made.price:g}; agent: {folder / 'best.npz'}")
@@ -136,14 +148,12 @@ def _train_multi(
     """Agents of a cluster that share a network per phase."""
     from agents.multi.multi_config import load_multi_config
     from agents.multi.multi_run import train_multi
-    from agents.training.run import new_folder
 
     _refuse("multi", others)
-    if resume and out is None:
-        raise BiscaleError("--resume needs the directory of the run: give it with --out")
+    check_resumable(resume, out)
     mine = load_multi_config(config)
     mine = mine if seed is None else mine.model_copy(update={"seed": seed})
-    folder = out or new_folder(Path("runs") / f"train-{datetime.now():%Y%m%d-%H%M%S}-multi")
+    folder = run_folder(out, "train", "multi")
     with told_on(sys.stdout):
         train_multi(mine, folder, resume, print)
     print(f"agents: {folder / 'prefill.npz'}, {folder / 'decode.npz'}")

@@ -114,7 +114,7 @@ def test_the_recipe_on_tiny_settings_and_what_it_leaves(call, tmp_path):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings | {"episodes": 3}, sort_keys=False))
     code, _, err = call("prefill", "--config", "tiny.yaml", "--out", "run", "--resume")
     assert code == 2
-    assert "'episodes' was another" in err
+    assert "'episodes' was 2 and is now 3; use the same config" in err
     code, _, err = call("prefill", "--out", "nothing", "--resume")
     assert code == 2
     assert "holds no offline run" in err

@@ -13,7 +13,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
-from stable_baselines3.common.vec_env import VecEnv
 
 from agents.policy.action_map import ActionMap
 from agents.policy.features import FeatureMap, with_price
@@ -22,6 +21,7 @@ from agents.training.worlds.episodes import EpisodeSampler
 from agents.training.worlds.group_plants import GroupPlants
 from agents.training.worlds.mixture import WorkloadGroup, plant_of
 from agents.training.worlds.reward_meter import RewardMeter
+from agents.training.worlds.shared_vec_env import SharedVecEnv
 from agents.training.worlds.workload_set import WorkloadSet
 from biscale_env.envs.batch import Batch
 
@@ -31,7 +31,7 @@ Ints = NDArray[np.int64]
 NOTHING: dict[str, Any] = {}
 
 
-class AgentVecEnv(VecEnv):
+class AgentVecEnv(SharedVecEnv):
     """``n_envs`` randomised plants of one phase, stepped by one compiled call.
 
     Attributes:
@@ -177,27 +177,6 @@ class AgentVecEnv(VecEnv):
     def _shared(self) -> dict[str, Any]:
         """Parts of the batch that a run makes anew instead of storing them."""
         return {"plant": self.plant, "table": self.workloads.table}
-
-    def close(self) -> None:
-        """Nothing to release."""
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """The shared attribute, once per sub-environment asked for."""
-        return [getattr(self, attr_name, None)] * len(list(self._get_indices(indices)))
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Set a shared attribute."""
-        setattr(self, attr_name, value)
-
-    def env_method(
-        self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any
-    ) -> list[Any]:
-        """Call a shared method once."""
-        return [getattr(self, method_name)(*args, **kwargs)] * len(list(self._get_indices(indices)))
-
-    def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
-        """Sub-environments are never wrapped one by one."""
-        return [False] * len(list(self._get_indices(indices)))
 
 
 class _Freezer(pickle.Pickler):
