@@ -338,8 +338,9 @@ class Router:
             rest = b"\n"  # a stream begins with a line
             try:
                 async for piece in answer.content.iter_any():
-                    route.error = route.error or broken_off(rest + piece, name)
-                    rest = self._count(rest + piece, name, route)
+                    seen = rest + piece
+                    route.error = route.error or broken_off(seen, name)
+                    rest = self._count(seen, name, route)
                     await response.write(piece)
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 # no second answer into the first one: the client is to see that it is cut off
