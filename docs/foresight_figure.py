@@ -23,6 +23,9 @@ LOOKS = {  # policy: label, marker; from what knows least to what knows all
     "oracle": ("optimum, all known, no delay", "*"),
 }
 
+BESIDE = {"$0$": 0.33, "$.1$": 0.11, "$.5$": -0.11, "$2$": -0.33}
+"""Where plans are drawn within their row: they often need nearly the same energy."""
+
 
 def of_points(csv: Path) -> pd.DataFrame:
     """Energy and attainment by operating point and policy: columns (policy, energy | attainment).
@@ -55,14 +58,14 @@ def draw(csv: Path, out: Path) -> None:
     """The figure; pale where the attainment is missed."""
     table = of_points(csv)
     names = _policies(table)
-    figure, axis = svg_axes(1, 1, (8.4, 0.42 * len(table) + 1.6))
+    figure, axis = svg_axes(1, 1, (8.4, 0.6 * len(table) + 1.6))
     figure.set_layout_engine("constrained")
     rows = list(range(len(table)))[::-1]
     look = styles(names)
     for name in names:
         label, marker = LOOKS[name]
         colour = INK if marker.startswith("$") else look[name].color
-        seen, y = table[name], np.array(rows)
+        seen, y = table[name], np.array(rows) + BESIDE.get(marker, 0.0)
         held = ~seen["missed"].astype(bool)
         for which, alpha in ((held, 1.0), (~held, 0.3)):
             axis.scatter(

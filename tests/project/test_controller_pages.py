@@ -1,12 +1,11 @@
 """Pages of the controllers are those of today's code, and there is one for every controller."""
 
-import importlib.util
 import re
-import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from docs_modules import docs_module
 
 from biscale_env.envs.plant import Plant, PlantSettings
 from controllers.registry import ENTRIES
@@ -17,11 +16,8 @@ DOCS = ROOT / "docs"
 
 @pytest.fixture(scope="module")
 def maker():
-    sys.path.insert(0, str(DOCS))
-    try:
-        yield importlib.import_module("controller_pages")
-    finally:
-        sys.path.remove(str(DOCS))
+    with docs_module("controller_pages") as module:
+        yield module
 
 
 def test_every_page_is_that_of_the_code(maker):

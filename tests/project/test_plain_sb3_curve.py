@@ -1,13 +1,12 @@
 """The guide's curve of plain Stable-Baselines3: what it weighs, what its best static clock is."""
 
-import importlib
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from docs_modules import docs_module
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 ENV = "BiScale/Prefill-v1"
@@ -15,11 +14,8 @@ ENV = "BiScale/Prefill-v1"
 
 @pytest.fixture(scope="module")
 def plain():
-    sys.path.insert(0, str(DOCS))
-    try:
-        yield importlib.import_module("plain_sb3")
-    finally:
-        sys.path.remove(str(DOCS))
+    with docs_module("plain_sb3") as module:
+        yield module
 
 
 def frame(plain, *rows):

@@ -1,14 +1,13 @@
 """The README's pictures: every controller where the table has it; a burst whose sums are right."""
 
-import importlib
 import re
-import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from docs_modules import docs_module
 
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.evaluation.rollouts.rollout import rollout
@@ -21,11 +20,8 @@ DOCS = ROOT / "docs"
 @pytest.fixture(scope="module")
 def figures():
     pytest.importorskip("matplotlib")
-    sys.path.insert(0, str(DOCS))
-    try:
-        yield importlib.import_module("readme_figures")
-    finally:
-        sys.path.remove(str(DOCS))
+    with docs_module("readme_figures") as module:
+        yield module
 
 
 def test_the_committed_energy_figure_is_that_of_the_table(figures, tmp_path):
