@@ -14,7 +14,6 @@ from agents.coarse.coarse_agent import CoarseAgent
 from agents.coarse.coarse_checkpoint import CoarseCheckpoint, load_coarse
 from agents.coarse.coarse_config import CoarseConfig
 from agents.coarse.coarse_rollout import Sums, least_careful, run_coarse_day, tuned_enough
-from agents.coarse.forecast_fit import fit_forecast
 from agents.coarse.service_days import ServiceDay
 from agents.coarse.window_costs import kinds_of, measure_costs
 from agents.training.run_config import open_config
@@ -61,6 +60,8 @@ def train_coarse(
 
 
 def _learned(config: CoarseConfig, say: Say) -> CoarseCheckpoint:
+    from agents.coarse.forecast_fit import fit_forecast  # torch, which only training needs
+
     env = config.make_env()
     kinds = kinds_of(env, LoadPlans.of_env(env), config.measured_s)
 

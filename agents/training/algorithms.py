@@ -4,6 +4,7 @@ import difflib
 import inspect
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from biscale_env.core.errors import BiscaleError
@@ -46,9 +47,14 @@ def algorithm(name: str) -> Any:
 def check_hyper(name: str, hyper: Mapping[str, Any], where: str) -> None:
     """Refuse hyper-parameters that the algorithm does not have.
 
+    Where the library of the algorithm is not installed, a config can still be read for its
+    workloads; :func:`algorithm` says what is missing when training starts.
+
     Raises:
-        BiscaleError: names the key and the nearest known one.
+        BiscaleError: unknown algorithm; or names the key and the nearest known one.
     """
+    if name in ALGORITHMS and find_spec(ALGORITHMS[name][0]) is None:
+        return
     known = [p for p in inspect.signature(algorithm(name).__init__).parameters if p not in OURS]
     for key in hyper:
         if key in OURS:

@@ -10,6 +10,7 @@ from typing import Any, Final
 import gymnasium as gym
 import numpy as np
 import pandas as pd
+from gymnasium.error import Error as GymnasiumError
 
 import biscale_env
 from agents import load_agent
@@ -112,7 +113,7 @@ def _check_name(dataset_id: str) -> None:
         raise BiscaleError("data sets need minari: install biscale-env[offline]") from None
     try:
         parse_dataset_id(dataset_id)
-    except (ValueError, TypeError):  # the latter without a version
+    except (ValueError, TypeError, GymnasiumError):  # without a version; from old Minari
         raise BiscaleError(
             f"'{dataset_id}' is no name of a Minari data set: write it as "
             "biscale/prefill/mpc-v1, a version at its end"

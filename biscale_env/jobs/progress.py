@@ -51,11 +51,13 @@ class JobProgress:
         self._told_s = self._begin_s
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        if not self._lines:  # Rich before 14 ends even a bar that is off with an empty line
+            self._bar.start()
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._bar.stop()
+        if not self._lines:
+            self._bar.stop()
 
     def tell(
         self,

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+pytest.importorskip("stable_baselines3")
+
 from agents.policy.feature_parts import N_LEVELS, spread_levels_mhz
 from agents.policy.features import NAMES, FeatureMap, plants_of
 from agents.policy.numpy_policy import NumpyPolicy

@@ -5,6 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("pytest_benchmark")
+
 import test_cluster
 import test_decisions
 import test_environments

@@ -108,6 +108,7 @@ def test_a_refusal_with_the_word_already_is_not_ready(actuate, tmp_path):
 
 
 def test_latency_settings_end_with_their_block():
+    gc.unfreeze()  # what a library or another test has frozen in this process
     before, frozen = sys.getswitchinterval(), gc.get_freeze_count()
     with contextlib.suppress(KeyError), tuned_for_latency():
         assert sys.getswitchinterval() == pytest.approx(SWITCH_S)
