@@ -14,7 +14,7 @@ test: $(READY)               ## all fast tests
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu and not engine"
 
 test-slow: $(READY)          ## the slow ones
-	$(BIN)/python -m pytest -q -m "slow and not gpu and not engine"  # one at a time: some run in real time
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "slow and not gpu and not engine"  # what runs in real time is one group
 
 test-all: test test-slow
 

@@ -6,17 +6,19 @@ Usage: python docs/update.py [models] [bench] [bench-cluster] [observation] [env
        [controllers]
        [compare=RUN_DIRECTORY] [experiment:NAME=RUN_DIRECTORY ...] [agents=EVALUATION,EVALUATION]
        [curves:PHASE=TRAINING_DIRECTORY] [algorithms=DIRECTORY_OF_RUNS] [robustness=EVALUATION]
-       [leaderboard] [look-ahead] [paper=FOLDER_OF_A_REPRODUCTION]
+       [leaderboard] [plans] [look-ahead] [paper=FOLDER_OF_A_REPRODUCTION]
        [plain-sb3=ROWS_OF_DOCS_PLAIN_SB3] [offline=RUN,RUN] [many-agents=FOLDER]
 `make docs` runs the parts that need no long experiment.
 """
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import controller_pages
@@ -46,6 +48,7 @@ from biscale_env.evaluation.suite.leaderboard import leaderboard_markdown
 from biscale_env.evaluation.suite.score_card import read_card
 from biscale_env.models.fit.report import frame_markdown, report_markdown, summary_frame
 from biscale_env.policies.checkpoint_source import shipped_seeds
+from controllers.oracle.shipped_plans import FILE, NO_PLANS, pack_plans
 
 ROOT = Path(__file__).resolve().parent.parent
 BISCALE = [sys.executable, "-m", "biscale_env.cli"]
@@ -399,6 +402,15 @@ def leaderboard() -> None:
     replace_block(home / "leaderboard.md", "leaderboard", leaderboard_markdown(cards))
 
 
+def plans() -> None:
+    """Plans of the oracle for the tasks of `core`, solved anew, as they are shipped (minutes)."""
+    with tempfile.TemporaryDirectory() as name:
+        settings = {**os.environ, "BISCALE_CACHE": name, NO_PLANS: "1"}
+        command = [*BISCALE, "benchmark", "max", "--suite", "core", "--out", f"{name}/run"]
+        subprocess.run(command, check=True, env=settings)
+        pack_plans(Path(name).glob("oracle-plans/*/*.json"), FILE)
+
+
 def offline(folders: str) -> None:
     """Data sets and held-out scores of runs of ``biscale offline``, into docs/offline.md."""
     page, runs = ROOT / "docs" / "offline.md", [Path(folder) for folder in folders.split(",")]
@@ -478,6 +490,7 @@ def main(arguments: list[str]) -> None:
                 "controllers": controllers,
                 "readme": readme,
                 "leaderboard": leaderboard,
+                "plans": plans,
                 "look-ahead": look_ahead_table,
             }
             parts[part]()

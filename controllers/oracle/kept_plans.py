@@ -1,5 +1,7 @@
 """Plans of the oracle that were found before: a workload is solved once per machine.
 
+Those of the benchmark's tasks come with the package (:mod:`controllers.oracle.shipped_plans`).
+
 A plan takes seconds to a minute, and a benchmark, its verification and every comparison of one
 operating point ask for the same ones. The key holds all that a plan depends on; names, actuation
 delay and decision interval are not among it, since the oracle ignores them.
@@ -19,6 +21,7 @@ from biscale_env.envs.plant import Plant
 from biscale_env.traces import Trace
 from controllers.oracle.make import make_oracle
 from controllers.oracle.plan_replay import OraclePolicy, member_of
+from controllers.oracle.shipped_plans import shipped_plan
 
 KEPT_VERSIONS: Final = 4
 """Versions of the code whose plans stay; see :func:`biscale_env.core.user_cache.prune`."""
@@ -38,10 +41,11 @@ def kept_oracle(
     Returns:
         As there; ``seconds`` is what finding the plan took then.
     """
-    path = _path(plan_key(plant, trace, target_attainment, member))
-    known = _known(path)
-    if known is not None:
-        plan_mhz, info = known
+    key = plan_key(plant, trace, target_attainment, member)
+    path = _path(key)
+    found = _known(path) or shipped_plan(key, plant, trace, member)
+    if found is not None:
+        plan_mhz, info = found
         return OraclePolicy(plant.clocks, np.asarray(plan_mhz)), info
     policy, info = make_oracle(plant, trace, target_attainment, member)
     if not path.parent.is_dir():

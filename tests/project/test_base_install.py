@@ -21,7 +21,12 @@ HEAVY = (
 )
 HIDDEN = f"""
 import sys
-sys.modules.update(dict.fromkeys({HEAVY}))  # an import of None is an ImportError
+from importlib.machinery import PathFinder
+
+def without_heavy(cls, name, path=None, target=None):
+    return None if name.partition(".")[0] in {HEAVY} else found(name, path, target)
+
+found, PathFinder.find_spec = PathFinder.find_spec, classmethod(without_heavy)
 import pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """

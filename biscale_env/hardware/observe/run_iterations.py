@@ -11,6 +11,7 @@ from biscale_env.models.fit.run_fit import ObservedIterations
 
 Floats = NDArray[np.float64]
 STEADY = 0.02  # relative change of the clock over an iteration up to which it counts as one clock
+LONGEST_GAP = 3.0  # between samples, in usual ones, up to which the clock is known (assumed)
 MIXED = 0.1  # prompt tokens per decoding request up to which an iteration counts as decode
 
 
@@ -61,15 +62,21 @@ def clock_of(
 ) -> tuple[Floats, NDArray[np.bool_]]:
     """Mean SM clock of a group's GPUs over intervals, MHz, and whether it stood still.
 
-    From the samples just before, within and just after each interval. NaN without samples.
+    From the samples of each interval, of the sampling period before and after it (a busy machine
+    may stamp a sample late), and the next ones beyond. Where samples are missing around an
+    interval, nobody knows whether the clock stood still, so it did not. NaN without samples.
     """
     mine = telemetry[telemetry["group"] == group]
     sampled = mine.groupby("time_s")["freq_mhz"].mean().dropna()
     if sampled.empty:
         return np.full(len(begin_s), np.nan), np.zeros(len(begin_s), bool)
     times, freqs = sampled.index.to_numpy(np.float64), sampled.to_numpy(np.float64)
-    first = np.maximum(np.searchsorted(times, begin_s, side="right") - 1, 0)
-    last = np.minimum(np.searchsorted(times, end_s, side="left"), len(times) - 1)
-    low = np.array([freqs[a : b + 1].min() for a, b in zip(first, last, strict=True)])
-    high = np.array([freqs[a : b + 1].max() for a, b in zip(first, last, strict=True)])
-    return 0.5 * (low + high), high - low <= STEADY * high
+    period_s = float(mine.groupby("gpu")["time_s"].diff().median())
+    margin_s = period_s if np.isfinite(period_s) else 0.0
+    first = np.maximum(np.searchsorted(times, begin_s - margin_s, side="right") - 1, 0)
+    last = np.minimum(np.searchsorted(times, end_s + margin_s, side="left"), len(times) - 1)
+    around = [slice(a, b + 1) for a, b in zip(first, last, strict=True)]
+    low, high = (np.array([pick(freqs[part]) for part in around]) for pick in (np.min, np.max))
+    widest_s = np.array([np.diff(times[part]).max(initial=0.0) for part in around])
+    seen = widest_s <= LONGEST_GAP * margin_s
+    return 0.5 * (low + high), (high - low <= STEADY * high) & seen

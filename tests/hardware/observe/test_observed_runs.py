@@ -149,13 +149,25 @@ def test_iterations_of_one_phase_at_one_clock_are_kept():
         observed_iterations(raw_of([], freq, times), "decode")
 
 
-def test_a_clock_that_moves_within_an_iteration_is_no_clock():
-    telemetry = pd.DataFrame(
-        {"time_s": [0.0, 1.0, 2.0, 3.0], "group": "g", "freq_mhz": [900.0, 900.0, 1200.0, 1200.0]}
-    )
-    mean, steady = clock_of(telemetry, "g", np.array([0.2, 1.2, 2.1]), np.array([0.8, 1.4, 2.9]))
+def sampled(times, freqs):
+    return pd.DataFrame({"time_s": times, "group": "g", "gpu": "a", "freq_mhz": freqs})
+
+
+def test_a_clock_that_moves_within_an_iteration_or_right_beside_it_is_no_clock():
+    telemetry = sampled(np.arange(8.0), np.where(np.arange(8) < 4, 900.0, 1200.0))
+    begin = np.array([1.2, 2.2, 3.2, 4.2, 5.2])
+    mean, steady = clock_of(telemetry, "g", begin, begin + 0.6)
+    assert steady.tolist() == [True, False, False, False, True]
+    assert mean[[0, 4]].tolist() == [900.0, 1200.0]
+
+
+def test_a_clock_that_nobody_sampled_is_no_clock():
+    times = np.array([0.0, 1.0, 2.0, 3.0, 4.0, 9.0, 10.0, 11.0, 12.0, 13.0])
+    begin = np.array([1.2, 6.0, 11.2])
+    _, steady = clock_of(sampled(times, 900.0), "g", begin, begin + 0.6)
     assert steady.tolist() == [True, False, True]
-    assert mean[[0, 2]].tolist() == [900.0, 1200.0]
+    assert not clock_of(sampled([], []), "g", begin, begin + 0.6)[1].any()
+    assert clock_of(sampled([1.0], [900.0]), "g", begin, begin + 0.6)[1].all()
 
 
 class Asks:
