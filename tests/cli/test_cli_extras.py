@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from hidden_packages import without_packages
 
 HIDDEN = (
     "aiconfigurator_core",
@@ -37,6 +38,7 @@ CASES = [
     ("tune decode --trials 1", ("torch", "stable_baselines3", "tensorboard"), "rl"),
     ("offline decode", (), "offline-rl"),
     ("reproduce multi --systems max", (), "marl"),
+    ("export minari decode a/b-v1 --episodes 1 --episode-s 1", (), "offline"),
     ("dashboard .", (), "dashboard"),
     ("models tables", (), "tables"),
     ("fit --from nothing --out fitted", (), "hw"),
@@ -58,16 +60,18 @@ CASES = [
     ("hw route emulated-two-machines", (), "hw"),
     ("hw plan emulated-two-machines", (), "hw"),
 ]
-RUN_ALL = f"""
-import contextlib, io, json, sys, traceback, types
+RUN_ALL = (
+    without_packages(HIDDEN)
+    + """
+import contextlib, io, json, traceback
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from biscale_env.cli import main
 told = []
 for words, there, _ in json.loads(sys.argv[1]):
-    for name in {HIDDEN!r}:  # an import of None is an ImportError
-        sys.modules[name] = None
-    for name in there:  # something that is found, and that nothing here may come to use
-        sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__spec__ = types.SimpleNamespace(name=name)
+    for name in there:  # what is found, and what nothing here may come to use
+        sys.modules[name] = ModuleType(name)
+        sys.modules[name].__spec__ = ModuleSpec(name, None)
     sys.argv = ["biscale", *words.split()]
     error, code = io.StringIO(), 0
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(error):
@@ -77,9 +81,12 @@ for words, there, _ in json.loads(sys.argv[1]):
             code = stop.code
         except Exception:
             code = traceback.format_exc()
+    for name in there:
+        del sys.modules[name]
     told.append((code, error.getvalue()))
 print(json.dumps(told))
 """
+)
 
 
 @pytest.fixture(scope="module")

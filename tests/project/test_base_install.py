@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hidden_packages import without_packages
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = (
@@ -19,12 +20,7 @@ HEAVY = (
     "torch",
     "torchrl",
 )
-HIDDEN = f"""
-import sys
-sys.modules.update(dict.fromkeys({HEAVY}))  # an import of None is an ImportError
-import pytest
-sys.exit(pytest.main(sys.argv[1:]))
-"""
+HIDDEN = without_packages(HEAVY) + "import pytest\nsys.exit(pytest.main(sys.argv[1:]))\n"
 
 
 def without_extras(*arguments: str) -> subprocess.CompletedProcess[str]:
