@@ -82,7 +82,7 @@ docs-site:                   ## the documentation as a site in site/, read from 
 
 EXPERIMENTS := main delay caps slo members ablation mismatch
 
-tables: $(READY)             ## every experiment and its tables; half an hour on two cores, resumes where it was broken off
+tables: $(READY)             ## the main experiments and their tables; over an hour on two cores, resumes where it was broken off
 	$(BIN)/biscale traces fetch azure-conv-2023 azure-code-2023
 	set -e; for name in $(EXPERIMENTS); do \
 	  $(BIN)/biscale compare --experiment $$name --resume --out runs/tables-$$name; \

@@ -25,8 +25,8 @@ from agents.offline.recorded import MakePolicy, record_all
 from agents.offline.transitions import load_transitions
 from agents.policy.features import feature_id
 from agents.policy.numpy_policy import Network, load_network
+from agents.training.export import BEST, training_facts
 from agents.training.heldout import HeldOut
-from agents.training.run import BEST, training_facts
 from agents.training.run_config import open_config
 from agents.training.worlds.mixture import make_groups, plant_of
 from biscale_env.contract import spec_for

@@ -1,15 +1,19 @@
 """From a trained SB3 model to a :class:`agents.policy.numpy_policy.Network`."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from agents.policy.features import feature_id
 from agents.policy.numpy_policy import Network
 from agents.training.train_config import AgentConfig
+from biscale_env.config.instance import DEFAULT_GPU, DEFAULT_LLM
 from biscale_env.contract import spec_for
 from biscale_env.core.errors import BiscaleError
+from biscale_env.envs.plant import Plant
+
+BEST: Final = "best.npz"  # the deployable network in a run directory
 
 
 def _linear_layers(modules: Any) -> tuple[list[Any], list[Any]]:
@@ -72,3 +76,27 @@ def to_network(
         price=price,
         trained_on=dict(trained_on or {}),
     )
+
+
+def training_facts(config: AgentConfig, plant: Plant) -> dict[str, Any]:
+    """What a checkpoint says of the plants it was trained on; ``plant`` is the run's first."""
+    clocks = plant.clocks
+    kinds = (part.instance_of(config.instance) for part in config.mixture)
+    instances = dict.fromkeys(
+        f"{spec.gpu or DEFAULT_GPU}/{spec.llm or DEFAULT_LLM} {spec.dtype} TP {spec.tp}"
+        for spec in kinds
+    )
+    return {
+        "spec": plant.spec.id,
+        "features": feature_id(config.phase),
+        "gpu": plant.gpu.name,
+        "llm": plant.llm.name,
+        "model": plant.model.name,
+        "tp": plant.settings.tp,
+        "dtype": plant.settings.dtype,
+        "instances": list(instances),
+        "freq_min_mhz": float(clocks.freq_min_mhz),
+        "freq_max_mhz": float(clocks.freq_max_mhz),
+        "freq_step_mhz": float(clocks.freq_step_mhz),
+        "levels_mhz": [float(f) for f in clocks.levels_mhz],
+    }

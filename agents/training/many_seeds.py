@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.training.export import BEST
 from agents.training.heldout import HeldoutMetrics
-from agents.training.run import BEST, BEST_ZIP, CONFIG, claimed, open_folder, set_up, train
+from agents.training.run import BEST_ZIP, CONFIG, claimed, open_folder, set_up, train
 from agents.training.train_config import AgentConfig
 from biscale_env.jobs.workers import Workers, run_each
 

@@ -17,11 +17,10 @@ import numpy as np
 import yaml
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents.policy.features import feature_id
 from agents.policy.sb3_policy import SPEC_FILE, TRAINED_ON_FILE
 from agents.training.algorithms import algorithm
 from agents.training.clone import warm_start
-from agents.training.export import to_network
+from agents.training.export import BEST, to_network, training_facts
 from agents.training.heldout import HeldOut, HeldoutMetrics
 from agents.training.policy_on_rows import HeldOutPolicy
 from agents.training.progress.callbacks import Checkpoint, Evaluate, FiniteGuard, Lagrangian
@@ -31,18 +30,15 @@ from agents.training.run_state import Keeper, RunState, TrainingRun, read_state
 from agents.training.train_config import AgentConfig
 from agents.training.worlds.mixture import make_groups, targets
 from agents.training.worlds.training_env import AgentVecEnv
-from biscale_env.config.instance import DEFAULT_GPU, DEFAULT_LLM
 from biscale_env.config.loader import read_yaml, validate
 from biscale_env.contract import spec_for
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.files import lock, open_whole, write_whole
-from biscale_env.envs.plant import Plant
 
-CONFIG, STATE, LAST, BEST, BEST_ZIP, EVALUATIONS, MULTIPLIERS, LOCK = (
+CONFIG, STATE, LAST, BEST_ZIP, EVALUATIONS, MULTIPLIERS, LOCK = (
     "config.yaml",
     "state.json",
     "last.zip",
-    "best.npz",
     "best.zip",
     "evaluations.csv",
     "multipliers.csv",
@@ -50,19 +46,6 @@ CONFIG, STATE, LAST, BEST, BEST_ZIP, EVALUATIONS, MULTIPLIERS, LOCK = (
 )
 Report = Callable[[str], None]
 STORE_EVERY_S = 60.0  # a run that is killed loses at most this and one rollout
-
-
-def new_folder(wanted: Path) -> Path:
-    """Make a directory of this name, or of the name with -2, -3, ... if it is there already."""
-    number, folder = 1, wanted
-    while True:
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-            folder = wanted.with_name(f"{wanted.name}-{number}")
-        else:
-            return folder
 
 
 @contextmanager
@@ -127,30 +110,6 @@ def _known_config(path: Path) -> dict[str, Any]:
         return validate(found, AgentConfig, str(path)).model_dump(mode="json")
     except BiscaleError:
         return dict(found)
-
-
-def training_facts(config: AgentConfig, plant: Plant) -> dict[str, Any]:
-    """What a checkpoint says of the plants it was trained on; ``plant`` is the run's first."""
-    clocks = plant.clocks
-    kinds = (part.instance_of(config.instance) for part in config.mixture)
-    instances = dict.fromkeys(
-        f"{spec.gpu or DEFAULT_GPU}/{spec.llm or DEFAULT_LLM} {spec.dtype} TP {spec.tp}"
-        for spec in kinds
-    )
-    return {
-        "spec": plant.spec.id,
-        "features": feature_id(config.phase),
-        "gpu": plant.gpu.name,
-        "llm": plant.llm.name,
-        "model": plant.model.name,
-        "tp": plant.settings.tp,
-        "dtype": plant.settings.dtype,
-        "instances": list(instances),
-        "freq_min_mhz": float(clocks.freq_min_mhz),
-        "freq_max_mhz": float(clocks.freq_max_mhz),
-        "freq_step_mhz": float(clocks.freq_step_mhz),
-        "levels_mhz": [float(f) for f in clocks.levels_mhz],
-    }
 
 
 def make_model(config: AgentConfig, env: VecEnv, folder: Path | None) -> Any:

@@ -13,6 +13,19 @@ from biscale_env.core.files import write_whole
 RUN_CONFIG: Final = "config.yaml"
 
 
+def new_folder(wanted: Path) -> Path:
+    """Make a directory of this name, or of the name with -2, -3, ... if it is there already."""
+    number, folder = 1, wanted
+    while True:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+        else:
+            return folder
+
+
 def open_config(
     folder: Path, plain: Mapping[str, Any], resume: bool, what: str = "training run"
 ) -> None:

@@ -4,8 +4,9 @@ Shipped ones are ``configs/agents/*.yaml``.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +16,8 @@ from biscale_env.config.hardware import Dtype
 from biscale_env.config.instance import IdleRule
 from biscale_env.config.loader import Config, load_named, load_yaml
 from biscale_env.core.errors import BiscaleError
+
+PART_KEYS: Final = ("gpu", "llm", "tp", "ep", "dtype", "idle")  # of an instance, in a part
 
 
 class Part(Config):
@@ -57,7 +60,7 @@ class Part(Config):
 
     def instance_of(self, base: InstanceSpec) -> InstanceSpec:
         """The instance of these episodes, which differs from the config's in what is given here."""
-        names = ("slo", "gpu", "llm", "tp", "ep", "dtype", "idle")
+        names = ("slo", *PART_KEYS)
         own = {name: value for name in names if (value := getattr(self, name)) is not None}
         return base.changed(**own)
 
@@ -219,6 +222,34 @@ class AgentConfig(WithInstance):
         if "slo" in self.instance.model_fields_set and self.slo != InstanceSpec().slo:
             raise ValueError("give the SLO in the parts of the mixture")
         return self
+
+    def trained_on(self, given: Mapping[str, Any]) -> tuple["AgentConfig", list[str]]:
+        """Leave out the parts of the mixture that name another instance than the one asked for.
+
+        Args:
+            given: keys of the instance that the user chose; a part that names another value of one
+                of ``gpu``, ``llm``, ``tp``, ``ep``, ``dtype``, ``idle`` is left out.
+
+        Returns:
+            The config with the other parts, and the labels of those left out.
+
+        Raises:
+            BiscaleError: no part is left.
+        """
+        asked = {key: given[key] for key in PART_KEYS if given.get(key) is not None}
+        kept: list[Part] = []
+        out: list[Part] = []
+        for part in self.mixture:
+            own = (getattr(part, key) for key in asked)
+            agrees = all(a in (None, b) for a, b in zip(own, asked.values(), strict=True))
+            (kept if agrees else out).append(part)
+        if not kept:
+            words = ", ".join(f"{key} {value}" for key, value in asked.items())
+            raise BiscaleError(
+                f"every part of the mixture names another instance than {words}: change mixture in "
+                "a copy of the config and give that with --config"
+            )
+        return self.model_copy(update={"mixture": tuple(kept)}), [part.label for part in out]
 
     @property
     def on_policy(self) -> bool:

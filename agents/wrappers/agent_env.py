@@ -5,8 +5,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from agents.training.export import to_network
-from agents.training.run import training_facts
+from agents.training.export import to_network, training_facts
 from agents.training.train_config import AgentConfig, load_config
 from agents.wrappers.agent_features import AgentFeatures, RuleAction
 from agents.wrappers.training_reward import UPDATE_EVERY, TrainingReward

@@ -64,12 +64,20 @@ Load = Annotated[
     float | None,
     typer.Option(
         "--load",
-        help="Fraction of one instance's capacity at max clock; default: 0.5.",
+        help="Fraction of one instance's capacity at max clock; default: the scenario's, else 0.5.",
         callback=no_per_cent,
     ),
 ]
-GpuCount = Annotated[int | None, typer.Option("--tp", help="GPUs per instance; default: 4.")]
-DtypeName = Annotated[str | None, typer.Option("--dtype", help="bf16 or fp8; default: bf16.")]
+GpuCount = Annotated[
+    int | None, typer.Option("--tp", help="GPUs per instance; default: the scenario's, else 4.")
+]
+DtypeName = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="bf16, fp8 or mxfp4; default: the scenario's, else as the LLM is published.",
+    ),
+]
 Tune = Annotated[
     bool,
     typer.Option("--tune", help="Choose every policy's free parameters on tuning workloads first."),

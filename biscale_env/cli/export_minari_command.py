@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.extras import need_packages
 
 
 def minari(
@@ -29,6 +30,7 @@ def minari(
     Stored under Minari's data folder, with dt and cost of every step and a way to make the
     environment again. Prints size and scores of each policy.
     """
+    need_packages("data sets need", "offline", {"minari": "minari"})
     import gymnasium as gym
 
     from agents.training.dataset import export_dataset

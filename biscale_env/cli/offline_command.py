@@ -8,6 +8,9 @@ import typer
 
 from biscale_env.cli.trace_options import told_on
 from biscale_env.cli.train_command import check_resumable, run_folder
+from biscale_env.core.extras import need_packages
+
+OFFLINE_RL = {"torch": "torch", "torchrl": "torchrl", "minari": "minari"}
 
 
 def register(app: typer.Typer) -> None:
@@ -32,6 +35,7 @@ def offline(
     command (<out>/bc-mixed). Data sets in <out>/data, scores on held-out workloads in
     <out>/scores.csv.
     """
+    need_packages("offline learning needs", "offline-rl", OFFLINE_RL)
     from agents.offline.offline_config import load_offline_config
     from agents.offline.recipe import run_offline
     from biscale_env.policies import resolve_policy

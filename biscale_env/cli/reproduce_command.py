@@ -12,7 +12,9 @@ import typer
 from biscale_env.cli.comparison_options import RayAddress
 from biscale_env.cli.instance_options import describes_instance
 from biscale_env.cli.trace_options import reads_trace
+from biscale_env.cli.train_command import MARL
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.extras import need_packages
 from biscale_env.reproduce.day_defaults import DAY_ALPHA, DAY_RPS
 
 if TYPE_CHECKING:
@@ -230,7 +232,7 @@ def coarse(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for coarse.md and coarse.csv; default: runs/coarse."),
+        typer.Option(help="Folder for coarse.md and coarse.csv; default: runs/reproduce-coarse."),
     ] = None,
     jobs: Annotated[int | None, typer.Option(help="Processes; default: all cores.")] = None,
     ray: RayAddress = None,
@@ -249,7 +251,7 @@ def coarse(
     from controllers.placement.coarse_rules import ALPHAS
 
     mine, workers = load_coarse_config(config), Workers.of(jobs, ray)
-    folder = out or Path("runs") / "coarse"
+    folder = out or Path("runs") / "reproduce-coarse"
     folder.mkdir(parents=True, exist_ok=True)
     alpha, _ = tuned_alpha(mine, workers, typer.echo)
     less = max((a for a in ALPHAS if a < alpha), default=alpha)  # the frontier's next point
@@ -269,41 +271,51 @@ def coarse(
 def multi(
     *,
     agent: Annotated[
-        str, typer.Option(help="The shared agents: shipped, or a run of biscale train multi.")
-    ] = "shipped",
+        Path | None,
+        typer.Option(
+            help="The shared agents: a run of biscale train multi; without it they are left out."
+        ),
+    ] = None,
     config: Annotated[
         str | None, typer.Option(help="Config of the training: clusters, interval.")
     ] = None,
     systems: Annotated[
-        str | None, typer.Option(help="Some of max,static,tier2,independent,shared; default: all.")
+        str | None,
+        typer.Option(
+            help="Some of max,static,tier2,independent,shared; default: all, shared with --agent."
+        ),
     ] = None,
     windows: Annotated[int | None, typer.Option(help="Judged workloads per cluster.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for multi.md and multi.csv; default: runs/multi.")
+        Path | None,
+        typer.Option(help="Folder for multi.md and multi.csv; default: runs/reproduce-multi."),
     ] = None,
     jobs: Annotated[int | None, typer.Option(help="Processes; default: all cores.")] = None,
     ray: RayAddress = None,
 ) -> None:
     """Many agents beside BiScale's tier 2 in the same clusters, on workloads nobody has seen."""
+    need_packages("many agents need", "marl", MARL)
     from agents.multi.multi_config import load_multi_config
     from biscale_env.config.slo import load_slo
     from biscale_env.core.files import write_whole
     from biscale_env.jobs.progress import JobProgress
     from biscale_env.jobs.workers import Workers
     from biscale_env.reproduce.multi import MultiPlan, cells_of, compare_multi, multi_markdown
-    from biscale_env.reproduce.multi_systems import TITLES, of_run
+    from biscale_env.reproduce.multi_systems import NO_SHARED, SHARED, TITLES, of_run
 
     mine, workers = load_multi_config(config), Workers.of(jobs, ray)
-    asked = list(TITLES) if systems is None else systems.split(",")
+    asked = [s for s in TITLES if s != SHARED or agent] if systems is None else systems.split(",")
     for name in asked:
         if name not in TITLES:
             raise BiscaleError(f"unknown system '{name}': choose from {', '.join(TITLES)}")
     if windows is not None and windows < 1:
         raise BiscaleError(f"--windows must be at least 1, got {windows}")
-    agents = None if agent == "shipped" else of_run(Path(agent))
+    if SHARED in asked and agent is None:
+        raise BiscaleError(NO_SHARED)
+    agents = None if agent is None else of_run(agent)
     changed = {} if windows is None else {"n_judged": windows}
     plan = MultiPlan(interval_s=mine.interval_s, **changed)
-    cells, folder = cells_of(mine), out or Path("runs") / "multi"
+    cells, folder = cells_of(mine), out or Path("runs") / "reproduce-multi"
     folder.mkdir(parents=True, exist_ok=True)
     with JobProgress("clusters x systems", len(cells) * len(asked), transient=True) as progress:
         told = lambda done, _: progress.tell(done)  # noqa: E731

@@ -11,26 +11,21 @@ from biscale_env.cli.comparison_options import RayAddress
 from biscale_env.cli.instance_options import describes_instance
 from biscale_env.cli.trace_options import told_on
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.extras import need_packages
 
 SeedsAtOnce = Annotated[
     int, typer.Option("--jobs", help="Seeds or trials that are trained at once, a process each.")
 ]
 
 
+RL = {"torch": "torch", "stable_baselines3": "stable-baselines3", "tensorboard": "tensorboard"}
+MARL = {"pettingzoo": "pettingzoo"}
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("train")(train)
     app.command("tune")(tune)
-
-
-def _need_rl() -> None:
-    try:
-        import stable_baselines3  # noqa: F401
-        import torch  # noqa: F401
-    except ImportError:
-        raise BiscaleError(
-            "training needs torch and stable-baselines3: install biscale-env[rl]"
-        ) from None
 
 
 @describes_instance("gpu", "llm", "model", "tp", "ep", "idle", "prefix_cache")
@@ -62,8 +57,10 @@ def train(
     """Train an agent.
 
     Every seed has a directory of its own with config, checkpoints, TensorBoard log and evaluations.
+    Options of the instance say what is trained on: parts of the config's mixture of workloads that
+    name another GPU, LLM, TP, EP or idle rule are left out.
     """
-    _need_rl()
+    need_packages("training needs", "rl", RL)
     if phase == "cluster":
         given = {"--algo": algo, "--steps": steps, "--seeds": None if seeds == 1 else seeds}
         _train_cluster(config, seed, out, resume, jobs, ray, given | instance)
@@ -87,10 +84,12 @@ def train(
     base = load_config(config, phase, algo)
     own = {"total_timesteps": steps, "seed": seed}
     given = instance | {key: value for key, value in own.items() if value is not None}
-    base = base.changed(**given)
+    base, left_out = base.changed(**given).trained_on(instance)
     instance_hardware(base.instance)  # a wrong name is said before a directory is made
     folder = run_folder(out, "train", f"{phase}-{base.algo}")
     with told_on(sys.stdout):
+        if left_out:
+            print(f"parts of the mixture on another instance, left out: {', '.join(left_out)}")
         configs = [base.model_copy(update={"seed": base.seed + k}) for k in range(seeds)]
         if seeds > 1 and not workers.alone:
             train_seeds(configs, folder, resume, workers, print)
@@ -112,7 +111,7 @@ def check_resumable(resume: bool, out: Path | None) -> None:
 
 def run_folder(out: Path | None, command: str, kind: str) -> Path:
     """The directory asked for, else a new one under ``runs/`` named by command, time and kind."""
-    from agents.training.run import new_folder
+    from agents.training.run_config import new_folder
 
     return out or new_folder(Path("runs") / f"{command}-{datetime.now():%Y%m%d-%H%M%S}-{kind}")
 
@@ -146,6 +145,7 @@ def _train_multi(
     config: str | None, seed: int | None, out: Path | None, resume: bool, others: dict[str, Any]
 ) -> None:
     """Agents of a cluster that share a network per phase."""
+    need_packages("training many agents needs", "rl,marl", MARL)
     from agents.multi.multi_config import load_multi_config
     from agents.multi.multi_run import train_multi
 
@@ -194,7 +194,7 @@ def tune(
     The study is stored in <out>/study.db, with --jobs or --ray in <out>/study.journal, and the
     best config beside it.
     """
-    _need_rl()
+    need_packages("the search needs", "rl", RL | {"optuna": "optuna"})
     from biscale_env.jobs.workers import Workers
 
     workers = Workers.of(None if ray is not None and jobs == 1 else jobs, ray)

@@ -197,7 +197,7 @@ def compare_multi(
         cells: clusters.
         systems: names in :data:`biscale_env.reproduce.multi_systems.TITLES`.
         plan: how much is run.
-        agents: checkpoint per phase of the shared agents; None: the shipped ones.
+        agents: checkpoint per phase of the shared agents; None: not among the systems.
         workers: where systems are run.
         told: called with (done, all) after each.
     """

@@ -19,7 +19,7 @@ from biscale_env.envs.cluster.cluster_settings import ClusterPlant
 from biscale_env.envs.cluster.whole_run import ClusterRun, run_cluster
 from biscale_env.envs.plant import Plant
 from biscale_env.policies import resolve_policy, with_parameters
-from biscale_env.policies.checkpoint_source import PRICE_FLOOR, PRICED_MARGINS, SHIPPED
+from biscale_env.policies.checkpoint_source import PRICE_FLOOR, PRICED_MARGINS
 from biscale_env.reproduce.systems import MARGINS
 from biscale_env.traces import Trace
 from controllers.placement.coarse_rules import TUNE_GUARD
@@ -33,6 +33,10 @@ TITLES: Final = {
     INDEPENDENT: "independent shipped agents",
     SHARED: "parameter-shared PPO",
 }
+NO_SHARED: Final = (
+    "no shared agents are shipped: train some with 'biscale train multi --out FOLDER' and give "
+    "--agent FOLDER"
+)
 COMPILED: Final = {"prefill": "mpc", "decode": "slack"}
 N_PRICES: Final = 8
 PRICES: Final = {"prefill": (1.0, 1000.0), "decode": (1.0, 100.0)}  # what the agents learned
@@ -72,7 +76,7 @@ def ladder(system: str, phase: str, plant: Plant, agent: str | None = None) -> l
         agent: checkpoint of the shared agents for the phase.
 
     Raises:
-        BiscaleError: an unknown system, or a checkpoint that is not there.
+        BiscaleError: an unknown system, or shared agents that were not given.
     """
     top = plant.clocks.freq_max_mhz
     if system == MAX:
@@ -86,20 +90,10 @@ def ladder(system: str, phase: str, plant: Plant, agent: str | None = None) -> l
     if system == INDEPENDENT:
         return _prices("agent", phase)
     if system == SHARED:
-        return _prices(agent or shipped(phase), phase)
+        if agent is None:
+            raise BiscaleError(NO_SHARED)
+        return _prices(agent, phase)
     raise BiscaleError(f"unknown system '{system}': choose {', '.join(TITLES)}")
-
-
-def shipped(phase: str) -> str:
-    """Checkpoint of the shared agents that comes with the package.
-
-    Raises:
-        BiscaleError: there is none.
-    """
-    path = SHIPPED / f"multi-{phase}.npz"
-    if not path.is_file():
-        raise BiscaleError("no shared agents are shipped: train some with 'biscale train multi'")
-    return str(path)
 
 
 def of_run(folder: Path) -> dict[str, str]:

@@ -18,7 +18,8 @@ pytest.importorskip("stable_baselines3")
 optuna = pytest.importorskip("optuna")
 
 from agents.training import run as run_module  # noqa: E402
-from agents.training.run import claimed, new_folder, set_up, train  # noqa: E402
+from agents.training.run import claimed, set_up, train  # noqa: E402
+from agents.training.run_config import new_folder  # noqa: E402
 from agents.training.run_state import MEMBER, RunState, read_state  # noqa: E402
 from agents.training.study import open_study, run_trials, sampler_for, suggest  # noqa: E402
 from agents.training.train_config import AgentConfig, load_config  # noqa: E402

@@ -5,14 +5,16 @@ Three sets of workloads that do not mix.
 
 import numpy as np
 import pytest
+from cli_in_process import caller
 
 pytest.importorskip("stable_baselines3")
 
 from agents.training.heldout import HeldOut
-from agents.training.train_config import AgentConfig
+from agents.training.train_config import AgentConfig, load_config
 from agents.training.worlds.mixture import HELD_OUT, TRAINED_FRACTION, make_groups
 from agents.training.worlds.training_env import AgentVecEnv
 from biscale_env.config.loader import list_names, load_named
+from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.rollouts.scenarios import Scenario, load_scenario
 from biscale_env.traces import Trace, write_trace
 
@@ -87,3 +89,57 @@ def test_generated_held_out_workloads_share_no_request_with_those_of_training(ph
 def test_the_workloads_of_a_shipped_run_end_before_the_held_out_ones(name):
     config = load_named("agents", name, AgentConfig)
     assert max(part.workloads for part in config.mixture) < HELD_OUT
+
+
+@pytest.mark.parametrize(
+    ("given", "left_out"),
+    [
+        ({}, []),
+        ({"llm": "qwen3-32b"}, ["llama-3.1-8b-tp1", "gpt-oss-20b-tp1"]),
+        ({"gpu": "h100-sxm"}, ["mlperf-server-a100-sxm", "b200-sxm-tp2"]),
+        (
+            {"llm": "qwen3-32b", "gpu": "h100-sxm", "tp": 2},
+            [
+                "tp8",
+                "llama-3.1-8b-tp1",
+                "gpt-oss-20b-tp1",
+                "mlperf-server-a100-sxm",
+                "b200-sxm-tp2",
+            ],
+        ),
+        ({"idle": "last-clock"}, ["parked"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_an_instance_that_is_asked_for_is_the_one_trained_on(phase, given, left_out):
+    shipped = load_config(None, phase)
+    narrowed, out = shipped.changed(**given).trained_on(given)
+    assert out == left_out
+    assert len(narrowed.mixture) == len(shipped.mixture) - len(left_out)
+    for part in narrowed.mixture:
+        instance = part.instance_of(narrowed.instance)
+        assert {key: getattr(instance, key) for key in given} == given
+
+
+def test_a_mixture_without_the_instance_asked_for_is_refused():
+    config = config_of("decode", llm="qwen3-32b", tp=2)
+    assert config.trained_on({"llm": "qwen3-32b", "tp": None}) == (config, [])
+    with pytest.raises(BiscaleError, match="names another instance than tp 4"):
+        config.trained_on({"tp": 4})
+
+
+def test_the_command_trains_on_the_instance_asked_for(tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "agents.training.many_seeds.train_seed", lambda mine, *_, **__: seen.append(mine) or "done"
+    )
+    call = caller(capsys, monkeypatch, tmp_path, "train", "decode", "--out", "here")
+    code, out, _ = call("--llm", "qwen3-32b", "--gpu", "h100-sxm", "--tp", "2")
+    assert code == 0
+    assert "left out: tp8, llama-3.1-8b-tp1," in out
+    trained = [part.instance_of(seen[0].instance) for part in seen[0].mixture]
+    assert {(s.llm, s.gpu, s.tp, s.dtype) for s in trained} == {
+        ("qwen3-32b", "h100-sxm", 2, "bf16")
+    }
+    assert "left out" not in call()[1]

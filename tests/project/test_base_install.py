@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hidden_packages import without_packages
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = (
@@ -19,17 +20,7 @@ HEAVY = (
     "torch",
     "torchrl",
 )
-HIDDEN = f"""
-import sys
-from importlib.machinery import PathFinder
-
-def without_heavy(cls, name, path=None, target=None):
-    return None if name.partition(".")[0] in {HEAVY} else found(name, path, target)
-
-found, PathFinder.find_spec = PathFinder.find_spec, classmethod(without_heavy)
-import pytest
-sys.exit(pytest.main(sys.argv[1:]))
-"""
+HIDDEN = without_packages(HEAVY) + "import pytest\nsys.exit(pytest.main(sys.argv[1:]))\n"
 
 
 def without_extras(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -21,6 +21,7 @@ SHIPPED = {"--gpu": "gpus", "--gpu-spec": "gpus", "--scenario": "scenarios"}
 OUTSIDE = tomllib.loads((ROOT / "tests/outside_package/pyproject.toml").read_text())["project"][
     "entry-points"
 ]
+SUDO = 'sudo "$(command -v biscale)"'  # sudo does not search a virtual environment
 COMMANDS = typer.main.get_command(build())
 
 
@@ -30,8 +31,9 @@ def commands_of(text: str) -> list[list[str]]:
     for block in FENCE.findall(text):
         joined = re.sub(r"\\\n\s*|\n\s+(?=\[)", " ", block)
         for line in joined.splitlines():
-            if re.match(r"(sudo )?biscale ", line):
-                words = shlex.split(line, comments=True)[1 if line[0] == "b" else 2 :]
+            line = line.replace(SUDO, "biscale")
+            if line.startswith("biscale "):
+                words = shlex.split(line, comments=True)[1:]
                 found.append([stripped for w in words if (stripped := w.strip("[]"))])
     return found
 
@@ -74,13 +76,18 @@ def test_faults_are_found():
     assert faults(["compare", "--gpu", "h100"]) == ["none of gpus: h100"]
     assert faults(["models", "describe", "h100-sxm/llama70b"]) == ["no model h100-sxm/llama70b"]
     block = ["```", "biscale compare [--trace FILE]", "     [--quick]   # why"]
-    text = "\n".join([*block, "sudo biscale hw \\", "  x", "```", ""])
+    text = "\n".join([*block, f"{SUDO} hw \\", "  x", "```", ""])
     assert commands_of(text) == [["compare", "--trace", "FILE", "--quick"], ["hw", "x"]]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_of_a_page_exist(page):
     assert {" ".join(c): f for c in commands_of(page.read_text()) if (f := faults(c))} == {}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_sudo_finds_the_command(page):
+    assert "sudo biscale" not in page.read_text(), f"write {SUDO}"
 
 
 def test_there_are_commands():

@@ -149,7 +149,31 @@ def test_mistakes(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
         (["--systems", "tier3"], "unknown system 'tier3'"),
         (["--windows", "0"], "--windows must be at least 1"),
         (["--agent", "nothing"], "holds no prefill.npz"),
+        (["--systems", "max,shared"], "no shared agents are shipped"),
     ):
         code, _, error = call(*options)
         assert code == 2
         assert words in error
+
+
+def test_without_shared_agents_the_other_systems_are_compared(
+    tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    asked = []
+
+    def compare(cells: Any, systems: Any, plan: Any, agents: Any, *more: Any) -> pd.DataFrame:
+        asked.append((list(systems), agents))
+        raise BiscaleError("enough")
+
+    monkeypatch.setattr("biscale_env.reproduce.multi.compare_multi", compare)
+    for phase in ("prefill", "decode"):
+        (tmp_path / f"{phase}.npz").touch()
+    call = caller(capsys, monkeypatch, tmp_path, "reproduce", "multi")
+    for options in ([], ["--agent", "."]):
+        assert call(*options)[2] == "biscale: enough\n"
+    alone, with_shared = asked
+    assert alone == (["max", "static", "tier2", "independent"], None)
+    assert with_shared == (
+        [*alone[0], "shared"],
+        {"prefill": "prefill.npz", "decode": "decode.npz"},
+    )

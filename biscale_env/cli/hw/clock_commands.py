@@ -14,6 +14,7 @@ from biscale_env.cli.hw.hw_options import (
     GpuSets,
     GpuSpec,
     Keys,
+    Lease,
     Means,
     Sockets,
     clock_bounds,
@@ -132,9 +133,7 @@ def actuate_command(
     backend: Backend = "nvml",
     sockets: Sockets = SOCKETS,
     observe_only: Annotated[bool, typer.Option(help="Log what would be set, set nothing.")] = False,
-    lease: Annotated[
-        float, typer.Option(help="Seconds without a living controller until clocks are reset.")
-    ] = 1.5,
+    lease: Lease = 1.5,
     hot: Annotated[
         float, typer.Option(help="Degrees Celsius above which clocks are not raised.")
     ] = 85.0,

@@ -13,6 +13,7 @@ from biscale_env.cli.hw.hw_options import (
     Dtype,
     Instance,
     Keys,
+    Lease,
     LookAhead,
     MaxSeqs,
     Means,
@@ -53,9 +54,9 @@ def emulate_command(
     state: Annotated[Path, typer.Option(help="File of the fake GPUs; made anew.")] = SOCKETS
     / "gpus",
     sockets: Sockets = SOCKETS,
-    host: str = "127.0.0.1",
-    prefill_port: int = 8100,
-    decode_port: int = 8200,
+    host: Annotated[str, typer.Option(help="Address that the engines listen at.")] = "127.0.0.1",
+    prefill_port: Annotated[int, typer.Option(help="Port of the prefill engine.")] = 8100,
+    decode_port: Annotated[int, typer.Option(help="Port of the decode engine.")] = 8200,
     instance: Instance = None,
     gpu: GpuName = None,
     llm: LlmName = None,
@@ -65,7 +66,9 @@ def emulate_command(
     dtype: Dtype = None,
     token_budget: TokenBudget = None,
     max_seqs: MaxSeqs = None,
-    max_model_len: int = 16_384,
+    max_model_len: Annotated[
+        int, typer.Option(help="Longest request, prompt and answer together, tokens.")
+    ] = 16_384,
     delay: Annotated[
         float, typer.Option(help="Seconds from a clock request to its effect.")
     ] = 0.05,
@@ -171,7 +174,7 @@ def control_command(
     token_budget: TokenBudget = None,
     max_seqs: MaxSeqs = None,
     delay: Delay = None,
-    lease: float = 1.5,
+    lease: Lease = 1.5,
     look_ahead: LookAhead = True,
     means: Means = "lock",
     backend: Annotated[

@@ -35,8 +35,15 @@ Instance = Annotated[
     typer.Option(help="YAML description of the instance; options given beside it change it."),
 ]
 Tp = Annotated[int | None, typer.Option(help="GPUs per instance; default 4.")]
-Dtype = Annotated[str | None, typer.Option(help="bf16 or fp8; default bf16.")]
-Model = Annotated[str | None, typer.Option(help="Fitted model; default h100-sxm/llama-3.3-70b.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="bf16, fp8 or mxfp4; default as the LLM is published.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Fitted model: name, folder of coefficient files, or one; default that of GPU and LLM."
+    ),
+]
 TokenBudget = Annotated[
     int | None, typer.Option(help="New tokens per prefill batch; default 2048.")
 ]
@@ -55,6 +62,9 @@ ApiKey = Annotated[
 Slo = Annotated[str | None, typer.Option(help="SLO; default biscale.")]
 Delay = Annotated[
     float | None, typer.Option(help="Expected actuation delay, s; default the model's.")
+]
+Lease = Annotated[
+    float, typer.Option(help="Seconds without a living controller until clocks are reset.")
 ]
 Phase = Annotated[str, typer.Option(help="prefill or decode.")]
 Keys = Annotated[
@@ -95,15 +105,9 @@ def need_extra() -> None:
     Raises:
         BiscaleError: names the first one that is not installed.
     """
-    from importlib.util import find_spec
+    from biscale_env.core.extras import need_packages
 
-    from biscale_env.core.errors import BiscaleError
-
-    for module, package in EXTRA.items():
-        if find_spec(module) is None:
-            raise BiscaleError(
-                f"the hardware commands need {package}: pip install 'biscale-env[hw]'"
-            )
+    need_packages("the hardware commands need", "hw", EXTRA)
 
 
 def need_hardware() -> None:

@@ -9,8 +9,10 @@ from biscale_env.cli.hw.hw_options import (
     SOCKETS,
     Backend,
     Delay,
+    Lease,
     Sockets,
     describes_engine,
+    need_extra,
     parse_groups,
 )
 
@@ -64,7 +66,7 @@ def explore_command(
     sockets: Sockets = SOCKETS,
     engine: EngineKind = "vllm",
     slo: Annotated[str | None, typer.Option(help="SLO that bounds the visits.")] = None,
-    lease: float = 1.5,
+    lease: Lease = 1.5,
     delay: Delay = None,
     instance: "InstanceSpec",
 ) -> None:
@@ -111,6 +113,7 @@ def fit_from_run(run: Path, out: Path, base: str | None) -> None:
     Raises:
         BiscaleError: no run, or not one phase can be fitted.
     """
+    need_extra()  # records are read with the packages that wrote them
     from biscale_env.core.errors import BiscaleError
     from biscale_env.hardware.observe.run_iterations import observed_iterations
     from biscale_env.hardware.replay.raw_log import read_raw
