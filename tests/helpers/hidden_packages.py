@@ -11,6 +11,7 @@ def without_packages(names: Iterable[str]) -> str:
     ``sys.meta_path`` for whatever it rewrites.
     """
     return f"""
+import sys
 from importlib.machinery import PathFinder
 def find_spec(cls, name, path=None, target=None, found=PathFinder.find_spec):
     return None if name.partition(".")[0] in {sorted(names)!r} else found(name, path, target)
