@@ -1,7 +1,5 @@
 """Plans that come with the package: what the oracle finds, and used only while they are that."""
 
-import json
-
 import numpy as np
 import pytest
 from oracle_helpers import plant_of
@@ -91,9 +89,3 @@ def test_shipped_plans_can_be_switched_off(shipped, monkeypatch):
 
 def test_no_file_is_no_plan(tmp_path):
     assert read_plans(tmp_path / "none.npz") == {}
-
-
-def test_clocks_that_are_no_whole_mhz_are_refused(tmp_path):
-    (tmp_path / "k.json").write_text(json.dumps({"plan_mhz": [990.5], "info": {}}))
-    with pytest.raises(ValueError, match="no whole MHz"):
-        pack_plans(tmp_path.glob("*.json"), tmp_path / "p.npz")
