@@ -1,7 +1,7 @@
 """Optional packages: what a command needs of them is said before it begins."""
 
+import importlib.util
 from collections.abc import Mapping
-from importlib.util import find_spec
 
 from biscale_env.core.errors import BiscaleError
 
@@ -18,5 +18,5 @@ def need_packages(what: str, extras: str, packages: Mapping[str, str]) -> None:
         BiscaleError: names the first package that is not installed.
     """
     for module, package in packages.items():
-        if find_spec(module) is None:
+        if importlib.util.find_spec(module) is None:
             raise BiscaleError(f"{what} {package}: pip install 'biscale-env[{extras}]'")
