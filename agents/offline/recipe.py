@@ -103,7 +103,7 @@ def _learn(config: OfflineConfig, folder: Path, name: str, data: str, say: Say) 
 
 def _scores(config: OfflineConfig, folder: Path, make: MakePolicy, say: Say) -> pd.DataFrame:
     path = folder / SCORES
-    table = pd.read_csv(path) if path.is_file() else pd.DataFrame()
+    table = pd.read_csv(path, float_precision="round_trip") if path.is_file() else pd.DataFrame()
     done = set() if table.empty else set(zip(table["policy"], table["data"], strict=True))
     base = config.agent_config()
     groups, _ = make_groups(base)

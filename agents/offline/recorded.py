@@ -97,7 +97,9 @@ def record_all(config: OfflineConfig, folder: Path, make: MakePolicy, say: Say) 
         ``episodes``, ``steps``, ``mean_return``, ``energy_ratio``, ``attainment``.
     """
     path = folder / DATASETS
-    table = pd.read_csv(path) if path.is_file() else pd.DataFrame({"dataset": []})
+    table = pd.DataFrame({"dataset": []})
+    if path.is_file():  # rows that are kept are written again as they were
+        table = pd.read_csv(path, float_precision="round_trip")
     groups = groups_of(config)
     wanted = [(quality, one) for quality in config.qualities for one in groups]
     with minari_in(folder / DATA):

@@ -612,3 +612,11 @@ def test_requests_of_an_older_version_are_merged_with_new_ones(tmp_path):
         run.add(tiny(workload_seed=1))
     assert load_run(tmp_path).requests["failed"].tolist() == [0.0] * 6
     assert len(load_run(tmp_path).latencies(tiny(workload_seed=0).run_id, "ttft")[0]) == 3
+
+
+def test_rows_that_are_read_and_written_again_stay_the_same_to_the_byte(tmp_path):
+    path = tmp_path / run_files.TUNING
+    pd.DataFrame({"energy_j": np.random.default_rng(0).random(1000)}).to_csv(path, index=False)
+    before = path.read_bytes()
+    run_files.read_csv(path).to_csv(path, index=False)
+    assert path.read_bytes() == before

@@ -125,7 +125,7 @@ def read_csv(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
         return pd.DataFrame(columns=list(columns))
     read_text(path)
     with reading(path):
-        return pd.read_csv(path)
+        return pd.read_csv(path, float_precision="round_trip")  # rows are written again
 
 
 def read_results(path: Path) -> pd.DataFrame:
