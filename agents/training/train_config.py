@@ -237,19 +237,19 @@ class AgentConfig(WithInstance):
             BiscaleError: no part is left.
         """
         asked = {key: given[key] for key in PART_KEYS if given.get(key) is not None}
-        kept: list[Part] = []
-        out: list[Part] = []
-        for part in self.mixture:
-            own = (getattr(part, key) for key in asked)
-            agrees = all(a in (None, b) for a, b in zip(own, asked.values(), strict=True))
-            (kept if agrees else out).append(part)
+        out = [
+            part
+            for part in self.mixture
+            if any(getattr(part, key) not in (None, value) for key, value in asked.items())
+        ]
+        kept = tuple(part for part in self.mixture if part not in out)
         if not kept:
             words = ", ".join(f"{key} {value}" for key, value in asked.items())
             raise BiscaleError(
                 f"every part of the mixture names another instance than {words}: change mixture in "
                 "a copy of the config and give that with --config"
             )
-        return self.model_copy(update={"mixture": tuple(kept)}), [part.label for part in out]
+        return self.model_copy(update={"mixture": kept}), [part.label for part in out]
 
     @property
     def on_policy(self) -> bool:

@@ -3,12 +3,12 @@
 Ray's backend of joblib keeps its tasks in actors, and one that is lost takes its results with it.
 """
 
-import importlib.util
 import socket
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.extras import need_packages
 
 T = TypeVar("T")
 _CHECK_S = 1.0
@@ -30,8 +30,7 @@ def run_on_ray(
     Raises:
         BiscaleError: Ray is not installed, there is no cluster, or a task raises it.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise BiscaleError("--ray needs Ray: pip install 'biscale-env[ray]'")
+    need_packages("--ray needs", "ray", {"ray": "Ray"})
     import ray
 
     ours = _connect(ray, address)

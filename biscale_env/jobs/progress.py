@@ -40,18 +40,15 @@ class JobProgress:
             done: of them finished before.
             transient: a bar goes away at the end.
         """
-        terminal = sys.stderr.isatty()
-        self._bar = Progress(
-            *_COLUMNS, console=Console(stderr=True), transient=transient, disable=not terminal
-        )
+        self._bar = Progress(*_COLUMNS, console=Console(stderr=True), transient=transient)
         self._task = self._bar.add_task(what, total=total, completed=done)
-        self._lines = not terminal
+        self._lines = not sys.stderr.isatty()  # and the bar is never started
         self._what, self._total, self._before = what, total, done
         self._cpu_s, self._begin_s = 0.0, time.monotonic()
         self._told_s = self._begin_s
 
     def __enter__(self) -> Self:
-        if not self._lines:  # Rich before 14 ends even a bar that is off with an empty line
+        if not self._lines:
             self._bar.start()
         return self
 

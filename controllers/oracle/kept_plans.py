@@ -2,7 +2,7 @@
 
 Those of the benchmark's tasks come with the package (:mod:`controllers.oracle.shipped_plans`).
 
-A plan takes seconds to a minute, and a benchmark, its verification and every comparison of one
+A plan takes seconds to minutes, and a benchmark, its verification and every comparison of one
 operating point ask for the same ones. The key holds all that a plan depends on; names, actuation
 delay and decision interval are not among it, since the oracle ignores them.
 """

@@ -289,6 +289,15 @@ def locked(state):
         return int(gpus["locked"].sum())
 
 
+BENCH = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+
+
 def test_our_figures_are_those_of_vllm_bench_serve(tmp_path):
     """The same Mooncake trace against the same (emulated) engine, measured by vLLM's own client and
     by ours.
@@ -446,12 +455,3 @@ def test_the_engine_serves_without_anybody_listening(site):
     _, engines, _, _ = site
     answer = engines["decode"].ask(max_tokens=8)
     assert answer["usage"]["completion_tokens"] == 8
-
-
-BENCH = """
-from vllm.benchmarks.serve import add_cli_args, main
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-parser = FlexibleArgumentParser()
-add_cli_args(parser)
-main(parser.parse_args())
-"""

@@ -1,6 +1,5 @@
 """``biscale profile``."""
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,13 +65,13 @@ def profile_command(
     need_hardware()
     from biscale_env.config import InstanceSpec
     from biscale_env.core.errors import BiscaleError
+    from biscale_env.core.extras import need_packages
     from biscale_env.hardware.clocks.backend_registry import open_backend
     from biscale_env.hardware.profile import profiler
 
     if phase not in ("both", "prefill", "decode"):
         raise BiscaleError(f"unknown phase '{phase}': choose both, prefill or decode")
-    if importlib.util.find_spec("torch") is None:
-        raise BiscaleError("the profiler needs torch: pip install 'biscale-env[hw,rl]'")
+    need_packages("the profiler needs", "hw,rl", {"torch": "torch"})
     wanted = parse_clocks(clocks)
     if device != "cuda" and not tiny:
         raise BiscaleError(
