@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 import biscale_env  # noqa: F401 - registers the ids
+from biscale_env.core.exact_csv import read_exact
 from biscale_env.core.files import write_whole
 from biscale_env.core.markdown import markdown_table
 from biscale_env.core.svg import save_svg, svg_axes
@@ -154,7 +155,7 @@ def markdown(rows: pd.DataFrame) -> str:
 
 def main(out: str) -> None:
     """Train, evaluate, write the rows; seeds that the file holds already are kept."""
-    known = pd.read_csv(out) if Path(out).is_file() else pd.DataFrame(columns=list(COLUMNS))
+    known = read_exact(Path(out)) if Path(out).is_file() else pd.DataFrame(columns=list(COLUMNS))
     learned = known[known["policy"] == "ppo"]
     frames = [references()]
     for env_id in ENVS:

@@ -1,6 +1,7 @@
 """Shared fixtures."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -15,14 +16,29 @@ REAL_TIME = ("hardware", "dashboard")
 """Folders whose slow tests run in real time: never two of them at once."""
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With ``--dist loadgroup`` all of real time is one group, of the rest every file."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        part = item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else ""
-        group = "real time" if part in REAL_TIME else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+def unit_of(nodeid: str) -> str:
+    """What a test is handed out with: all of real time together, of the rest every file."""
+    file = nodeid.split("::")[0]
+    part = file.removeprefix("tests/").split("/")[0]
+    return "real time" if part in REAL_TIME else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The scheduler of ``--dist loadgroup``.
+
+    xdist's own reads groups out of node ids, where pytest 9.2 no longer lets it write them
+    (pytest-xdist issue 1386).
+    """
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByUnit(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return unit_of(nodeid)
+
+    return ByUnit(config, log)
 
 
 @pytest.fixture(scope="session")

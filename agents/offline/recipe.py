@@ -30,6 +30,7 @@ from agents.training.heldout import HeldOut
 from agents.training.run_config import open_config
 from agents.training.worlds.mixture import make_groups, plant_of
 from biscale_env.contract import spec_for
+from biscale_env.core.exact_csv import read_exact
 from biscale_env.core.files import lock, write_whole
 
 SCORES: Final = "scores.csv"
@@ -103,7 +104,7 @@ def _learn(config: OfflineConfig, folder: Path, name: str, data: str, say: Say) 
 
 def _scores(config: OfflineConfig, folder: Path, make: MakePolicy, say: Say) -> pd.DataFrame:
     path = folder / SCORES
-    table = pd.read_csv(path, float_precision="round_trip") if path.is_file() else pd.DataFrame()
+    table = read_exact(path) if path.is_file() else pd.DataFrame()
     done = set() if table.empty else set(zip(table["policy"], table["data"], strict=True))
     base = config.agent_config()
     groups, _ = make_groups(base)

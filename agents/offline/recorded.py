@@ -17,6 +17,7 @@ from agents.offline.offline_config import OfflineConfig
 from agents.training.dataset import export_dataset
 from agents.training.worlds.mixture import WorkloadGroup, make_groups
 from biscale_env.contract import Policy
+from biscale_env.core.exact_csv import read_exact
 from biscale_env.core.files import write_whole
 from biscale_env.envs.plant import Plant
 from biscale_env.wrappers.last_step import phase_env
@@ -98,8 +99,8 @@ def record_all(config: OfflineConfig, folder: Path, make: MakePolicy, say: Say) 
     """
     path = folder / DATASETS
     table = pd.DataFrame({"dataset": []})
-    if path.is_file():  # rows that are kept are written again as they were
-        table = pd.read_csv(path, float_precision="round_trip")
+    if path.is_file():
+        table = read_exact(path)
     groups = groups_of(config)
     wanted = [(quality, one) for quality in config.qualities for one in groups]
     with minari_in(folder / DATA):

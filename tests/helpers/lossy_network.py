@@ -22,6 +22,7 @@ from pathlib import Path
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 HOSTS = ("10.77.0.1", "10.77.0.2")
+MINE = f"biscale-{os.getpid()}"  # another run of the tests has namespaces of its own
 
 
 def why_not() -> str:
@@ -30,19 +31,19 @@ def why_not() -> str:
         return "network namespaces need root on Linux"
     if not shutil.which("ip") or not Path("/dev/net/tun").exists():
         return "network namespaces need `ip` and /dev/net/tun"
-    tried = subprocess.run(["ip", "netns", "add", "biscale-try"], capture_output=True)
-    subprocess.run(["ip", "netns", "del", "biscale-try"], capture_output=True)
+    tried = subprocess.run(["ip", "netns", "add", f"{MINE}-try"], capture_output=True)
+    subprocess.run(["ip", "netns", "del", f"{MINE}-try"], capture_output=True)
     return "" if tried.returncode == 0 else "no network namespace can be made here"
 
 
 class LossyNetwork:
-    """Namespaces ``biscale-a`` and ``biscale-b`` with the addresses of :data:`HOSTS`."""
+    """Namespaces ``a`` and ``b`` with the addresses of :data:`HOSTS`."""
 
     def __init__(self, folder: Path) -> None:
         self.control = folder / "wire.json"
         self.shape()
         for name, host in zip("ab", HOSTS, strict=True):
-            space = f"biscale-{name}"
+            space = f"{MINE}-{name}"
             subprocess.run(["ip", "netns", "del", space], capture_output=True)
             for command in (
                 f"ip netns add {space}",
@@ -52,7 +53,7 @@ class LossyNetwork:
                 f"ip -n {space} link set lo up",
             ):
                 subprocess.run(command.split(), check=True)
-        command = [sys.executable, __file__, str(self.control)]
+        command = [sys.executable, __file__, str(self.control), MINE]
         self.wire = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.wire.stdout.readline() == "wire ready\n"
 
@@ -65,7 +66,7 @@ class LossyNetwork:
     @staticmethod
     def within(name: str) -> tuple[str, ...]:
         """What to put before a command, so that it runs on host ``a`` or ``b``."""
-        return ("ip", "netns", "exec", f"biscale-{name}")
+        return ("ip", "netns", "exec", f"{MINE}-{name}")
 
     def close(self) -> None:
         """Take it all down."""
@@ -73,7 +74,7 @@ class LossyNetwork:
         self.wire.wait()
         self.wire.stdout.close()
         for name in "ab":
-            subprocess.run(["ip", "netns", "del", f"biscale-{name}"], capture_output=True)
+            subprocess.run(["ip", "netns", "del", f"{MINE}-{name}"], capture_output=True)
 
 
 def _device(space: str) -> int:
@@ -86,9 +87,9 @@ def _device(space: str) -> int:
     return tun
 
 
-def carry(control: Path) -> None:
+def carry(control: Path, spaces: str) -> None:
     """Carry packets until killed."""
-    ends = [_device("biscale-a"), _device("biscale-b")]
+    ends = [_device(f"{spaces}-{name}") for name in "ab"]
     print("wire ready", flush=True)
     waiting: list[tuple[float, int, int, bytes]] = []
     rng, count, looked_s, shape = random.Random(0), 0, 0.0, {}
@@ -113,4 +114,4 @@ def carry(control: Path) -> None:
 
 
 if __name__ == "__main__":
-    carry(Path(sys.argv[1]))
+    carry(Path(sys.argv[1]), sys.argv[2])

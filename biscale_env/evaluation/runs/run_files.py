@@ -14,6 +14,7 @@ import yaml
 from numpy.typing import ArrayLike
 
 from biscale_env.core.errors import BiscaleError
+from biscale_env.core.exact_csv import read_exact
 from biscale_env.core.files import open_whole
 
 CONFIG: Final = "config.yaml"
@@ -125,7 +126,7 @@ def read_csv(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
         return pd.DataFrame(columns=list(columns))
     read_text(path)
     with reading(path):
-        return pd.read_csv(path, float_precision="round_trip")  # rows are written again
+        return read_exact(path)
 
 
 def read_results(path: Path) -> pd.DataFrame:
