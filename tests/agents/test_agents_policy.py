@@ -186,6 +186,7 @@ def test_corrupt_missing_or_wrong_phase_is_one_sentence(tmp_path, plant):
         NumpyPolicy(network(), plant).predict(np.zeros((1, 5), np.float32))
 
 
+@pytest.mark.slow
 def test_torch_is_not_imported(tmp_path):
     network().save(tmp_path / "a.npz")
     code = (

@@ -216,6 +216,7 @@ def make_one(args):
     return str(new_folder(folder))
 
 
+@pytest.mark.slow
 def test_directories_made_at_once_differ(tmp_path):
     with multiprocessing.get_context("spawn").Pool(4) as pool:
         made = pool.map(make_one, [(tmp_path / "runs" / "train-x", time.time() + 1.5)] * 8)
@@ -264,6 +265,7 @@ def suggestions(folder, sessions):
     return [t.params for t in study.trials]
 
 
+@pytest.mark.slow
 def test_sessions_of_a_study_suggest_what_one_long_session_does(tmp_path):
     """Below Optuna's 10 start-up trials, too, where a sampler seeded anew would repeat itself."""
     one = suggestions(tmp_path / "one", [14])

@@ -132,6 +132,7 @@ def table():
     return CapacityTable(tuple(entries))
 
 
+@pytest.mark.slow
 @given(st.floats(1.0, 70.0))
 def test_plans_are_those_of_the_programme_on_a_grid(need_rps):
     plans = LoadPlans(table(), 16)

@@ -53,6 +53,7 @@ def small(**changes):
     return CoarseConfig(**{**SMALL, **changes})
 
 
+@pytest.mark.slow
 def test_a_run_from_scratch_and_resumed_gives_the_same_bits(tmp_path):
     said: list[str] = []
     made = train_coarse(small(), tmp_path, False, Workers(1), said.append)
@@ -82,6 +83,7 @@ def test_runs_that_may_not_be_resumed(tmp_path):
         train_coarse(small(mean_rps=6.0), tmp_path, True, Workers(1), print)
 
 
+@pytest.mark.slow
 def test_measured_costs_rise_with_instances_and_load():
     """More decode instances draw more power and miss less; misses do not fall with the load."""
     env = small().make_env()
@@ -131,6 +133,7 @@ def test_the_shipped_config_keeps_its_second_week_apart():
     assert max(*config.days, *config.validation_days) < 7
 
 
+@pytest.mark.slow
 def test_policies_stand_beside_each_other_on_held_out_days(tmp_path):
     train_coarse(small(), tmp_path, False, Workers(1), lambda line: None)
     split = CoarseSplit("held out", ("servegen-m-mid-fortnight",), (2, 3))

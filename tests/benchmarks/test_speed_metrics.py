@@ -135,6 +135,7 @@ def test_programme_covers_loads_up_to_nearly_infeasible(meter: Meter) -> None:
     assert 0 < metric.beside <= metric.value < 1.0
 
 
+@pytest.mark.slow
 def test_memory_of_a_day_is_compared_with_a_shorter_one(
     meter: Meter, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:

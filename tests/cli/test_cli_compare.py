@@ -104,6 +104,7 @@ def test_run_directory_explains_itself(finished):
     assert provenance["packages"]["numba"]
 
 
+@pytest.mark.slow
 def test_a_second_run_does_not_overwrite_and_resume_finds_it_done(finished, scenario):
     folder, _ = finished
     before = (folder / "results.parquet").read_bytes()
@@ -117,6 +118,7 @@ def test_a_second_run_does_not_overwrite_and_resume_finds_it_done(finished, scen
     assert pd.read_parquet(folder / "results.parquet").equals(pd.read_parquet(io.BytesIO(before)))
 
 
+@pytest.mark.slow
 def test_resume_with_other_settings_is_refused(finished, scenario):
     folder, _ = finished
     done = run(
@@ -205,6 +207,7 @@ def test_mistakes_are_one_sentence(mistake, call, tmp_path):
     assert_refused(call("compare", "--quick", *arguments), [words], tmp_path)
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_real_process(tmp_path):
     done = run("compare", "--quick", "--slo", "biscal", cwd=tmp_path)
     assert_refused(
@@ -287,6 +290,7 @@ def test_capacity_of_both_halves_as_comparisons_take_them(call, tmp_path):
     assert "--parts are those of a trace" in err
 
 
+@pytest.mark.slow
 def test_an_idle_rule_is_an_option(call, tmp_path, scenario):
     """Parked, max clock uses less; the run says so; both rules stand in one results table."""
     spent = {}

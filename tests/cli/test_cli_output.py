@@ -65,6 +65,7 @@ def test_output_that_nobody_reads():
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 @pytest.mark.parametrize("arguments", [("traces", "list"), ("compare", "--help")])
 def test_letters_that_the_output_cannot_encode(encoding, arguments):

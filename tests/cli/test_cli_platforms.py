@@ -59,7 +59,10 @@ def command(*arguments):
         ("traces", "list"),
         ("predict", "decode", "--help"),
         ("reproduce", "--help"),
-        ("compare", "--phase", "decode", "--quick", "--policies", "static:900", "--jobs", "1"),
+        pytest.param(
+            ("compare", "--phase", "decode", "--quick", "--policies", "static:900", "--jobs", "1"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda a: a[0],
 )
@@ -68,6 +71,7 @@ def test_commands_need_nothing_that_windows_lacks(arguments, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_every_module_outside_of_hardware_can_be_imported(tmp_path):
     modules = sorted(
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -92,6 +96,7 @@ for name in {ours!r}:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_training_works_without_them(tmp_path):
     pytest.importorskip("stable_baselines3")
     code = """

@@ -79,6 +79,7 @@ def test_predict(biscale, options):
     assert on_toy_grid(said["freq_best_mhz"])
 
 
+@pytest.mark.slow
 def test_capacity(biscale, options):
     said = json.loads(biscale("capacity", "decode", "--tp", 2, "--json", *options))
     assert said["freq_mhz"] == 1200
@@ -90,6 +91,7 @@ def test_capacity(biscale, options):
 MIXTURE = ["--llm", "qwen3-30b-a3b", "--tp", 2]
 
 
+@pytest.mark.slow
 def test_spread_experts_reach_the_model_of_predict_and_capacity(biscale):
     """Experts in one group or in two: other files, other numbers; what has none is refused."""
     for phase, work in (("prefill", ["--tokens", 512]), ("decode", ["--batch", 8])):
@@ -130,6 +132,7 @@ def test_every_command_with_an_instance_takes_ep(command):
     assert "--ep" in {o for p in found.params for o in p.opts}
 
 
+@pytest.mark.slow
 def test_compare(biscale, options, tmp_path):
     biscale(
         "compare", "--quick", "--tp", 2, "--jobs", 1, "--out", "run", "--policies",
@@ -153,6 +156,7 @@ def test_an_experiment_carries_them(family):
         follows_toy(case.plant)
 
 
+@pytest.mark.slow
 def test_train_and_evaluate(biscale, options, tmp_path):
     pytest.importorskip("sb3_contrib")
     config = {
@@ -175,6 +179,7 @@ def test_train_and_evaluate(biscale, options, tmp_path):
     assert {"agent", "max"} <= set(run.results["policy"])
 
 
+@pytest.mark.slow
 def test_place(biscale, options, tmp_path):
     said = biscale(
         "place", "--rate", 2, "--gpus", 4, "--window", 120, "--jobs", 1, "--table", "--out",
@@ -185,6 +190,7 @@ def test_place(biscale, options, tmp_path):
     assert {g["freq_mhz"] for g in groups} <= set(GPU.control_levels_mhz)
 
 
+@pytest.mark.slow
 def test_fit_keeps_neither_gpu_nor_llm_of_the_base(biscale, tmp_path):
     rows = []
     model = load_model("decode", 2, name=TOY_MODEL, gpu=TOY_GPU, llm=TOY_LLM)

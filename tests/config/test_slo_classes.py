@@ -72,6 +72,7 @@ def test_the_worst_off_reaches_the_target_exactly_where_every_class_holds(found)
         assert used[worst] == pytest.approx(used.max())
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(counts)
 def test_with_one_promise_for_all_it_is_the_least_attainment(found):

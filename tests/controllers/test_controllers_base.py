@@ -172,6 +172,7 @@ def test_member_changes_what_it_believes():
     assert (a.context.member, b.context.member) == (-1, 3)
 
 
+@pytest.mark.slow
 def test_controllers_import_no_environment():
     modules = sorted(
         {f"controllers.{path.split(':')[0]}" for e in ENTRIES.values() for path in e.paths.values()}

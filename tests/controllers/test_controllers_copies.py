@@ -31,6 +31,7 @@ def decisions(policy, rows):
     return np.array(actions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("phase", "name"), [*ALL, *FITTED])
 def test_a_copy_decides_the_same(phase, name, way):

@@ -158,6 +158,7 @@ def compare(rows, options, member=-1):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "all"])
 def test_fast_agrees_with_the_reference(name):
     rows = recorded("prefill", 60, rate_rps=4.0, seed=5)
@@ -227,6 +228,7 @@ def test_solution_reports_iterations_time_and_status():
     assert LATE_W > 0
 
 
+@pytest.mark.slow
 def test_do_mpc_does_not_load_torch():
     """Torch takes 230 MB per worker, and nothing here needs it.
 

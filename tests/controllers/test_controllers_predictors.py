@@ -17,6 +17,7 @@ from controllers.surrogates.trees import CompiledTrees
 GRID = plant("prefill").clocks.grid_mhz
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_errors_are_no_worse_than_the_papers(phase):
     reported = {"prefill": (0.029, 0.041), "decode": (0.027, 0.010)}[phase]
@@ -92,6 +93,7 @@ def test_work_is_within_what_an_engine_meets():
             )
 
 
+@pytest.mark.slow
 def test_the_fit_follows_its_member_and_its_seed():
     a, b = fit_boosted(context("decode"), 600, seed=1), fit_boosted(context("decode"), 600, seed=1)
     w = (64, 0.0, 6e4, 64, GRID)

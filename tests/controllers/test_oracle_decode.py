@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_helpers import ROW, brute_force, plant_of, run_policy, trace_of
+from slow_values import slow
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.batch import Batch, RequestTable
@@ -85,8 +86,8 @@ def test_no_sequence_of_clocks_beats_the_bound(
     assert 0.0 <= bound <= best + 1e-9
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.3])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("delay_s", [slow(0.0), 0.05, slow(0.3)])
+@pytest.mark.parametrize("seed", [0, slow(1)])
 @pytest.mark.parametrize("idle", ["last-clock", "parked"])
 def test_nobody_beats_the_bound(idle, seed, delay_s):
     rate_rps = 4.0 + 8.0 * seed if idle == "last-clock" else 0.5 + seed
@@ -112,6 +113,7 @@ def test_the_bound_holds_with_preemptions():
         assert bound.energy_j <= replay(plant, trace, np.array([freq_mhz])).energy_j
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("llm", LLMS, ids=lambda given: given.get("llm", "default"))
 def test_cuts_hold_for_iterations_that_they_were_not_made_of(workload, llm):
     plant = plant_of("decode", **llm)
@@ -134,6 +136,7 @@ def test_cuts_hold_for_iterations_that_they_were_not_made_of(workload, llm):
         assert (fluid.cuts @ np.array([duration, n, cached]) <= above * (1 + 1e-6)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("llm", LLMS[1:], ids=lambda given: given["llm"])
 def test_the_bound_of_recomputing_iterations_lies_below_them(llm):
     """Few experts read, windows, operations that are cheaper in small batches: any cut with mu.
@@ -174,6 +177,7 @@ def test_bound_is_near_a_run_that_has_no_choice():
     assert 0.9 * best < bound.energy_j <= best
 
 
+@pytest.mark.slow
 def test_more_misses_never_raise_the_bound(workload):
     fluid = DecodeFluid(plant_of("decode", 0.02, drain=True), workload)
     energies = [fluid.energy_j(m) for m in (0, 5, 50, len(fluid.pool.prompt))]
@@ -237,6 +241,7 @@ def rivals(n_clocks, step, slo_s, crowds):
     yield from (WindowPlan.single(k, target_s=float(t)) for k in clocks for t in times)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rate_rps", "tpot_s", "idle"), CASES)
 def test_no_static_clock_and_no_two_clocks_beat_the_plan_found(rate_rps, tpot_s, idle):
     """A grid of one and two clocks by the requests that run, and of two clocks in time.
@@ -320,6 +325,7 @@ def test_a_target_is_met_by_the_lowest_clock_that_meets_it(workload):
         batch.step(plant.clocks.to_action([clock]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attainment", [0.9, 0.99])
 def test_attainment_is_met(workload, attainment):
     plant = plant_of("decode", 0.025, drain=True)
@@ -347,6 +353,7 @@ def test_windows_add_up(workload):
     assert decisions == runner.batch.states["iterations"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("target", [None, 0.95])
 def test_make_oracle(workload, phase, target):

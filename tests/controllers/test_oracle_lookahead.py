@@ -74,6 +74,7 @@ def test_no_horizon_costs_less_than_brute_force_at_a_delay(rows, bound_s, delay_
         assert done.cost >= best - 1e-9
 
 
+@pytest.mark.slow
 def test_at_a_delay_it_comes_near_the_optimum():
     """Its plans forget what is left of a delay: the loss is small where batches outlast it."""
     rng = np.random.default_rng(3)

@@ -24,6 +24,7 @@ def asked(task):
             yield case.plant, case.workload(seed), case.plant.slo.attainment, member
 
 
+@pytest.mark.slow
 def test_every_task_of_the_suite_has_its_plans_and_no_plan_is_left_over():
     keys = set()
     for task in SUITE.tasks():

@@ -257,6 +257,7 @@ def workload():
     return generate("azure-conv-like", rate_rps=2.0, duration_s=120.0, seed=5)
 
 
+@pytest.mark.slow
 def test_finer_cells_close_the_gap(workload):
     plant = plant_of("prefill", drain=True)
     gaps = [solve_prefill_oracle(plant, workload, cell_s=cell_s).gap for cell_s in (4e-3, 2.5e-4)]
@@ -264,6 +265,7 @@ def test_finer_cells_close_the_gap(workload):
     assert gaps[1] < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attainment", [0.9, 0.97, 1.0])
 def test_attainment_is_met_at_less_energy_than_any_static_clock_that_meets_it(workload, attainment):
     plant = plant_of("prefill", 1.2, drain=True, actuation_delay_s=0.0)
@@ -282,6 +284,7 @@ def test_attainment_is_met_at_less_energy_than_any_static_clock_that_meets_it(wo
     assert oracle.energy_bound_j <= min(energies)
 
 
+@pytest.mark.slow
 def test_more_attainment_costs_more_energy(workload):
     plant = plant_of("prefill", 0.6, drain=True)
     loose, tight = (solve_prefill_oracle(plant, workload, a) for a in (0.5, 0.9))
@@ -318,6 +321,7 @@ def test_nobody_beats_the_oracle(idle, seed, delay_s):
             assert oracle.upper_bound <= cost + 1e-9, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attainment", [0.8, 0.95])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_no_delayed_controller_that_attains_the_target_uses_less_than_the_bound(seed, attainment):

@@ -6,6 +6,7 @@ import sys
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 
 from biscale_env.core.jit import as_records, interpreted
 
@@ -66,6 +67,7 @@ for phase in ("prefill", "decode"):
 """
 
 
+@pytest.mark.slow
 def test_an_environment_runs_the_same_without_compiler() -> None:
     outputs = [
         subprocess.run(

@@ -238,6 +238,7 @@ def as_stranger(folder, arguments, **environment):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("home", [{"HOME": "/"}, {}])
 def test_traces_are_listed_to_a_user_without_a_home(tmp_path, home):
     found = as_stranger(tmp_path, ["traces", "list"], **home)

@@ -53,6 +53,7 @@ def files(tmp_path):
     return sorted((tmp_path / "cache" / "instance-capacity").glob("*.json"))
 
 
+@pytest.mark.slow
 def test_what_was_found_is_read_to_the_last_bit(tmp_path, forget, no_search):
     found = find_capacity(plant(), TRACE, **FEW), profile_capacity(plant(), PROFILE)
     assert len(files(tmp_path)) == 2
@@ -64,6 +65,7 @@ def test_what_was_found_is_read_to_the_last_bit(tmp_path, forget, no_search):
     assert find_capacity(plant(actuation_delay_s=1.0), renamed, **FEW) == found[0]
 
 
+@pytest.mark.slow
 def test_a_profile_found_before_is_not_even_generated(monkeypatch, no_search):
     found = profile_capacity(plant(), PROFILE)
     monkeypatch.setattr(Trace, "__post_init__", None)
@@ -184,6 +186,7 @@ def test_workloads_are_made_without_reading_a_profile_again(monkeypatch):
     assert source.workload(0) == source.workload(0) != source.workload(1)
 
 
+@pytest.mark.slow
 def test_an_edited_profile_is_another_workload(tmp_path):
     shipped = configs_dir() / "traces" / f"{PROFILE}.yaml"
     mine = tmp_path / "mine.yaml"

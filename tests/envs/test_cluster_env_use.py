@@ -260,6 +260,7 @@ def test_a_vector_form_with_processes():
     made.close()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*render_mode.*")
 def test_stable_baselines_makes_it_by_name():
     pytest.importorskip("stable_baselines3")

@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from slow_values import slow
 
 import biscale_env  # noqa: F401  registers the environments
 from biscale_env.config import load_slo
@@ -76,6 +77,7 @@ def test_the_nearest_option_is_named() -> None:
         gym.make(IDS[0], episodes_s=3.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id", IDS)
 def test_stable_baselines_makes_it_by_name(env_id: str) -> None:
     sb3 = pytest.importorskip("stable_baselines3")
@@ -233,7 +235,7 @@ def test_an_action_that_is_not_a_number_is_named_by_its_environment() -> None:
 # --- vector form --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kpis", [False, True])
+@pytest.mark.parametrize("kpis", [slow(False), True])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("env_id", [*IDS, DISCRETE[1]])
 def test_native_vector_is_the_sync_vector_of_gymnasium(

@@ -144,6 +144,7 @@ def test_a_target_of_evaluate_keeps_its_own_name(tmp_path):
         plan_evaluation(twice)
 
 
+@pytest.mark.slow
 def test_everything_that_was_asked_of_evaluate_is_in_its_config(tmp_path):
     request = EvaluationRequest(
         "outside_rule:QueueRule",
@@ -181,6 +182,7 @@ def test_everything_that_was_asked_of_evaluate_is_in_its_config(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_comparison_runs_and_resumes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = ["outside_rule:QueueRule", "low=outside_rule:QueueRule:low_mhz=600"]
@@ -199,6 +201,7 @@ def test_a_comparison_runs_and_resumes(tmp_path, monkeypatch):
     assert load_run(again).results.equals(results)
 
 
+@pytest.mark.slow
 def test_leaving_jobs_early_warns_of_nothing_and_leaves_the_filters_alone():
     jobs = [
         ComparisonJob(Scenario(name="x", **TINY), "prefill", f"s{k}", f"static:{k}", -1, (0,))
@@ -232,6 +235,7 @@ def arrays_of(objects):
     return found
 
 
+@pytest.mark.slow
 def test_jobs_in_one_process_leave_no_arrays_to_the_collector():
     """What they built goes when they end: circles, which a collection has to find, hold none."""
     built = (("prefill", "max"), ("prefill", "mpc"), ("decode", "slack-plus"))

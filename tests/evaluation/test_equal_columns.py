@@ -243,6 +243,7 @@ def test_ranges_count_the_points_that_a_policy_reaches_in_every_fold():
     assert "| prefill, the last clock | 0.72–0.80 | – | 0.69–0.69 (1 of 2) |" in text
 
 
+@pytest.mark.slow
 def test_a_run_directory_gives_the_same_columns_and_a_page(tmp_path):
     run = load_run(keep(tmp_path / "run", both(SETTINGS)))
     assert len(run.curves) == 2 * 8 * sum(len(settings) for settings in SETTINGS.values())

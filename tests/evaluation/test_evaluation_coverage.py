@@ -6,6 +6,7 @@ that of a very long run of the same process.
 
 import numpy as np
 import pytest
+from slow_values import slow
 
 from biscale_env.envs.plant import Plant, PlantSettings
 from biscale_env.evaluation.rollouts.rollout import rollout
@@ -79,7 +80,7 @@ def by_blocks_of_30_s(rng, own, top):
     return own.sum() / top.sum(), low, high
 
 
-@pytest.mark.parametrize("minutes", [10, 30, 60])
+@pytest.mark.parametrize("minutes", [10, slow(30), slow(60)])
 @pytest.mark.parametrize("process", [bursty, swinging])
 def test_energy_ratio_is_covered(process, minutes):
     """Ten minutes are too short for a load that swings over two: that is the one exception."""
@@ -112,6 +113,7 @@ def test_resampling_subsamples_as_if_they_were_workloads_does_not_cover():
     assert 0.91 <= covered(truth, over_windows) <= 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", [bursty, swinging])
 def test_attainment_is_covered_where_bursts_are_late(process):
     """Requests are late with the load: a few per cent on average, none in many windows.
@@ -135,6 +137,7 @@ def test_attainment_is_covered_where_bursts_are_late(process):
     assert 0.91 <= covered(truth, found) <= 0.99
 
 
+@pytest.mark.slow
 def test_days_of_a_week_are_covered():
     """Half an hour of each of seven days: the envelope differs from day to day.
 
@@ -161,6 +164,7 @@ def test_days_of_a_week_are_covered():
     assert covered(truth, pooled) < 0.75
 
 
+@pytest.mark.slow
 def test_copies_of_a_trace_are_one_stretch_of_time():
     """Five shifted copies of ten or thirty minutes, five subsamples: lengths vary with time.
 

@@ -192,6 +192,7 @@ def _noisy_curve(rng, load, price):
     return AttainmentCurve(energy, counted * (1 - missed), counted)
 
 
+@pytest.mark.slow
 def test_intervals_at_equal_attainment_cover():
     """Two policies on the same windows, one 10 % dearer; the truth from a long run."""
     rng = np.random.default_rng(1)

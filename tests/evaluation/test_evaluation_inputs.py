@@ -81,6 +81,7 @@ def compare(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_resume_with_an_slo_file_runs_nothing_again(compare, monkeypatch):
     assert compare("--slo", "slo.yaml").exception is None
     before = load_run("run").results

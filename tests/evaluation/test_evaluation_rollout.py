@@ -94,6 +94,7 @@ def test_reward_is_energy_and_violations(plant, workloads):
     assert run.totals["reward"] == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_rows_do_not_disturb_each_other(plant, workloads):
     together = rollout(Alternating(), plant, workloads)
     alone = [rollout(Alternating(), plant, [w])[0] for w in workloads]

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from evaluation_synthetic import POLICIES, SLO, plausible, requests_of, tiny
+from slow_values import slow
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.runs import run_files
@@ -150,6 +151,7 @@ def test_part_that_fails_half_way_is_absent(tmp_path, monkeypatch):
     assert load_run(tmp_path).results["workload_seed"].tolist() == [0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["to_parquet", "to_csv"])
 def test_merge_that_fails_half_way_leaves_the_old_files_whole(tmp_path, monkeypatch, broken):
     with RunDirectory(tmp_path, {}) as run:
@@ -386,6 +388,7 @@ def test_a_writer_that_is_refused_or_fails_keeps_no_lock(tmp_path):
         run.add(tiny())
 
 
+@pytest.mark.slow
 def test_a_killed_writer_is_resumed_and_its_debris_removed(tmp_path):
     code = (
         "import os, signal; from biscale_env.evaluation.runs.rundir import RunDirectory\n"
@@ -491,7 +494,7 @@ def test_every_file_of_a_run_directory_is_among_those_damaged(whole):
     assert found == {*EVERY_FILE, run_files.LOCK}
 
 
-@pytest.mark.parametrize("kept", ["nothing", "half", "all but the end", "noise"])
+@pytest.mark.parametrize("kept", [slow("nothing"), slow("half"), slow("all but the end"), "noise"])
 @pytest.mark.parametrize("name", EVERY_FILE)
 def test_a_damaged_file_is_one_sentence_with_a_way_on(whole, name, kept):
     path = whole / name

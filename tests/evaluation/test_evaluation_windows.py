@@ -66,6 +66,7 @@ def test_many_independent_windows_have_the_normal_interval():
     assert interval.high - interval.low == pytest.approx(2 * half, rel=0.2)
 
 
+@pytest.mark.slow
 @given(st.integers(3, 40), st.integers(0, 2**32 - 1))
 def test_rows_add_up_and_every_window_counts_alike(n, seed):
     weights = weights_of(n, seed, 1000)

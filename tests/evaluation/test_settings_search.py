@@ -128,6 +128,7 @@ def test_where_max_clock_misses_the_target_is_less(decode):
     assert judged_target(hard, hard.workloads(), -1) == rule(0.99, top.attainment) < top.attainment
 
 
+@pytest.mark.slow
 def test_curves_hold_totals_of_every_window_and_workload(decode):
     judged = decode.workloads()
     curve = static_curve(decode, judged, -1, 1200.0)

@@ -132,6 +132,7 @@ def test_an_slo_of_one_bound_has_no_columns_of_classes(mixed, tmp_path):
     assert not (run.path / "classes.csv").is_file()
 
 
+@pytest.mark.slow
 def test_the_oracle_holds_every_class_at_less_energy(mixed, tmp_path):
     changes = {"trace": str(mixed), "slo": TWO.name, "load": 0.03, "seeds": 1}
     asked = compare_scenario(None, changes, ["max", "oracle"], "prefill")

@@ -30,6 +30,7 @@ def _parts_of(run):
     return {"requests": run.requests, "timeline": run.timeline, "totals": run.totals}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_windows_are_the_kept_steps_cut_at_the_edges(phase):
     """The meter sees states only; the timeline has every step. Both must say the same."""

@@ -201,6 +201,7 @@ def test_one_trace_as_one_stretch_of_time_has_no_day(week, tmp_path):
     assert "days" not in run.summary()
 
 
+@pytest.mark.slow
 def test_the_command_takes_windows_and_refuses_what_is_none(week, tmp_path, monkeypatch, capsys):
     def called(*words):
         given = ["compare", "--trace", str(week), "--phase", "prefill", "--policies", "max", *words]
@@ -291,6 +292,7 @@ def test_the_order_of_runs_does_not_matter():
     assert all(by_day[2 * day] + 3 == by_day[2 * day + 1] for day in range(5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_copies", [1, 4])
 def test_coverage_where_days_differ(n_copies):
     """Days drawn from a population: an interval over days is Student's, and holds its mean at 95 %.

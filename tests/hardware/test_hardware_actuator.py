@@ -97,6 +97,21 @@ class Bench:
         return failures
 
 
+def listen(b):
+    """A socket that hears all that the actuator publishes from now on, its subscription included.
+
+    Until the publisher has taken in who listens, what it sends goes nowhere.
+    """
+    socket = wire.subscriber(b.context, wire.status_endpoint(b.folder / "s"))
+    end = time.monotonic() + 10.0
+    while not socket.poll(10):
+        assert time.monotonic() < end, "nobody publishes"
+        b.actuator._status.send(b"heard?")
+    while socket.poll(50):
+        assert socket.recv() == b"heard?"
+    return socket
+
+
 def refused(actuator, kind, words=None):
     """It does not start, and what it had taken is free again.
 
@@ -409,8 +424,7 @@ def test_settings_that_make_no_sense_are_named(tmp_path, settings, words):
 
 def test_status_is_published_when_set_and_when_seen(bench):
     b = bench(delay_s=0.03)
-    listener = wire.subscriber(b.context, wire.status_endpoint(b.folder / "s"))
-    time.sleep(0.1)
+    listener = listen(b)
     b.command("prefill", 900.0)
     heard = []
 
@@ -601,6 +615,7 @@ def unreadable(b, **left):
     return backend
 
 
+@pytest.mark.slow
 def test_a_few_failed_readings_of_the_guard_end_nothing(bench):
     b = bench(lease_s=9.0, failed_reads=3)
     b.command("prefill", 900.0)
@@ -648,6 +663,7 @@ def test_what_the_guard_knew_holds_while_it_cannot_read(bench):
     assert backend.left[0] > 0
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_a_sentence_when_no_group_is_left(bench, capsys, monkeypatch):
     monkeypatch.setattr("signal.signal", lambda *args: None)
     b = bench()
@@ -705,8 +721,7 @@ class Listener:
 
     def __init__(self, b):
         self.b = b
-        self.socket = wire.subscriber(b.context, wire.status_endpoint(b.folder / "s"))
-        time.sleep(0.1)
+        self.socket = listen(b)
         self.heard = []
 
     def of(self, cause):

@@ -248,6 +248,7 @@ def pair(tmp_path, hw_state):
         one.close()
 
 
+@pytest.mark.slow
 def test_during_a_thermal_hold_the_policy_sees_the_clock_that_is_held(pair):
     """It saw the clock that it had asked for, 1980 MHz, while the GPUs ran at 810."""
     p = pair()

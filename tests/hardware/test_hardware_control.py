@@ -122,6 +122,7 @@ def test_clocks_are_snapped_to_the_grid(bench):
     assert b.next_command().freq_mhz % 15 == 0
 
 
+@pytest.mark.slow
 def test_heartbeats_keep_the_lease_of_an_idle_engine_alive(bench):
     b = bench(Constant(0.5), lease_s=0.5)
     b.record()
@@ -137,6 +138,7 @@ def test_heartbeats_keep_the_lease_of_an_idle_engine_alive(bench):
     assert max(ages) < 0.3
 
 
+@pytest.mark.slow
 def test_a_dead_engine_is_not_kept_alive(bench):
     b = bench(Constant(0.5), lease_s=0.4)
     b.record()
@@ -149,6 +151,7 @@ def test_a_dead_engine_is_not_kept_alive(bench):
     assert last_age < 0.4
 
 
+@pytest.mark.slow
 def test_keep_alives_say_how_long_ago_the_engine_was_heard(bench):
     b = bench(Constant(0.5), lease_s=1.0)
     b.record()

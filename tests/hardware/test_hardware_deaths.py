@@ -82,6 +82,7 @@ def machine(tmp_path, fake_library_path, hw_state):
     machine.close()
 
 
+@pytest.mark.slow
 def test_kill_the_controller_and_the_clock_is_back_within_the_lease(machine):
     machine.ready()
     controller = machine.controller()
@@ -99,6 +100,7 @@ def test_the_controller_may_come_back(machine):
     wait_until(lambda: machine.clocks()[0] == 1200.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_reset_before_the_end(machine, number, hw_state):
     actuator = machine.ready()
@@ -110,6 +112,7 @@ def test_signals_reset_before_the_end(machine, number, hw_state):
     assert not list(hw_state.glob("*.json"))
 
 
+@pytest.mark.slow
 def test_kill_the_actuator_and_the_next_start_recovers(machine, hw_state):
     actuator = machine.ready()
     machine.controller()
@@ -125,6 +128,7 @@ def test_kill_the_actuator_and_the_next_start_recovers(machine, hw_state):
     assert machine.locked() == [0, 0]
 
 
+@pytest.mark.slow
 def test_kill_both_and_restore_brings_the_clock_back(machine, hw_state):
     actuator = machine.ready()
     controller = machine.controller()
@@ -141,6 +145,7 @@ def test_kill_both_and_restore_brings_the_clock_back(machine, hw_state):
     assert not list(hw_state.glob("*.json"))
 
 
+@pytest.mark.slow
 def test_restore_leaves_a_living_owner_alone(machine):
     machine.ready()
     machine.controller()
@@ -163,6 +168,7 @@ def test_without_privilege_one_sentence_and_exit_code_2(machine, hw_state):
     assert not list(hw_state.glob("*.json"))
 
 
+@pytest.mark.slow
 def test_observe_only_needs_no_privilege(machine):
     actuator = machine.actuator("--observe-only", env={"FAKE_NVML_PRIV": "0"})
     read_until(actuator, "actuator ready")
@@ -179,6 +185,7 @@ def test_no_driver_one_sentence_and_exit_code_2(machine):
     assert "no NVIDIA driver" in err
 
 
+@pytest.mark.slow
 def test_a_second_actuator_is_refused_and_the_first_goes_on(machine):
     machine.ready()
     machine.controller()
@@ -189,6 +196,7 @@ def test_a_second_actuator_is_refused_and_the_first_goes_on(machine):
     wait_until(lambda: machine.clocks()[0] == 900.0)
 
 
+@pytest.mark.slow
 def test_of_actuators_started_at_once_exactly_one_becomes_the_owner(machine, hw_state):
     rivals = [machine.actuator("--sockets", str(machine.folder / f"s{k}")) for k in range(4)]
 
@@ -210,6 +218,7 @@ def test_of_actuators_started_at_once_exactly_one_becomes_the_owner(machine, hw_
     assert not list(hw_state.glob("*.json"))
 
 
+@pytest.mark.slow
 def test_a_gpu_that_falls_off_the_bus_ends_it_with_the_rest_reset(machine):
     actuator = machine.ready()
     machine.controller()
@@ -224,6 +233,7 @@ def test_a_gpu_that_falls_off_the_bus_ends_it_with_the_rest_reset(machine):
     assert machine.locked() == [1, 0]
 
 
+@pytest.mark.slow
 def test_the_actuator_waits_without_using_the_processor(machine):
     actuator = machine.ready()
     machine.controller()

@@ -79,6 +79,7 @@ def simulated(engine, actions_at):
     return batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_at_a_constant_clock_it_is_the_simulator(phase, state):
     engine = instance(phase, state)
@@ -102,6 +103,7 @@ def test_at_a_constant_clock_it_is_the_simulator(phase, state):
     )
 
 
+@pytest.mark.slow
 def test_a_clock_that_lands_in_the_middle_of_an_iteration_changes_what_is_left_of_it(state):
     engine = instance("prefill", state)
     backend = FakeBackend(state.path)
@@ -209,6 +211,7 @@ def test_the_nvml_counter_shows_the_engines_energy(state):
     assert min(watts) < 0.5 * busy_w
 
 
+@pytest.mark.slow
 def test_preemption_is_survived_and_every_token_comes(state):
     class Small(Plant):
         @property

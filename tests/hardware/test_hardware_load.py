@@ -222,6 +222,7 @@ def test_nobody_there_is_said_plainly(engine):
         asyncio.run(Replayer(trace(), LoadSettings(url)).run())
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs_is_given_up_and_what_was_measured_is_kept(engine):
     engine.behaviour = "hang"
     replayer = Replayer(trace(4), LoadSettings(engine.url, stall_s=0.6))
@@ -291,6 +292,7 @@ def test_refusals_alone_for_the_stated_time_mean_that_the_engine_is_gone():
     assert rare.gone is None
 
 
+@pytest.mark.slow
 def test_an_engine_that_refuses_midway_is_given_up_after_the_stated_time(engine):
     replayer = Replayer(trace(100, 0.05, output=2), LoadSettings(engine.url, stall_s=0.6))
     threading.Timer(0.5, setattr, (engine, "behaviour", "error")).start()
@@ -302,6 +304,7 @@ def test_an_engine_that_refuses_midway_is_given_up_after_the_stated_time(engine)
     assert all(r.error.startswith("decode answered 503") for r in refused)
 
 
+@pytest.mark.slow
 def test_an_engine_that_refuses_while_it_serves_others_is_not_gone(engine):
     """A full engine: one long answer goes on for longer than the stated time of refusals."""
     n, seconds = 14, 0.1
@@ -317,6 +320,7 @@ def test_an_engine_that_refuses_while_it_serves_others_is_not_gone(engine):
     assert replayer._active == {}
 
 
+@pytest.mark.slow
 def test_refusals_in_between_are_counted_and_nothing_else(engine):
     replayer = Replayer(trace(40, 0.05, output=2), LoadSettings(engine.url, stall_s=0.3))
     flips = [

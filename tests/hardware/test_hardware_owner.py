@@ -166,6 +166,7 @@ def test_a_reset_is_tried_again(machine):
     assert owner.recorded() == [one]
 
 
+@pytest.mark.slow
 def test_of_many_that_want_a_gpu_at_once_exactly_one_gets_it(hw_state):
     """No window between looking and taking: forty threads, released together, many times."""
     for _ in range(20):

@@ -48,6 +48,7 @@ def actuate(tmp_path, hw_state):
     return ["hw", "actuate", "--gpus", "x=0", "--backend", f"fake:{path}", "--sockets", sockets]
 
 
+@pytest.mark.slow
 def test_a_child_outlives_the_thread_that_made_it(actuate):
     """The kernel ends a child when its parent's *thread* ends; a notebook's cell may be one."""
     made = []
@@ -63,6 +64,7 @@ def test_a_child_outlives_the_thread_that_made_it(actuate):
         assert child.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_child_does_not_outlive_a_killed_parent_that_made_it_in_a_thread(actuate):
     code = f"""
         import threading, time
@@ -93,6 +95,7 @@ def test_a_child_does_not_outlive_a_killed_parent_that_made_it_in_a_thread(actua
         parent.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_refusal_with_the_word_already_is_not_ready(actuate, tmp_path):
     first = Child("first", actuate)
     try:

@@ -206,6 +206,7 @@ def test_an_interrupted_sweep_resets_the_clock(tmp_path, hw_state):
     assert not list(hw_state.glob("*.json"))
 
 
+@pytest.mark.slow
 def test_a_rehearsal_on_the_cpu_goes_all_the_way_to_the_fit(tmp_path, hw_state):
     """`biscale profile --tiny`, then `biscale fit --profile`.
 

@@ -217,6 +217,7 @@ class Script(Child):
             super().__init__("the child", [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line",
     [
@@ -535,6 +536,7 @@ def test_bad_input_is_one_sentence_each_and_touches_nothing(lab, tmp_path, monke
         assert lab.locked() == 0
 
 
+@pytest.mark.slow
 def test_a_replay_waits_for_engines_that_start_and_no_longer_than_told():
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -630,6 +632,7 @@ def test_logs_with_missing_numbers_and_a_torn_end_are_read(tmp_path):
     assert (kept.decode_requests, np.isnan(kept.kv_use)) == (3, True)
 
 
+@pytest.mark.slow
 def test_a_child_process_dies_with_its_parent(tmp_path):
     code = f"""
 import time

@@ -112,6 +112,7 @@ def test_nobody_answers():
         PrometheusPoller("http://127.0.0.1:9").poll()
 
 
+@pytest.mark.slow
 def test_polling_keeps_its_rate(site):
     start, count = time.monotonic(), 0
     for _ in polled(PrometheusPoller(site.url), 0.05, lambda: time.monotonic() - start > 0.5):

@@ -223,6 +223,7 @@ def test_clock_latency_command(machine, tmp_path):
     assert "--delay 0.03" in done.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_clock_latency_cut_off_gives_the_clock_back(machine, hw_state, number):
     process = spawn("hw", "clock-latency", "--backend", f"fake:{machine}", "--repeats", "50")
@@ -414,6 +415,7 @@ def test_no_gpm_on_fake_gpus(machine):
 # --- bridge, bench, options -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bridge_hands_a_stream_to_the_controller(tmp_path):
     import zmq
 

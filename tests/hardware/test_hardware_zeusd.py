@@ -93,6 +93,7 @@ def test_a_connection_closed_by_the_daemon_is_opened_again(daemon, reader):
     assert len(daemon.seen) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "kind", "words"),
     [(403, ClockDenied, "ZEUSD_TOKEN"), (400, ClockError, "400: bad clock")],

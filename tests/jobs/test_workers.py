@@ -23,6 +23,7 @@ def test_every_result_comes_once_and_in_order_where_asked(jobs):
     assert told == [(k, 9) for k in range(1, 10)]
 
 
+@pytest.mark.slow
 def test_results_come_as_they_finish_and_progress_counts_them(tmp_path):
     calls, told = [(tmp_path, 3, 0.5), (tmp_path, 2, 0.0)], []
     assert [k for k, _ in run_each(job_tasks.square_noted, calls, Workers(2))] == [1, 0]
@@ -52,6 +53,7 @@ def test_a_killed_worker_loses_nothing_and_doubles_nothing(tmp_path):
     assert sorted(found) == list(enumerate(EXPECTED))
 
 
+@pytest.mark.slow
 def test_many_losses_with_results_between_them_are_borne(tmp_path):
     """Every second task is lost once, after all before it were handed over."""
     calls = [(tmp_path, x, x * (x % 2)) for x in range(2 * MOST_LOSSES + 2)]
@@ -64,6 +66,7 @@ def test_many_losses_with_results_between_them_are_borne(tmp_path):
     assert sorted(found) == [(x, x * x) for x in range(2 * MOST_LOSSES + 2)]
 
 
+@pytest.mark.slow
 def test_a_task_that_kills_every_worker_is_given_up_in_a_sentence():
     with pytest.raises(BiscaleError, match=f"killed {MOST_LOSSES} times in a row.*--jobs than 2"):
         list(run_each(job_tasks.killed, CALLS[:2], Workers(2)))

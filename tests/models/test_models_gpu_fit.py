@@ -230,6 +230,7 @@ def test_an_unbiased_start_would_not_pass():
     assert np.abs(power / measured - 1.0).mean() > 0.03
 
 
+@pytest.mark.slow
 def test_members_are_the_same_wherever_they_are_fitted_and_however_many_follow():
     ev = load_gpu_evidence("b200-sxm")
     ev = ev.model_copy(update={"serving": ev.serving.model_copy(update={"groups": ()})})

@@ -78,6 +78,7 @@ def test_an_llm_left_out_comes_back(monkeypatch):
     assert found.record()["power_mape"] == pytest.approx(wanted["power_mape"], abs=2e-3)
 
 
+@pytest.mark.slow
 def test_the_page_has_every_gpu_model_and_measurement():
     text = report_markdown()
     for gpu in ("h100-sxm", "b200-sxm", "a100-sxm", "l40s"):

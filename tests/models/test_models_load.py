@@ -173,6 +173,7 @@ def test_mistakes_are_one_sentence(args, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_every_shipped_family_loads_whole():
     names = known_names()
     assert {

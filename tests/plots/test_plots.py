@@ -61,6 +61,7 @@ def all_figures(run, curves):
     }
 
 
+@pytest.mark.slow
 def test_every_figure_has_axes_with_titles_and_is_a_figure(run, curves):
     made = all_figures(run, curves)
     assert set(plots.__all__) == {*made, "save", "energy_by_attainment"}

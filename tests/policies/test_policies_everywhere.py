@@ -59,6 +59,7 @@ def biscale(*arguments, site, cwd):
 SCENARIO = "name: tiny\nduration_s: 30\nload: 0.3\nseeds: 1\n"
 
 
+@pytest.mark.slow
 def test_compare_tunes_it_in_workers_beside_a_named_one(site, tmp_path):
     (tmp_path / "tiny.yaml").write_text(SCENARIO)
     options = ["--policies", "low=mine:QueueRule:low_mhz=600", "--policy", "outside-rule"]
@@ -80,6 +81,7 @@ def test_compare_tunes_it_in_workers_beside_a_named_one(site, tmp_path):
     assert tuning["chosen"].sum() == 1
 
 
+@pytest.mark.slow
 def test_evaluate_takes_it_by_its_name(site, tmp_path):
     (tmp_path / "tiny.yaml").write_text(SCENARIO)
     done = biscale(
@@ -108,6 +110,7 @@ def test_evaluate_takes_it_by_its_name(site, tmp_path):
     assert results.loc["mine:Plain:action=-0.5", "training_seed"] == -1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["compare", "evaluate"])
 def test_an_unknown_name_is_one_sentence_with_the_nearest(command, site, tmp_path):
     arguments = ["compare", "--quick", "--policy", "outside-rul"]
@@ -136,6 +139,7 @@ def test_the_same_name_on_hardware_in_a_rollout_and_in_an_environment(name, impo
     assert policies_by_phase([name]) == {"prefill": name, "decode": name}
 
 
+@pytest.mark.slow
 def test_names_in_python(tmp_path, importable):
     scenario = Scenario(name="x", duration_s=20.0, load=0.3, seeds=1)
     run = compare_policies(["max", "mine:QueueRule"], "prefill", scenario, tmp_path / "a")

@@ -24,6 +24,7 @@ def figures():
         yield module
 
 
+@pytest.mark.slow
 def test_the_committed_energy_figure_is_that_of_the_table(figures, tmp_path):
     figures.energy(DOCS / "experiment-main.csv", tmp_path / "energy.svg")
     table = pd.read_csv(DOCS / "experiment-main.csv")

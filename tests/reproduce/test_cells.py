@@ -118,6 +118,7 @@ def test_a_load_is_planned_once_for_both_systems(bench, monkeypatch):
     assert len(solved) == len(set(solved)) == 2  # the first forecast, and the load of a window
 
 
+@pytest.mark.slow
 def test_groups_over_processes_add_up_to_all_cells(bench, together, monkeypatch, tmp_path):
     monkeypatch.setattr(cells, "day_bench", lambda *asked: bench)
     finished = []

@@ -52,6 +52,7 @@ def test_an_instance_alone_finds_the_prefixes_that_it_found_in_the_cluster(route
         np.testing.assert_allclose(ran.latency_s, ttft_s, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_no_clock_needs_less_than_the_hindsight_optimum(routed):
     """Energy of the optimum against every instance's best single clock on the same requests."""
     settings, both, work, run = routed

@@ -139,6 +139,7 @@ def test_no_file_stays_open(tmp_path, suffix):
         gc.enable()
 
 
+@pytest.mark.slow
 def test_reading_leaves_nothing_to_the_collector(tmp_path):
     trace = Trace("t", np.arange(5) * 1.0, np.full(5, 10), np.full(5, 2), "made")
     paths = [str(write_trace(trace, tmp_path / f"a{s}")) for s in (".csv", ".jsonl", ".parquet")]

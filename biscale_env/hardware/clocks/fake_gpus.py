@@ -18,6 +18,7 @@ import mmap
 import os
 import secrets
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -209,6 +210,7 @@ class FakeState:
         self.path = Path(path)
         try:
             self._file = self.path.open("r+b")
+            weakref.finalize(self, self._file.close)
             self._map = mmap.mmap(self._file.fileno(), 0)
         except (OSError, ValueError) as error:
             raise BiscaleError(

@@ -294,6 +294,7 @@ def test_tier1_needs_our_router_and_its_section():
         WindowPlanner(validate(base, Deployment, "test"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "applied"), [("base", [900.0, 1200.0]), ("max", [900.0])])
 def test_base_clocks_are_applied_at_once(tmp_path, policy, applied):
     """By a controller of policy ``base``; by others until they decide for the first time."""

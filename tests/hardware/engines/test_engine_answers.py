@@ -156,6 +156,7 @@ def test_a_token_whose_text_is_held_back_is_one():
     assert math.isfinite(one.ttft_s)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [[usage(4), DONE], [DONE]])
 def test_an_empty_last_event_is_no_token(end):
     """SGLang, llama.cpp and others say in an event of its own why they ended."""
@@ -250,6 +251,7 @@ def test_a_server_that_does_not_stream_answers_in_one_piece():
     assert page.failed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["application/json", "text/plain", "application/octet-stream"])
 @pytest.mark.parametrize("before", [b"", b": ping\n\n", b"\r\n", b"id: 7\n"])
 def test_a_stream_is_one_whatever_it_is_called(kind, before):
@@ -331,6 +333,7 @@ def test_refusals_are_one_sentence_each(status, body, text):
     assert all(r.error.startswith(text.strip()) and "\n" not in r.error for r in records)
 
 
+@pytest.mark.slow
 def test_a_connection_that_stays_open_after_the_end_holds_nothing_up():
     record = answered([*NORMAL, 5.0])
     assert record.error == ""

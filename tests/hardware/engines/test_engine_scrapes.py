@@ -105,6 +105,7 @@ def test_an_engine_that_counts_anew_does_not_make_lengths_negative(site):
         assert poller.poll().queued_requests.sum_prefill_tokens == 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("behaviour", "words"),
     [
@@ -121,6 +122,7 @@ def test_an_answer_that_never_becomes_whole_ends_in_time(site, behaviour, words)
     assert time.monotonic() - start < 1.0
 
 
+@pytest.mark.slow
 def test_polls_may_fail_for_a_while_and_it_is_said_once(site):
     told = []
     start = time.monotonic()
@@ -139,6 +141,7 @@ def test_polls_may_fail_for_a_while_and_it_is_said_once(site):
     assert "answers again after" in told[1]
 
 
+@pytest.mark.slow
 def test_polls_that_fail_for_the_stated_time_end_the_bridge(site):
     start = time.monotonic()
     records = polled(PrometheusPoller(site.url), 0.02, give_up_s=0.3)
@@ -183,6 +186,7 @@ def test_keys_open_metrics_models_and_the_doctor(site):
     assert key_headers("") == key_headers(None) == {}
 
 
+@pytest.mark.slow
 def test_waiting_for_an_engine_ends_with_its_answer_also_with_a_refusal(site):
     site.key = "secret"
     start = time.monotonic()

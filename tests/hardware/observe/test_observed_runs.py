@@ -198,6 +198,7 @@ def test_exploring_visits_every_level_and_never_goes_below_what_the_slo_needs():
     assert float(clocks.to_freq_mhz(action)[0]) == pytest.approx(1980.0)
 
 
+@pytest.mark.slow
 def test_one_of_two_fits_is_asked_for(tmp_path):
     for arguments in (
         ["fit", "--from", str(tmp_path)],
@@ -210,6 +211,7 @@ def test_one_of_two_fits_is_asked_for(tmp_path):
         assert stderr.startswith("biscale: ")
 
 
+@pytest.mark.slow
 def test_an_observation_records_what_an_engine_publishes_and_touches_no_clock(tmp_path):
     """From the address of all records to a table of iterations, without any load of our own."""
     gpus = create_state(tmp_path / "gpus", 8)

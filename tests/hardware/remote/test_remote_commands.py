@@ -126,6 +126,7 @@ def test_a_machine_of_the_deployment_commands_and_hears_of_it(site):
     assert not s.refusals()
 
 
+@pytest.mark.slow
 def test_the_lease_ends_when_commands_end(site):
     s = site()
     assert s.link().send(command(1), time.monotonic())
@@ -135,6 +136,7 @@ def test_the_lease_ends_when_commands_end(site):
     assert time.monotonic() - begun < LEASE_S + 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stranger", ["no key", "another deployment's key", "a wrong machine"])
 def test_strangers_are_turned_away_and_logged(site, tmp_path, stranger):
     s = site()
@@ -153,6 +155,7 @@ def test_strangers_are_turned_away_and_logged(site, tmp_path, stranger):
     assert s.clocks() == [0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_what_is_published_is_not_read_by_strangers(site):
     s = site()
     eavesdropper = s.channels(None).connect(zmq.SUB, s.status, None)
@@ -177,6 +180,7 @@ def message_of(beacon, sequence=1, **changes):
     return msgspec.msgpack.encode(msgspec.structs.replace(base, **changes))
 
 
+@pytest.mark.slow
 def test_a_repeated_command_is_refused_and_the_clock_goes_back(site):
     s = site()
     beacon, push = raw_sender(s)
@@ -312,6 +316,7 @@ class Constant:
         return np.array([-1.0], dtype=np.float32), None
 
 
+@pytest.mark.slow
 def test_records_over_tcp_lead_to_commands_over_tcp(site, monkeypatch):
     """Engine on ``a``, controller on ``b``, actuator on ``a``: all of it authenticated."""
     s = site()
