@@ -213,6 +213,7 @@ def test_multipliers_follow_sgd_and_stop_at_their_bounds():
     assert len(callback.path) == 42
 
 
+@pytest.mark.slow
 def test_cloning_recovers_a_teacher_that_a_network_can_hold():
     config = tiny(action="clock", net_arch=[32])
     env = env_of(config)

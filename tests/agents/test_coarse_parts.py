@@ -168,6 +168,7 @@ def test_the_rule_asks_for_the_load_of_the_window_before():
 # --- tuning
 
 
+@pytest.mark.slow
 @given(st.lists(st.booleans(), min_size=1, max_size=12).map(sorted))
 def test_bisection_finds_the_first_that_is_enough(enough):
     asked = []

@@ -182,6 +182,7 @@ def test_one_command_trains(capsys, monkeypatch, tmp_path):
     assert load_coarse(tmp_path / "run" / "best.npz").card["config"]["seed"] == 3
 
 
+@pytest.mark.slow
 def test_one_command_makes_the_table(capsys, monkeypatch, tmp_path):
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small().model_dump(mode="json")))
     train_coarse(small(), tmp_path / "run", False, Workers(1), lambda line: None)

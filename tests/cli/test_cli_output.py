@@ -48,6 +48,7 @@ def test_other_errors_of_the_system_are_faults_of_ours(monkeypatch):
         cli.main()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full")
 def test_output_on_a_full_disk():
     with Path("/dev/full").open("w") as full:

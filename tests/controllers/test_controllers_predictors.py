@@ -26,6 +26,7 @@ def test_errors_are_no_worse_than_the_papers(phase):
     assert 0.0 < errors["power_mape"] <= reported[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_reported_errors_are_those_of_the_plant(phase):
     c, model = context(phase), boosted(context(phase))

@@ -21,6 +21,7 @@ def test_the_same_figure_is_the_same_file(tmp_path):
     assert text == (tmp_path / "b.svg").read_bytes()
 
 
+@pytest.mark.slow
 def test_backend_and_settings_stay_as_they_were(tmp_path):
     code = """
 import sys

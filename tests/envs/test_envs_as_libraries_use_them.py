@@ -91,6 +91,7 @@ def test_stable_baselines_makes_it_by_name(env_id: str) -> None:
     model.learn(16)
 
 
+@pytest.mark.slow
 def test_stable_baselines_takes_the_id_itself() -> None:
     sb3 = pytest.importorskip("stable_baselines3")
     model = sb3.PPO("MlpPolicy", IDS[0], n_steps=8, batch_size=8, n_epochs=1)

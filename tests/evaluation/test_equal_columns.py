@@ -260,6 +260,7 @@ def test_a_run_directory_gives_the_same_columns_and_a_page(tmp_path):
     assert members(1.0, 0.1)["energy_j"].max() == pytest.approx(1.1)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_can_be_read(tmp_path):
     """Its result is written last: what stands there of a run without one is left out."""
     folder = keep(tmp_path / "run", both(SETTINGS))

@@ -98,6 +98,7 @@ def test_energy_ratio_is_covered(process, minutes):
         assert widths[0] > 2 * widths[1]
 
 
+@pytest.mark.slow
 def test_resampling_subsamples_as_if_they_were_workloads_does_not_cover():
     """Student's interval over five subsamples of one half hour, as tables had it."""
     rng = np.random.default_rng(5)

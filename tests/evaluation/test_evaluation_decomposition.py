@@ -154,6 +154,7 @@ def test_a_parked_pair_differs_by_no_idle_power():
     assert parts["last-clock"]["idle"] < 2 * parts["parked"]["idle"] < 0
 
 
+@pytest.mark.slow
 def test_decode_saves_by_fuller_batches_too():
     trace = generate("azure-conv-like", rate_rps=12.0, duration_s=60.0, seed=4)
     plant = plant_of("decode")

@@ -95,6 +95,7 @@ def test_resume_with_an_slo_file_runs_nothing_again(compare, monkeypatch):
     pd.testing.assert_frame_equal(load_run("run").results, before)
 
 
+@pytest.mark.slow
 def test_resume_on_a_changed_trace_or_slo_of_the_same_name_is_refused(compare, tmp_path):
     assert compare("--slo", "slo.yaml").exception is None
     trace(tmp_path / "t.csv", shift=1)
@@ -108,6 +109,7 @@ def test_resume_on_a_changed_trace_or_slo_of_the_same_name_is_refused(compare, t
     assert load_run("run").results["policy"].tolist() == ["max", "static-hindsight"]
 
 
+@pytest.mark.slow
 def test_every_input_is_digested_and_a_change_of_each_shows(tmp_path):
     family = tmp_path / "family"
     shutil.copytree(configs_dir() / "models" / "h100-sxm/llama-3.3-70b", family)

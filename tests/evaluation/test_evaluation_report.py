@@ -149,6 +149,7 @@ def test_colours_of_the_page_have_dark_twins(page):
     assert used <= set(twins)
 
 
+@pytest.mark.slow
 def test_figures_beyond_the_size_budget_are_left_out_and_the_page_says_so(run, monkeypatch):
     monkeypatch.setattr(report_page, "FIGURE_BUDGET_BYTES", 120_000)
     views = report_page.point_views(run)

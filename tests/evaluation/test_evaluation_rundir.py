@@ -103,6 +103,7 @@ def test_requests_and_timelines_may_be_left_out(tmp_path):
     assert opened.timelines.empty
 
 
+@pytest.mark.slow
 def test_interrupt_keeps_finished_rows_and_resume_skips_them(tmp_path):
     first, second = tiny(workload_seed=0), tiny(workload_seed=1)
 

@@ -44,6 +44,7 @@ def test_commas_of_parameters_stay_in_their_policy(text, entries):
     assert split_list(text) == entries
 
 
+@pytest.mark.slow
 @given(st.lists(ENTRIES, max_size=5))
 def test_a_list_is_the_entries_that_were_joined(entries):
     assert split_list(",".join(entries)) == entries

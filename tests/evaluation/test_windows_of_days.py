@@ -193,6 +193,7 @@ def test_the_report_says_what_the_load_is_of(compared):
     assert "on 3 judged days, all windows at one multiple of their own rates" in page
 
 
+@pytest.mark.slow
 def test_one_trace_as_one_stretch_of_time_has_no_day(week, tmp_path):
     changes = {"trace": str(week), "reading": {"stop": "4min"}, "load": 0.3, "seeds": 1}
     asked = compare_scenario(None, changes, ["max"], "prefill")

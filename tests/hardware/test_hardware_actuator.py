@@ -279,6 +279,7 @@ def test_observe_only_logs_and_touches_nothing(bench, hw_state):
     assert not hw_state.exists()
 
 
+@pytest.mark.slow
 def test_heat_forbids_raising_but_not_lowering(bench):
     b = bench(lease_s=9)
     b.command("prefill", 1200.0)

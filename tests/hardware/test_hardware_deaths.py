@@ -93,6 +93,7 @@ def test_kill_the_controller_and_the_clock_is_back_within_the_lease(machine):
     wait_until(lambda: machine.log()[-1]["cause"] == "lease", 2.0)  # logged after it is reset
 
 
+@pytest.mark.slow
 def test_the_controller_may_come_back(machine):
     machine.ready()
     machine.controller().kill()
@@ -156,6 +157,7 @@ def test_restore_leaves_a_living_owner_alone(machine):
     assert machine.clocks()[0] == 900.0
 
 
+@pytest.mark.slow
 def test_without_privilege_one_sentence_and_exit_code_2(machine, hw_state):
     actuator = machine.actuator(env={"FAKE_NVML_PRIV": "0"})
     out, err = actuator.communicate(timeout=30)
@@ -177,6 +179,7 @@ def test_observe_only_needs_no_privilege(machine):
     assert [int(g["n_sets"]) for g in gpus_of(machine.path)] == [0, 0]
 
 
+@pytest.mark.slow
 def test_no_driver_one_sentence_and_exit_code_2(machine):
     actuator = machine.actuator(env={"FAKE_NVML_STATE": "/nowhere"})
     _, err = actuator.communicate(timeout=30)

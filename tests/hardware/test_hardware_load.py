@@ -136,6 +136,7 @@ def test_requests_leave_on_time_with_exact_lengths(engine):
     assert engine.seen[0][1]["model"] == "stand-in"
 
 
+@pytest.mark.slow
 def test_open_loop_a_slow_engine_does_not_hold_requests_back(engine):
     engine.token_s = 0.2
     _, records = replay(trace(5, 0.02, output=3), engine)

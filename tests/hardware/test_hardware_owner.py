@@ -235,6 +235,7 @@ def test_the_name_alone_excludes_owners_with_another_state_folder(tmp_path, monk
     owner.OwnerLock("GPU-x").release()
 
 
+@pytest.mark.slow
 def test_a_killed_owner_holds_nothing(hw_state):
     code = """
         import os, time

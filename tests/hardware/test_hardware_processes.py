@@ -110,6 +110,7 @@ def test_a_refusal_with_the_word_already_is_not_ready(actuate, tmp_path):
         first.stop()
 
 
+@pytest.mark.slow
 def test_latency_settings_end_with_their_block():
     gc.unfreeze()  # what a library or another test has frozen in this process
     before, frozen = sys.getswitchinterval(), gc.get_freeze_count()
@@ -131,6 +132,7 @@ def test_objects_that_somebody_else_has_frozen_stay_so():
         gc.unfreeze()
 
 
+@pytest.mark.slow
 def test_a_control_loop_changes_nothing_in_the_process_of_its_caller(tmp_path):
     class Anything:
         def predict(self, observation, state=None, episode_start=None, deterministic=True):

@@ -204,6 +204,7 @@ def test_delays_without_files_or_measurements_are_refused(tmp_path):
         change_latency.write_delays(tmp_path, [Switch("g", 900, 1200, 0.001, math.nan)])
 
 
+@pytest.mark.slow
 def test_clock_latency_command(machine, tmp_path):
     arguments = [
         "hw",
@@ -343,6 +344,7 @@ def test_telemetry_survives_a_lost_gpu(machine):
     assert "lost" in telemetry.problems[0]
 
 
+@pytest.mark.slow
 def test_iteration_log_keeps_every_record_and_notes_strangers(tmp_path):
     endpoint = wire.ipc(tmp_path / "all.sock")
     sender = Sender(None, endpoint)
@@ -476,6 +478,7 @@ def test_clock_bounds_come_from_the_description_of_the_gpu_or_from_the_device(tm
     )
 
 
+@pytest.mark.slow
 def test_latency_stays_within_the_described_range(machine, tmp_path):
     description = yaml.safe_load(Path(TOY_GPU).read_text())
     description |= {

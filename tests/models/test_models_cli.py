@@ -155,6 +155,7 @@ def test_impossible_requests_are_one_sentence(args, message):
     assert "\n" not in str(result.exception)
 
 
+@pytest.mark.slow
 def test_exit_code_two_and_no_traceback():
     command = [
         sys.executable,
@@ -214,6 +215,7 @@ def test_fit_of_several_configurations_wants_a_folder(tmp_path, monkeypatch):
     assert load_model("prefill", 4, "bf16", str(tmp_path / "both")).name == "t"
 
 
+@pytest.mark.slow
 def test_a_gpu_is_fitted_over_processes():
     result = run("fit", "--gpu", "l40s", "--check", "--jobs", "2")
     assert result.exit_code == 0, result.output

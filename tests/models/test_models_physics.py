@@ -258,6 +258,7 @@ def test_numeric_compiled_and_symbolic_agree(configuration):
         np.testing.assert_allclose(symbolic, plain, rtol=1e-9, atol=0)
 
 
+@pytest.mark.slow
 def test_whole_numbers_of_tokens_are_as_good_as_any():
     """Simulators count tokens in integers, whose fourth power does not fit into 64 bits."""
     c = load_model("decode").coefficients._replace(

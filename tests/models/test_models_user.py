@@ -105,6 +105,7 @@ def test_the_start_alone_would_not_pass(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_noise_widens_the_ensemble_and_not_the_truth(tmp_path):
     (clean,) = fit_user(save(tmp_path, table(), "a.csv"))
     (noisy,) = fit_user(save(tmp_path, table(noise=0.02), "b.csv"))
@@ -134,6 +135,7 @@ def test_the_file_loads_and_says_what_was_measured(tmp_path):
     assert load_model("decode", 4).delay_s(3) == pytest.approx(model.delay_s(3), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_same_table_same_file(tmp_path):
     path = save(tmp_path, table(noise=0.01))
     first, second = fit_user(path)[0], fit_user(path)[0]
@@ -186,6 +188,7 @@ def test_shards_and_whole_iterations_do_not_mix(tmp_path):
         fit_user(save(tmp_path, table().assign(scope="half")))
 
 
+@pytest.mark.slow
 def test_power_may_stand_in_its_own_table(tmp_path):
     frame = table()
     together = fit_user(save(tmp_path, frame, "both.csv"))[0].content.as_tuple()
@@ -216,6 +219,7 @@ def test_one_clock_keeps_the_frequency_behaviour(tmp_path):
     assert fit.latency_mape < 0.01
 
 
+@pytest.mark.slow
 def test_an_energy_at_its_bound_is_zero_and_not_a_rounding_error_below(tmp_path, monkeypatch):
     """The bounded least squares may return -1e-15 there, and a file with that could not be read
     again.

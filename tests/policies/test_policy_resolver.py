@@ -190,6 +190,7 @@ def test_a_file_by_its_path_is_read_again_when_it_changes(tmp_path):
         resolve_policy(f"{path}:Plain", c)
 
 
+@pytest.mark.slow
 def test_a_module_in_the_working_folder_is_found(tmp_path):
     (tmp_path / "beside_me.py").write_text(OUTSIDE.read_text())
     code = (

@@ -84,6 +84,7 @@ def test_fit_of_a_poisson_trace_has_no_modulation():
     assert fitted.gap_cv == pytest.approx(1.0, abs=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modulation", [(3.0, 10.0, 40.0), (1.4, 200.0, 400.0), (5.0, 8.0, 32.0)])
 def test_fit_finds_the_moments_of_an_mmpp(modulation):
     true = Modulation(

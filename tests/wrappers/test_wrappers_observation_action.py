@@ -107,6 +107,7 @@ def test_the_tightest_deadline_and_the_work_before_it() -> None:
     assert made["tokens_until"] == pytest.approx(np.log1p(1.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id", IDS)
 def test_the_vector_form_is_the_single_one_final_observations_too(env_id: str) -> None:
     native = gym.make_vec(env_id, num_envs=3, **SMALL)

@@ -265,6 +265,7 @@ def test_nobody_there_at_all_is_a_502(ports):
     assert all(load.requests == 0 for load in router.pool.loads().values())
 
 
+@pytest.mark.slow
 def test_a_client_that_goes_away_frees_its_place(ports):
     engines = [Engine(port, hang=port == ports[2]) for port in ports]
 

@@ -143,6 +143,7 @@ def test_an_empty_first_event_is_no_token():
     assert coalesced.ttft_s > 0.19
 
 
+@pytest.mark.slow
 def test_a_token_whose_text_is_held_back_is_one():
     record = answered([token(""), 0.6, token("ä"), token(), token(), usage(4), DONE])
     assert (record.chunks, record.error) == (4, "")

@@ -184,6 +184,7 @@ def state_of(plant, time_s, lead_s):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("lead_s", [0.01, 0.03, 0.2])
 def test_looking_ahead_sees_what_a_record_at_the_begin_would_show(phase, lead_s):
