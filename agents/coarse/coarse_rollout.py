@@ -20,11 +20,13 @@ class CoarseDay:
         day: the workload.
         windows: a row per window: load, energy, misses of each bound, GPUs, placement.
         requests: that were finished.
+        unfinished: that were still in flight at the end.
     """
 
     day: ServiceDay
     windows: list[dict[str, Any]]
     requests: float
+    unfinished: float = 0.0
 
     def total(self, name: str) -> float:
         """Sum over the windows."""
@@ -44,6 +46,7 @@ class CoarseDay:
             "day": self.day.day,
             "seed": self.day.seed,
             "requests": self.requests,
+            "unfinished": self.unfinished,
             **{name: self.total(name) for name in sums},
             "gpus": self.total("gpus") / max(len(self.windows), 1),
             "changes": self.changes,
@@ -78,7 +81,8 @@ def run_coarse_day(env: ClusterEnv, policy: CoarsePolicy, day: ServiceDay) -> Co
                 "shape": placement.shape(),
             }
         )
-    return CoarseDay(day, rows, info["kpis"]["requests_finished"])
+    kpis = info["kpis"]
+    return CoarseDay(day, rows, kpis["requests_finished"], kpis["requests_unfinished"])
 
 
 @dataclass(frozen=True)

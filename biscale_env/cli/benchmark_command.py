@@ -22,7 +22,12 @@ PolicyNames = Annotated[
     ),
 ]
 TierName = Annotated[
-    str | None, typer.Option("--tier", help="prefill or decode; default: all of the suite.")
+    str | None,
+    typer.Option(
+        "--tier",
+        help="prefill or decode, by default both; cluster: placements of windows; multi: the clock "
+        "of every instance of a cluster.",
+    ),
 ]
 SuiteName = Annotated[
     str, typer.Option("--suite", help="core, full (configs/benchmark), or a YAML file.")
@@ -59,7 +64,7 @@ def benchmark(
 
     Every policy is tuned by the same rule. Writes a score card per policy and one page.
     """
-    from biscale_env.evaluation.suite.tasks import load_suite
+    from biscale_env.evaluation.suite.tasks import CLUSTER_TIERS, load_suite
     from biscale_env.jobs.workers import Workers
 
     workers = Workers.of(jobs, ray)
@@ -74,9 +79,16 @@ def benchmark(
 
     if policy is not None:
         raise BiscaleError("--policy is for biscale benchmark verify: give policies as arguments")
-    paths = suites.run_benchmark(
-        suites.BenchmarkRequest(load_suite(suite), policies, tier), out, resume, workers
-    )
+    if tier is not None and tier in CLUSTER_TIERS:
+        from biscale_env.reproduce.cluster_suite import cluster_benchmark, cluster_tasks
+
+        frozen = cluster_tasks.load_cluster_suite(suite)
+        request = cluster_benchmark.ClusterRequest(frozen, policies, cluster_tasks.tier_of(tier))
+        paths = cluster_benchmark.run_cluster_benchmark(request, out, resume, workers)
+    else:
+        paths = suites.run_benchmark(
+            suites.BenchmarkRequest(load_suite(suite), policies, tier), out, resume, workers
+        )
     for path in paths:
         print(card_text(read_card(path)) + f"\n  score card: {path}\n")
     print(f"page: {paths[0].with_name(suites.CARDS_PAGE)}")
@@ -92,8 +104,8 @@ def _verify(
     workers: "Workers",
 ) -> None:
     from biscale_env.evaluation.suite.score_card import read_card
-    from biscale_env.evaluation.suite.tasks import load_suite
-    from biscale_env.evaluation.suite.verification import require_valid, verify
+    from biscale_env.evaluation.suite.tasks import CLUSTER_TIERS, load_suite
+    from biscale_env.evaluation.suite.verification import require_valid, rerun, verify
 
     if not cards:
         raise BiscaleError("biscale benchmark verify needs a score card, a JSON file")
@@ -102,7 +114,16 @@ def _verify(
     for name in cards:
         path = Path(name)
         told = read_card(path)
-        frozen = load_suite(suite if suite.endswith((".yaml", ".yml")) else told.suite)
-        require_valid(path, verify(path, frozen, tasks, sample, policy, out, workers))
+        given = suite if suite.endswith((".yaml", ".yml")) else None
+        if set(told.tiers) & set(CLUSTER_TIERS):
+            from biscale_env.reproduce.cluster_suite import cluster_benchmark, cluster_tasks
+
+            of_clusters = cluster_tasks.load_cluster_suite(given or suite)
+            again = cluster_benchmark.rerun_clusters
+            faults = verify(path, of_clusters, tasks, sample, policy, out, workers, again)
+        else:
+            frozen = load_suite(given or told.suite)
+            faults = verify(path, frozen, tasks, sample, policy, out, workers, rerun)
+        require_valid(path, faults)
         print(f"{name} holds: {told.policy} on {told.suite} v{told.suite_version}, "
               f"arithmetic and {min(tasks, len(told.results))} tasks run again")  # fmt: skip

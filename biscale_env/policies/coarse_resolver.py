@@ -1,8 +1,8 @@
 """From a name to a policy of the coarse loop (``BiScale/Cluster-v1``).
 
 ``ilp:0.3`` (BiScale's integer programme with its headroom), ``largest`` (DistServe's placement),
-``agent:price=3`` (the shipped learned one), or a run directory of ``biscale train cluster`` or its
-``.npz``.
+``agent:price=3`` (the shipped learned one), a run directory of ``biscale train cluster`` or its
+``.npz``, or ``module:Class`` (:mod:`biscale_env.policies.coarse_classes`).
 """
 
 from pathlib import Path
@@ -14,7 +14,8 @@ from biscale_env.config.loader import nearest
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.cluster.cluster_env import ClusterEnv
 from biscale_env.policies.checkpoint_source import SHIPPED, checkpoint_in, names_checkpoint
-from biscale_env.policies.policy_source import AGENT, split_name
+from biscale_env.policies.coarse_classes import coarse_from_class
+from biscale_env.policies.policy_source import AGENT, is_class_name, split_name
 from controllers.placement.coarse_rules import RULES, CoarsePolicy, IlpRule
 from controllers.placement.load_plans import LoadPlans
 from controllers.registry import check_parameters, parse_parameters
@@ -42,11 +43,13 @@ def resolve_coarse(name: str, env: ClusterEnv) -> CoarsePolicy:
             LoadPlans.of_env(env), **check_parameters(maker, name, given, free)
         )
         return made
+    if is_class_name(base):
+        return coarse_from_class(name, base, rest, env)
     if base != AGENT and not names_checkpoint(base):
         known = [*RULES, AGENT]
         raise BiscaleError(
             f"unknown coarse policy '{name}': did you mean '{nearest(base, known)}'? Known are "
-            f"{', '.join(known)} and checkpoints of biscale train cluster"
+            f"{', '.join(known)}, checkpoints of biscale train cluster and module:Class"
         )
     given = parse_parameters(name, rest, "price")
     checked = check_parameters(CoarseAgent, name, given, ["price"])

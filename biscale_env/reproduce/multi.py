@@ -126,7 +126,8 @@ class CellBench:
         self.cell, self.plan = cell, plan
         self.placement, self.rate_rps = env.placement, env.options.source.rate_rps
         self.plant: ClusterPlant = env.options.plant
-        self._tps: dict[str, int] = {g.phase: g.tp for g in self.placement.groups}
+        tps: dict[str, int] = {g.phase: g.tp for g in self.placement.groups}
+        self.plants = {phase: self.plant.plant(phase, tps[phase]) for phase in PHASES}
 
     def run(self, choice: Choice, workloads: Sequence[Trace]) -> list[ClusterRun]:
         """Every workload under a choice."""
@@ -136,9 +137,7 @@ class CellBench:
     def tuned(self, system: str, agents: dict[str, str] | None) -> tuple[Choice, bool]:
         """Settings of a system, and whether they held the bounds while tuning."""
         given = agents or {}
-        rungs = {
-            p: ladder(system, p, self.plant.plant(p, self._tps[p]), given.get(p)) for p in PHASES
-        }
+        rungs = {p: ladder(system, p, self.plants[p], given.get(p)) for p in PHASES}
         if all(len(r) == 1 for r in rungs.values()):
             return {p: rungs[p][0] for p in PHASES}, True
         workloads = workloads_of(self.cell, self.plan, False, self.rate_rps)

@@ -123,16 +123,17 @@ def least_energy(
     busy_s: Floats,
     floor_w: float,
     last_open: bool,
+    instances: int = 1,
 ) -> float:
     """Solve the linear programme over the windows; J above the floor power.
 
     Variables, per window: cumulative tokens and reads, busy time, energy. ``last_open``: the last
     window reaches beyond the end of the episode, and its busy time, which makes the run longer,
-    costs the floor power too.
+    costs the floor power too. ``instances`` that are alike may be busy at once.
     """
     k, n = len(borders_s), len(cuts)
     scale = np.maximum(most.max(axis=1), 1.0)
-    window = np.diff(borders_s, prepend=0.0)
+    window = instances * np.diff(borders_s, prepend=0.0)
     upper = np.where(np.arange(k) == k - 1, np.inf, window) if last_open else window
     bounds = [
         *zip(least[0] / scale[0], most[0] / scale[0], strict=True),

@@ -64,12 +64,18 @@ class Iterations:
     ``energy >= mu time + nu n + kappa cached``.
     """
 
-    def __init__(self, plant: Plant, pool: RequestTable, member: int) -> None:
-        """Evaluate the physics at all batch sizes, both ends of the cache and all clocks."""
+    def __init__(
+        self, plant: Plant, pool: RequestTable, member: int, floor_w: float | None = None
+    ) -> None:
+        """Evaluate the physics at all batch sizes, both ends of the cache and all clocks.
+
+        ``floor_w``: the power above which energy counts; None: the least of a waiting instance.
+        """
         self.c = plant.model.member(member)
         self.clocks_ghz = clocks = plant.clocks.grid_mhz / 1e3
         self.n_gpus = float(self.c.n_gpus)
-        self.floor_w = plant.waiting_power_w(member, plant.clocks.freq_min_mhz)
+        least_w = plant.waiting_power_w(member, plant.clocks.freq_min_mhz)
+        self.floor_w = least_w if floor_w is None else floor_w
         self.capacity = float(plant.kv_capacity_tokens)
         size = np.arange(1.0, min(plant.settings.max_seqs, len(pool.prompt)) + 1.0)
         least = size * (float(pool.prompt.min()) + 1.0)

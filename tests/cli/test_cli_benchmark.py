@@ -76,7 +76,8 @@ def test_cards_are_written_and_verified(call, place):
 
 def test_mistakes_are_one_sentence(call):
     for arguments, words in (
-        (("mpc", "--tier", "cluster"), "no cluster tasks yet"),
+        (("mpc", "--tier", "cluster"), "unknown coarse policy 'mpc'"),
+        (("mine", "--tier", "clusters"), "cluster and multi are those of clusters"),
         (("mpc", "--suite", "cor"), "unknown suite 'cor'"),
         (("mpc", "--resume"), "--resume needs the run directory"),
         (("mpc", "--policy", "x"), "--policy is for biscale benchmark verify"),

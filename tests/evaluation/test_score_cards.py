@@ -118,7 +118,10 @@ def test_tasks_by_tier_and_in_samples():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: SUITE.tasks("cluster"), "no cluster tasks yet; it has prefill, decode"),
+        (
+            lambda: SUITE.tasks("cluster"),
+            "a tier of clusters: suite .* has prefill",
+        ),
         (lambda: SUITE.tasks("prefil"), "unknown tier 'prefil'"),
         (lambda: load_suite("cor"), "unknown suite 'cor'; known: core, full"),
         (lambda: entrants_of(["x=mpc", "x=slack"]), "two policies are called 'x'"),

@@ -7,7 +7,7 @@ from biscale_env.core.markdown import markdown_table
 from biscale_env.evaluation.report import words
 from biscale_env.evaluation.suite.card_page import training_words
 from biscale_env.evaluation.suite.score_card import Aggregate, ScoreCard
-from biscale_env.evaluation.suite.tasks import TIERS
+from biscale_env.evaluation.suite.tasks import CLUSTER_TIERS, TIERS
 
 HEAD = (
     "policy",
@@ -34,7 +34,7 @@ def leaderboard_markdown(cards: Sequence[ScoreCard]) -> str:
     for (suite, version, digest), group in groupby(ordered, key=_suite):
         mine = list(group)
         parts.append(f"### {suite} v{version}\n\nDigest of the tasks: `{digest[:12]}`.")
-        parts += [part for tier in TIERS if (part := _tier_table(mine, tier))]
+        parts += [part for tier in (*TIERS, *CLUSTER_TIERS) if (part := _tier_table(mine, tier))]
     return "\n\n".join(parts)
 
 

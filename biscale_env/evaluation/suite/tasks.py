@@ -12,8 +12,8 @@ from biscale_env.evaluation.runs.provenance import text_hash
 
 Tier = Literal["prefill", "decode"]
 TIERS: Final[tuple[Tier, ...]] = ("prefill", "decode")
-NOT_YET: Final = ("cluster", "multi")
-"""Tiers of the design that have no tasks in any suite yet."""
+CLUSTER_TIERS: Final = ("cluster", "multi")
+"""Tiers of whole clusters, which have suites of their own (``configs/benchmark/clusters``)."""
 
 
 class BenchmarkTask(Config):
@@ -103,9 +103,13 @@ class BenchmarkSuite(Config):
         """
         if tier is not None and tier not in self.tiers:
             known = ", ".join(self.tiers)
-            if tier in NOT_YET:
-                raise BiscaleError(f"suite {self.title} has no {tier} tasks yet; it has {known}")
-            raise BiscaleError(f"unknown tier '{tier}': suite {self.title} has {known}")
+            if tier in CLUSTER_TIERS:
+                raise BiscaleError(f"{tier} is a tier of clusters: suite {self.title} has {known}")
+            clusters = " and ".join(CLUSTER_TIERS)
+            raise BiscaleError(
+                f"unknown tier '{tier}': suite {self.title} has {known}; {clusters} are those of "
+                "clusters"
+            )
         return [
             FrozenTask(split, of, self._scenario(task, of))
             for of in self.tiers

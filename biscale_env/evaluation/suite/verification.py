@@ -1,9 +1,9 @@
 """Verifying a score card: its arithmetic, and a sample of its tasks run again."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Protocol, Self
 
 import numpy as np
 
@@ -28,7 +28,41 @@ The bound of decode comes from a solver.
 ROUNDING: Final = 1e-9
 
 
-def arithmetic_faults(card: ScoreCard, suite: BenchmarkSuite) -> list[str]:
+class Suite(Protocol):
+    """What verification asks of a suite, of single instances or of clusters."""
+
+    version: int
+
+    @property
+    def title(self) -> str:
+        """Name and version."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all tasks."""
+        ...
+
+    def tasks(self) -> Sequence[Any]:
+        """All tasks; each has ``key`` and ``tier``."""
+        ...
+
+    def only(self, keys: set[str]) -> Self:
+        """The suite with some of its tasks."""
+        ...
+
+
+Rerun = Callable[[Any, str, Path | None, int | Workers | None], Path]
+"""Runs a suite for an entry ``[label=]name`` into a folder, and gives the card."""
+
+
+def rerun(part: BenchmarkSuite, entry: str, out: Path | None, n_jobs: int | Workers | None) -> Path:
+    """A suite of single instances."""
+    (card,) = run_benchmark(BenchmarkRequest(part, [entry]), out, False, n_jobs)
+    return card
+
+
+def arithmetic_faults(card: ScoreCard, suite: Suite) -> list[str]:
     """What a card states that does not follow from its own figures, or from the suite.
 
     Args:
@@ -108,12 +142,13 @@ def differences(told: Sequence[TaskResult], found: Sequence[TaskResult]) -> list
 
 def verify(
     path: Path,
-    suite: BenchmarkSuite,
+    suite: Suite,
     n_tasks: int = 2,
     seed: int = 0,
     policy: str | None = None,
     out: Path | None = None,
     n_jobs: int | Workers | None = None,
+    run: Rerun = rerun,
 ) -> list[str]:
     """Check a card and run a sample of its tasks again, tuning and references included.
 
@@ -125,6 +160,7 @@ def verify(
         policy: the policy's name here, if it is another than on the card.
         out: run directory of the sample; None makes a new one.
         n_jobs: processes, or which workers; None for all cores.
+        run: runs a suite of that kind.
 
     Returns:
         What does not hold, one sentence each; empty for a card that holds.
@@ -140,8 +176,7 @@ def verify(
     part = suite.only({result.task for result in sample})
     build = policy or card.build
     entry = build if build == card.policy else f"{card.policy}={build}"
-    (again,) = run_benchmark(BenchmarkRequest(part, [entry]), out, False, n_jobs)
-    return differences(sample, read_card(again).results)
+    return differences(sample, read_card(run(part, entry, out, n_jobs)).results)
 
 
 def require_valid(path: Path, faults: Sequence[str]) -> None:

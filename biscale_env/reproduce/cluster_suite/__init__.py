@@ -1,0 +1,1 @@
+"""Tiers ``cluster`` and ``multi`` of BiScale-Bench: placements of windows, clocks of instances."""

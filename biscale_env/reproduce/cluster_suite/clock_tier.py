@@ -1,0 +1,151 @@
+"""Tier ``multi``: the clock of every instance of a cluster, on workloads that nobody was tuned on.
+
+Entrants: ``tier2`` (MPC and slack before every iteration), ``static-best`` (a clock per phase), a
+folder with ``prefill.npz`` and ``decode.npz``, and any two policies as ``PREFILL+DECODE``, or one
+that runs in both phases; those decide at intervals, each instance for itself.
+"""
+
+from pathlib import Path
+from typing import Any, Final
+
+from agents.multi.multi_config import ClusterScenario
+from biscale_env.core.errors import BiscaleError
+from biscale_env.policies import phases_of, policy_settings, with_parameters
+from biscale_env.policies.policy_source import AGENT
+from biscale_env.reproduce.cluster_suite.cluster_tasks import ClockTask, ClockTier
+from biscale_env.reproduce.cluster_suite.suite_rows import BOUND, MAX, judged_row
+from biscale_env.reproduce.multi import CellBench, MultiCell, MultiPlan, row_of, workloads_of
+from biscale_env.reproduce.multi_systems import (
+    INDEPENDENT,
+    PHASES,
+    SHARED,
+    STATIC,
+    TIER2,
+    PhaseSetting,
+    holds_bounds,
+    ladder,
+    least_careful_of_both,
+    of_run,
+)
+from controllers.oracle.cluster_bound import cluster_bound, fixed_stage
+
+OWN: Final = TIER2
+STATIC_BEST: Final = "static-best"
+BOTH: Final = "+"
+CAREFUL: Final = ("margin", "price")
+"""Parameters that rise with care, so that the least careful setting can be looked for."""
+
+
+def bench_of(tier: ClockTier, task: ClockTask) -> CellBench:
+    """The cluster of a task, with its load measured."""
+    scenario = ClusterScenario(
+        name=task.name,
+        placement=task.placement,
+        profile=task.profile,
+        loads=(task.load,),
+        env=task.env,
+    )
+    plan = MultiPlan(tier.interval_s, tier.window_s, tier.n_tune, tier.n_judged)
+    return CellBench(MultiCell(task.name, scenario, task.load), plan)
+
+
+def pair_of(build: str) -> dict[str, str]:
+    """Name of the policy of each phase.
+
+    Raises:
+        BiscaleError: no such policy, or one that cannot run in its phase.
+    """
+    if Path(build).is_dir() and (Path(build) / "decode.npz").is_file():
+        return of_run(Path(build))
+    first, plus, second = build.partition(BOTH)
+    pair = dict(zip(PHASES, (first, second if plus else first), strict=True))
+    for phase, name in pair.items():
+        if phase not in phases_of(name):
+            raise BiscaleError(
+                f"policy '{name}' does not run in {phase}: name one per phase, as in mpc+slack"
+            )
+    return pair
+
+
+def rungs_of(build: str, phase: str, bench: CellBench) -> list[PhaseSetting]:
+    """Settings of a phase under an entrant, the least careful first; one where nothing is free."""
+    plant = bench.plants[phase]
+    if build in (MAX, TIER2):
+        return ladder(build, phase, plant)
+    if build == STATIC_BEST:
+        return ladder(STATIC, phase, plant)
+    if build == AGENT:
+        return ladder(INDEPENDENT, phase, plant)
+    name = pair_of(build)[phase]
+    if name.endswith(".npz"):
+        return ladder(SHARED, phase, plant, name)
+    free = policy_settings(name, phase)
+    main = next(iter(free[0]), "") if free else ""
+    if main in CAREFUL:
+        rising = sorted((one for one in free if set(one) == {main}), key=lambda one: one[main])
+        return [PhaseSetting("policy", with_parameters(name, one)) for one in rising]
+    return [PhaseSetting("policy", name)]
+
+
+def clock_rows(
+    tier: ClockTier, task: ClockTask, key: str, label: str, build: str
+) -> list[dict[str, Any]]:
+    """Rows of an entrant, or of a reference, on a task; a task for workers.
+
+    Args:
+        tier: what all tasks share.
+        task: the task.
+        key: of the task.
+        label: of the entrant; ``max`` is max clock everywhere, ``bound`` the bound.
+        build: its name.
+
+    Raises:
+        BiscaleError: no such policy.
+    """
+    bench = bench_of(tier, task)
+    judged = workloads_of(bench.cell, bench.plan, True, bench.rate_rps)
+    slo = bench.plant.slo
+    if label == BOUND:
+        stages = {
+            phase: fixed_stage(bench.plants[phase], len(bench.placement.instances(phase)))
+            for phase in PHASES
+        }
+        spare_w = bench.plant.spare_power_w(bench.plants["prefill"])
+        spare = bench.plant.settings.gpus - bench.placement.gpus
+        spare_j = spare * spare_w * sum(one.duration_s for one in judged)
+        found = cluster_bound(stages, judged, slo.attainment)
+        return [judged_row(key, BOUND, BOUND, BOUND, energy_j=found.energy_j + spare_j)]
+    rungs = {phase: rungs_of(MAX if label == MAX else build, phase, bench) for phase in PHASES}
+    tuned = any(len(each) > 1 for each in rungs.values())
+    at = dict.fromkeys(PHASES, 0)
+    if tuned:
+        tuning = workloads_of(bench.cell, bench.plan, False, bench.rate_rps)
+        at, _ = least_careful_of_both(
+            {phase: len(each) for phase, each in rungs.items()},
+            lambda at: holds_bounds(bench.run({p: rungs[p][at[p]] for p in PHASES}, tuning)),
+        )
+    choice = {phase: rungs[phase][at[phase]] for phase in PHASES}
+    kept = ("energy_j", "requests", "late_ttft", "late_tpot")
+    return [
+        judged_row(
+            key,
+            label,
+            build,
+            f"workload {k}",
+            **{name: value for name, value in row_of(run).items() if name in kept},
+            setting=", ".join(choice[phase].words() for phase in PHASES),
+            tuned=tuned,
+            required=slo.attainment,
+        )
+        for k, run in enumerate(bench.run(choice, judged))
+    ]
+
+
+def check_clocks(build: str) -> None:
+    """Say before anything is run whether a name is an entrant.
+
+    Raises:
+        BiscaleError: it is not.
+    """
+    if build not in (MAX, TIER2, STATIC_BEST, AGENT):
+        pair_of(build)

@@ -1,0 +1,174 @@
+"""``biscale benchmark --tier cluster|multi`` as a library: run, keep, resume, write cards."""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pandas as pd
+
+from biscale_env.core.errors import BiscaleError
+from biscale_env.core.exact_csv import read_exact
+from biscale_env.core.files import lock, write_whole
+from biscale_env.evaluation.experiment.comparison import new_folder
+from biscale_env.evaluation.experiment.policy_list import named
+from biscale_env.evaluation.runs.provenance import provenance
+from biscale_env.evaluation.suite.benchmark import CARDS_PAGE, file_name
+from biscale_env.evaluation.suite.card_page import write_cards_page
+from biscale_env.evaluation.suite.score_card import read_card, without_folders, write_card
+from biscale_env.jobs.progress import JobProgress
+from biscale_env.jobs.workers import Workers, run_each
+from biscale_env.reproduce.cluster_suite.clock_tier import check_clocks, clock_rows
+from biscale_env.reproduce.cluster_suite.cluster_scoring import OWN, cluster_cards
+from biscale_env.reproduce.cluster_suite.cluster_tasks import ClusterSuite, ClusterTier
+from biscale_env.reproduce.cluster_suite.placement_tier import check_placements, placement_rows
+from biscale_env.reproduce.cluster_suite.suite_rows import BOUND, MAX, SAVED
+
+CONFIG: Final = "suite.json"
+
+
+@dataclass(frozen=True)
+class ClusterRequest:
+    """What is run.
+
+    Attributes:
+        suite: the suite, or a sample of it.
+        policies: entries ``[label=]name``.
+        tier: ``cluster`` or ``multi``.
+    """
+
+    suite: ClusterSuite
+    policies: Sequence[str]
+    tier: ClusterTier
+
+    def entrants(self) -> dict[str, str]:
+        """Label and name of everybody who is scored.
+
+        Raises:
+            BiscaleError: nobody, no such policy, two of one label, or a reference's label.
+        """
+        if not self.policies:
+            raise BiscaleError("biscale benchmark needs a policy, such as agent")
+        shared, found = getattr(self.suite, self.tier), {}
+        check: Callable[[str], None] = (
+            check_placements(shared) if self.tier == "cluster" else check_clocks
+        )
+        references = {MAX, BOUND, OWN[self.tier]}
+        for label, build in dict.fromkeys(map(named, self.policies)):
+            if label in found or (label in references and (label != build or label == BOUND)):
+                raise BiscaleError(
+                    f"two policies are called '{label}': give each a name of its own, name=build "
+                    f"({', '.join(sorted(references))} are references)"
+                )
+            if label != MAX:
+                check(build)
+            found[label] = build
+        return found
+
+
+def run_cluster_benchmark(
+    request: ClusterRequest,
+    out: Path | None = None,
+    resume: bool = False,
+    n_jobs: int | Workers | None = None,
+) -> list[Path]:
+    """Run a suite of clusters and write a score card per policy, and one page of all.
+
+    Args:
+        request: what to run.
+        out: run directory; None makes a new one under ``runs``.
+        resume: go on with an interrupted run in ``out``, or let further policies join: what is
+            there already is not run again.
+        n_jobs: processes, or which workers; None for all cores.
+
+    Returns:
+        Paths of the cards.
+
+    Raises:
+        BiscaleError: an unknown policy or tier, nothing to score, a directory of other settings.
+    """
+    if resume and out is None:
+        raise BiscaleError("--resume needs the run directory to go on with: give it with --out")
+    tasks, entrants = request.suite.tasks(request.tier), request.entrants()
+    folder = out or new_folder(f"benchmark-{request.suite.name}-{request.tier}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / ".lock"):
+        _claim(folder, request, resume)
+        rows = _run(folder, request, entrants, Workers.of(n_jobs))
+    made_by = without_folders(provenance(inputs={"suite": request.suite.digest}))
+    paths = []
+    for card in cluster_cards(rows, request.suite, tasks, entrants, made_by):
+        paths.append(folder / f"{file_name(card.policy)}.json")
+        write_card(card, paths[-1])
+    write_cards_page([read_card(path) for path in paths], folder / CARDS_PAGE)
+    return paths
+
+
+def rerun_clusters(
+    part: ClusterSuite, entry: str, out: Path | None, n_jobs: int | Workers | None
+) -> Path:
+    """A sample of a suite of clusters, all of one tier, for verification."""
+    tier = part.tasks()[0].tier
+    (card,) = run_cluster_benchmark(ClusterRequest(part, [entry], tier), out, False, n_jobs)
+    return card
+
+
+def _claim(folder: Path, request: ClusterRequest, resume: bool) -> None:
+    """Keep what the directory is a run of.
+
+    Raises:
+        BiscaleError: it holds a run already, or one of other tasks.
+    """
+    path = folder / CONFIG
+    mine = {"tier": request.tier, "suite": request.suite.model_dump(mode="json")}
+    if path.is_file():
+        if not resume:
+            raise BiscaleError(f"{folder} holds a run already: give another folder or --resume")
+        if json.loads(path.read_text()) != mine:
+            raise BiscaleError(f"{folder} is a run of other tasks: give another folder")
+    elif any(one.name != ".lock" for one in folder.iterdir()):
+        raise BiscaleError(f"{folder} is not empty and no run of this suite: give another folder")
+    write_whole(path, json.dumps(mine, indent=1) + "\n")
+
+
+def _run(
+    folder: Path, request: ClusterRequest, entrants: dict[str, str], workers: Workers
+) -> pd.DataFrame:
+    """Rows of references and entrants on all tasks; what is kept is not run again."""
+    shared = getattr(request.suite, request.tier)
+    function: Callable[..., list[dict[str, Any]]] = (
+        placement_rows if request.tier == "cluster" else clock_rows
+    )
+    own = OWN[request.tier]
+    everybody = {BOUND: BOUND, MAX: MAX, own: own, **entrants}
+    path = folder / SAVED
+    rows = read_exact(path) if path.is_file() else pd.DataFrame()
+    known = set() if rows.empty else set(zip(rows["task"], rows["policy"], strict=True))
+    if known:
+        rows = rows.fillna({"setting": ""})
+        for label, build in zip(rows["policy"], rows["build"], strict=True):
+            if everybody.get(label, build) != build:
+                raise BiscaleError(
+                    f"in {folder} '{label}' is {build}: give {everybody[label]} another name, "
+                    "name=build"
+                )
+    asked = [
+        (shared, task.what, task.key, label, build)
+        for task in request.suite.tasks(request.tier)
+        for label, build in everybody.items()
+    ]
+    calls = [call for call in asked if call[2:4] not in known]
+    done = len(asked) - len(calls)
+    if not calls:
+        return rows
+    with (
+        JobProgress("runs", len(asked), done) as progress,
+        closing(run_each(function, calls, workers)) as results,
+    ):
+        for count, (number, found) in enumerate(results, start=done + 1):
+            rows = pd.concat([rows, pd.DataFrame(found)], ignore_index=True)
+            write_whole(path, rows.to_csv(index=False))
+            progress.tell(count, name=f"{calls[number][2]} {calls[number][3]}")
+    return rows

@@ -1,0 +1,34 @@
+"""Rows of a suite of clusters: what an entrant did on one judged day or workload."""
+
+from typing import Any, Final
+
+BOUND: Final = "bound"
+"""Label of the rows that hold what nobody can go below."""
+MAX: Final = "max"
+SAVED: Final = "rows.csv"
+
+
+def judged_row(task: str, policy: str, build: str, unit: str, **figures: Any) -> dict[str, Any]:
+    """A row, all columns in order.
+
+    Args:
+        task: key of the task.
+        policy: label.
+        build: its name for the resolver.
+        unit: the day or workload.
+        **figures: ``energy_j`` of all GPUs; ``requests``, of which ``late_ttft`` and ``late_tpot``
+            missed a bound; ``setting`` as words and whether it was ``tuned``; ``required``
+            attainment; ``decision_s``, median time of a decision.
+    """
+    empty = {
+        "energy_j": 0.0,
+        "requests": 0.0,
+        "late_ttft": 0.0,
+        "late_tpot": 0.0,
+        "setting": "",
+        "tuned": False,
+        "required": 0.0,
+        "decision_s": float("nan"),
+    }
+    assert set(figures) <= set(empty), figures
+    return {"task": task, "policy": policy, "build": build, "unit": unit, **empty, **figures}
