@@ -25,12 +25,14 @@ from biscale_env.traces import Trace
 from controllers.placement.coarse_rules import TUNE_GUARD
 
 PHASES: Final = ("prefill", "decode")
-MAX, STATIC, TIER2, INDEPENDENT, SHARED = "max", "static", "tier2", "independent", "shared"
+MAX, STATIC, TIER2, SHARED = "max", "static", "tier2", "shared"
+INDEPENDENT, EACH = "independent", "independent-each"
 TITLES: Final = {
     MAX: "max clock",
     STATIC: "best static clock per phase",
     TIER2: "BiScale's tier 2 (MPC, slack)",
     INDEPENDENT: "independent shipped agents",
+    EACH: "the same, asked before every iteration",
     SHARED: "parameter-shared PPO",
 }
 NO_SHARED: Final = (
@@ -38,6 +40,7 @@ NO_SHARED: Final = (
     "--agent FOLDER"
 )
 COMPILED: Final = {"prefill": "mpc", "decode": "slack"}
+KINDS: Final = {"static": "static", "policy": "static", "each": "external"}
 N_PRICES: Final = 8
 PRICES: Final = {"prefill": (1.0, 1000.0), "decode": (1.0, 100.0)}  # what the agents learned
 
@@ -47,7 +50,8 @@ class PhaseSetting:
     """How one phase is controlled.
 
     Attributes:
-        kind: ``static``, ``rule`` (compiled, before every iteration) or ``policy`` (at intervals).
+        kind: ``static``; ``rule`` (compiled, before every iteration); ``policy`` (at intervals);
+            ``each`` (a policy, before every iteration).
         value: clock in MHz, margin of the rule, or the policy's name with its parameters.
     """
 
@@ -89,6 +93,8 @@ def ladder(system: str, phase: str, plant: Plant, agent: str | None = None) -> l
         return [PhaseSetting("rule", margin) for margin in MARGINS]
     if system == INDEPENDENT:
         return _prices("agent", phase)
+    if system == EACH:
+        return [PhaseSetting("each", one.value) for one in _prices("agent", phase)]
     if system == SHARED:
         if agent is None:
             raise BiscaleError(NO_SHARED)
@@ -149,7 +155,7 @@ def run_choice(
     policies = {}
     tps: dict[str, int] = {g.phase: g.tp for g in placement.groups}
     for phase, setting in choice.items():
-        settings[f"{phase}_policy"] = COMPILED[phase] if setting.kind == "rule" else "static"
+        settings[f"{phase}_policy"] = KINDS.get(setting.kind, COMPILED[phase])
         if setting.kind == "rule":
             settings[f"{phase}_margin"] = setting.value
         elif setting.kind == "static":
@@ -157,13 +163,16 @@ def run_choice(
         else:
             own = plant.plant(phase, tps[phase])
             policies[phase] = resolve_policy(str(setting.value), own)
+    at_intervals = any(one.kind == "policy" for one in choice.values())
+    if at_intervals and any(one.kind == "each" for one in choice.values()):
+        raise BiscaleError("policies are asked at intervals or before every iteration, not both")
     changed = ClusterPlant(plant.settings.changed(**settings), plant.slo)
     return run_cluster(
         changed,
         with_clocks(placement, clocks),
         trace,
         policies=policies or None,
-        interval_s=interval_s if policies else None,
+        interval_s=interval_s if at_intervals else None,
     )
 
 

@@ -48,7 +48,7 @@ MANY_PAIRS = 1e6  # so that rounding does not drown their energy
 
 
 @dataclass(frozen=True)
-class Stage:
+class ClusterStage:
     """The instances of a phase.
 
     Attributes:
@@ -64,15 +64,15 @@ class Stage:
     gpu_floor_w: float
 
 
-def fixed_stage(plant: Plant, instances: int, member: int | None = None) -> Stage:
+def fixed_stage(plant: Plant, instances: int, member: int | None = None) -> ClusterStage:
     """Instances of one kind that are always there."""
     waiting_w = _waiting_w(plant, member)
-    return Stage((plant,), instances, instances * waiting_w, waiting_w / _gpus(plant))
+    return ClusterStage((plant,), instances, instances * waiting_w, waiting_w / _gpus(plant))
 
 
 def free_stages(
     plants: Mapping[str, Sequence[Plant]], gpus: int, spare_w: float, member: int | None = None
-) -> dict[str, Stage]:
+) -> dict[str, ClusterStage]:
     """Both phases of a cluster whose instances come and go.
 
     Args:
@@ -85,7 +85,9 @@ def free_stages(
     gpu_w = min(spare_w, *(_waiting_w(one, member) / _gpus(one) for one in kinds))
     least = {phase: min(_gpus(one) for one in each) for phase, each in plants.items()}
     return {
-        phase: Stage(tuple(each), gpus // least[phase], gpus * gpu_w * (phase == "prefill"), gpu_w)
+        phase: ClusterStage(
+            tuple(each), gpus // least[phase], gpus * gpu_w * (phase == "prefill"), gpu_w
+        )
         for phase, each in plants.items()
     }
 
@@ -129,7 +131,7 @@ class ClusterBound:
         return self.prefill_j + self.decode_j
 
 
-def prefill_cost(stage: Stage, member: int | None = None) -> PrefillCost:
+def prefill_cost(stage: ClusterStage, member: int | None = None) -> PrefillCost:
     """Least costs of prefill over all kinds of instances, clocks and batch sizes.
 
     Raises:
@@ -167,7 +169,7 @@ def _cost_of(plant: Plant, gpu_floor_w: float, member: int | None) -> PrefillCos
 
 
 def cluster_bound(
-    stages: Mapping[str, Stage],
+    stages: Mapping[str, ClusterStage],
     workloads: Sequence[Trace],
     attainment: float,
     member: int | None = None,
@@ -222,7 +224,7 @@ def _prefill_j(cost: PrefillCost, workloads: Sequence[Trace], ttft_s: float, lat
 
 
 def _decode_j(
-    stage: Stage,
+    stage: ClusterStage,
     workloads: Sequence[Trace],
     member: int | None,
     ttft_s: float,

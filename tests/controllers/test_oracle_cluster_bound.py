@@ -47,7 +47,7 @@ CONTROLS = [
 ]
 
 
-@pytest.mark.parametrize("idle", ["last-clock", "parked"])
+@pytest.mark.parametrize("idle", ["last-clock", slow("parked")])
 @pytest.mark.parametrize("shape", [((4,), (4,)), slow(((4, 4), (4, 4))), slow(((8,), (4, 4)))])
 @pytest.mark.parametrize("rate_rps", [slow(2.0), 12.0])
 def test_nobody_beats_the_bound(idle, shape, rate_rps):

@@ -23,7 +23,7 @@ from biscale_env.reproduce.cluster_suite.cluster_scoring import JudgedTask, clus
 from biscale_env.reproduce.cluster_suite.cluster_tasks import ClusterSuite, load_cluster_suite
 from biscale_env.reproduce.cluster_suite.suite_rows import judged_row
 
-CORE_V1 = "6d7472b23790"
+CORE_V1 = "6631c37cab31"
 TINY = ClusterSuite.model_validate(
     {
         "name": "tiny",
@@ -47,7 +47,6 @@ TINY = ClusterSuite.model_validate(
             },
         },
         "multi": {
-            "interval_s": 0.1,
             "window_s": 20.0,
             "n_tune": 2,
             "n_judged": 3,

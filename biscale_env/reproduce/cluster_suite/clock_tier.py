@@ -2,7 +2,7 @@
 
 Entrants: ``tier2`` (MPC and slack before every iteration), ``static-best`` (a clock per phase), a
 folder with ``prefill.npz`` and ``decode.npz``, and any two policies as ``PREFILL+DECODE``, or one
-that runs in both phases; those decide at intervals, each instance for itself.
+that runs in both phases; every instance asks its policy before every iteration, as tier 2 does.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from biscale_env.reproduce.cluster_suite.cluster_tasks import ClockTask, ClockTi
 from biscale_env.reproduce.cluster_suite.suite_rows import BOUND, MAX, judged_row
 from biscale_env.reproduce.multi import CellBench, MultiCell, MultiPlan, row_of, workloads_of
 from biscale_env.reproduce.multi_systems import (
-    INDEPENDENT,
+    EACH,
     PHASES,
     SHARED,
     STATIC,
@@ -45,7 +45,7 @@ def bench_of(tier: ClockTier, task: ClockTask) -> CellBench:
         loads=(task.load,),
         env=task.env,
     )
-    plan = MultiPlan(tier.interval_s, tier.window_s, tier.n_tune, tier.n_judged)
+    plan = MultiPlan(window_s=tier.window_s, n_tune=tier.n_tune, n_judged=tier.n_judged)
     return CellBench(MultiCell(task.name, scenario, task.load), plan)
 
 
@@ -75,16 +75,16 @@ def rungs_of(build: str, phase: str, bench: CellBench) -> list[PhaseSetting]:
     if build == STATIC_BEST:
         return ladder(STATIC, phase, plant)
     if build == AGENT:
-        return ladder(INDEPENDENT, phase, plant)
+        return ladder(EACH, phase, plant)
     name = pair_of(build)[phase]
     if name.endswith(".npz"):
-        return ladder(SHARED, phase, plant, name)
+        return [PhaseSetting("each", one.value) for one in ladder(SHARED, phase, plant, name)]
     free = policy_settings(name, phase)
     main = next(iter(free[0]), "") if free else ""
     if main in CAREFUL:
         rising = sorted((one for one in free if set(one) == {main}), key=lambda one: one[main])
-        return [PhaseSetting("policy", with_parameters(name, one)) for one in rising]
-    return [PhaseSetting("policy", name)]
+        return [PhaseSetting("each", with_parameters(name, one)) for one in rising]
+    return [PhaseSetting("each", name)]
 
 
 def clock_rows(

@@ -81,14 +81,12 @@ class ClockTier(Config):
     """What all tasks of clocks share.
 
     Attributes:
-        interval_s: time between decisions of policies that are asked at intervals, s.
         window_s: length of a workload, s.
         n_tune: workloads on which free parameters are chosen.
         n_judged: workloads that are scored.
         splits: tasks by what they are to the shipped agents.
     """
 
-    interval_s: float = Field(gt=0)
     window_s: float = Field(gt=0)
     n_tune: int = Field(ge=1)
     n_judged: int = Field(ge=2)
