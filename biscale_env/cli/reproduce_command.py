@@ -282,7 +282,8 @@ def multi(
     systems: Annotated[
         str | None,
         typer.Option(
-            help="Some of max,static,tier2,independent,shared; default: all, shared with --agent."
+            help="Some of max,static,tier2,independent,independent-each (asked before every "
+            "iteration, not at intervals),shared; default: all, shared with --agent."
         ),
     ] = None,
     windows: Annotated[int | None, typer.Option(help="Judged workloads per cluster.")] = None,

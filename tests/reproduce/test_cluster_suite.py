@@ -1,6 +1,7 @@
 """Suites of whole clusters: frozen tasks, what becomes of rows, runs that go on."""
 
 import json
+import sys
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,6 @@ from biscale_env.evaluation.suite.leaderboard import leaderboard_markdown
 from biscale_env.evaluation.suite.score_card import read_card
 from biscale_env.evaluation.suite.verification import arithmetic_faults
 from biscale_env.jobs.workers import Workers
-from biscale_env.reproduce.cluster_suite import cluster_benchmark
 from biscale_env.reproduce.cluster_suite.cluster_benchmark import (
     ClusterRequest,
     run_cluster_benchmark,
@@ -115,6 +115,12 @@ def test_samples_and_mistakes():
         validate(again, ClusterSuite, "tiny.yaml")
 
 
+def test_clocks_need_an_extra_and_say_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pettingzoo", None)
+    with pytest.raises(BiscaleError, match=r"biscale-env\[marl\]"):
+        ClusterRequest(TINY, ["tier2"], "multi").entrants()
+
+
 def test_scores_by_hand():
     (task, _) = TINY.tasks("multi")
     energies = {
@@ -157,6 +163,7 @@ def test_a_task_that_max_clock_misses_has_no_score():
 @pytest.fixture(scope="module")
 def clocks(tmp_path_factory):
     """A run of the tier of clocks."""
+    pytest.importorskip("pettingzoo")
     folder = tmp_path_factory.mktemp("clocks") / "run"
     request = ClusterRequest(TINY, ["tier2", "static-best", "pair=mpc+slack"], "multi")
     return folder, run_cluster_benchmark(request, folder, n_jobs=1)
@@ -186,15 +193,17 @@ def test_clocks_are_scored_and_the_card_follows_from_its_figures(clocks):
 
 @pytest.mark.slow
 def test_a_run_goes_on_and_others_may_join_it(clocks, monkeypatch):
+    from biscale_env.reproduce.cluster_suite import clock_tier
+
     folder, _ = clocks
     ran = []
-    one = cluster_benchmark.clock_rows
+    one = clock_tier.clock_rows
 
     def counted(*call):
         ran.append(call[2:4])
         return one(*call)
 
-    monkeypatch.setattr(cluster_benchmark, "clock_rows", counted)
+    monkeypatch.setattr(clock_tier, "clock_rows", counted)
     before = (folder / "pair.json").read_bytes()
     paths = run_cluster_benchmark(
         ClusterRequest(TINY, ["tier2", "max", "pair=mpc+slack"], "multi"), folder, True, Workers(1)
@@ -244,8 +253,8 @@ def test_placements_are_scored_and_a_class_may_choose_them(tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_the_command_verifies_what_it_wrote(tmp_path, monkeypatch):
+    pytest.importorskip("pettingzoo")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.json").write_text("")
     one = TINY.only({"multi/chat"}).model_dump(mode="json")
     (tmp_path / "tiny.yaml").write_text(json.dumps(one))  # JSON is YAML
     say = ["--suite", "tiny.yaml", "--jobs", "1"]

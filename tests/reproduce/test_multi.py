@@ -172,8 +172,31 @@ def test_without_shared_agents_the_other_systems_are_compared(
     for options in ([], ["--agent", "."]):
         assert call(*options)[2] == "biscale: enough\n"
     alone, with_shared = asked
-    assert alone == (["max", "static", "tier2", "independent"], None)
+    assert alone == (["max", "static", "tier2", "independent", "independent-each"], None)
     assert with_shared == (
         [*alone[0], "shared"],
         {"prefill": "prefill.npz", "decode": "decode.npz"},
     )
+
+
+@pytest.mark.slow
+def test_asked_before_every_iteration_a_policy_decides_as_tier_2_does() -> None:
+    """The same law through ``predict`` and compiled: clocks, and so energies, agree."""
+    scenario = ClusterScenario(name="x", placement="three-prefill-16", profile="azure-conv-like")
+    bench = CellBench(MultiCell("x", scenario, 0.75), MultiPlan(window_s=20.0))
+    work = workloads_of(bench.cell, bench.plan, True, bench.rate_rps)[:2]
+    energies = {}
+    for name, kind, values in (
+        ("compiled", "rule", {"prefill": 0.0, "decode": 0.0}),
+        ("asked", "each", {"prefill": "mpc:margin=0", "decode": "slack:margin=0"}),
+        ("at intervals", "policy", {"prefill": "mpc:margin=0", "decode": "slack:margin=0"}),
+    ):
+        choice = {phase: PhaseSetting(kind, value) for phase, value in values.items()}
+        runs = bench.run(choice, work)
+        energies[name] = np.array([[r.energy.prefill_j, r.energy.decode_j] for r in runs])
+    np.testing.assert_allclose(energies["asked"][:, 1], energies["compiled"][:, 1], rtol=0.01)
+    np.testing.assert_allclose(energies["asked"][:, 0], energies["compiled"][:, 0], rtol=0.02)
+    assert (energies["at intervals"][:, 0] > 1.05 * energies["compiled"][:, 0]).all()
+    mixed = {"prefill": PhaseSetting("each", "mpc"), "decode": PhaseSetting("policy", "slack")}
+    with pytest.raises(BiscaleError, match="not both"):
+        bench.run(mixed, work)

@@ -29,7 +29,6 @@ from biscale_env.reproduce.multi_systems import (
 )
 from controllers.oracle.cluster_bound import cluster_bound, fixed_stage
 
-OWN: Final = TIER2
 STATIC_BEST: Final = "static-best"
 BOTH: Final = "+"
 CAREFUL: Final = ("margin", "price")

@@ -11,6 +11,7 @@ import pandas as pd
 
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.exact_csv import read_exact
+from biscale_env.core.extras import need_packages
 from biscale_env.core.files import lock, write_whole
 from biscale_env.evaluation.experiment.comparison import new_folder
 from biscale_env.evaluation.experiment.policy_list import named
@@ -20,11 +21,9 @@ from biscale_env.evaluation.suite.card_page import write_cards_page
 from biscale_env.evaluation.suite.score_card import read_card, without_folders, write_card
 from biscale_env.jobs.progress import JobProgress
 from biscale_env.jobs.workers import Workers, run_each
-from biscale_env.reproduce.cluster_suite.clock_tier import check_clocks, clock_rows
-from biscale_env.reproduce.cluster_suite.cluster_scoring import OWN, cluster_cards
+from biscale_env.reproduce.cluster_suite.cluster_scoring import cluster_cards
 from biscale_env.reproduce.cluster_suite.cluster_tasks import ClusterSuite, ClusterTier
-from biscale_env.reproduce.cluster_suite.placement_tier import check_placements, placement_rows
-from biscale_env.reproduce.cluster_suite.suite_rows import BOUND, MAX, SAVED
+from biscale_env.reproduce.cluster_suite.suite_rows import BOUND, MAX, OWN, SAVED
 
 CONFIG: Final = "suite.json"
 
@@ -52,9 +51,7 @@ class ClusterRequest:
         if not self.policies:
             raise BiscaleError("biscale benchmark needs a policy, such as agent")
         shared, found = getattr(self.suite, self.tier), {}
-        check: Callable[[str], None] = (
-            check_placements(shared) if self.tier == "cluster" else check_clocks
-        )
+        check = _check_of(self.tier, shared)
         references = {MAX, BOUND, OWN[self.tier]}
         for label, build in dict.fromkeys(map(named, self.policies)):
             if label in found or (label in references and (label != build or label == BOUND)):
@@ -115,6 +112,33 @@ def rerun_clusters(
     return card
 
 
+def _check_of(tier: ClusterTier, shared: Any) -> Callable[[str], None]:
+    """What says whether a name is an entrant of a tier.
+
+    Raises:
+        BiscaleError: the tier needs packages that are not installed.
+    """
+    if tier == "cluster":
+        from biscale_env.reproduce.cluster_suite.placement_tier import check_placements
+
+        return check_placements(shared)
+    need_packages("the tier multi needs", "marl", {"pettingzoo": "pettingzoo"})
+    from biscale_env.reproduce.cluster_suite.clock_tier import check_clocks
+
+    return check_clocks
+
+
+def _rows_of(tier: ClusterTier) -> Callable[..., list[dict[str, Any]]]:
+    """What runs an entrant on a task of a tier."""
+    if tier == "cluster":
+        from biscale_env.reproduce.cluster_suite.placement_tier import placement_rows
+
+        return placement_rows
+    from biscale_env.reproduce.cluster_suite.clock_tier import clock_rows
+
+    return clock_rows
+
+
 def _claim(folder: Path, request: ClusterRequest, resume: bool) -> None:
     """Keep what the directory is a run of.
 
@@ -138,9 +162,7 @@ def _run(
 ) -> pd.DataFrame:
     """Rows of references and entrants on all tasks; what is kept is not run again."""
     shared = getattr(request.suite, request.tier)
-    function: Callable[..., list[dict[str, Any]]] = (
-        placement_rows if request.tier == "cluster" else clock_rows
-    )
+    function = _rows_of(request.tier)
     own = OWN[request.tier]
     everybody = {BOUND: BOUND, MAX: MAX, own: own, **entrants}
     path = folder / SAVED

@@ -18,13 +18,9 @@ from biscale_env.evaluation.stats.paired_windows import SEED
 from biscale_env.evaluation.stats.windows import student_factor
 from biscale_env.evaluation.suite.score_card import ScoreCard, TaskResult, Unscored
 from biscale_env.evaluation.suite.scoring import LEAST_ROOM, ScoredTask, aggregates
-from biscale_env.reproduce.cluster_suite.clock_tier import OWN as OWN_CLOCKS
 from biscale_env.reproduce.cluster_suite.cluster_tasks import ClusterSuite, ClusterTask
-from biscale_env.reproduce.cluster_suite.placement_tier import OWN as OWN_PLACEMENTS
-from biscale_env.reproduce.cluster_suite.suite_rows import BOUND, MAX
+from biscale_env.reproduce.cluster_suite.suite_rows import BOUND, MAX, OWN
 
-OWN: Final = {"cluster": OWN_PLACEMENTS, "multi": OWN_CLOCKS}
-"""BiScale's own, per tier."""
 KEPT: Final = ("late_ttft", "late_tpot")
 Floats = NDArray[np.float64]
 

@@ -19,12 +19,10 @@ from biscale_env.envs.cluster.cluster_options import fitting_tps
 from biscale_env.policies import with_parameters
 from biscale_env.policies.coarse_resolver import resolve_coarse
 from biscale_env.reproduce.cluster_suite.cluster_tasks import PlacementTask, PlacementTier
-from biscale_env.reproduce.cluster_suite.suite_rows import BOUND, MAX, judged_row
+from biscale_env.reproduce.cluster_suite.suite_rows import BOUND, MAX, OWN, judged_row
 from controllers.oracle.cluster_bound import cluster_bound, free_stages
 from controllers.placement.coarse_rules import ALPHAS, CoarseMemory, CoarsePolicy, IlpRule
 
-OWN: Final = "ilp"
-"""BiScale's own, whose headroom is tuned."""
 BOUND_S: Final = 1800.0  # windows of its fluid, s; shorter ones hardly raise it
 ALL_AT_MAX: Final = {"prefill_policy": "static", "decode_policy": "static"}
 
@@ -81,7 +79,7 @@ def settings_of(build: str, env: ClusterEnv) -> list[str]:
     One name where nothing is free.
     """
     made = resolve_coarse(build, env)
-    if isinstance(made, IlpRule) and build == OWN:
+    if isinstance(made, IlpRule) and build == OWN["cluster"]:
         return [with_parameters(build, {"alpha": alpha}) for alpha in ALPHAS]
     if isinstance(made, CoarseAgent) and "price=" not in build:
         low, high = made.checkpoint.prices

@@ -5,6 +5,8 @@ from typing import Any, Final
 BOUND: Final = "bound"
 """Label of the rows that hold what nobody can go below."""
 MAX: Final = "max"
+OWN: Final = {"cluster": "ilp", "multi": "tier2"}
+"""BiScale's own per tier: tier 1 with its headroom tuned; tier 2, MPC and slack."""
 SAVED: Final = "rows.csv"
 
 
