@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.policy.features import plants_of, with_price
+from agents.training.lookahead_teacher import LookaheadTeacher, is_lookahead
 from agents.training.train_config import WarmStart
 from agents.training.worlds.training_env import AgentVecEnv
 from biscale_env.core.errors import BiscaleError
@@ -156,7 +157,8 @@ def warm_start(
     if plan.oracle_workloads:
         features, outputs = oracle_data(env, plan.oracle_workloads)
         report(f"warm start: {len(outputs)} decisions of plans with hindsight")
-    teacher, losses = Teacher(plan.teacher, env), []
+    losses: list[float] = []
+    teacher = (LookaheadTeacher if is_lookahead(plan.teacher) else Teacher)(plan.teacher, env)
     for k in range(plan.rounds):
         more = collect(env, teacher, plan.steps, None if k == 0 else act)
         features, outputs = np.concatenate([features, more[0]]), np.concatenate([outputs, more[1]])

@@ -113,7 +113,9 @@ class WarmStart(Config):
     """Behaviour cloning before learning.
 
     Attributes:
-        teacher: reference policy, e.g. ``mpc:margin=0.2,give_up=true,forecast=1,delay_aware=true``.
+        teacher: reference policy, e.g. ``mpc:margin=0.2,give_up=true,forecast=1,delay_aware=true``;
+            in prefill also ``lookahead:seconds=0.5,price=12,reserve=0.2``, plans that know the next
+            seconds (:mod:`agents.training.lookahead_teacher`).
         steps: env steps (all sub-environments together) per round.
         rounds: 1 is behaviour cloning; more is DAgger: later rounds run the student and ask the
             teacher.

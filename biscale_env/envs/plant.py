@@ -166,6 +166,15 @@ class Plant:
         c, p = self.model.member(member), self.params(member, 0.0).view(np.recarray)[()]
         return c.n_gpus * waiting_power_w(c, p, freq_mhz / 1e3)
 
+    def least_power_w(self, member: int) -> float:
+        """Power that the whole instance never draws less than, waiting or running, W.
+
+        That of the lowest clock without work, or of a parked instance where it is lower.
+        """
+        c, low_mhz = self.model.member(member), self.clocks.freq_min_mhz
+        idle_w = float(c.n_gpus * idle_power_w(c, low_mhz / 1e3))
+        return min(idle_w, self.waiting_power_w(member, low_mhz))
+
     def params(self, member: int, end_s: float) -> np.ndarray:
         """Engine parameters of one instance as a structured record (shape ())."""
         s, limits = self.settings, self.settings.instance

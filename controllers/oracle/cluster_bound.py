@@ -44,6 +44,7 @@ from controllers.oracle.decode_cuts import SAFETY, Iterations, find_cuts
 from controllers.oracle.plan_replay import member_of
 
 Floats = NDArray[np.float64]
+ROUNDING_S = 1e-8  # more than `biscale_env.config.slo.within` forgives
 MANY_PAIRS = 1e6  # so that rounding does not drown their energy
 
 
@@ -53,13 +54,13 @@ class ClusterStage:
 
     Attributes:
         plants: kinds of instances that there may be, e.g. one per tensor parallel degree.
-        most: instances that may be busy at once.
+        most: instances that may be busy at once; infinity where they come and go.
         floor_w: power that is drawn all the time, W.
         gpu_floor_w: the part of it of one GPU, W; energy of work counts above that.
     """
 
     plants: tuple[Plant, ...]
-    most: int
+    most: float
     floor_w: float
     gpu_floor_w: float
 
@@ -83,17 +84,16 @@ def free_stages(
     """
     kinds = [one for each in plants.values() for one in each]
     gpu_w = min(spare_w, *(_waiting_w(one, member) / _gpus(one) for one in kinds))
-    least = {phase: min(_gpus(one) for one in each) for phase, each in plants.items()}
     return {
-        phase: ClusterStage(
-            tuple(each), gpus // least[phase], gpus * gpu_w * (phase == "prefill"), gpu_w
-        )
+        phase: ClusterStage(tuple(each), np.inf, gpus * gpu_w * (phase == "prefill"), gpu_w)
         for phase, each in plants.items()
     }
 
 
 def _waiting_w(plant: Plant, member: int | None) -> float:
-    return plant.waiting_power_w(member_of(plant, member), plant.clocks.freq_min_mhz)
+    if plant.slo.classes or plant.settings.means == "cap":
+        raise BiscaleError("the bound of a cluster knows neither SLO classes nor power caps")
+    return plant.least_power_w(member_of(plant, member))
 
 
 def _gpus(plant: Plant) -> int:
@@ -116,14 +116,13 @@ class ClusterBound:
         prefill_j: least energy of prefill up to the end of every workload, J; all of the floor,
             where instances come and go.
         decode_j: the same of decode.
-        late_allowed: requests that may miss the TTFT bound, all workloads together.
-        slow_allowed: requests that may miss the TPOT bound.
+        allowed: requests that may miss the TTFT bound, and that may miss the TPOT bound, all
+            workloads together.
     """
 
     prefill_j: float
     decode_j: float
-    late_allowed: int
-    slow_allowed: int
+    allowed: int
 
     @property
     def energy_j(self) -> float:
@@ -180,8 +179,8 @@ def cluster_bound(
     Args:
         stages: of ``prefill`` and ``decode``, see :func:`fixed_stage` and :func:`free_stages`.
         workloads: the requests; each is a run of its own, to its own end.
-        attainment: fraction of all requests that must keep the TTFT bound, and of those with at
-            least two output tokens that must keep the TPOT bound.
+        attainment: fraction of all requests that must keep the TTFT bound, and that must keep the
+            TPOT bound.
         member: ensemble member, None that of the plants.
         window_s: length of the windows of the fluid, s.
 
@@ -193,22 +192,15 @@ def cluster_bound(
         raise BiscaleError("the bound of a cluster needs requests")
     if any(one.blocks is not None for one in workloads):
         raise BiscaleError("the bound of a cluster knows no prefix cache: give workloads without")
-    late, slow = (
-        int(np.floor((1.0 - attainment) * sum(counts) + 1e-9))
-        for counts in (
-            [len(one) for one in workloads],
-            [int(np.sum(one.output_tokens > 1)) for one in workloads],
-        )
-    )
+    allowed = int(np.floor((1.0 - attainment) * sum(len(one) for one in workloads) + 1e-9))
     prefill, decode = stages["prefill"], stages["decode"]
     ttft_s, whole_s = prefill.plants[0].slo.ttft_s, sum(one.duration_s for one in workloads)
     cost = prefill_cost(prefill, member)
     return ClusterBound(
-        _prefill_j(cost, workloads, ttft_s, late) + prefill.floor_w * whole_s,
-        _decode_j(decode, workloads, member, ttft_s, late + slow, window_s)
+        _prefill_j(cost, workloads, ttft_s, allowed) + prefill.floor_w * whole_s,
+        _decode_j(decode, workloads, member, ttft_s, 2 * allowed, window_s)
         + decode.floor_w * whole_s,
-        late,
-        slow,
+        allowed,
     )
 
 
@@ -235,8 +227,9 @@ def _decode_j(
     workloads = [one for one in workloads if (one.output_tokens > 1).any()]
     if not workloads:
         return 0.0
-    pools = [RequestTable.of(stage.plants[0], [one]) for one in workloads]
-    extremes = _extremes(stage.plants[0], pools)
+    roomiest = max(stage.plants, key=lambda one: one.kv_capacity_tokens)
+    pools = [RequestTable.of(roomiest, [one]) for one in workloads]
+    extremes = _extremes(roomiest, pools)
     kinds = [
         Iterations(p, extremes, member_of(p, member), stage.gpu_floor_w * _gpus(p))
         for p in stage.plants
@@ -251,7 +244,8 @@ def _decode_j(
         own_s = np.append(inner, one.duration_s)
         most.append(before + arrival_curve(pool, own_s, shortest_s))
         before = most[-1][:, -1:]  # what is left over is lost, and so never more
-        due_s = pool.arrival_s + ttft_s + tpot_s * amount[0]
+        # what is late by rounding counts as in time
+        due_s = pool.arrival_s + ttft_s + tpot_s * amount[0] + ROUNDING_S * (1.0 + amount[0])
         window = np.searchsorted(own_s, due_s)
         for work, row in zip(owed, amount, strict=True):
             work.add(row, window, len(own_s))
@@ -332,10 +326,7 @@ class OwedWork:
 
 def _common_cuts(kinds: Sequence[Iterations], mean_context: float) -> Floats:
     """Cuts that hold for the iterations of every kind of instance."""
-    found = []
-    for kind in kinds:
-        for cut in find_cuts(kind, mean_context):
-            for other in kinds:
-                cut = other.certify(cut) if other is not kind else cut
-            found.append(cut)
-    return np.unique(np.array(found).round(12), axis=0)
+    found = np.concatenate([find_cuts(kind, mean_context) for kind in kinds])
+    for kind in kinds:  # also where rounding has raised one
+        found = np.array([kind.certify(cut) for cut in found])
+    return np.unique(found, axis=0)

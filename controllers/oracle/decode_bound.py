@@ -123,7 +123,7 @@ def least_energy(
     busy_s: Floats,
     floor_w: float,
     last_open: bool,
-    instances: int = 1,
+    instances: float = 1,
 ) -> float:
     """Solve the linear programme over the windows; J above the floor power.
 

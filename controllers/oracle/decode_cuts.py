@@ -4,7 +4,7 @@ The cuts of :mod:`controllers.oracle.decode_bound`.
 
 With ``n`` running requests, ``C`` cached tokens and clock ``f`` it takes ``T(n, C, f)`` and uses
 ``E(n, C, f)``; let ``e = E - P0 T`` be its energy above ``P0``, the least power of a waiting
-instance (idle at the lowest clock, or parked). A *cut* ``(mu, nu, kappa)`` with
+instance (idle at the lowest clock, or parked where that is less). A *cut* ``(mu, nu, kappa)`` with
 
     e(n, C, f) >= mu T(n, C, f) + nu n + kappa C   for every n <= max_seqs, every C that fits, every
     clock                     (1)
@@ -74,8 +74,7 @@ class Iterations:
         self.c = plant.model.member(member)
         self.clocks_ghz = clocks = plant.clocks.grid_mhz / 1e3
         self.n_gpus = float(self.c.n_gpus)
-        least_w = plant.waiting_power_w(member, plant.clocks.freq_min_mhz)
-        self.floor_w = least_w if floor_w is None else floor_w
+        self.floor_w = plant.least_power_w(member) if floor_w is None else floor_w
         self.capacity = float(plant.kv_capacity_tokens)
         size = np.arange(1.0, min(plant.settings.max_seqs, len(pool.prompt)) + 1.0)
         least = size * (float(pool.prompt.min()) + 1.0)

@@ -73,6 +73,7 @@ class LookaheadPlanner:
         clock_step_mhz: float | None = CLOCK_STEP_MHZ,
         window_s: float = WINDOW_S,
         slots: int = SLOTS,
+        share: "LookaheadPlanner | None" = None,
     ) -> None:
         """Prepare arrays that every plan uses again.
 
@@ -85,6 +86,7 @@ class LookaheadPlanner:
             clock_step_mhz: clock grid of plans, None for every supported clock.
             window_s: a batch may start this long after the earliest possible time of its position.
             slots: positions that may be open at a time.
+            share: another planner whose labels are written over; not both at once.
 
         Raises:
             BiscaleError: a decode plant, or a negative horizon.
@@ -103,7 +105,11 @@ class LookaheadPlanner:
         width = int(np.ceil(window_s / cell_s)) * self.clocks
         self._cells = np.zeros((slots, width), records.CELL_DTYPE)
         labels = MOST_LABELS if np.isfinite(seconds) else 8 * MOST_LABELS
-        self._labels = np.empty(labels, records.LABEL_DTYPE)
+        self._labels: NDArray[Any] = (
+            share._labels
+            if share is not None and len(share._labels) >= labels
+            else np.empty(labels, records.LABEL_DTYPE)
+        )
         options = np.zeros(len(self.grid_ghz) + 1, records.OPTION_DTYPE)
         hull = np.zeros(len(self.grid_ghz), records.OPTION_DTYPE)
         batch = np.zeros(8, dtype=np.int64)

@@ -17,6 +17,7 @@ from agents.policy.sb3_policy import Sb3Policy  # noqa: E402
 from agents.training.algorithms import ALGORITHMS, check_hyper  # noqa: E402
 from agents.training.clone import collect, oracle_data, output_for, warm_start  # noqa: E402
 from agents.training.export import to_network  # noqa: E402
+from agents.training.lookahead_teacher import LookaheadTeacher  # noqa: E402
 from agents.training.progress import live_line  # noqa: E402
 from agents.training.progress.callbacks import Lagrangian  # noqa: E402
 from agents.training.run import make_model, set_up, train  # noqa: E402
@@ -26,6 +27,11 @@ from agents.training.worlds.mixture import make_groups  # noqa: E402
 from agents.training.worlds.training_env import AgentVecEnv  # noqa: E402
 from biscale_env.config.loader import list_names  # noqa: E402
 from biscale_env.core.errors import BiscaleError  # noqa: E402
+from controllers.oracle.lookahead import (  # noqa: E402
+    LookaheadPlanner,
+    PlanWeights,
+    run_lookahead,
+)
 from controllers.oracle.make import make_oracle  # noqa: E402
 
 HYPER = {
@@ -242,6 +248,42 @@ def test_plans_with_hindsight_are_data_to_clone():
     plan = env.plant.clocks.to_action(policy.plan_mhz)[: len(outputs)]
     assert len(np.unique(plan)) > 1
     assert np.allclose(np.clip(rule + 2.0 * outputs, -1, 1)[: len(plan)], plan, atol=1e-4)
+
+
+def test_plans_with_foresight_label_the_states_of_anybody():
+    """Where the teacher acts, its clocks are those of a run with that foresight, delay included."""
+    fixed = {"delay_s": None, "nominal_share": 1.0}
+    env = env_of(tiny(span=1.0, n_envs=2, randomise=fixed))
+    teacher = LookaheadTeacher("lookahead:seconds=0.5,price=6,reserve=0.1", env)
+    env.reset()
+    row, number = 0, int(env.workload[0])
+    group = env.groups[0]
+    planner = LookaheadPlanner(group.plant, group.source.workload(number), 0.5)
+    asked_mhz, _ = run_lookahead(planner, PlanWeights(6.0, 0.1))
+    wanted = group.plant.clocks.to_action(asked_mhz)
+    found = []
+    for _ in range(40):
+        actions = teacher(env.batch.obs)
+        found.append(actions[row])
+        env.step_async(output_for(env, actions))
+        env.step_wait()
+    np.testing.assert_allclose(found, wanted[:40], atol=1e-6)
+    assert len(np.unique(found)) > 1
+    # anybody's states: after the highest clock there is a plan, too
+    env.step_async(output_for(env, np.ones(2, dtype=np.float32)))
+    env.step_wait()
+    assert np.isfinite(teacher(env.batch.obs)).all()
+
+
+def test_mistakes_of_the_teacher_with_foresight():
+    env = env_of(tiny())
+    for name, words in (
+        ("lookahead:second=1", "has no parameter 'second'"),
+        ("lookahead:reserve=1", "reserve should be less than 1"),
+        ("lookahead:seconds=-1", "seconds should be greater than or equal to 0"),
+    ):
+        with pytest.raises(BiscaleError, match=words):
+            LookaheadTeacher(name, env)
 
 
 def test_outputs_invert_actions():

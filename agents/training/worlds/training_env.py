@@ -29,6 +29,7 @@ Floats = NDArray[np.float64]
 Floats32 = NDArray[np.float32]
 Ints = NDArray[np.int64]
 NOTHING: dict[str, Any] = {}
+ROWS = ("group", "member", "workload", "price")  # what an episode is, kept with a run
 
 
 class AgentVecEnv(SharedVecEnv):
@@ -43,6 +44,7 @@ class AgentVecEnv(SharedVecEnv):
         duals: multipliers, measured by this environment and moved by the Lagrangian.
         group: group of each row's episode, (n_envs,).
         member: ensemble member of each row's plant, (n_envs,); -1 nominal.
+        workload: number of each row's workload in the table, (n_envs,).
         price: SLO-violation penalty that the network is told in each row, (n_envs,).
         rule: the rule's action in each row, (n_envs,).
     """
@@ -76,7 +78,7 @@ class AgentVecEnv(SharedVecEnv):
         )
         self.meter = RewardMeter(config, groups, self.plants, self.workloads)
         self.duals, self.shaper = self.meter.duals, self.meter.shaper
-        self.group, self.member = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
+        self.group, self.member, self.workload = np.zeros((3, n), dtype=np.int64)
         self._known = self.plants.nominal(self.group, np.full(n, -1)).plants  # of each row
         self.price = np.full(n, config.constraint.start)
         self._outputs: NDArray[Any] = np.zeros(n, dtype=np.float32)
@@ -100,6 +102,7 @@ class AgentVecEnv(SharedVecEnv):
     def _start(self, rows: Ints) -> None:
         episodes = self.sampler.sample(len(rows))
         self.group[rows], self.member[rows] = episodes.group, episodes.member
+        self.workload[rows] = episodes.workload
         self.price[rows] = episodes.price
         changes = {"slo_s": episodes.slo_s}
         if episodes.delay_s is not None:
@@ -157,7 +160,7 @@ class AgentVecEnv(SharedVecEnv):
         """Everything that changes while it runs, for a resumed run."""
         return {
             "batch": _Freezer.dumps(self.batch, self._shared()),
-            "rows": {name: getattr(self, name).copy() for name in ("group", "member", "price")},
+            "rows": {name: getattr(self, name).copy() for name in ROWS},
             "sampler": self.sampler.state(),
             "spread": (self.shaper.spread.squares.copy(), self.shaper.spread.weight.copy()),
             "duals": self.duals.state(),
