@@ -127,6 +127,10 @@ class CellBench:
         self.placement, self.rate_rps = env.placement, env.options.source.rate_rps
         self.plant: ClusterPlant = env.options.plant
         tps: dict[str, int] = {g.phase: g.tp for g in self.placement.groups}
+        if any(g.tp != tps[g.phase] for g in self.placement.groups):
+            raise BiscaleError(
+                f"placement '{self.placement.name}' has several TP in a phase: give one with one"
+            )
         self.plants = {phase: self.plant.plant(phase, tps[phase]) for phase in PHASES}
 
     def run(self, choice: Choice, workloads: Sequence[Trace]) -> list[ClusterRun]:

@@ -23,7 +23,7 @@ from biscale_env.reproduce.cluster_suite.cluster_scoring import JudgedTask, clus
 from biscale_env.reproduce.cluster_suite.cluster_tasks import ClusterSuite, load_cluster_suite
 from biscale_env.reproduce.cluster_suite.suite_rows import judged_row
 
-CORE_V1 = "6631c37cab31"
+CORE_V1 = "930f7b7f7f6c"
 TINY = ClusterSuite.model_validate(
     {
         "name": "tiny",
@@ -48,6 +48,7 @@ TINY = ClusterSuite.model_validate(
         },
         "multi": {
             "window_s": 20.0,
+            "grace_s": 20.0,
             "n_tune": 2,
             "n_judged": 3,
             "splits": {
@@ -64,6 +65,7 @@ TINY = ClusterSuite.model_validate(
         },
     }
 )
+PAIR = "pair=ecofreq+slack-plus"
 RULE = """
 import numpy as np
 
@@ -165,7 +167,7 @@ def clocks(tmp_path_factory):
     """A run of the tier of clocks."""
     pytest.importorskip("pettingzoo")
     folder = tmp_path_factory.mktemp("clocks") / "run"
-    request = ClusterRequest(TINY, ["tier2", "static-best", "pair=mpc+slack"], "multi")
+    request = ClusterRequest(TINY, ["tier2", "static-best", "same=mpc+slack", PAIR], "multi")
     return folder, run_cluster_benchmark(request, folder, n_jobs=1)
 
 
@@ -173,7 +175,7 @@ def clocks(tmp_path_factory):
 def test_clocks_are_scored_and_the_card_follows_from_its_figures(clocks):
     folder, paths = clocks
     cards = {path.stem: read_card(path) for path in paths}
-    assert set(cards) == {"tier2", "static-best", "pair"}
+    assert set(cards) == {"tier2", "static-best", "same", "pair"}
     for card in cards.values():
         assert arithmetic_faults(card, TINY) == []
         assert card.tiers == ["multi"]
@@ -181,8 +183,10 @@ def test_clocks_are_scored_and_the_card_follows_from_its_figures(clocks):
             assert 0.0 < one.score < 1.0
             assert one.bound_ratio < one.energy_ratio < 1.0
     assert cards["tier2"].results[0].better == 0.5
-    # decisions before every iteration against decisions at intervals
-    assert cards["tier2"].results[0].energy_ratio < cards["pair"].results[0].energy_ratio
+    # the same rules under another name are the same, to the bit
+    for one, other in zip(cards["tier2"].results, cards["same"].results, strict=True):
+        assert one == other
+    assert cards["pair"].results[0].energy_ratio != cards["tier2"].results[0].energy_ratio
     assert (folder / "score-cards.html").is_file()
     table = leaderboard_markdown(list(cards.values()))
     assert "**multi**" in table
@@ -206,7 +210,7 @@ def test_a_run_goes_on_and_others_may_join_it(clocks, monkeypatch):
     monkeypatch.setattr(clock_tier, "clock_rows", counted)
     before = (folder / "pair.json").read_bytes()
     paths = run_cluster_benchmark(
-        ClusterRequest(TINY, ["tier2", "max", "pair=mpc+slack"], "multi"), folder, True, Workers(1)
+        ClusterRequest(TINY, ["tier2", "max", PAIR], "multi"), folder, True, Workers(1)
     )
     assert ran == []
     again = json.loads((folder / "pair.json").read_bytes())
@@ -217,7 +221,7 @@ def test_a_run_goes_on_and_others_may_join_it(clocks, monkeypatch):
     run_cluster_benchmark(ClusterRequest(TINY, ["ecofreq"], "multi"), folder, True, Workers(1))
     assert ran == [("multi/chat", "ecofreq"), ("multi/calm", "ecofreq")]
     for policies, words in (
-        (["pair=static:1200"], "'pair' is mpc\\+slack: give static:1200 another name"),
+        (["pair=static:1200"], "'pair' is ecofreq\\+slack-plus: give static:1200 another name"),
         (["tier2=mpc+slack"], "two policies are called 'tier2'"),
         (["slack"], "'slack' does not run in prefill"),
         ([], "needs a policy"),
@@ -246,6 +250,9 @@ def test_placements_are_scored_and_a_class_may_choose_them(tmp_path, monkeypatch
     assert cards["ilp"].results[0].tuned
     assert cards["ilp"].results[0].settings[0].startswith("alpha=")
     assert cards["ilp"].results[0].score > cards["largest"].results[0].score > 0.0
+    (tmp_path / "rule.py").write_text(RULE + "# changed\n")
+    with pytest.raises(BiscaleError, match=r"rule.py\) has changed since 'mine' was run"):
+        run_cluster_benchmark(request, tmp_path / "run", True, 1)
     wrong = ClusterRequest(TINY, ["rule.py:Largest:wrong=1"], "cluster")
     with pytest.raises(BiscaleError, match="chose placement"):
         run_cluster_benchmark(wrong, tmp_path / "wrong", n_jobs=1)

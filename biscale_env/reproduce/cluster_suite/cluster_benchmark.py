@@ -1,7 +1,7 @@
 """``biscale benchmark --tier cluster|multi`` as a library: run, keep, resume, write cards."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from biscale_env.reproduce.cluster_suite.cluster_tasks import ClusterSuite, Clus
 from biscale_env.reproduce.cluster_suite.suite_rows import BOUND, MAX, OWN, SAVED
 
 CONFIG: Final = "suite.json"
+POLICIES: Final = "policies.json"
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ def run_cluster_benchmark(
     with lock(folder / ".lock"):
         _claim(folder, request, resume)
         rows = _run(folder, request, entrants, Workers.of(n_jobs))
-    made_by = without_folders(provenance(inputs={"suite": request.suite.digest}))
+    told = json.loads((folder / POLICIES).read_text())
+    inputs = {k: v for label in entrants for k, v in told[label]["sha256"].items()}
+    made_by = without_folders(provenance(inputs={"suite": request.suite.digest, **inputs}))
     paths = []
     for card in cluster_cards(rows, request.suite, tasks, entrants, made_by):
         paths.append(folder / f"{file_name(card.policy)}.json")
@@ -128,6 +131,17 @@ def _check_of(tier: ClusterTier, shared: Any) -> Callable[[str], None]:
     return check_clocks
 
 
+def _inputs_of(tier: ClusterTier) -> Callable[[str], dict[str, str]]:
+    """What finds the files of an entrant."""
+    if tier == "cluster":
+        from biscale_env.reproduce.cluster_suite.placement_tier import placement_inputs
+
+        return placement_inputs
+    from biscale_env.reproduce.cluster_suite.clock_tier import clock_inputs
+
+    return clock_inputs
+
+
 def _rows_of(tier: ClusterTier) -> Callable[..., list[dict[str, Any]]]:
     """What runs an entrant on a task of a tier."""
     if tier == "cluster":
@@ -157,6 +171,33 @@ def _claim(folder: Path, request: ClusterRequest, resume: bool) -> None:
     write_whole(path, json.dumps(mine, indent=1) + "\n")
 
 
+def _keep_inputs(folder: Path, tier: ClusterTier, everybody: Mapping[str, str]) -> None:
+    """Keep what every label means, its files included.
+
+    Raises:
+        BiscaleError: a label meant something else before.
+    """
+    path, inputs_of = folder / POLICIES, _inputs_of(tier)
+    known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+    mine: dict[str, dict[str, Any]] = {
+        label: {"build": build, "sha256": {} if label in (BOUND, MAX) else inputs_of(build)}
+        for label, build in everybody.items()
+    }
+    for label, one in mine.items():
+        before = known.get(label, one)
+        if before["build"] != one["build"]:
+            raise BiscaleError(
+                f"in {folder} '{label}' is {before['build']}: give {one['build']} another name, "
+                "name=build"
+            )
+        if before != one:
+            changed = next(k for k, v in one["sha256"].items() if before["sha256"].get(k) != v)
+            raise BiscaleError(
+                f"{changed} has changed since '{label}' was run in {folder}: give another folder"
+            )
+    write_whole(path, json.dumps({**known, **mine}, indent=1) + "\n")
+
+
 def _run(
     folder: Path, request: ClusterRequest, entrants: dict[str, str], workers: Workers
 ) -> pd.DataFrame:
@@ -168,14 +209,8 @@ def _run(
     path = folder / SAVED
     rows = read_exact(path) if path.is_file() else pd.DataFrame()
     known = set() if rows.empty else set(zip(rows["task"], rows["policy"], strict=True))
-    if known:
-        rows = rows.fillna({"setting": ""})
-        for label, build in zip(rows["policy"], rows["build"], strict=True):
-            if everybody.get(label, build) != build:
-                raise BiscaleError(
-                    f"in {folder} '{label}' is {build}: give {everybody[label]} another name, "
-                    "name=build"
-                )
+    rows = rows.fillna({"setting": ""}) if known else rows
+    _keep_inputs(folder, request.tier, everybody)
     asked = [
         (shared, task.what, task.key, label, build)
         for task in request.suite.tasks(request.tier)

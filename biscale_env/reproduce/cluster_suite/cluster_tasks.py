@@ -81,13 +81,15 @@ class ClockTier(Config):
     """What all tasks of clocks share.
 
     Attributes:
-        window_s: length of a workload, s.
+        window_s: time in which the requests of a workload arrive, s.
+        grace_s: time after that until energy counts no longer, s.
         n_tune: workloads on which free parameters are chosen.
         n_judged: workloads that are scored.
         splits: tasks by what they are to the shipped agents.
     """
 
     window_s: float = Field(gt=0)
+    grace_s: float = Field(ge=0)
     n_tune: int = Field(ge=1)
     n_judged: int = Field(ge=2)
     splits: dict[str, tuple[ClockTask, ...]] = Field(min_length=1)

@@ -1,7 +1,9 @@
 """Tier ``cluster``: which instances are in service, on days that nobody was tuned on."""
 
+import inspect
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -16,12 +18,16 @@ from biscale_env.config.cluster_layout import Placement
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.cluster.cluster_env import ClusterEnv
 from biscale_env.envs.cluster.cluster_options import fitting_tps
+from biscale_env.evaluation.runs.provenance import file_hash
 from biscale_env.policies import with_parameters
-from biscale_env.policies.coarse_resolver import resolve_coarse
+from biscale_env.policies.checkpoint_source import names_checkpoint
+from biscale_env.policies.class_source import load_class
+from biscale_env.policies.coarse_resolver import coarse_checkpoint, resolve_coarse
+from biscale_env.policies.policy_source import AGENT, is_class_name, split_name
 from biscale_env.reproduce.cluster_suite.cluster_tasks import PlacementTask, PlacementTier
-from biscale_env.reproduce.cluster_suite.suite_rows import BOUND, MAX, OWN, judged_row
+from biscale_env.reproduce.cluster_suite.suite_rows import BOUND, MAX, NOT_HELD, OWN, judged_row
 from controllers.oracle.cluster_bound import cluster_bound, free_stages
-from controllers.placement.coarse_rules import ALPHAS, CoarseMemory, CoarsePolicy, IlpRule
+from controllers.placement.coarse_rules import ALPHAS, RULES, CoarseMemory, CoarsePolicy, IlpRule
 
 BOUND_S: Final = 1800.0  # windows of its fluid, s; shorter ones hardly raise it
 ALL_AT_MAX: Final = {"prefill_policy": "static", "decode_policy": "static"}
@@ -81,7 +87,7 @@ def settings_of(build: str, env: ClusterEnv) -> list[str]:
     made = resolve_coarse(build, env)
     if isinstance(made, IlpRule) and build == OWN["cluster"]:
         return [with_parameters(build, {"alpha": alpha}) for alpha in ALPHAS]
-    if isinstance(made, CoarseAgent) and "price=" not in build:
+    if isinstance(made, CoarseAgent) and not split_name(build, {AGENT})[1]:
         low, high = made.checkpoint.prices
         prices = [float(f"{p:.3g}") for p in np.geomspace(low, high, N_PRICES)]
         return [with_parameters(build, {"price": price}) for price in prices]
@@ -109,7 +115,7 @@ def placement_rows(
     env = config_of(tier, task, **(ALL_AT_MAX if top else {})).make_env()
     required = env.plant.slo.attainment
     names = settings_of("largest" if top else build, env)
-    chosen = names[0]
+    chosen, held = names[0], True
     if len(names) > 1:
         tuning = days_of(tier, task, judged=False)
 
@@ -118,7 +124,8 @@ def placement_rows(
             rows = [run_coarse_day(env, policy, day).row() for day in tuning]
             return tuned_enough(Sums.of(_all_counted(row) for row in rows), required)
 
-        chosen = names[int(least_careful(range(len(names)), is_enough)[0])]
+        index, held = least_careful(range(len(names)), is_enough)
+        chosen = names[int(index)]
     rows = []
     for day in days_of(tier, task, judged=True):
         timed = TimedPlacements(resolve_coarse(chosen, env))
@@ -130,7 +137,7 @@ def placement_rows(
                 build,
                 f"day {day.day}",
                 **{name: row[name] for name in ("energy_j", "requests", "late_ttft", "late_tpot")},
-                setting=chosen.partition(":")[2],
+                setting=chosen.partition(":")[2] + NOT_HELD * (not held),
                 tuned=len(names) > 1,
                 required=required,
                 decision_s=float(np.median(timed.times_s)),
@@ -140,7 +147,7 @@ def placement_rows(
 
 
 def _all_counted(row: dict[str, Any]) -> dict[str, Any]:
-    """A day whose requests in flight at its end count as missed: so nobody gains by a backlog."""
+    """A day whose requests in flight at its end count as missed, since nobody finishes them."""
     left = row["unfinished"]
     return {
         **row,
@@ -161,6 +168,18 @@ def _bound_row(tier: PlacementTier, task: PlacementTask, key: str) -> dict[str, 
     traces = [day.trace(tier.windows, tier.window_s) for day in days_of(tier, task, judged=True)]
     found = cluster_bound(stages, traces, env.plant.slo.attainment, window_s=BOUND_S)
     return judged_row(key, BOUND, BOUND, BOUND, energy_j=found.energy_j)
+
+
+def placement_inputs(build: str) -> dict[str, str]:
+    """SHA-256 of the files of an entrant that are not part of this package, by their names."""
+    base = split_name(build, {*RULES, AGENT})[0]
+    if is_class_name(base):
+        file = Path(inspect.getfile(load_class(base)))
+        return {f"policy {base.rpartition(':')[0]} ({file.name})": file_hash(file)}
+    if names_checkpoint(base):
+        file = coarse_checkpoint(base)
+        return {f"checkpoint {base} ({file.name})": file_hash(file)}
+    return {}
 
 
 Check = Callable[[str], None]

@@ -7,6 +7,8 @@ BOUND: Final = "bound"
 MAX: Final = "max"
 OWN: Final = {"cluster": "ilp", "multi": "tier2"}
 """BiScale's own per tier: tier 1 with its headroom tuned; tier 2, MPC and slack."""
+NOT_HELD: Final = " (missed in tuning, too)"
+"""Said of a setting where not even the most careful one held the bounds while tuning."""
 SAVED: Final = "rows.csv"
 
 
