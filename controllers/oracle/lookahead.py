@@ -99,7 +99,7 @@ class LookaheadPlanner:
         self.duration_s = trace.duration_s
         self.gap_s = trace.duration_s / len(trace.arrival_s)
         self.params = problem.params.copy()
-        self.params["delay_s"] = plant.settings.actuation_delay_s
+        self.params["delay_s"] = plant.delay_s(problem.member)
         delayed = float(self.params["delay_s"]) > 0.0
         self.clocks = len(self.grid_ghz) if delayed else 1
         width = int(np.ceil(window_s / cell_s)) * self.clocks
