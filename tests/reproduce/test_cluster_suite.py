@@ -282,3 +282,54 @@ def test_the_command_verifies_what_it_wrote(tmp_path, monkeypatch):
     done = call(build(), ["benchmark", "verify", "edited.json", *say, "--out", "edited"])
     assert isinstance(done.exception, BiscaleError)
     assert "energy_ratio is" in str(done.exception)
+
+
+def test_the_pair_that_tuning_ends_with_holds_together(monkeypatch):
+    """Prefill holds at 1 while decode is careful, but not with the decode it ends beside."""
+    pytest.importorskip("pettingzoo")
+    from biscale_env.reproduce.cluster_suite import clock_tier
+    from biscale_env.reproduce.multi_systems import PhaseSetting
+
+    tried = []
+
+    class Bench:
+        @staticmethod
+        def run(choice, workloads):
+            tried.append((choice["prefill"].value, choice["decode"].value))
+            return tried[-1]
+
+    def holds(pair):
+        prefill, decode = pair
+        return {"prefill": prefill >= (1 if decode >= 2 else 2), "decode": decode >= 1}
+
+    monkeypatch.setattr(clock_tier, "holds_bounds", holds)
+    rungs = {p: [PhaseSetting("rule", float(k)) for k in range(5)] for p in ("prefill", "decode")}
+    chosen, held = clock_tier.tuned(rungs, Bench, [])
+    assert held
+    assert holds((chosen["prefill"].value, chosen["decode"].value)) == dict.fromkeys(rungs, True)
+    assert tried[-1] == (chosen["prefill"].value, chosen["decode"].value), "it was run as it is"
+    monkeypatch.setattr(clock_tier, "holds_bounds", lambda pair: {"prefill": False, "decode": True})
+    chosen, held = clock_tier.tuned(rungs, Bench, [])
+    assert not held
+    assert chosen["prefill"].value == 4.0
+
+
+def test_a_placement_has_one_tp_per_phase(tmp_path):
+    pytest.importorskip("pettingzoo")
+    from biscale_env.reproduce.cluster_suite.clock_tier import bench_of
+
+    mixed = {
+        "name": "mixed",
+        "groups": [
+            {"phase": "prefill", "tp": 4, "count": 1, "freq_mhz": 1980},
+            {"phase": "decode", "tp": 4, "count": 1, "freq_mhz": 1980},
+            {"phase": "decode", "tp": 8, "count": 1, "freq_mhz": 1980},
+        ],
+        "source": "test",
+    }
+    (tmp_path / "mixed.yaml").write_text(json.dumps(mixed))
+    task = TINY.tasks("multi")[0].what.model_copy(
+        update={"placement": str(tmp_path / "mixed.yaml")}
+    )
+    with pytest.raises(BiscaleError, match="several TP in a phase"):
+        bench_of(TINY.multi, task)
