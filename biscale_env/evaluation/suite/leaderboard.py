@@ -30,7 +30,7 @@ def leaderboard_markdown(cards: Sequence[ScoreCard]) -> str:
     if not cards:
         return EMPTY
     parts = []
-    ordered = sorted(cards, key=_suite, reverse=True)
+    ordered = sorted(cards, key=lambda card: (card.suite, -card.suite_version, card.suite_digest))
     for (suite, version, digest), group in groupby(ordered, key=_suite):
         mine = list(group)
         parts.append(f"### {suite} v{version}\n\nDigest of the tasks: `{digest[:12]}`.")
