@@ -73,6 +73,7 @@ class LookaheadPlanner:
         clock_step_mhz: float | None = CLOCK_STEP_MHZ,
         window_s: float = WINDOW_S,
         slots: int = SLOTS,
+        *,
         share: "LookaheadPlanner | None" = None,
     ) -> None:
         """Prepare arrays that every plan uses again.
