@@ -5,7 +5,8 @@ Every block comes from the command that measures it.
 Usage: python docs/update.py [models] [bench] [bench-cluster] [observation] [envs] [readme]
        [controllers]
        [compare=RUN_DIRECTORY] [experiment:NAME=RUN_DIRECTORY ...] [agents=EVALUATION,EVALUATION]
-       [curves:PHASE=TRAINING_DIRECTORY] [algorithms=DIRECTORY_OF_RUNS] [robustness=EVALUATION]
+       [curves:PHASE=TRAINING_DIRECTORY] [algorithms=DIRECTORY_OF_RUNS] [foresight-teacher=TRAINING_DIRECTORY]
+       [robustness=EVALUATION]
        [leaderboard] [plans] [look-ahead] [paper=FOLDER_OF_A_REPRODUCTION]
        [plain-sb3=ROWS_OF_DOCS_PLAIN_SB3] [offline=RUN,RUN] [many-agents=FOLDER]
 `make docs` runs the parts that need no long experiment.
@@ -352,6 +353,25 @@ def curves(phase: str, folder: str) -> None:
     draw({p: pd.read_csv(path) for p, path in both.items() if path.is_file()}, home / "curves.svg")
 
 
+def foresight_teacher(folder: str) -> None:
+    """Held-out scores of prefill agents that began with plans of foresight, beside the others."""
+    home = ROOT / "docs" / "agents"
+    mine = learning_curves(Path(folder))
+    mine.to_csv(home / "curves-prefill-lookahead.csv", index=False)
+    usual = pd.read_csv(home / "curves-prefill.csv")
+    usual = usual[usual["seed"].isin(mine["seed"])]
+    rows = []
+    for title, frame in (("MPC with its extras", usual), ("plans that know 0.5 s", mine)):
+        seeds = frame.groupby("seed")
+        first, last, best = seeds["score"].first(), seeds["score"].last(), seeds["score"].min()
+        told = [
+            f"{one.mean():.4f} [{one.min():.4f}, {one.max():.4f}]" for one in (first, last, best)
+        ]
+        rows.append((title, str(len(first)), *told))
+    heads = ("teacher", "training seeds", "cloned", "after 3 million steps", "best evaluation")
+    replace_block(ROOT / "docs" / "agents.md", "teachers", markdown_table(heads, rows, "lr"))
+
+
 def algorithms(folder: str) -> None:
     """Training runs of all algorithms below a folder, each with its training seeds.
 
@@ -474,6 +494,7 @@ def main(arguments: list[str]) -> None:
                 "compare": compare,
                 "agents": agents,
                 "algorithms": algorithms,
+                "foresight-teacher": foresight_teacher,
                 "robustness": robustness,
                 "paper": paper,
                 "plain-sb3": plain,
