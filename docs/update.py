@@ -5,8 +5,8 @@ Every block comes from the command that measures it.
 Usage: python docs/update.py [models] [bench] [bench-cluster] [observation] [envs] [readme]
        [controllers]
        [compare=RUN_DIRECTORY] [experiment:NAME=RUN_DIRECTORY ...] [agents=EVALUATION,EVALUATION]
-       [curves:PHASE=TRAINING_DIRECTORY] [algorithms=DIRECTORY_OF_RUNS] [foresight-teacher=TRAINING_DIRECTORY]
-       [robustness=EVALUATION]
+       [curves:PHASE=TRAINING_DIRECTORY] [algorithms=DIRECTORY_OF_RUNS]
+       [foresight-teacher=TRAINING_DIRECTORY] [robustness=EVALUATION]
        [leaderboard] [plans] [look-ahead] [paper=FOLDER_OF_A_REPRODUCTION]
        [plain-sb3=ROWS_OF_DOCS_PLAIN_SB3] [offline=RUN,RUN] [many-agents=FOLDER]
 `make docs` runs the parts that need no long experiment.
