@@ -333,3 +333,32 @@ def test_a_placement_has_one_tp_per_phase(tmp_path):
     )
     with pytest.raises(BiscaleError, match="several TP in a phase"):
         bench_of(TINY.multi, task)
+
+
+@pytest.mark.parametrize(
+    ("build", "prefill", "decode"),
+    [
+        ("tier2", "rule", "rule"),
+        ("mpc+slack", "rule", "rule"),
+        ("mpc-plus+slack-plus", "each", "each"),
+        ("agent", "each", "each"),
+        ("agft", "each", "each"),
+        ("static:1200", "each", "each"),
+        ("static-best", "static", "static"),
+        ("max", "static", "static"),
+    ],
+)
+def test_every_entrant_has_settings_that_rise_with_care(build, prefill, decode):
+    pytest.importorskip("pettingzoo")
+    from biscale_env.reproduce.cluster_suite.clock_tier import bench_of, rungs_of
+
+    bench = bench_of(TINY.multi, TINY.tasks("multi")[0].what)
+    for phase, kind in (("prefill", prefill), ("decode", decode)):
+        rungs = rungs_of(build, phase, bench)
+        assert {one.kind for one in rungs} == {kind}
+        assert len(rungs) == len({one.value for one in rungs}) >= 1
+        free = build not in ("agft", "static:1200", "max")
+        assert (len(rungs) > 1) == free, rungs
+        if kind == "rule":
+            assert [one.value for one in rungs] == sorted(one.value for one in rungs)
+            assert rungs[0].value == 0.0

@@ -88,12 +88,12 @@ def rungs_of(build: str, phase: str, bench: CellBench) -> list[PhaseSetting]:
         return [PhaseSetting("each", one.value) for one in ladder(SHARED, phase, plant, name)]
     free = policy_settings(name, phase)
     main = next(iter(free[0]), "") if free else ""
-    rising = sorted((one for one in free if set(one) == {main}), key=lambda one: one[main])
+    if main not in CAREFUL:
+        return [PhaseSetting("each", name)]
+    rising = sorted({float(one[main]) for one in free if main in one})
     if name == COMPILED[phase]:
-        return [PhaseSetting("rule", float(one[main])) for one in rising]
-    if main in CAREFUL:
-        return [PhaseSetting("each", with_parameters(name, one)) for one in rising]
-    return [PhaseSetting("each", name)]
+        return [PhaseSetting("rule", value) for value in rising]
+    return [PhaseSetting("each", with_parameters(name, {main: value})) for value in rising]
 
 
 def tuned(
