@@ -116,6 +116,7 @@ def test_a_finished_run_is_extended_by_asking_for_more_steps(tmp_path):
         set_up(tiny(total_timesteps=512), tmp_path, resume=True)
 
 
+@pytest.mark.slow
 def test_interrupted_before_the_second_evaluation_keeps_what_was_learned(tmp_path):
     config = tiny(**PRICED, evaluation={"every_steps": 100_000, "workloads": 1})
     first = set_up(config, tmp_path / "run")

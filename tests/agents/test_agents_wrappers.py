@@ -107,6 +107,7 @@ def test_mistakes_are_sentences() -> None:
             wrong()
 
 
+@pytest.mark.slow
 def test_a_model_of_stable_baselines_becomes_a_policy(tmp_path: Any) -> None:
     """PPO learns in the public environment; its network, written out, decides the same clocks."""
     import torch

@@ -53,7 +53,7 @@ CONTROLS = [
 @pytest.mark.parametrize("rate_rps", [slow(2.0), 12.0])
 def test_nobody_beats_the_bound(idle, shape, rate_rps):
     """At the attainment that a run itself had, or any lower one."""
-    work = [workload(seed, rate_rps=rate_rps) for seed in (0, 1)]
+    work = [workload(seed, duration_s=20.0, rate_rps=rate_rps) for seed in (0, 1)]
     made = placement(*shape)
     for values in CONTROLS:
         others = {k: v for k, v in values.items() if k != "freq"}
@@ -70,6 +70,7 @@ def test_nobody_beats_the_bound(idle, shape, rate_rps):
             assert bound.decode_j <= sum(r.energy.decode_j for r in runs), values
 
 
+@pytest.mark.slow
 def test_it_is_not_far_below_what_clusters_do():
     """What is not yet due at the end of a workload is not in it, so short ones make it loose."""
     work, made = [workload(0, 300.0, 18.0)], placement()
@@ -82,6 +83,8 @@ def test_it_is_not_far_below_what_clusters_do():
 
 
 PREFILL = Plant(PlantSettings.of("prefill"))
+PREFILL_STAGE = fixed_stage(PREFILL, 1)
+PREFILL_COST = prefill_cost(PREFILL_STAGE)
 
 
 @settings(max_examples=200)
@@ -92,8 +95,7 @@ PREFILL = Plant(PlantSettings.of("prefill"))
     level=st.integers(0, 10_000),
 )
 def test_every_prefill_batch_costs_at_least_the_cut(tokens, share, requests, level):
-    stage = fixed_stage(PREFILL, 1)
-    cost, c = prefill_cost(stage), PREFILL.model.member(-1)
+    stage, cost, c = PREFILL_STAGE, PREFILL_COST, PREFILL.model.member(-1)
     grid = PREFILL.clocks.grid_mhz / 1e3
     freq = float(grid[level % len(grid)])
     tokens = min(tokens, PREFILL.settings.instance.token_budget)
@@ -107,6 +109,7 @@ def test_every_prefill_batch_costs_at_least_the_cut(tokens, share, requests, lev
     assert cost.per_pair_j > 0
 
 
+@pytest.mark.slow
 def test_with_one_instance_it_lies_below_the_bound_of_that_instance():
     """The single instance's bound knows when requests come to decode, and more."""
     work = workload(3, rate_rps=8.0)
@@ -119,6 +122,7 @@ def test_with_one_instance_it_lies_below_the_bound_of_that_instance():
     assert cluster_bound(stages_of(cluster, made), [work], 0.99).decode_j <= single.energy_j
 
 
+@pytest.mark.slow
 def test_more_misses_never_raise_it_and_misses_are_shared_by_all_workloads():
     work, cluster, made = [workload(0), workload(1)], plant(), placement()
     stages = stages_of(cluster, made)
