@@ -5,7 +5,7 @@ Every block comes from the command that measures it.
 Usage: python docs/update.py [models] [bench] [bench-cluster] [observation] [envs] [readme]
        [controllers]
        [compare=RUN_DIRECTORY] [experiment:NAME=RUN_DIRECTORY ...] [agents=EVALUATION,EVALUATION]
-       [curves:PHASE=TRAINING_DIRECTORY] [algorithms=DIRECTORY_OF_RUNS]
+       [curves:PHASE=TRAINING_DIRECTORY] [algorithms=DIRECTORY_OF_RUNS] [algorithms-at-length=RUNS]
        [foresight-teacher=TRAINING_DIRECTORY] [robustness=EVALUATION]
        [leaderboard] [plans] [look-ahead] [paper=FOLDER_OF_A_REPRODUCTION]
        [plain-sb3=ROWS_OF_DOCS_PLAIN_SB3] [offline=RUN,RUN] [many-agents=FOLDER]
@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import controller_pages
@@ -372,7 +373,7 @@ def foresight_teacher(folder: str) -> None:
     replace_block(ROOT / "docs" / "agents.md", "teachers", markdown_table(heads, rows, "lr"))
 
 
-def algorithms(folder: str) -> None:
+def algorithms(folder: str, block: str = "algorithms") -> None:
     """Training runs of all algorithms below a folder, each with its training seeds.
 
     Held-out score of the untrained network, the best one, energy and lowest attainment there; mean
@@ -400,7 +401,7 @@ def algorithms(folder: str) -> None:
         figures = [first, best["score"], best["energy_ratio"], best["lowest_attainment"]]
         steps = f"{int(seeds['step'].last().max()):,}"
         rows.append((phase, name, str(len(best)), steps, *map(_mean_and_range, figures)))
-    replace_block(ROOT / "docs" / "agents.md", "algorithms", markdown_table(heads, rows, "llr"))
+    replace_block(ROOT / "docs" / "agents.md", block, markdown_table(heads, rows, "llr"))
 
 
 def _mean_and_range(values: pd.Series) -> str:
@@ -494,6 +495,7 @@ def main(arguments: list[str]) -> None:
                 "compare": compare,
                 "agents": agents,
                 "algorithms": algorithms,
+                "algorithms-at-length": partial(algorithms, block="algorithms-at-length"),
                 "foresight-teacher": foresight_teacher,
                 "robustness": robustness,
                 "paper": paper,
