@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Final, get_type_hints
 
 from pydantic import Field, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
@@ -14,6 +14,8 @@ from biscale_env.contract import Policy
 from biscale_env.core.errors import BiscaleError
 from controllers.base import PolicyContext
 
+LOOKAHEAD: Final = "lookahead"
+"""Knows the arrivals of the next seconds (``lookahead:seconds=0.5``): no causal policy."""
 Member = Annotated[int, Field(ge=-1)]
 
 
@@ -75,6 +77,11 @@ ENTRIES: dict[str, PolicyEntry] = {
     "dynamollm": both("rivals.dynamollm:DynamoWindows", "margin"),
     "agft": both("rivals.agft:Agft"),
 }
+
+
+def is_lookahead(name: str) -> bool:
+    """Whether a name, with parameters or without, is that of the controller with foresight."""
+    return name.partition(":")[0] == LOOKAHEAD
 
 
 def policy_names(phase: str) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.policy.features import plants_of, with_price
-from agents.training.lookahead_teacher import LookaheadTeacher, is_lookahead
+from agents.training.lookahead_teacher import LookaheadTeacher
 from agents.training.train_config import WarmStart
 from agents.training.worlds.training_env import AgentVecEnv
 from biscale_env.core.errors import BiscaleError
@@ -18,7 +18,7 @@ from biscale_env.envs.batch import Batch, RequestTable
 from biscale_env.traces import Trace
 from controllers.base import context_of
 from controllers.oracle.make import make_oracle, oracle_plant
-from controllers.registry import make_policy
+from controllers.registry import is_lookahead, make_policy
 
 
 class Teacher:

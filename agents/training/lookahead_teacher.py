@@ -21,11 +21,6 @@ Amount = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-def is_lookahead(name: str) -> bool:
-    """Whether a teacher's name is that of plans with foresight."""
-    return name.partition(":")[0] == "lookahead"
-
-
 class LookaheadTeacher:
     """Plans from any state of a training environment of prefill."""
 

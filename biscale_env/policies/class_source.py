@@ -13,7 +13,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -112,12 +112,7 @@ class ClassSource:
             context = _with_model(context, merged.pop("model"))
         free = [*known, *merged] if _takes_anything(self.maker) else known
         checked = check_parameters(self.maker, self.name, merged, free)
-        try:
-            policy = self.maker(*([context] if takes_context else []), **checked)
-        except BiscaleError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise BiscaleError(f"policy '{self.name}': {error}") from error
+        policy = construct(self.maker, self.name, [context] if takes_context else [], checked)
         if not callable(getattr(policy, "predict", None)):
             raise BiscaleError(
                 f"policy '{self.name}' has no predict(observation, state, episode_start, "
@@ -130,14 +125,35 @@ def _with_model(context: PolicyContext, model: Any) -> PolicyContext:
     return replace(context, model=named_model(model, context))
 
 
-def _parameters(maker: Callable[..., Any]) -> tuple[list[str], bool]:
-    """Names of the parameters, and whether the first one is the context (then left out)."""
+def construct(
+    maker: Callable[..., Any], name: str, first: Sequence[Any], params: Mapping[str, Any]
+) -> Any:
+    """What a class or function from outside makes.
+
+    Raises:
+        BiscaleError: it refuses what it is given.
+    """
+    try:
+        return maker(*first, **params)
+    except BiscaleError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise BiscaleError(f"policy '{name}': {error}") from error
+
+
+def named_parameters(maker: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Parameters that have a name; none of a built-in without a signature."""
     try:
         parameters = list(inspect.signature(maker).parameters.values())
-    except (TypeError, ValueError):  # a built-in without a signature
-        return [], False
+    except (TypeError, ValueError):
+        return []
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    named = [p for p in parameters if p.kind not in kinds]
+    return [p for p in parameters if p.kind not in kinds]
+
+
+def _parameters(maker: Callable[..., Any]) -> tuple[list[str], bool]:
+    """Names of the parameters, and whether the first one is the context (then left out)."""
+    named = named_parameters(maker)
     controller = isinstance(maker, type) and issubclass(maker, Controller)
     first = named[0] if named else None
     asks = first is not None and (

@@ -5,7 +5,6 @@ or ``predict`` as Stable-Baselines3 has it, whose action is the index of one of 
 placements. It is given the environment if its first parameter is called ``env``.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from biscale_env.config.cluster_layout import Placement
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.cluster.cluster_env import ClusterEnv
-from biscale_env.policies.class_source import load_class
+from biscale_env.policies.class_source import construct, load_class, named_parameters
 from controllers.placement.coarse_rules import CoarseMemory, CoarsePolicy, remembered
 from controllers.registry import check_parameters, parse_parameters
 
@@ -63,16 +62,11 @@ def coarse_from_class(name: str, base: str, rest: str, env: ClusterEnv) -> Coars
         BiscaleError: no such class, an unknown parameter, or an object that cannot decide.
     """
     maker: Callable[..., Any] = load_class(base)
-    known = list(inspect.signature(maker).parameters)
+    known = [p.name for p in named_parameters(maker)]
     takes_env = known[:1] == ["env"]
     given = parse_parameters(name, rest, getattr(maker, "positional", None))
     checked = check_parameters(maker, name, given, known[takes_env:])
-    try:
-        made = maker(*([env] if takes_env else []), **checked)
-    except BiscaleError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise BiscaleError(f"policy '{name}': {error}") from error
+    made = construct(maker, name, [env] if takes_env else [], checked)
     if callable(getattr(made, "place", None)):
         return made  # type: ignore[no-any-return]
     if callable(getattr(made, "predict", None)):

@@ -6,6 +6,7 @@ from typing import Any, Final, Protocol
 
 from biscale_env.contract import Policy
 from controllers.base import PolicyContext
+from controllers.registry import LOOKAHEAD, is_lookahead
 
 PHASES: Final = ("prefill", "decode")
 AGENT: Final = "agent"
@@ -14,8 +15,6 @@ STATIC_HINDSIGHT: Final = "static-hindsight"
 """The best constant clock of the judged workloads themselves: no controller, but what one must beat
 to have earned its keep."""
 ORACLE: Final = "oracle"
-LOOKAHEAD: Final = "lookahead"
-"""Knows the arrivals of the next seconds (``lookahead:seconds=0.5``): no causal policy."""
 PLANNED: Final = (STATIC_BEST, STATIC_HINDSIGHT, ORACLE, LOOKAHEAD)
 """Names of policies that are made from the workload itself: a comparison can make them only."""
 BISCALE_OWN: Final = {"prefill": "mpc", "decode": "slack"}
@@ -27,11 +26,6 @@ FILES: Final = (*SUFFIXES, ".onnx")
 _FILE = re.compile(r"(?P<base>.+\.(?:npz|zip|onnx))(?::(?P<rest>.*))?")
 _CLASS = re.compile(r"(?P<base>(?:[A-Za-z_][\w.]*|.+\.py):[A-Za-z_]\w*)(?::(?P<rest>.*))?")
 _OTHER = re.compile(r"(?P<base>.+?)(?::(?P<rest>[A-Za-z_]\w*=.*))?")
-
-
-def is_lookahead(name: str) -> bool:
-    """Whether a name, with parameters or without, is that of the controller with foresight."""
-    return name.partition(":")[0] == LOOKAHEAD
 
 
 def is_planned(name: str) -> bool:

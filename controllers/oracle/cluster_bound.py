@@ -67,8 +67,8 @@ class ClusterStage:
 
 def fixed_stage(plant: Plant, instances: int, member: int | None = None) -> ClusterStage:
     """Instances of one kind that are always there."""
-    waiting_w = _waiting_w(plant, member)
-    return ClusterStage((plant,), instances, instances * waiting_w, waiting_w / _gpus(plant))
+    least_w = _least_w(plant, member)
+    return ClusterStage((plant,), instances, instances * least_w, least_w / _gpus(plant))
 
 
 def free_stages(
@@ -83,14 +83,14 @@ def free_stages(
         member: ensemble member, None that of the plants.
     """
     kinds = [one for each in plants.values() for one in each]
-    gpu_w = min(spare_w, *(_waiting_w(one, member) / _gpus(one) for one in kinds))
+    gpu_w = min(spare_w, *(_least_w(one, member) / _gpus(one) for one in kinds))
     return {
         phase: ClusterStage(tuple(each), np.inf, gpus * gpu_w * (phase == "prefill"), gpu_w)
         for phase, each in plants.items()
     }
 
 
-def _waiting_w(plant: Plant, member: int | None) -> float:
+def _least_w(plant: Plant, member: int | None) -> float:
     if plant.slo.classes or plant.settings.means == "cap":
         raise BiscaleError("the bound of a cluster knows neither SLO classes nor power caps")
     return plant.least_power_w(member_of(plant, member))

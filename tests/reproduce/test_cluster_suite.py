@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -207,7 +208,8 @@ def test_a_run_goes_on_and_others_may_join_it(clocks, monkeypatch):
         ran.append(call[2:4])
         return one(*call)
 
-    monkeypatch.setattr(clock_tier, "clock_rows", counted)
+    watched = replace(clock_tier.CLOCKS, rows_of=counted)
+    monkeypatch.setattr(clock_tier, "CLOCKS", watched)
     before = (folder / "pair.json").read_bytes()
     paths = run_cluster_benchmark(
         ClusterRequest(TINY, ["tier2", "max", PAIR], "multi"), folder, True, Workers(1)
@@ -233,6 +235,9 @@ def test_a_run_goes_on_and_others_may_join_it(clocks, monkeypatch):
     part = TINY.only({"multi/calm"})
     with pytest.raises(BiscaleError, match="is a run of other tasks"):
         run_cluster_benchmark(ClusterRequest(part, ["tier2"], "multi"), folder, True)
+    (folder / "suite.json").write_text("{")
+    with pytest.raises(BiscaleError, match=r"suite.json is damaged or cut off"):
+        run_cluster_benchmark(ClusterRequest(TINY, ["tier2"], "multi"), folder, True)
 
 
 @pytest.mark.slow

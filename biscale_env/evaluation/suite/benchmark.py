@@ -85,23 +85,40 @@ def run_benchmark(
     Raises:
         BiscaleError: an unknown policy or tier, nothing to score, a directory of other settings.
     """
-    if resume and out is None:
-        raise BiscaleError("--resume needs the run directory to go on with: give it with --out")
+    folder = folder_of(out, resume, request.suite.name)
     tasks = request.suite.tasks(request.tier)
     entrants = entrants_of(request.policies)
     jobs, infeasible = benchmark_jobs(request.suite, tasks, entrants)
-    folder = out or new_folder(f"benchmark-{request.suite.name}")
     config, inputs = request.config(entrants), inputs_of(jobs)
     with RunDirectory(folder, config, resume=resume, inputs=inputs) as directory:
         run_all(directory, jobs, n_jobs, infeasible)
     reasons = {
         f"{e.point['phase']}/{e.point['scenario']}": str(e.point["reason"]) for e in infeasible
     }
-    cards = cards_of(load_run(folder), request.suite, tasks, entrants, reasons)
-    paths = []
-    for card in cards:
-        paths.append(folder / f"{file_name(card.policy)}.json")
-        write_card(card, paths[-1])
+    return write_cards(cards_of(load_run(folder), request.suite, tasks, entrants, reasons), folder)
+
+
+def folder_of(out: Path | None, resume: bool, name: str) -> Path:
+    """The run directory: the one that is named, or a new one.
+
+    Args:
+        out: as it was given.
+        resume: whether to go on in it.
+        name: of what is run, for a new one.
+
+    Raises:
+        BiscaleError: to be resumed, but not named.
+    """
+    if resume and out is None:
+        raise BiscaleError("--resume needs the run directory to go on with: give it with --out")
+    return out or new_folder(f"benchmark-{name}")
+
+
+def write_cards(cards: Sequence[ScoreCard], folder: Path) -> list[Path]:
+    """Write every card and the page of all into a run directory; the paths of the cards."""
+    paths = [folder / f"{file_name(card.policy)}.json" for card in cards]
+    for card, path in zip(cards, paths, strict=True):
+        write_card(card, path)
     write_cards_page(cards, folder / CARDS_PAGE)
     return paths
 

@@ -1,6 +1,6 @@
 """Who takes part in a benchmark, and the jobs of its references and entrants."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from biscale_env.core.errors import BiscaleError
@@ -39,18 +39,30 @@ def entrants_of(entries: Iterable[str]) -> list[Entrant]:
         BiscaleError: an unknown policy, two of one label, or a reference's label on another policy.
     """
     found = []
-    for label, build in dict.fromkeys(map(named, entries)):
+    for label, build in labelled(entries, {REFERENCE.label, ORACLE, *BISCALE_OWN.values()}).items():
         seeds = [Candidate(build, PHASES)] if is_planned(build) else candidates_of(build)
         found.append(Entrant(label, build, tuple(seeds)))
-    labels = [one.label for one in found]
-    twice = next((label for label in labels if labels.count(label) > 1), None)
-    reserved = {REFERENCE.label, ORACLE, *BISCALE_OWN.values()}
-    taken = next((o.label for o in found if o.label in reserved and o.label != o.build), twice)
-    if taken is not None:
-        raise BiscaleError(
-            f"two policies are called '{taken}': give each a name of its own, name=build "
-            f"({', '.join(sorted(reserved))} are references)"
-        )
+    return found
+
+
+def labelled(entries: Iterable[str], references: Collection[str]) -> dict[str, str]:
+    """Label and name of everybody who is scored.
+
+    Args:
+        entries: ``[label=]name``.
+        references: labels that no other policy may have.
+
+    Raises:
+        BiscaleError: nobody, two of one label, or a reference's label on another policy.
+    """
+    found: dict[str, str] = {}
+    for label, build in dict.fromkeys(map(named, entries)):
+        if label in found or (label in references and label != build):
+            raise BiscaleError(
+                f"two policies are called '{label}': give each a name of its own, name=build "
+                f"({', '.join(sorted(references))} are references)"
+            )
+        found[label] = build
     if not found:
         raise BiscaleError("biscale benchmark needs a policy, such as agent or mine.py:Rule")
     return found

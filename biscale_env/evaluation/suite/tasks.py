@@ -1,6 +1,7 @@
 """Frozen, versioned tasks: which operating points a suite holds, and a digest that pins them."""
 
 import json
+from collections.abc import Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -74,9 +75,7 @@ class BenchmarkSuite(Config):
     @model_validator(mode="after")
     def _names_once(self) -> "BenchmarkSuite":
         names = [task.name for tasks in self.splits.values() for task in tasks]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise BiscaleError(f"suite '{self.name}': two tasks are called '{twice}'")
+        refuse_twice(self.name, names)
         if missing := set(self.tiers) - set(self.oracle_seeds):
             raise BiscaleError(f"suite '{self.name}': oracle_seeds lacks {min(missing)}")
         return self
@@ -149,6 +148,17 @@ class BenchmarkSuite(Config):
             if kept:
                 splits[split] = tuple(kept)
         return self.model_copy(update={"splits": splits})
+
+
+def refuse_twice(suite: str, names: Sequence[str]) -> None:
+    """Names of tasks stand once.
+
+    Raises:
+        BiscaleError: one stands twice.
+    """
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise BiscaleError(f"suite '{suite}': two tasks are called '{twice}'")
 
 
 def load_suite(name: str) -> BenchmarkSuite:

@@ -14,9 +14,15 @@ from agents.multi.multi_config import ClusterScenario
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.experiment.input_digests import policy_inputs
 from biscale_env.policies import phases_of, policy_settings, with_parameters
-from biscale_env.policies.policy_source import AGENT
+from biscale_env.policies.policy_source import AGENT, STATIC_BEST
 from biscale_env.reproduce.cluster_suite.cluster_tasks import ClockTask, ClockTier
-from biscale_env.reproduce.cluster_suite.suite_rows import BOUND, MAX, NOT_HELD, judged_row
+from biscale_env.reproduce.cluster_suite.suite_rows import (
+    BOUND,
+    MAX,
+    NOT_HELD,
+    TierRules,
+    judged_row,
+)
 from biscale_env.reproduce.multi import CellBench, MultiCell, MultiPlan, row_of, workloads_of
 from biscale_env.reproduce.multi_systems import (
     COMPILED,
@@ -34,7 +40,6 @@ from biscale_env.reproduce.multi_systems import (
 from biscale_env.traces import Trace
 from controllers.oracle.cluster_bound import cluster_bound, fixed_stage
 
-STATIC_BEST: Final = "static-best"
 BOTH: Final = "+"
 CAREFUL: Final = ("margin", "price")
 """Parameters that rise with care, so that the least careful setting can be looked for."""
@@ -191,3 +196,6 @@ def check_clocks(build: str) -> None:
     """
     if build not in (MAX, TIER2, STATIC_BEST):
         pair_of(build)
+
+
+CLOCKS: Final = TierRules(lambda tier: check_clocks, clock_inputs, clock_rows)

@@ -1,7 +1,7 @@
 """``biscale benchmark --tier cluster|multi`` as a library: run, keep, resume, write cards."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,20 +10,18 @@ from typing import Any, Final
 import pandas as pd
 
 from biscale_env.core.errors import BiscaleError
-from biscale_env.core.exact_csv import read_exact
 from biscale_env.core.extras import need_packages
 from biscale_env.core.files import lock, write_whole
-from biscale_env.evaluation.experiment.comparison import new_folder
-from biscale_env.evaluation.experiment.policy_list import named
+from biscale_env.evaluation.runs import run_files
 from biscale_env.evaluation.runs.provenance import provenance
-from biscale_env.evaluation.suite.benchmark import CARDS_PAGE, file_name
-from biscale_env.evaluation.suite.card_page import write_cards_page
-from biscale_env.evaluation.suite.score_card import read_card, without_folders, write_card
+from biscale_env.evaluation.suite.benchmark import folder_of, write_cards
+from biscale_env.evaluation.suite.entrants import labelled
+from biscale_env.evaluation.suite.score_card import without_folders
 from biscale_env.jobs.progress import JobProgress
 from biscale_env.jobs.workers import Workers, run_each
 from biscale_env.reproduce.cluster_suite.cluster_scoring import cluster_cards
 from biscale_env.reproduce.cluster_suite.cluster_tasks import ClusterSuite, ClusterTier
-from biscale_env.reproduce.cluster_suite.suite_rows import BOUND, MAX, OWN, SAVED
+from biscale_env.reproduce.cluster_suite.suite_rows import BOUND, MAX, OWN, SAVED, TierRules
 
 CONFIG: Final = "suite.json"
 POLICIES: Final = "policies.json"
@@ -49,20 +47,11 @@ class ClusterRequest:
         Raises:
             BiscaleError: nobody, no such policy, two of one label, or a reference's label.
         """
-        if not self.policies:
-            raise BiscaleError("biscale benchmark needs a policy, such as agent")
-        shared, found = getattr(self.suite, self.tier), {}
-        check = _check_of(self.tier, shared)
-        references = {MAX, BOUND, OWN[self.tier]}
-        for label, build in dict.fromkeys(map(named, self.policies)):
-            if label in found or (label in references and (label != build or label == BOUND)):
-                raise BiscaleError(
-                    f"two policies are called '{label}': give each a name of its own, name=build "
-                    f"({', '.join(sorted(references))} are references)"
-                )
+        found = labelled(self.policies, {MAX, BOUND, OWN[self.tier]})
+        check = _rules_of(self.tier).check_of(getattr(self.suite, self.tier))
+        for label, build in found.items():
             if label != MAX:
                 check(build)
-            found[label] = build
         return found
 
 
@@ -87,23 +76,18 @@ def run_cluster_benchmark(
     Raises:
         BiscaleError: an unknown policy or tier, nothing to score, a directory of other settings.
     """
-    if resume and out is None:
-        raise BiscaleError("--resume needs the run directory to go on with: give it with --out")
+    folder = folder_of(out, resume, f"{request.suite.name}-{request.tier}")
     tasks, entrants = request.suite.tasks(request.tier), request.entrants()
-    folder = out or new_folder(f"benchmark-{request.suite.name}-{request.tier}")
+    own = OWN[request.tier]
+    everybody = {BOUND: BOUND, MAX: MAX, own: own, **entrants}
     folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder / ".lock"):
+    with lock(folder / run_files.LOCK):
         _claim(folder, request, resume)
-        rows = _run(folder, request, entrants, Workers.of(n_jobs))
-    told = json.loads((folder / POLICIES).read_text())
-    inputs = {k: v for label in entrants for k, v in told[label]["sha256"].items()}
+        known = _keep_inputs(folder, request.tier, everybody)
+        rows = _run(folder, request, everybody, Workers.of(n_jobs))
+    inputs = {k: v for label in entrants for k, v in known[label]["sha256"].items()}
     made_by = without_folders(provenance(inputs={"suite": request.suite.digest, **inputs}))
-    paths = []
-    for card in cluster_cards(rows, request.suite, tasks, entrants, made_by):
-        paths.append(folder / f"{file_name(card.policy)}.json")
-        write_card(card, paths[-1])
-    write_cards_page([read_card(path) for path in paths], folder / CARDS_PAGE)
-    return paths
+    return write_cards(cluster_cards(rows, request.suite, tasks, entrants, made_by), folder)
 
 
 def rerun_clusters(
@@ -115,42 +99,20 @@ def rerun_clusters(
     return card
 
 
-def _check_of(tier: ClusterTier, shared: Any) -> Callable[[str], None]:
-    """What says whether a name is an entrant of a tier.
+def _rules_of(tier: ClusterTier) -> TierRules:
+    """What is done in a tier.
 
     Raises:
         BiscaleError: the tier needs packages that are not installed.
     """
     if tier == "cluster":
-        from biscale_env.reproduce.cluster_suite.placement_tier import check_placements
+        from biscale_env.reproduce.cluster_suite.placement_tier import PLACEMENTS
 
-        return check_placements(shared)
+        return PLACEMENTS
     need_packages("the tier multi needs", "marl", {"pettingzoo": "pettingzoo"})
-    from biscale_env.reproduce.cluster_suite.clock_tier import check_clocks
+    from biscale_env.reproduce.cluster_suite.clock_tier import CLOCKS
 
-    return check_clocks
-
-
-def _inputs_of(tier: ClusterTier) -> Callable[[str], dict[str, str]]:
-    """What finds the files of an entrant."""
-    if tier == "cluster":
-        from biscale_env.reproduce.cluster_suite.placement_tier import placement_inputs
-
-        return placement_inputs
-    from biscale_env.reproduce.cluster_suite.clock_tier import clock_inputs
-
-    return clock_inputs
-
-
-def _rows_of(tier: ClusterTier) -> Callable[..., list[dict[str, Any]]]:
-    """What runs an entrant on a task of a tier."""
-    if tier == "cluster":
-        from biscale_env.reproduce.cluster_suite.placement_tier import placement_rows
-
-        return placement_rows
-    from biscale_env.reproduce.cluster_suite.clock_tier import clock_rows
-
-    return clock_rows
+    return CLOCKS
 
 
 def _claim(folder: Path, request: ClusterRequest, resume: bool) -> None:
@@ -164,21 +126,28 @@ def _claim(folder: Path, request: ClusterRequest, resume: bool) -> None:
     if path.is_file():
         if not resume:
             raise BiscaleError(f"{folder} holds a run already: give another folder or --resume")
-        if json.loads(path.read_text()) != mine:
+        if _read_json(path) != mine:
             raise BiscaleError(f"{folder} is a run of other tasks: give another folder")
-    elif any(one.name != ".lock" for one in folder.iterdir()):
+    elif any(one.name != run_files.LOCK for one in folder.iterdir()):
         raise BiscaleError(f"{folder} is not empty and no run of this suite: give another folder")
     write_whole(path, json.dumps(mine, indent=1) + "\n")
 
 
-def _keep_inputs(folder: Path, tier: ClusterTier, everybody: Mapping[str, str]) -> None:
-    """Keep what every label means, its files included.
+def _read_json(path: Path) -> dict[str, Any]:
+    with run_files.reading(path):
+        return dict(json.loads(run_files.read_text(path)))
+
+
+def _keep_inputs(
+    folder: Path, tier: ClusterTier, everybody: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Keep and return what every label means, its files included.
 
     Raises:
         BiscaleError: a label meant something else before.
     """
-    path, inputs_of = folder / POLICIES, _inputs_of(tier)
-    known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+    path, inputs_of = folder / POLICIES, _rules_of(tier).inputs_of
+    known: dict[str, dict[str, Any]] = _read_json(path) if path.is_file() else {}
     mine: dict[str, dict[str, Any]] = {
         label: {"build": build, "sha256": {} if label in (BOUND, MAX) else inputs_of(build)}
         for label, build in everybody.items()
@@ -196,21 +165,16 @@ def _keep_inputs(folder: Path, tier: ClusterTier, everybody: Mapping[str, str]) 
                 f"{changed} has changed since '{label}' was run in {folder}: give another folder"
             )
     write_whole(path, json.dumps({**known, **mine}, indent=1) + "\n")
+    return mine
 
 
 def _run(
-    folder: Path, request: ClusterRequest, entrants: dict[str, str], workers: Workers
+    folder: Path, request: ClusterRequest, everybody: Mapping[str, str], workers: Workers
 ) -> pd.DataFrame:
     """Rows of references and entrants on all tasks; what is kept is not run again."""
-    shared = getattr(request.suite, request.tier)
-    function = _rows_of(request.tier)
-    own = OWN[request.tier]
-    everybody = {BOUND: BOUND, MAX: MAX, own: own, **entrants}
-    path = folder / SAVED
-    rows = read_exact(path) if path.is_file() else pd.DataFrame()
-    known = set() if rows.empty else set(zip(rows["task"], rows["policy"], strict=True))
-    rows = rows.fillna({"setting": ""}) if known else rows
-    _keep_inputs(folder, request.tier, everybody)
+    shared, path = getattr(request.suite, request.tier), folder / SAVED
+    rows = run_files.read_csv(path, ("task", "policy", "setting")).fillna({"setting": ""})
+    known = set(zip(rows["task"], rows["policy"], strict=True))
     asked = [
         (shared, task.what, task.key, label, build)
         for task in request.suite.tasks(request.tier)
@@ -222,7 +186,7 @@ def _run(
         return rows
     with (
         JobProgress("runs", len(asked), done) as progress,
-        closing(run_each(function, calls, workers)) as results,
+        closing(run_each(_rules_of(request.tier).rows_of, calls, workers)) as results,
     ):
         for count, (number, found) in enumerate(results, start=done + 1):
             rows = pd.concat([rows, pd.DataFrame(found)], ignore_index=True)

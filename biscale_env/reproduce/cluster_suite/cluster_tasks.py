@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from biscale_env.config.loader import Config, list_names, load_named
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.runs.provenance import text_hash
-from biscale_env.evaluation.suite.tasks import CLUSTER_TIERS
+from biscale_env.evaluation.suite.tasks import CLUSTER_TIERS, refuse_twice
 
 FOLDER: Final = "benchmark/clusters"
 ClusterTier = Literal["cluster", "multi"]
@@ -133,10 +133,7 @@ class ClusterSuite(Config):
 
     @model_validator(mode="after")
     def _names_once(self) -> "ClusterSuite":
-        keys = [task.key for task in self.tasks()]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise BiscaleError(f"suite '{self.name}': two tasks are called '{twice}'")
+        refuse_twice(self.name, [task.key for task in self.tasks()])
         return self
 
     @property

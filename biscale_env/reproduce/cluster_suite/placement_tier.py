@@ -1,9 +1,7 @@
 """Tier ``cluster``: which instances are in service, on days that nobody was tuned on."""
 
-import inspect
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -21,11 +19,18 @@ from biscale_env.envs.cluster.cluster_options import fitting_tps
 from biscale_env.evaluation.runs.provenance import file_hash
 from biscale_env.policies import with_parameters
 from biscale_env.policies.checkpoint_source import names_checkpoint
-from biscale_env.policies.class_source import load_class
+from biscale_env.policies.class_source import ClassSource, load_class
 from biscale_env.policies.coarse_resolver import coarse_checkpoint, resolve_coarse
 from biscale_env.policies.policy_source import AGENT, is_class_name, split_name
 from biscale_env.reproduce.cluster_suite.cluster_tasks import PlacementTask, PlacementTier
-from biscale_env.reproduce.cluster_suite.suite_rows import BOUND, MAX, NOT_HELD, OWN, judged_row
+from biscale_env.reproduce.cluster_suite.suite_rows import (
+    BOUND,
+    MAX,
+    NOT_HELD,
+    OWN,
+    TierRules,
+    judged_row,
+)
 from controllers.oracle.cluster_bound import cluster_bound, free_stages
 from controllers.placement.coarse_rules import ALPHAS, RULES, CoarseMemory, CoarsePolicy, IlpRule
 
@@ -174,18 +179,17 @@ def placement_inputs(build: str) -> dict[str, str]:
     """SHA-256 of the files of an entrant that are not part of this package, by their names."""
     base = split_name(build, {*RULES, AGENT})[0]
     if is_class_name(base):
-        file = Path(inspect.getfile(load_class(base)))
-        return {f"policy {base.rpartition(':')[0]} ({file.name})": file_hash(file)}
+        files = ClassSource(build, load_class(base), {}).files()
+        return {
+            f"policy {base.rpartition(':')[0]} ({file.name})": file_hash(file) for file in files
+        }
     if names_checkpoint(base):
         file = coarse_checkpoint(base)
         return {f"checkpoint {base} ({file.name})": file_hash(file)}
     return {}
 
 
-Check = Callable[[str], None]
-
-
-def check_placements(tier: PlacementTier) -> Check:
+def check_placements(tier: PlacementTier) -> Callable[[str], None]:
     """Says before anything is run whether a name is a coarse policy.
 
     Args:
@@ -203,3 +207,6 @@ def check_placements(tier: PlacementTier) -> Check:
         resolve_coarse(build, env)
 
     return check
+
+
+PLACEMENTS: Final = TierRules(check_placements, placement_inputs, placement_rows)
