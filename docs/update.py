@@ -23,6 +23,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+import agent_tables
 import controller_pages
 import environment_pages
 import foresight_figure
@@ -359,54 +360,14 @@ def foresight_teacher(folder: str) -> None:
     home = ROOT / "docs" / "agents"
     mine = learning_curves(Path(folder))
     mine.to_csv(home / "curves-prefill-lookahead.csv", index=False)
-    usual = pd.read_csv(home / "curves-prefill.csv")
-    usual = usual[usual["seed"].isin(mine["seed"])]
-    rows = []
-    for title, frame in (("MPC with its extras", usual), ("plans that know 0.5 s", mine)):
-        seeds = frame.groupby("seed")
-        first, last, best = seeds["score"].first(), seeds["score"].last(), seeds["score"].min()
-        told = [
-            f"{one.mean():.4f} [{one.min():.4f}, {one.max():.4f}]" for one in (first, last, best)
-        ]
-        rows.append((title, str(len(first)), *told))
-    heads = ("teacher", "training seeds", "cloned", "after 3 million steps", "best evaluation")
-    replace_block(ROOT / "docs" / "agents.md", "teachers", markdown_table(heads, rows, "lr"))
+    table = agent_tables.teachers_markdown(pd.read_csv(home / "curves-prefill.csv"), mine)
+    replace_block(ROOT / "docs" / "agents.md", "teachers", table)
 
 
 def algorithms(folder: str, block: str = "algorithms") -> None:
-    """Training runs of all algorithms below a folder, each with its training seeds.
-
-    Held-out score of the untrained network, the best one, energy and lowest attainment there; mean
-    over seeds, and their range where there are several.
-    """
-    heads = (
-        "phase",
-        "algorithm",
-        "seeds",
-        "env steps",
-        "score untrained",
-        "best score",
-        "energy ratio",
-        "lowest attainment",
-    )
-    rows = []
-    for path in sorted(
-        (p for p in Path(folder).iterdir() if p.is_dir()),
-        key=lambda p: (p.name.split("-")[0] != "prefill", p.name),
-    ):
-        phase, _, name = path.name.partition("-")
-        seeds = learning_curves(path).groupby("seed")
-        first = seeds["score"].first()
-        best = seeds.apply(lambda of: of.loc[of["score"].idxmin()], include_groups=False)
-        figures = [first, best["score"], best["energy_ratio"], best["lowest_attainment"]]
-        steps = f"{int(seeds['step'].last().max()):,}"
-        rows.append((phase, name, str(len(best)), steps, *map(_mean_and_range, figures)))
-    replace_block(ROOT / "docs" / "agents.md", block, markdown_table(heads, rows, "llr"))
-
-
-def _mean_and_range(values: pd.Series) -> str:
-    mean = f"{values.mean():.4f}"
-    return mean if len(values) == 1 else f"{mean} [{values.min():.4f}, {values.max():.4f}]"
+    """Training runs of all algorithms below a folder, each with its training seeds."""
+    table = agent_tables.algorithms_markdown(Path(folder))
+    replace_block(ROOT / "docs" / "agents.md", block, table)
 
 
 def robustness(folder: str) -> None:
