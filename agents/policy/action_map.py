@@ -59,9 +59,11 @@ class ActionMap:
         if self.kind == "levels":
             return self.levels[np.asarray(output).reshape(len(rule))]
         flat = np.asarray(output, dtype=np.float32).reshape(len(rule))
-        if self.kind == "rule":
-            flat = rule + np.float32(2.0 * self.span) * flat
-        return within_range(flat)
+        return within_range(self.unclipped(flat, rule))
+
+    def unclipped(self, output: Any, rule: Any) -> Any:
+        """Action of a continuous output before it is clipped, (n,); arrays or tensors alike."""
+        return rule + 2.0 * self.span * output if self.kind == "rule" else output
 
     def output_for(self, action: Floats32, rule: Floats32) -> Floats32:
         """Output (n,) that comes nearest to an action (n,)."""

@@ -1,4 +1,4 @@
-"""The algorithms of Stable-Baselines3 by name, and a check of their hyper-parameters."""
+"""The algorithms by name, Stable-Baselines3's and our own, and a check of hyper-parameters."""
 
 import difflib
 import inspect
@@ -15,6 +15,7 @@ ALGORITHMS = {
     "tqc": ("sb3_contrib", "TQC"),
     "dqn": ("stable_baselines3", "DQN"),
     "recurrent_ppo": ("sb3_contrib", "RecurrentPPO"),
+    "policy_iteration": ("agents.training.policy_iteration", "PolicyIteration"),
 }
 OURS = (
     "self",
@@ -30,7 +31,7 @@ OURS = (
 
 
 def algorithm(name: str) -> Any:
-    """The SB3 class of an algorithm.
+    """The class of an algorithm, SB3's or one derived from SB3's.
 
     Raises:
         BiscaleError: unknown name, or the optional packages are not installed.
@@ -41,7 +42,15 @@ def algorithm(name: str) -> Any:
     try:
         return getattr(import_module(module), cls)
     except ImportError:
-        raise BiscaleError(f"algorithm '{name}' needs {module}: install biscale-env[rl]") from None
+        raise BiscaleError(
+            f"algorithm '{name}' needs {_library(name)}: install biscale-env[rl]"
+        ) from None
+
+
+def _library(name: str) -> str:
+    """The package that an algorithm comes from; ours is built on Stable-Baselines3."""
+    module = ALGORITHMS[name][0]
+    return "stable_baselines3" if module.startswith("agents.") else module
 
 
 def check_hyper(name: str, hyper: Mapping[str, Any], where: str) -> None:
@@ -53,7 +62,7 @@ def check_hyper(name: str, hyper: Mapping[str, Any], where: str) -> None:
     Raises:
         BiscaleError: unknown algorithm; or names the key and the nearest known one.
     """
-    if name in ALGORITHMS and find_spec(ALGORITHMS[name][0]) is None:
+    if name in ALGORITHMS and find_spec(_library(name)) is None:
         return
     known = [p for p in inspect.signature(algorithm(name).__init__).parameters if p not in OURS]
     for key in hyper:

@@ -130,7 +130,7 @@ def warm_start(
     Returns the loss after every round.
 
     Raises:
-        BiscaleError: an algorithm without a Gaussian actor-critic policy (only PPO can be cloned
+        BiscaleError: an algorithm without a Gaussian actor-critic policy (others cannot be cloned
             into here).
     """
     import torch
@@ -139,11 +139,11 @@ def warm_start(
     if (
         not hasattr(policy, "action_net")
         or env.config.action == "levels"
-        or env.config.algo != "ppo"
+        or env.config.algo not in ("ppo", "policy_iteration")
     ):
         raise BiscaleError(
-            f"warm_start works with ppo and continuous actions, not with {env.config.algo}: remove "
-            "it from the config"
+            "warm_start works with ppo, policy_iteration and continuous actions, not with "
+            f"{env.config.algo}: remove it from the config"
         )
 
     def act(features: NDArray[np.float32]) -> NDArray[Any]:

@@ -32,6 +32,7 @@ MEMORY = (
     "_last_episode_starts",
     "_last_original_obs",
     "_last_lstm_states",
+    "rounds",  # samples of policy iteration
 )
 
 

@@ -38,6 +38,13 @@ SPACES: dict[str, dict[str, Suggest]] = {
     "dqn": COMMON
     | {"exploration_fraction": lambda t: t.suggest_float("exploration_fraction", 0.05, 0.5)},
     "recurrent_ppo": COMMON | {"gae_lambda": lambda t: t.suggest_float("gae_lambda", 0.8, 0.98)},
+    "policy_iteration": {
+        "learning_rate": COMMON["learning_rate"],
+        "sigma": lambda t: t.suggest_float("sigma", 0.04, 0.2, log=True),
+        "sample_every": lambda t: t.suggest_int("sample_every", 2, 10),
+        "rounds_kept": lambda t: t.suggest_int("rounds_kept", 2, 10),
+        "n_epochs": lambda t: t.suggest_int("n_epochs", 2, 12),
+    },
 }
 
 
@@ -45,9 +52,7 @@ def suggest(trial: Any, config: AgentConfig, steps: int) -> AgentConfig:
     """Config of one trial."""
     hyper = config.hyper | {name: pick(trial) for name, pick in SPACES[config.algo].items()}
     log_std = (
-        trial.suggest_float("log_std_init", -2.5, -0.5)
-        if "ppo" in config.algo
-        else config.log_std_init
+        trial.suggest_float("log_std_init", -2.5, -0.5) if config.on_policy else config.log_std_init
     )
     every = {"every_steps": max(steps // 3, 1)}
     changes = {"hyper": hyper, "log_std_init": log_std, "total_timesteps": steps}
@@ -63,7 +68,7 @@ def starting_point(config: AgentConfig) -> dict[str, Any]:
     values = {name: v for name, v in values.items() if v in CHOICES.get(name, [v])}
     if "gamma" in values:
         values["one_minus_gamma"] = 1.0 - values.pop("gamma")
-    return values | ({"log_std_init": config.log_std_init} if "ppo" in config.algo else {})
+    return values | ({"log_std_init": config.log_std_init} if config.on_policy else {})
 
 
 def trials_table(study: Any) -> pd.DataFrame:

@@ -171,7 +171,8 @@ class AgentConfig(WithInstance):
         total_timesteps: env steps, all sub-environments together.
         net_arch: hidden layers.
         activation: ``tanh`` or ``relu``.
-        log_std_init: logarithm of the first standard deviation of exploration (ppo, recurrent_ppo).
+        log_std_init: logarithm of the first standard deviation of exploration (ppo,
+            recurrent_ppo, policy_iteration).
         hyper: arguments of the SB3 algorithm.
         mixture: workload families.
         randomise: see :class:`Randomise`.
@@ -255,8 +256,11 @@ class AgentConfig(WithInstance):
 
     @property
     def on_policy(self) -> bool:
-        """Whether the algorithm learns from its own latest rollouts only."""
-        return self.algo in ("ppo", "recurrent_ppo")
+        """Whether a run resumes bit for bit: what the algorithm learns from is stored whole.
+
+        Its networks are an actor and a critic, with a Gaussian action.
+        """
+        return self.algo in ("ppo", "recurrent_ppo", "policy_iteration")
 
     @property
     def default_price(self) -> float:
@@ -291,6 +295,8 @@ def load_config(name: str | Path | None, phase: str, algo: str | None = None) ->
             "out"
         )
     check_hyper(config.algo, config.hyper, str(name))
+    if config.algo == "policy_iteration" and config.phase != "prefill":
+        raise BiscaleError(f"config {name}: policy_iteration is for prefill, got {config.phase}")
     if (config.algo == "dqn") != (config.action == "levels"):
         raise BiscaleError(
             f"config {name}: action 'levels' and algorithm dqn belong together, got "

@@ -13,6 +13,12 @@ from biscale_env.cli.trace_options import told_on
 from biscale_env.core.errors import BiscaleError
 from biscale_env.core.extras import need_packages
 
+Algorithm = Annotated[
+    str | None,
+    typer.Option(
+        help="ppo, sac, tqc, dqn, recurrent_ppo or policy_iteration (prefill); default: ppo."
+    ),
+]
 SeedsAtOnce = Annotated[
     int, typer.Option("--jobs", help="Seeds or trials that are trained at once, a process each.")
 ]
@@ -35,9 +41,7 @@ def train(
         typer.Argument(help="prefill, decode, cluster (the coarse loop) or multi (many agents)"),
     ],
     *,
-    algo: Annotated[
-        str | None, typer.Option(help="ppo, sac, tqc, dqn or recurrent_ppo; default: ppo.")
-    ] = None,
+    algo: Algorithm = None,
     config: Annotated[
         str | None, typer.Option(help="Config name or YAML file; default: the shipped one.")
     ] = None,
@@ -175,9 +179,7 @@ def _refuse(phase: str, others: dict[str, Any]) -> None:
 
 def tune(
     phase: Annotated[str, typer.Argument(help="prefill or decode")],
-    algo: Annotated[
-        str | None, typer.Option(help="ppo, sac, tqc, dqn or recurrent_ppo; default: ppo.")
-    ] = None,
+    algo: Algorithm = None,
     config: Annotated[
         str | None, typer.Option(help="Config to start from; default: the shipped one.")
     ] = None,
