@@ -98,7 +98,7 @@ class PolicyIteration(OnPolicyAlgorithm):
         n_steps: int = 1500,
         sample_every: int = 5,
         clocks: int = 13,
-        sigma: float = 0.1,
+        sigma: tuple[float, float] = (0.4, 0.08),
         horizon_s: Sequence[float] = (2.0, 10.0),
         explore_share: float = 0.5,
         rounds_kept: int = 6,
@@ -120,7 +120,9 @@ class PolicyIteration(OnPolicyAlgorithm):
             n_steps: env steps of every row in a round.
             sample_every: steps between two states of a row whose costs are asked for.
             clocks: tried in each of them.
-            sigma: see :func:`expected_cost`; near the distance of two clocks (2 / (clocks - 1)).
+            sigma: width of :func:`expected_cost` at the start and at the end of training, linear
+                between them: wide at first, since costs have several minima over the clocks, at
+                last below the distance of two clocks (2 / (clocks - 1)).
             horizon_s: shortest and longest horizon of :class:`ClockCosts`.
             explore_share: share of decisions that are made with the policy's exploration noise.
             rounds_kept: how many rounds the actor is fitted to.
@@ -151,7 +153,8 @@ class PolicyIteration(OnPolicyAlgorithm):
             _init_setup_model=False,
         )
         self.steps_per_round, self.sample_every = n_steps, sample_every
-        self.clocks, self.sigma, self.horizon_s = clocks, sigma, tuple(horizon_s)
+        self.clocks, self.horizon_s = clocks, tuple(horizon_s)
+        self.sigma_first, self.sigma_last = sigma
         self.explore_share, self.rounds_kept = explore_share, rounds_kept
         self.n_epochs, self.batch_size = n_epochs, batch_size
         self.rounds = ()
@@ -162,6 +165,12 @@ class PolicyIteration(OnPolicyAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         """What a checkpoint leaves out: the samples are kept with the state of a run."""
         return [*super()._excluded_save_params(), "rounds", "_costs"]
+
+    @property
+    def sigma(self) -> float:
+        """Width of :func:`expected_cost` at the present moment of training."""
+        left = self._current_progress_remaining
+        return self.sigma_last + (self.sigma_first - self.sigma_last) * left
 
     def act(self, features: Floats32) -> Floats32:
         """Outputs of the network without exploration, clipped, (n,)."""
@@ -240,11 +249,12 @@ class PolicyIteration(OnPolicyAlgorithm):
         x, base = torch.as_tensor(features), torch.as_tensor(rule)
         costs = torch.as_tensor(scaled_costs(cost, cell))
         clocks, actions, total = torch.as_tensor(self._costs.actions), self._costs.map, 0.0
+        sigma = self.sigma
         for _ in range(self.n_epochs):
             total = 0.0
             for part in torch.randperm(len(x)).split(self.batch_size):
                 action = actions.unclipped(self._mean(x[part]), base[part])
-                loss = expected_cost(action, clocks, costs[part], self.sigma).mean()
+                loss = expected_cost(action, clocks, costs[part], sigma).mean()
                 optimiser.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
@@ -253,4 +263,5 @@ class PolicyIteration(OnPolicyAlgorithm):
         self._n_updates += self.n_epochs
         self.logger.record("train/expected_cost", total / len(x))
         self.logger.record("train/samples", len(x))
+        self.logger.record("train/sigma", sigma)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")

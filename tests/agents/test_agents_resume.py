@@ -29,6 +29,11 @@ PRICED = {
     "price": [1, 200],
     "warm_start": {"teacher": "mpc:margin=0.2", "steps": 200, "rounds": 2, "epochs": 2},
 }
+COSTS = {
+    "algo": "policy_iteration",
+    "price": [1, 200],
+    "hyper": {"n_steps": 16, "sample_every": 4, "clocks": 5, "rounds_kept": 2, "batch_size": 16},
+}
 DECODE = {
     "phase": "decode",
     "mixture": [{"rates_rps": [15.0], "workloads": 2, "episode_s": 20.0}],
@@ -73,7 +78,9 @@ def interrupt(run, after):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, PRICED, DECODE], ids=["multipliers", "priced", "decode"])
+@pytest.mark.parametrize(
+    "changes", [{}, PRICED, DECODE, COSTS], ids=["multipliers", "priced", "decode", "costs"]
+)
 def test_interrupted_and_resumed_is_the_straight_run_bit_for_bit(tmp_path, monkeypatch, changes):
     monkeypatch.setattr("agents.training.progress.callbacks.MIN_REQUESTS", 5)
     config = tiny(**changes)

@@ -40,6 +40,7 @@ HYPER = {
     "sac": {"buffer_size": 1000, "learning_starts": 50, "batch_size": 32, "gradient_steps": 1},
     "tqc": {"buffer_size": 1000, "learning_starts": 50, "batch_size": 32, "gradient_steps": 1},
     "dqn": {"buffer_size": 1000, "learning_starts": 50, "batch_size": 32},
+    "policy_iteration": {"n_steps": 8, "sample_every": 4, "clocks": 3, "batch_size": 16},
 }
 
 
@@ -59,7 +60,7 @@ def env_of(config, seed=0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algo", ["ppo", "sac", "dqn"])
+@pytest.mark.parametrize("algo", ["ppo", "sac", "dqn", "policy_iteration"])
 def test_exported_network_equals_the_torch_policy(algo, tmp_path):
     config = tiny(algo, price=None if algo == "sac" else [3.0, 300.0])
     run = set_up(config, tmp_path / "run")
