@@ -1,5 +1,6 @@
 """Tables of training runs for docs/agents.md: teachers and algorithms side by side."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -8,21 +9,41 @@ from agents.training.progress.curves import learning_curves
 from biscale_env.core.markdown import markdown_table
 
 
-def teachers_markdown(usual: pd.DataFrame, foresight: pd.DataFrame) -> str:
-    """Held-out scores by teacher, of the training seeds that both have.
+def runs_markdown(head: str, runs: Mapping[str, pd.DataFrame]) -> str:
+    """Held-out scores of several ways to train, of the training seeds that all have.
 
     Args:
-        usual: learning curves that began with the usual teacher.
-        foresight: those that began with plans that know the next half second.
+        head: what the ways differ in.
+        runs: learning curves by way.
     """
-    usual = usual[usual["seed"].isin(foresight["seed"])]
+    common = set.intersection(*(set(frame["seed"]) for frame in runs.values()))
     rows = []
-    for title, frame in (("MPC with its extras", usual), ("plans that know 0.5 s", foresight)):
-        seeds = frame.groupby("seed")["score"]
+    for title, frame in runs.items():
+        seeds = frame[frame["seed"].isin(common)].groupby("seed")["score"]
         figures = [_mean_and_range(one) for one in (seeds.first(), seeds.last(), seeds.min())]
-        rows.append((title, str(len(seeds)), *figures))
-    heads = ("teacher", "training seeds", "cloned", "after 3 million steps", "best evaluation")
+        steps = f"{int(frame['step'].max()):,}"
+        rows.append((title, str(len(seeds)), steps, *figures))
+    heads = (head, "training seeds", "env steps", "cloned", "at the end", "best evaluation")
     return markdown_table(heads, rows, "lr")
+
+
+def _beside_ppo(home: Path, folder: Path, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Curves of the usual training and those of a folder, which are kept as ``curves-NAME.csv``."""
+    mine = learning_curves(folder)
+    mine.to_csv(home / f"curves-{name}.csv", index=False)
+    return pd.read_csv(home / "curves-prefill.csv"), mine
+
+
+def teachers(home: Path, folder: Path) -> str:
+    """Prefill agents that began with plans of foresight, beside the others."""
+    usual, mine = _beside_ppo(home, folder, "prefill-lookahead")
+    return runs_markdown("teacher", {"MPC with its extras": usual, "plans that know 0.5 s": mine})
+
+
+def policy_iteration(home: Path, folder: Path) -> str:
+    """Prefill agents trained by policy iteration, beside those of PPO."""
+    usual, mine = _beside_ppo(home, folder, "prefill-policy-iteration")
+    return runs_markdown("algorithm", {"PPO": usual, "policy iteration": mine})
 
 
 def algorithms_markdown(folder: Path) -> str:

@@ -6,7 +6,8 @@ Usage: python docs/update.py [models] [bench] [bench-cluster] [observation] [env
        [controllers]
        [compare=RUN_DIRECTORY] [experiment:NAME=RUN_DIRECTORY ...] [agents=EVALUATION,EVALUATION]
        [curves:PHASE=TRAINING_DIRECTORY] [algorithms=DIRECTORY_OF_RUNS] [algorithms-at-length=RUNS]
-       [foresight-teacher=TRAINING_DIRECTORY] [robustness=EVALUATION]
+       [foresight-teacher=TRAINING_DIRECTORY] [policy-iteration=TRAINING_DIRECTORY]
+       [robustness=EVALUATION]
        [leaderboard] [plans] [look-ahead] [paper=FOLDER_OF_A_REPRODUCTION]
        [plain-sb3=ROWS_OF_DOCS_PLAIN_SB3] [offline=RUN,RUN] [many-agents=FOLDER]
 `make docs` runs the parts that need no long experiment.
@@ -20,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -355,13 +357,10 @@ def curves(phase: str, folder: str) -> None:
     draw({p: pd.read_csv(path) for p, path in both.items() if path.is_file()}, home / "curves.svg")
 
 
-def foresight_teacher(folder: str) -> None:
-    """Held-out scores of prefill agents that began with plans of foresight, beside the others."""
-    home = ROOT / "docs" / "agents"
-    mine = learning_curves(Path(folder))
-    mine.to_csv(home / "curves-prefill-lookahead.csv", index=False)
-    table = agent_tables.teachers_markdown(pd.read_csv(home / "curves-prefill.csv"), mine)
-    replace_block(ROOT / "docs" / "agents.md", "teachers", table)
+def training(block: str, table_of: Callable[[Path, Path], str], folder: str) -> None:
+    """A table of training runs beside others, into docs/agents.md."""
+    table = table_of(ROOT / "docs" / "agents", Path(folder))
+    replace_block(ROOT / "docs" / "agents.md", block, table)
 
 
 def algorithms(folder: str, block: str = "algorithms") -> None:
@@ -457,7 +456,10 @@ def main(arguments: list[str]) -> None:
                 "agents": agents,
                 "algorithms": algorithms,
                 "algorithms-at-length": partial(algorithms, block="algorithms-at-length"),
-                "foresight-teacher": foresight_teacher,
+                "foresight-teacher": partial(training, "teachers", agent_tables.teachers),
+                "policy-iteration": partial(
+                    training, "policy-iteration", agent_tables.policy_iteration
+                ),
                 "robustness": robustness,
                 "paper": paper,
                 "plain-sb3": plain,

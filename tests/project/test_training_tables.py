@@ -1,0 +1,22 @@
+"""Tables of docs/agents.md that come from training runs."""
+
+import pandas as pd
+from docs_modules import docs_module
+
+
+def test_ways_to_train_are_compared_on_the_seeds_that_all_have():
+    def curves(scores):
+        rows = [
+            {"seed": seed, "step": 1000 * k, "score": score}
+            for seed, line in scores.items()
+            for k, score in enumerate(line)
+        ]
+        return pd.DataFrame(rows)
+
+    usual = curves({0: [0.8, 0.6, 0.7], 1: [0.9, 0.7, 0.65], 2: [9.0, 9.0, 9.0]})
+    other = curves({0: [0.5, 0.4], 1: [0.6, 0.5]})
+    with docs_module("agent_tables") as tables:
+        table = tables.runs_markdown("way", {"usual": usual, "other": other}).splitlines()
+    assert table[2].startswith("| usual | 2 | 2,000 | 0.8500 [0.8000, 0.9000] | 0.6750 [0.65")
+    assert table[2].endswith("| 0.6250 [0.6000, 0.6500] |")
+    assert "| other | 2 | 1,000 | 0.5500 [0.5000, 0.6000] |" in table[3]
