@@ -98,7 +98,7 @@ class PolicyIteration(OnPolicyAlgorithm):
         n_steps: int = 1500,
         sample_every: int = 5,
         clocks: int = 13,
-        sigma: tuple[float, float] = (0.4, 0.08),
+        sigma: tuple[float, float] = (0.15, 0.08),
         horizon_s: Sequence[float] = (2.0, 10.0),
         explore_share: float = 0.5,
         rounds_kept: int = 6,
