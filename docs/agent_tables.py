@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from agents.training.progress.curves import learning_curves
+from biscale_env.core.errors import BiscaleError
 from biscale_env.core.markdown import markdown_table
 
 
@@ -15,11 +16,17 @@ def runs_markdown(head: str, runs: Mapping[str, pd.DataFrame]) -> str:
     Args:
         head: what the ways differ in.
         runs: learning curves by way.
+
+    Raises:
+        BiscaleError: no seed is in all of them.
     """
     common = set.intersection(*(set(frame["seed"]) for frame in runs.values()))
+    if not common:
+        raise BiscaleError(f"{' and '.join(runs)} have no training seed in common")
     rows = []
-    for title, frame in runs.items():
-        seeds = frame[frame["seed"].isin(common)].groupby("seed")["score"]
+    for title, whole in runs.items():
+        frame = whole[whole["seed"].isin(common)]
+        seeds = frame.groupby("seed")["score"]
         figures = [_mean_and_range(one) for one in (seeds.first(), seeds.last(), seeds.min())]
         steps = f"{int(frame['step'].max()):,}"
         rows.append((title, str(len(seeds)), steps, *figures))

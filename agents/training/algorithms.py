@@ -47,6 +47,11 @@ def algorithm(name: str) -> Any:
         ) from None
 
 
+def default_of(name: str, hyper: str) -> Any:
+    """An algorithm's own value of a hyper-parameter."""
+    return inspect.signature(algorithm(name).__init__).parameters[hyper].default
+
+
 def _library(name: str) -> str:
     """The package that an algorithm comes from; ours is built on Stable-Baselines3."""
     module = ALGORITHMS[name][0]

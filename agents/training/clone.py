@@ -130,8 +130,8 @@ def warm_start(
     Returns the loss after every round.
 
     Raises:
-        BiscaleError: an algorithm without a Gaussian actor-critic policy (others cannot be cloned
-            into here).
+        BiscaleError: another algorithm than ppo and policy_iteration, or discrete actions: only
+            these can be cloned into here.
     """
     import torch
 

@@ -3,13 +3,14 @@
 A round runs the policy, with some exploration, and asks in every few states what each clock costs
 when the policy goes on from there (:class:`agents.training.worlds.clock_costs.ClockCosts`). The
 actor is then fitted to choose clocks of least expected cost: with ``c_k`` the cost of clock ``a_k``
-and ``m`` the action that the network asks for, the mean over all samples of::
+above the mean over the clocks and ``m`` the action that the network asks for, the mean over the
+samples of the last rounds of::
 
-    sum_k w_k c_k / s,   w = softmax(-(a_k - m)^2 / (2 sigma^2)),   s: spread of the sample's cell
+    sum_k w_k clip(c_k / s),   w = softmax(-(a_k - m)^2 / (2 sigma^2)),   s: spread of its cell
 
 is minimised over the network's weights. Costs are averaged, not the best clocks of single samples,
-so the network learns the clock that is best on average over what may come, reserve included. No
-value function is learned and no action is credited by luck.
+so the network learns the clock that is best on average over what may come, reserve included. The
+luck that all clocks of a state share is taken out; there is no critic.
 
 It is approximate policy iteration by rollouts (Lagoudakis and Parr, ICML 2003) with all actions
 tried in every state and costs in place of classes; what it needs beyond PPO is a simulator that
@@ -17,23 +18,24 @@ starts from any state.
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.utils import update_learning_rate
 
-from agents.training.worlds.clock_costs import ClockCosts
+from agents.training.worlds.clock_costs import ClockCosts, check_tries, two_above_0
 from agents.training.worlds.training_env import AgentVecEnv
 from biscale_env.core.errors import BiscaleError
 
 Floats32 = NDArray[np.float32]
-MOST_SPREADS = (
-    20.0  # a cost counts as this many spreads of its cell at most: late requests are rare
-)
-OVERSHOOT = 0.05  # weight of the squared distance by which an action leaves [-1, 1]
+# spreads of its cell that a cost counts for at most: late requests are rare and dear
+MOST_SPREADS: Final = 20.0
+# weight of the squared distance by which an action, or the network's output, leaves [-1, 1]
+OVERSHOOT: Final = 0.05
 
 
 class CostSamples(NamedTuple):
@@ -50,6 +52,10 @@ class CostSamples(NamedTuple):
     rule: Floats32
     cost: Floats32
     cell: NDArray[np.int64]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CostSamples":
+        """Itself: samples are never changed once they are made."""
+        return self
 
 
 def scaled_costs(cost: Floats32, cell: NDArray[np.int64]) -> Floats32:
@@ -120,9 +126,9 @@ class PolicyIteration(OnPolicyAlgorithm):
             n_steps: env steps of every row in a round.
             sample_every: steps between two states of a row whose costs are asked for.
             clocks: tried in each of them.
-            sigma: width of :func:`expected_cost` at the start and at the end of training, linear
-                between them: wide at first, since costs have several minima over the clocks, at
-                last below the distance of two clocks (2 / (clocks - 1)).
+            sigma: width of :func:`expected_cost` in the first round and at the end of training,
+                linear between them; near the distance of two clocks, 2 / (clocks - 1), or below.
+                A wider start finds the deeper of several minima over the clocks.
             horizon_s: shortest and longest horizon of :class:`ClockCosts`.
             explore_share: share of decisions that are made with the policy's exploration noise.
             rounds_kept: how many rounds the actor is fitted to.
@@ -132,8 +138,30 @@ class PolicyIteration(OnPolicyAlgorithm):
             policy_kwargs: of SB3's policy class.
             tensorboard_log: folder of the log, or None.
             seed: of everything.
-            device: torch device.
+            device: ``cpu``, where the simulator is.
+
+        Raises:
+            BiscaleError: a value that is not possible.
         """
+        if str(device) not in ("auto", "cpu"):
+            raise BiscaleError(f"policy_iteration: device must be cpu, got {device}")
+        counts = {
+            "n_steps": n_steps,
+            "sample_every": sample_every,
+            "rounds_kept": rounds_kept,
+            "n_epochs": n_epochs,
+            "batch_size": batch_size,
+        }
+        for name, value in counts.items():
+            if not isinstance(value, int) or value < 1:
+                raise BiscaleError(
+                    f"policy_iteration: {name} must be a whole number above 0, got {value}"
+                )
+        if not 0.0 <= explore_share <= 1.0:
+            raise BiscaleError(
+                f"policy_iteration: explore_share must be from 0 to 1, got {explore_share}"
+            )
+        check_tries(clocks, horizon_s)
         super().__init__(
             policy,
             env,
@@ -149,12 +177,13 @@ class PolicyIteration(OnPolicyAlgorithm):
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
             seed=seed,
-            device=device,
+            device="cpu",
             _init_setup_model=False,
         )
         self.steps_per_round, self.sample_every = n_steps, sample_every
         self.clocks, self.horizon_s = clocks, tuple(horizon_s)
-        self.sigma_first, self.sigma_last = sigma
+        self.sigma_first, self.sigma_last = two_above_0("sigma", sigma)
+        self._left = 1.0  # of training, when the round began
         self.explore_share, self.rounds_kept = explore_share, rounds_kept
         self.n_epochs, self.batch_size = n_epochs, batch_size
         self.rounds = ()
@@ -168,9 +197,8 @@ class PolicyIteration(OnPolicyAlgorithm):
 
     @property
     def sigma(self) -> float:
-        """Width of :func:`expected_cost` at the present moment of training."""
-        left = self._current_progress_remaining
-        return self.sigma_last + (self.sigma_first - self.sigma_last) * left
+        """Width of :func:`expected_cost` in the present round."""
+        return self.sigma_last + (self.sigma_first - self.sigma_last) * self._left
 
     def act(self, features: Floats32) -> Floats32:
         """Outputs of the network without exploration, clipped, (n,)."""
@@ -207,6 +235,8 @@ class PolicyIteration(OnPolicyAlgorithm):
         if self._costs is None:
             self._costs = ClockCosts(env, self.clocks, self.horizon_s)
         self.policy.set_training_mode(False)
+        # SB3 moves this on before train(): the last round would learn at a rate of 0
+        self._left = max(self._current_progress_remaining, 0.0)
         callback.on_rollout_start()
         kept: list[CostSamples] = []
         for step in range(self.steps_per_round):
@@ -241,7 +271,8 @@ class PolicyIteration(OnPolicyAlgorithm):
         """Fit the actor to the samples of the last rounds."""
         self.policy.set_training_mode(True)
         optimiser = self.policy.optimizer
-        self._update_learning_rate(optimiser)
+        rate = self.lr_schedule(self._left)
+        update_learning_rate(optimiser, rate)
         assert self._costs is not None
         features, rule, cost, cell = (
             np.concatenate(column) for column in zip(*self.rounds, strict=True)
@@ -253,8 +284,11 @@ class PolicyIteration(OnPolicyAlgorithm):
         for _ in range(self.n_epochs):
             total = 0.0
             for part in torch.randperm(len(x)).split(self.batch_size):
-                action = actions.unclipped(self._mean(x[part]), base[part])
+                output = self._mean(x[part])
+                inside = output.clamp(-1.0, 1.0)  # as it is when it decides
+                action = actions.unclipped(inside, base[part])
                 loss = expected_cost(action, clocks, costs[part], sigma).mean()
+                loss = loss + OVERSHOOT * ((output - inside) ** 2).mean()
                 optimiser.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
@@ -264,4 +298,5 @@ class PolicyIteration(OnPolicyAlgorithm):
         self.logger.record("train/expected_cost", total / len(x))
         self.logger.record("train/samples", len(x))
         self.logger.record("train/sigma", sigma)
+        self.logger.record("train/learning_rate", rate)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")

@@ -18,7 +18,7 @@ import yaml
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.policy.sb3_policy import SPEC_FILE, TRAINED_ON_FILE
-from agents.training.algorithms import algorithm
+from agents.training.algorithms import algorithm, default_of
 from agents.training.clone import warm_start
 from agents.training.export import BEST, to_network, training_facts
 from agents.training.heldout import HeldOut, HeldoutMetrics
@@ -124,7 +124,7 @@ def make_model(config: AgentConfig, env: VecEnv, folder: Path | None) -> Any:
     torch.set_num_threads(1)
     activation = torch.nn.Tanh if config.activation == "tanh" else torch.nn.ReLU
     kwargs: dict[str, Any] = {"net_arch": list(config.net_arch), "activation_fn": activation}
-    if config.on_policy:
+    if config.actor_critic:
         layers = list(config.net_arch)
         kwargs |= {"net_arch": {"pi": layers, "vf": layers}, "log_std_init": config.log_std_init}
     policy = "MlpLstmPolicy" if config.algo == "recurrent_ppo" else "MlpPolicy"
@@ -132,7 +132,7 @@ def make_model(config: AgentConfig, env: VecEnv, folder: Path | None) -> Any:
     hyper = dict(config.hyper)
     try:
         if config.anneal:
-            rate = float(hyper.get("learning_rate", 3e-4))
+            rate = float(hyper.get("learning_rate", default_of(config.algo, "learning_rate")))
             hyper["learning_rate"] = LinearSchedule(rate, 0.0, 1.0)
         return algorithm(config.algo)(
             policy,
@@ -278,7 +278,7 @@ def train(run: TrainingRun, report: Report, progress: bool = False) -> HeldoutMe
             callback=callbacks,
             progress_bar=progress,
             reset_num_timesteps=run.state is None,
-            log_interval=1 if config.on_policy else 5,  # rollouts, or episodes
+            log_interval=1 if config.actor_critic else 5,  # rollouts, or episodes
             tb_log_name="run",
         )
     except ValueError:  # torch refuses distributions that are not finite, within a rollout

@@ -161,7 +161,7 @@ class Keeper:
     def remember(self) -> None:
         """Remember the present moment."""
         run = self._run
-        if run.config.on_policy:
+        if run.config.resumes_exactly:
             self._moment = RunState.of(run), copy.deepcopy(run.model.get_parameters())
 
     def last(self) -> RunState | None:
@@ -170,7 +170,7 @@ class Keeper:
         Weights and state of the run are then of that moment.
         """
         run = self._run
-        if not run.config.on_policy:
+        if not run.config.resumes_exactly:
             return RunState.of(run) if run.model.num_timesteps else None
         if self._moment is None:
             return None

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from agents.training.algorithms import default_of
 from agents.training.run import EVALUATIONS, set_up, train
 from agents.training.train_config import AgentConfig
 from biscale_env.config.loader import validate
@@ -19,6 +20,7 @@ from biscale_env.jobs.workers import Workers, in_order
 
 ALONE = Workers()
 Suggest = Callable[[Any], Any]
+LEAST_ROUNDS = 6  # of policy iteration in a trial
 COMMON: dict[str, Suggest] = {
     "learning_rate": lambda t: t.suggest_float("learning_rate", 1e-4, 3e-3, log=True),
     "gamma": lambda t: 1.0 - t.suggest_float("one_minus_gamma", 0.003, 0.1, log=True),
@@ -40,7 +42,6 @@ SPACES: dict[str, dict[str, Suggest]] = {
     "recurrent_ppo": COMMON | {"gae_lambda": lambda t: t.suggest_float("gae_lambda", 0.8, 0.98)},
     "policy_iteration": {
         "learning_rate": COMMON["learning_rate"],
-        "sigma": lambda t: t.suggest_float("sigma", 0.04, 0.2, log=True),
         "sample_every": lambda t: t.suggest_int("sample_every", 2, 10),
         "rounds_kept": lambda t: t.suggest_int("rounds_kept", 2, 10),
         "n_epochs": lambda t: t.suggest_int("n_epochs", 2, 12),
@@ -51,8 +52,14 @@ SPACES: dict[str, dict[str, Suggest]] = {
 def suggest(trial: Any, config: AgentConfig, steps: int) -> AgentConfig:
     """Config of one trial."""
     hyper = config.hyper | {name: pick(trial) for name, pick in SPACES[config.algo].items()}
+    if config.algo == "policy_iteration":  # shorter rounds: one alone improves nothing twice
+        most = max(steps // (LEAST_ROUNDS * config.n_envs), 1)
+        whole = default_of(config.algo, "n_steps")
+        hyper["n_steps"] = min(hyper.get("n_steps", whole), most)
     log_std = (
-        trial.suggest_float("log_std_init", -2.5, -0.5) if config.on_policy else config.log_std_init
+        trial.suggest_float("log_std_init", -2.5, -0.5)
+        if config.actor_critic
+        else config.log_std_init
     )
     every = {"every_steps": max(steps // 3, 1)}
     changes = {"hyper": hyper, "log_std_init": log_std, "total_timesteps": steps}
@@ -68,7 +75,7 @@ def starting_point(config: AgentConfig) -> dict[str, Any]:
     values = {name: v for name, v in values.items() if v in CHOICES.get(name, [v])}
     if "gamma" in values:
         values["one_minus_gamma"] = 1.0 - values.pop("gamma")
-    return values | ({"log_std_init": config.log_std_init} if config.on_policy else {})
+    return values | ({"log_std_init": config.log_std_init} if config.actor_critic else {})
 
 
 def trials_table(study: Any) -> pd.DataFrame:

@@ -17,6 +17,7 @@ from biscale_env.config.instance import IdleRule
 from biscale_env.config.loader import Config, load_named, load_yaml
 from biscale_env.core.errors import BiscaleError
 
+ONLY_PREFILL: Final = "policy_iteration is for prefill, not for {}: use ppo there"
 PART_KEYS: Final = ("gpu", "llm", "tp", "ep", "dtype", "idle")  # of an instance, in a part
 
 
@@ -255,12 +256,17 @@ class AgentConfig(WithInstance):
         return self.model_copy(update={"mixture": kept}), [part.label for part in out]
 
     @property
-    def on_policy(self) -> bool:
-        """Whether a run resumes bit for bit: what the algorithm learns from is stored whole.
-
-        Its networks are an actor and a critic, with a Gaussian action.
-        """
+    def actor_critic(self) -> bool:
+        """Whether the networks are an actor with Gaussian actions and a critic."""
         return self.algo in ("ppo", "recurrent_ppo", "policy_iteration")
+
+    @property
+    def resumes_exactly(self) -> bool:
+        """Whether all that the algorithm learns from is stored with a run.
+
+        A resumed run then goes on bit for bit; others begin with an empty replay buffer.
+        """
+        return self.actor_critic
 
     @property
     def default_price(self) -> float:
@@ -279,6 +285,8 @@ def load_config(name: str | Path | None, phase: str, algo: str | None = None) ->
     """
     if algo is not None and algo not in ALGORITHMS:
         raise BiscaleError(f"unknown algorithm '{algo}'; known: {', '.join(ALGORITHMS)}")
+    if algo == "policy_iteration" and phase != "prefill":
+        raise BiscaleError(ONLY_PREFILL.format(phase))
     if name is None:
         name = f"{phase}-{(algo or 'ppo').replace('_', '-')}"
     path = Path(name)
@@ -295,11 +303,21 @@ def load_config(name: str | Path | None, phase: str, algo: str | None = None) ->
             "out"
         )
     check_hyper(config.algo, config.hyper, str(name))
-    if config.algo == "policy_iteration" and config.phase != "prefill":
-        raise BiscaleError(f"config {name}: policy_iteration is for prefill, got {config.phase}")
+    _check_policy_iteration(config, str(name))
     if (config.algo == "dqn") != (config.action == "levels"):
         raise BiscaleError(
             f"config {name}: action 'levels' and algorithm dqn belong together, got "
             f"{config.action} and {config.algo}"
         )
     return config
+
+
+def _check_policy_iteration(config: AgentConfig, name: str) -> None:
+    if config.algo != "policy_iteration":
+        return
+    if config.phase != "prefill":
+        raise BiscaleError(f"config {name}: {ONLY_PREFILL.format(config.phase)}")
+    if config.price is None:
+        raise BiscaleError(
+            f"config {name}: policy_iteration needs a range of penalties: give price: [low, high]"
+        )

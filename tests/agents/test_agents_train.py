@@ -21,7 +21,7 @@ from agents.training.lookahead_teacher import LookaheadTeacher  # noqa: E402
 from agents.training.progress import live_line  # noqa: E402
 from agents.training.progress.callbacks import Lagrangian  # noqa: E402
 from agents.training.run import make_model, set_up, train  # noqa: E402
-from agents.training.study import run_study, starting_point  # noqa: E402
+from agents.training.study import SPACES, run_study, starting_point, suggest  # noqa: E402
 from agents.training.train_config import AgentConfig, WarmStart, load_config  # noqa: E402
 from agents.training.worlds.mixture import make_groups  # noqa: E402
 from agents.training.worlds.training_env import AgentVecEnv  # noqa: E402
@@ -306,6 +306,35 @@ def test_dagger_lets_the_student_act():
     assert (
         env.batch.states["requested_ghz"] == env.plant.clocks.freq_min_mhz / 1e3
     ).all()  # the student's clock, not the teacher's
+
+
+@pytest.mark.parametrize("algo", SPACES)
+def test_the_first_trial_of_a_study_is_the_shipped_config(algo):
+    """What the space holds of it comes back from Optuna as it went in."""
+    optuna = pytest.importorskip("optuna")
+    config = load_config(None, "prefill", algo)
+    study = optuna.create_study()
+    study.enqueue_trial(starting_point(config))
+    found = suggest(study.ask(), config, 10**9)
+    for name, value in config.hyper.items():
+        same = found.hyper[name] == value
+        assert same or found.hyper[name] == pytest.approx(value), name
+    assert found.log_std_init == config.log_std_init
+
+
+def test_a_short_trial_of_policy_iteration_has_several_rounds():
+    optuna = pytest.importorskip("optuna")
+    config = load_config(None, "prefill", "policy_iteration")
+    found = suggest(optuna.create_study().ask(), config, 300_000)
+    rounds = 300_000 / (found.hyper["n_steps"] * config.n_envs)
+    assert 6 <= rounds < 7
+
+
+def test_the_rate_that_anneals_is_the_algorithms_own_where_none_is_given():
+    for algo, rate in (("ppo", 3e-4), ("dqn", 1e-4)):
+        config = tiny(algo, anneal=True)
+        model = make_model(config, env_of(config), None)
+        assert model.lr_schedule(1.0) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)

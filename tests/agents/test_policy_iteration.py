@@ -6,15 +6,23 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("stable_baselines3")
 
+from stable_baselines3.common.logger import configure  # noqa: E402
+
+from agents.policy.features import cheapest_mhz, with_price  # noqa: E402
 from agents.policy.numpy_policy import load_network  # noqa: E402
 from agents.training.algorithms import algorithm  # noqa: E402
-from agents.training.policy_iteration import expected_cost, scaled_costs  # noqa: E402
+from agents.training.policy_iteration import (  # noqa: E402
+    CostSamples,
+    expected_cost,
+    scaled_costs,
+)
 from agents.training.run import make_model, set_up, train  # noqa: E402
 from agents.training.train_config import AgentConfig, load_config  # noqa: E402
 from agents.training.worlds.clock_costs import ClockCosts  # noqa: E402
 from agents.training.worlds.mixture import make_groups  # noqa: E402
 from agents.training.worlds.training_env import AgentVecEnv  # noqa: E402
 from biscale_env.core.errors import BiscaleError  # noqa: E402
+from biscale_env.envs.batch import Batch  # noqa: E402
 from biscale_env.models.physics import idle_power_w  # noqa: E402
 
 AT_ONCE = {"delay_s": (0.0, 0.0), "nominal_share": 1.0}
@@ -68,6 +76,62 @@ def test_a_lone_request_costs_what_the_models_say():
         checked += 1
     assert checked >= 5
     assert np.ptp(found[whole], axis=1).min() > 0.0
+
+
+def mixed():
+    """Groups of several kinds, random members and delays, a network that reads its features."""
+    parts = [
+        {"rates_rps": [2.0, 5.0], "workloads": 2, "episode_s": 60.0},
+        {"idle": "parked", "rates_rps": [3.0], "workloads": 2, "episode_s": 60.0},
+        {"llm": "llama-3.1-8b", "tp": 1, "rates_rps": [6.0], "workloads": 2, "episode_s": 60.0},
+    ]
+    config = small(n_envs=24, mixture=parts)
+    env = env_of(config)
+    return env, make_model(config, env, None)
+
+
+def by_hand(env, act, row, action, end_s):
+    """One copy of a row, stepped alone: energy, J, end, s, and late requests."""
+    group, arrivals = env.groups[int(env.group[row])], env.workloads.table.arrival_s
+    one = Batch(group.plant, 1, env.workloads.table)
+    one.states[0], one.coefs[0] = env.batch.states[row], env.batch.coefs[row]
+    one.params[0] = env.batch.params[row]
+    one.params["end_s"], one.params["drain"] = end_s, 1
+    begin, last = int(one.states["tail"][0]), int(one.states["end"][0])
+    one.states["end"] = begin + (arrivals[begin:last] <= end_s).sum()
+    before = one.states[0].copy()
+    while not one.done[0]:
+        one.step(np.array([action], np.float32))
+        features, rule, _ = env.features(one.obs, one.coefs, env._known[row : row + 1])
+        action = env.actions(act(with_price(features, env.price[row : row + 1])), rule)[0]
+    after = one.states[0]
+    late = after["violations"] - before["violations"]
+    return after["energy_j"] - before["energy_j"], after["time_s"], late
+
+
+def test_costs_are_those_of_copies_that_are_run_one_by_one():
+    env, model = mixed()
+    costs, compared = ClockCosts(env, 5, (2.0, 10.0)), 0
+    for step in range(24):
+        if step % 12 == 7:
+            found, whole = costs(model.act)
+            ends = env.batch.states["time_s"] + costs.horizon_s[env.group]
+            assert np.array_equal(whole, ends < env.batch.params["end_s"])
+            for row in range(24):
+                runs = [by_hand(env, model.act, row, a, ends[row]) for a in costs.actions]
+                energy_j, end_s, late = np.array(runs).T
+                plant, member = env.groups[int(env.group[row])].plant, int(env.member[row])
+                cheapest = cheapest_mhz(plant.model, "prefill", member)
+                idle_w = plant.waiting_power_w(member, cheapest)
+                joules = energy_j + idle_w * (end_s.max() - end_s)
+                price = env.price[row] * env.workloads.request_cost[env.group[row]]
+                expected = joules / plant.energy_ref_j + price * late
+                np.testing.assert_allclose(found[row], expected, rtol=1e-9)
+                compared += 1
+        env.step(model._exploring(env._observe()))
+    assert compared == 48
+    assert len(set(env.member.tolist())) > 2
+    assert len(set(env.group.tolist())) == 4
 
 
 def test_asking_for_costs_changes_nothing():
@@ -145,13 +209,60 @@ def test_a_wide_start_finds_the_deeper_of_two_minima():
     assert learned(cost, np.linspace(0.4, 0.08, 200)) == pytest.approx(0.75, abs=0.15)
 
 
-def test_the_width_falls_with_the_progress_of_training():
-    model = make_model(small(), env_of(small()), None)
-    found = []
-    for left in (1.0, 0.5, 0.0):
-        model._current_progress_remaining = left
-        found.append(model.sigma)
-    assert found == pytest.approx([0.4, 0.275, 0.15])
+def samples_of(env, cost, n=256):
+    """Samples with the same costs everywhere, and rules all over the range."""
+    rng = np.random.default_rng(0)
+    rule = rng.uniform(-0.8, 0.8, n).astype(np.float32)
+    features = np.zeros((n, env.dim), np.float32)
+    features[:, 0] = rule
+    rows = np.tile(np.asarray(cost, np.float32), (n, 1))
+    return CostSamples(features, rule, rows, np.zeros(n, np.int64))
+
+
+def test_the_actor_asks_for_the_cheapest_clock_whatever_the_rule_says():
+    """The costs are of clocks: what the network adds to the rule has to undo it."""
+    config = small(hyper=HYPER | {"n_epochs": 200, "batch_size": 64, "learning_rate": 0.01})
+    env = env_of(config)
+    model = make_model(config, env, None)
+    model._logger = configure(format_strings=[])
+    model._costs = ClockCosts(env, 9, (2.0, 4.0))
+    model._left = 0.0  # the narrow width; the rate of a constant schedule
+    cost = (np.linspace(-1.0, 1.0, 9) - 0.25) ** 2
+    model.rounds = (samples_of(env, cost - cost.mean()),)
+    model.train()
+    sample = model.rounds[0]
+    asked = env.actions(model.act(sample.features), sample.rule)
+    np.testing.assert_allclose(asked, 0.25, atol=0.12)
+
+
+def test_width_and_rate_are_those_of_the_begin_of_a_round():
+    """Three rounds: the last one learns, too, and more steps than asked for change no sign."""
+    config = small(anneal=True, total_timesteps=16 * 40 * 3 - 100)
+    env = env_of(config)
+    model = make_model(config, env, None)
+    seen, train_round = [], model.train
+
+    def watched():
+        before = model.policy.action_net.weight.detach().clone()
+        train_round()
+        rate = model.policy.optimizer.param_groups[0]["lr"]
+        moved = (model.policy.action_net.weight.detach() - before).abs().max().item()
+        seen.append((model.sigma, rate, moved))
+
+    model.train = watched
+    model.learn(config.total_timesteps)
+    sigma, rate, moved = (np.array(column) for column in zip(*seen, strict=True))
+    left = 1.0 - np.array([0, 640, 1280]) / config.total_timesteps
+    np.testing.assert_allclose(sigma, 0.15 + 0.25 * left)
+    np.testing.assert_allclose(rate, 1e-3 * left)
+    assert (moved > 0.0).all()
+
+
+def test_some_decisions_explore():
+    env, model = mixed()
+    features = env.reset()
+    differ = [model._exploring(features) != model.act(features) for _ in range(50)]
+    assert np.mean(differ) == pytest.approx(0.5, abs=0.1)
 
 
 def test_actions_outside_the_range_are_pulled_back():
@@ -159,8 +270,8 @@ def test_actions_outside_the_range_are_pulled_back():
     action = torch.tensor([1.7], requires_grad=True)
     value = expected_cost(action, clocks, cost, 0.1)
     value.sum().backward()
-    assert float(value) > 0.0
-    assert float(action.grad) > 0.0
+    assert value.item() > 0.0
+    assert action.grad.item() > 0.0
 
 
 def test_cells_count_alike_whatever_their_prices():
@@ -201,15 +312,37 @@ def test_a_stored_model_decides_as_before_without_an_environment(tmp_path):
     np.testing.assert_allclose(said, run.model.act(features), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("hyper", "words"),
+    [
+        ({"sample_every": 0}, "sample_every must be a whole number above 0, got 0"),
+        ({"n_steps": 0}, "n_steps must be a whole number above 0, got 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number above 0, got 0"),
+        ({"rounds_kept": 0}, "rounds_kept must be a whole number above 0, got 0"),
+        ({"n_epochs": 1.5}, "n_epochs must be a whole number above 0, got 1.5"),
+        ({"clocks": 1}, "clocks must be a whole number from 2 on, got 1"),
+        ({"clocks": 2.5}, "clocks must be a whole number from 2 on, got 2.5"),
+        ({"horizon_s": 3}, "horizon_s must be two numbers above 0, got 3"),
+        ({"horizon_s": [2]}, r"horizon_s must be two numbers above 0, got \[2\]"),
+        ({"horizon_s": [3, 2]}, r"horizon_s must be \[shortest, longest\], got \[3, 2\]"),
+        ({"sigma": [0.4, 0.0]}, r"sigma must be two numbers above 0, got \[0.4, 0.0\]"),
+        ({"sigma": 0.1}, "sigma must be two numbers above 0, got 0.1"),
+        ({"explore_share": 2}, "explore_share must be from 0 to 1, got 2"),
+    ],
+)
+def test_impossible_settings_are_one_sentence_before_anything_is_run(hyper, words):
+    config = small(hyper=HYPER | hyper)
+    with pytest.raises(BiscaleError, match=f"policy_iteration: {words}"):
+        make_model(config, env_of(config), None)
+
+
 def test_mistakes_are_one_sentence(tmp_path):
-    env = env_of(small())
-    for clocks, horizon_s, words in (
-        (1, (1.0, 2.0), "clocks must be at least 2, got 1"),
-        (5, (3.0, 2.0), r"horizon_s must be \[shortest, longest\] above 0"),
-        (5, (0.0, 2.0), r"horizon_s must be \[shortest, longest\] above 0"),
+    for changes, words in (
+        ({"price": None}, "needs a range of penalties: give price"),
+        ({"mixture": [{"rates_rps": [0.5], "workloads": 1, "episode_s": 3.0}]}, "no longer than"),
     ):
         with pytest.raises(BiscaleError, match=words):
-            ClockCosts(env, clocks, horizon_s)
+            ClockCosts(env_of(small(**changes)), 5, (4.0, 4.0))
     decode = AgentConfig.model_validate(
         {"phase": "decode", "n_envs": 2, "mixture": [{"rates_rps": [5.0], "episode_s": 10.0}]}
     )
@@ -217,11 +350,15 @@ def test_mistakes_are_one_sentence(tmp_path):
         ClockCosts(env_of(decode), 5, (1.0, 2.0))
     with pytest.raises(BiscaleError, match="for prefill, but decode"):
         load_config("prefill-policy-iteration", "decode")
-    path = tmp_path / "c.yaml"
-    text = "phase: decode\nalgo: policy_iteration\nmixture: [{rates_rps: [5.0]}]\n"
-    path.write_text(text)
-    with pytest.raises(BiscaleError, match="policy_iteration is for prefill, got decode"):
+    with pytest.raises(BiscaleError, match="is for prefill, not for decode: use ppo there"):
+        load_config(None, "decode", "policy_iteration")
+    path, head = tmp_path / "c.yaml", "algo: policy_iteration\nmixture: [{rates_rps: [5.0]}]\n"
+    path.write_text(f"phase: decode\n{head}")
+    with pytest.raises(BiscaleError, match="is for prefill, not for decode"):
         load_config(path, "decode")
+    path.write_text(f"phase: prefill\n{head}")
+    with pytest.raises(BiscaleError, match=r"give price: \[low, high\]"):
+        load_config(path, "prefill")
 
 
 def test_only_the_training_environment_can_be_copied():

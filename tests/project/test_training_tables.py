@@ -1,7 +1,10 @@
 """Tables of docs/agents.md that come from training runs."""
 
 import pandas as pd
+import pytest
 from docs_modules import docs_module
+
+from biscale_env.core.errors import BiscaleError
 
 
 def test_ways_to_train_are_compared_on_the_seeds_that_all_have():
@@ -20,3 +23,8 @@ def test_ways_to_train_are_compared_on_the_seeds_that_all_have():
     assert table[2].startswith("| usual | 2 | 2,000 | 0.8500 [0.8000, 0.9000] | 0.6750 [0.65")
     assert table[2].endswith("| 0.6250 [0.6000, 0.6500] |")
     assert "| other | 2 | 1,000 | 0.5500 [0.5000, 0.6000] |" in table[3]
+    assert "2,000" not in table[3]
+    alone = curves({7: [0.5, 0.4]})
+    words = "usual and alone have no training seed in common"
+    with docs_module("agent_tables") as tables, pytest.raises(BiscaleError, match=words):
+        tables.runs_markdown("way", {"usual": usual, "alone": alone})

@@ -12,7 +12,7 @@ fits a function of what is observed to many of them learns the mean.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,39 @@ Act = Callable[[Floats32], NDArray[np.float32]]
 
 REQUESTS_AHEAD: Final = 2.0
 """A horizon is as long as this many requests take to arrive on average, within its bounds."""
+
+
+def two_above_0(name: str, values: Any) -> tuple[float, float]:
+    """Two numbers above 0.
+
+    Raises:
+        BiscaleError: they are not.
+    """
+    try:
+        first, second = (float(value) for value in values)
+        if first > 0.0 and second > 0.0:
+            return first, second
+    except (TypeError, ValueError):
+        pass
+    raise BiscaleError(f"policy_iteration: {name} must be two numbers above 0, got {values}")
+
+
+def check_tries(clocks: Any, horizon_s: Any) -> tuple[float, float]:
+    """Shortest and longest horizon, s, where both parameters are possible.
+
+    Raises:
+        BiscaleError: fewer than two clocks, or an impossible horizon.
+    """
+    if not isinstance(clocks, int) or clocks < 2:
+        raise BiscaleError(
+            f"policy_iteration: clocks must be a whole number from 2 on, got {clocks}"
+        )
+    low, high = two_above_0("horizon_s", horizon_s)
+    if low > high:
+        raise BiscaleError(
+            f"policy_iteration: horizon_s must be [shortest, longest], got {horizon_s}"
+        )
+    return low, high
 
 
 class ClockCosts:
@@ -49,23 +82,29 @@ class ClockCosts:
             horizon_s: shortest and longest horizon, s.
 
         Raises:
-            BiscaleError: decode, fewer than two clocks, or an impossible horizon.
+            BiscaleError: decode, no penalty to tell the network, fewer than two clocks, an
+                impossible horizon, or episodes that are no longer than it.
         """
         if env.config.phase != "prefill":
             raise BiscaleError(
                 "policy_iteration is for prefill: what a clock costs in decode shows only when "
                 "all requests that run are finished"
             )
-        if clocks < 2:
-            raise BiscaleError(f"policy_iteration: clocks must be at least 2, got {clocks}")
-        low, high = horizon_s
-        if not 0.0 < low <= high:
+        if env.config.price is None:
             raise BiscaleError(
-                f"policy_iteration: horizon_s must be [shortest, longest] above 0, got {horizon_s}"
+                "policy_iteration needs a range of penalties: give price: [low, high] in the config"
             )
+        low, high = check_tries(clocks, horizon_s)
         rate_rps = np.array([group.source.rate_rps for group in env.groups])
         self.actions = np.linspace(-1.0, 1.0, clocks, dtype=np.float32)
         self.horizon_s = np.clip(REQUESTS_AHEAD / rate_rps, low, high)
+        for group, seconds in zip(env.groups, self.horizon_s.tolist(), strict=True):
+            if group.source.episode_s <= seconds:
+                raise BiscaleError(
+                    f"policy_iteration: episodes of {group.name} last {group.source.episode_s:g} s,"
+                    f" no longer than the horizon of {seconds:g} s: give longer ones (episode_s)"
+                    " or a shorter horizon_s"
+                )
         self.map = env.actions
         self._env, self._copy_of = env, np.repeat(np.arange(env.num_envs), clocks)
         self._batch = Batch(env.plant, len(self._copy_of), env.workloads.table)
@@ -94,9 +133,8 @@ class ClockCosts:
             if batch.done.all():
                 break
             features, rule, _ = env.features(batch.obs, batch.coefs, known)
-            if env.config.price is not None:
-                features = with_price(features, price)
-            action = np.ascontiguousarray(env.actions(act(features), rule), dtype=np.float32)
+            output = act(with_price(features, price))
+            action = np.ascontiguousarray(env.actions(output, rule), dtype=np.float32)
         shape = (env.num_envs, len(self.actions))
         cost_j = energy_j.reshape(shape) + self._waiting_j(batch.states["time_s"].reshape(shape))
         ref_j = env.plants.energy_ref_j[env.group]
@@ -120,7 +158,7 @@ class ClockCosts:
         batch.params["drain"] = 1
 
     def _waiting_j(self, ended_s: Floats) -> Floats:
-        """Energy until the last copy of a row has ended, at the idle power of the reward, J."""
+        """Energy until the last copy of a row has ended, idle at the cheapest clock, J."""
         env = self._env
         idle_w = env.shaper.baseline[env.group, env.member + 1, 1]
         return np.asarray(idle_w[:, None] * (ended_s.max(axis=1, keepdims=True) - ended_s))
