@@ -17,7 +17,7 @@ tried in every state and costs in place of classes; what it needs beyond PPO is 
 starts from any state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
@@ -36,6 +36,7 @@ Floats32 = NDArray[np.float32]
 MOST_SPREADS: Final = 20.0
 # weight of the squared distance by which an action, or the network's output, leaves [-1, 1]
 OVERSHOOT: Final = 0.05
+COUNTS: Final = ("n_steps", "sample_every", "rounds_kept", "n_epochs", "batch_size")
 
 
 class CostSamples(NamedTuple):
@@ -83,6 +84,25 @@ def expected_cost(
     inside = action.clamp(-1.0, 1.0)
     near = torch.softmax(-((clocks[None] - inside[:, None]) ** 2) / (2.0 * sigma**2), dim=1)
     return (near * cost).sum(dim=1) + OVERSHOOT * (action - inside) ** 2
+
+
+def _check_settings(counts: Mapping[str, Any], explore_share: float, device: Any) -> None:
+    """Refuse counts below 1, a share that is none, and a device where the simulator is not.
+
+    Raises:
+        BiscaleError: names the setting.
+    """
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise BiscaleError(
+                f"policy_iteration: {name} must be a whole number above 0, got {value}"
+            )
+    if not 0.0 <= explore_share <= 1.0:
+        raise BiscaleError(
+            f"policy_iteration: explore_share must be from 0 to 1, got {explore_share}"
+        )
+    if str(device) not in ("auto", "cpu"):
+        raise BiscaleError(f"policy_iteration: device must be cpu, got {device}")
 
 
 class PolicyIteration(OnPolicyAlgorithm):
@@ -143,24 +163,10 @@ class PolicyIteration(OnPolicyAlgorithm):
         Raises:
             BiscaleError: a value that is not possible.
         """
-        if str(device) not in ("auto", "cpu"):
-            raise BiscaleError(f"policy_iteration: device must be cpu, got {device}")
-        counts = {
-            "n_steps": n_steps,
-            "sample_every": sample_every,
-            "rounds_kept": rounds_kept,
-            "n_epochs": n_epochs,
-            "batch_size": batch_size,
-        }
-        for name, value in counts.items():
-            if not isinstance(value, int) or value < 1:
-                raise BiscaleError(
-                    f"policy_iteration: {name} must be a whole number above 0, got {value}"
-                )
-        if not 0.0 <= explore_share <= 1.0:
-            raise BiscaleError(
-                f"policy_iteration: explore_share must be from 0 to 1, got {explore_share}"
-            )
+        counts = dict(
+            zip(COUNTS, (n_steps, sample_every, rounds_kept, n_epochs, batch_size), strict=True)
+        )
+        _check_settings(counts, explore_share, device)
         check_tries(clocks, horizon_s)
         super().__init__(
             policy,

@@ -336,6 +336,12 @@ def test_impossible_settings_are_one_sentence_before_anything_is_run(hyper, word
         make_model(config, env_of(config), None)
 
 
+def test_the_simulators_device_is_the_only_one():
+    config = small(device="cuda")
+    with pytest.raises(BiscaleError, match="device must be cpu, got cuda"):
+        make_model(config, env_of(config), None)
+
+
 def test_mistakes_are_one_sentence(tmp_path):
     for changes, words in (
         ({"price": None}, "needs a range of penalties: give price"),
