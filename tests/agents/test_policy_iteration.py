@@ -109,6 +109,7 @@ def by_hand(env, act, row, action, end_s):
     return after["energy_j"] - before["energy_j"], after["time_s"], late
 
 
+@pytest.mark.slow
 def test_costs_are_those_of_copies_that_are_run_one_by_one():
     env, model = mixed()
     costs, compared = ClockCosts(env, 5, (2.0, 10.0)), 0
