@@ -135,6 +135,18 @@ def test_costs_are_those_of_copies_that_are_run_one_by_one():
     assert len(set(env.group.tolist())) == 4
 
 
+def test_rows_whose_episode_ends_within_the_horizon_do_not_count():
+    """Nothing arrives after the end of an episode: low clocks would look cheap there."""
+    env = env_of(small(mixture=[{"rates_rps": [2.0], "workloads": 2, "episode_s": 12.0}]))
+    costs, counted = ClockCosts(env, 3, (4.0, 4.0)), []
+    for _ in range(30):
+        _, whole = costs(stay(0.0))
+        assert np.array_equal(whole, env.batch.states["time_s"] + 4.0 < 12.0)
+        counted.append(whole.mean())
+        env.step(np.zeros(16, np.float32))
+    assert 0.3 < np.mean(counted) < 0.9
+
+
 def test_asking_for_costs_changes_nothing():
     """States, observations and what comes next are those of an environment that is not asked."""
     config = small(mixture=[{"rates_rps": [4.0], "workloads": 2, "episode_s": 60.0}])
