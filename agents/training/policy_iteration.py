@@ -36,7 +36,6 @@ Floats32 = NDArray[np.float32]
 MOST_SPREADS: Final = 20.0
 # weight of the squared distance by which an action, or the network's output, leaves [-1, 1]
 OVERSHOOT: Final = 0.05
-COUNTS: Final = ("n_steps", "sample_every", "rounds_kept", "n_epochs", "batch_size")
 
 
 class CostSamples(NamedTuple):
@@ -163,9 +162,13 @@ class PolicyIteration(OnPolicyAlgorithm):
         Raises:
             BiscaleError: a value that is not possible.
         """
-        counts = dict(
-            zip(COUNTS, (n_steps, sample_every, rounds_kept, n_epochs, batch_size), strict=True)
-        )
+        counts = {
+            "n_steps": n_steps,
+            "sample_every": sample_every,
+            "rounds_kept": rounds_kept,
+            "n_epochs": n_epochs,
+            "batch_size": batch_size,
+        }
         _check_settings(counts, explore_share, device)
         check_tries(clocks, horizon_s)
         super().__init__(

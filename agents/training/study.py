@@ -52,7 +52,7 @@ SPACES: dict[str, dict[str, Suggest]] = {
 def suggest(trial: Any, config: AgentConfig, steps: int) -> AgentConfig:
     """Config of one trial."""
     hyper = config.hyper | {name: pick(trial) for name, pick in SPACES[config.algo].items()}
-    if config.algo == "policy_iteration":  # shorter rounds: one alone improves nothing twice
+    if config.algo == "policy_iteration":  # rounds so short that there are several
         most = max(steps // (LEAST_ROUNDS * config.n_envs), 1)
         whole = default_of(config.algo, "n_steps")
         hyper["n_steps"] = min(hyper.get("n_steps", whole), most)

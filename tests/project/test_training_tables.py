@@ -1,10 +1,15 @@
 """Tables of docs/agents.md that come from training runs."""
 
+import re
+from pathlib import Path
+
 import pandas as pd
 import pytest
 from docs_modules import docs_module
 
 from biscale_env.core.errors import BiscaleError
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def test_ways_to_train_are_compared_on_the_seeds_that_all_have():
@@ -28,3 +33,21 @@ def test_ways_to_train_are_compared_on_the_seeds_that_all_have():
     words = "usual and alone have no training seed in common"
     with docs_module("agent_tables") as tables, pytest.raises(BiscaleError, match=words):
         tables.runs_markdown("way", {"usual": usual, "alone": alone})
+
+
+@pytest.mark.parametrize(
+    ("block", "head", "ways"),
+    [
+        ("teachers", "teacher", {"MPC with its extras": "", "plans that know 0.5 s": "-lookahead"}),
+        ("policy-iteration", "algorithm", {"PPO": "", "policy iteration": "-policy-iteration"}),
+    ],
+)
+def test_tables_of_the_page_are_those_of_the_committed_curves(block, head, ways):
+    runs = {
+        way: pd.read_csv(DOCS / "agents" / f"curves-prefill{name}.csv")
+        for way, name in ways.items()
+    }
+    page = (DOCS / "agents.md").read_text()
+    stated = re.search(rf"<!-- begin:{block} -->\n(.*?)<!-- end", page, re.DOTALL).group(1)
+    with docs_module("agent_tables") as tables:
+        assert stated.strip() == tables.runs_markdown(head, runs).strip(), "docs/update.py"
