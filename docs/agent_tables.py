@@ -35,10 +35,10 @@ def runs_markdown(head: str, runs: Mapping[str, pd.DataFrame]) -> str:
 
 
 def _beside_ppo(home: Path, folder: Path, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Curves of the usual training and those of a folder, which are kept as ``curves-NAME.csv``."""
+    """Curves of PPO as it is configured, and those of a folder, kept as ``curves-NAME.csv``."""
     mine = learning_curves(folder)
     mine.to_csv(home / f"curves-{name}.csv", index=False)
-    return pd.read_csv(home / "curves-prefill.csv"), mine
+    return pd.read_csv(home / "curves-prefill-ppo.csv"), mine
 
 
 def teachers(home: Path, folder: Path) -> str:
@@ -48,8 +48,8 @@ def teachers(home: Path, folder: Path) -> str:
 
 
 def policy_iteration(home: Path, folder: Path) -> str:
-    """Prefill agents trained by policy iteration, beside those of PPO."""
-    usual, mine = _beside_ppo(home, folder, "prefill-policy-iteration")
+    """The shipped prefill agents, trained by policy iteration, beside those of PPO."""
+    usual, mine = _beside_ppo(home, folder, "prefill")
     return runs_markdown("algorithm", {"PPO": usual, "policy iteration": mine})
 
 

@@ -16,7 +16,6 @@ from biscale_env.policies.policy_source import ORACLE, is_lookahead
 LOOKS = {  # policy: label, marker; from what knows least to what knows all
     "mpc": ("BiScale's own", "s"),
     "agent": ("agent", "o"),
-    "policy-iteration": ("agent, policy iteration", "D"),
     "lookahead:seconds=0": ("plan, 0 s known", "$0$"),
     "lookahead:seconds=0.1": ("plan, 0.1 s", "$.1$"),
     "lookahead:seconds=0.5": ("plan, 0.5 s", "$.5$"),

@@ -338,21 +338,21 @@ def both_ways(summary: pd.DataFrame) -> str:
 
 
 def agents(folders: str) -> None:
-    """The table of learned agents, from the run directories of `biscale evaluate`, into docs/."""
-    runs = [load_run(folder) for folder in folders.split(",")]
-    results = pd.concat([run.results for run in runs], ignore_index=True)
-    windows = pd.concat([run.windows for run in runs], ignore_index=True)
-    (ROOT / "docs" / "agents-table.md").write_text(
-        "# Learned agents on workloads not used in training\n\nMade by the commands in"
-        " [agents.md](agents.md).\n\n" + markdown(results, windows, shipped_seeds())
-    )
+    """Tables of learned agents, from the runs of `biscale evaluate` (one phase each), into docs/."""
+    for run in map(load_run, folders.split(",")):
+        (phase,) = run.results["phase"].unique()
+        text = markdown(run.results, run.windows, shipped_seeds())
+        replace_block(ROOT / "docs" / "agents-table.md", phase, text)
 
 
-def curves(phase: str, folder: str) -> None:
-    """Learning curves of all training seeds of a phase as CSV, and the figure of both phases."""
+def curves(runs: str, folder: str) -> None:
+    """Learning curves of all training seeds as ``curves-RUNS.csv``, and the shipped ones' figure.
+
+    ``RUNS`` is the phase; ``prefill-ppo`` are those that others are compared with.
+    """
     home = ROOT / "docs" / "agents"
     home.mkdir(exist_ok=True)
-    learning_curves(Path(folder)).to_csv(home / f"curves-{phase}.csv", index=False)
+    learning_curves(Path(folder)).to_csv(home / f"curves-{runs}.csv", index=False)
     both = {p: home / f"curves-{p}.csv" for p in ("prefill", "decode")}
     draw({p: pd.read_csv(path) for p, path in both.items() if path.is_file()}, home / "curves.svg")
 

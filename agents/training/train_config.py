@@ -278,7 +278,7 @@ class AgentConfig(WithInstance):
 
 
 def load_config(name: str | Path | None, phase: str, algo: str | None = None) -> AgentConfig:
-    """Read a config by name or path; without one, the shipped config of the phase and algorithm.
+    """Read a config by name or path; without one, that of the phase and algorithm (PPO).
 
     Raises:
         BiscaleError: unknown algorithm, key or hyper-parameter, or a config of the other phase.

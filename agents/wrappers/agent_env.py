@@ -30,7 +30,7 @@ def agent_env(
 
     Args:
         phase: ``prefill`` or ``decode``.
-        config: a config or its name; None takes the shipped one of the phase.
+        config: a config or its name; None takes PPO's of the phase.
         n_workloads: different workloads; max clock is run on each.
         update_every: steps between updates of the cost rate.
         **options: of the environment.

@@ -43,7 +43,7 @@ def train(
     *,
     algo: Algorithm = None,
     config: Annotated[
-        str | None, typer.Option(help="Config name or YAML file; default: the shipped one.")
+        str | None, typer.Option(help="Config name or YAML file; default: that of phase and --algo.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Env steps instead of the config's.")] = None,
     seed: Annotated[
@@ -181,7 +181,7 @@ def tune(
     phase: Annotated[str, typer.Argument(help="prefill or decode")],
     algo: Algorithm = None,
     config: Annotated[
-        str | None, typer.Option(help="Config to start from; default: the shipped one.")
+        str | None, typer.Option(help="Config to start from; default: that of phase and --algo.")
     ] = None,
     trials: Annotated[int, typer.Option(help="Trials in this session.")] = 20,
     steps: Annotated[int, typer.Option(help="Env steps per trial.")] = 300_000,

@@ -38,8 +38,8 @@ def test_ways_to_train_are_compared_on_the_seeds_that_all_have():
 @pytest.mark.parametrize(
     ("block", "head", "ways"),
     [
-        ("teachers", "teacher", {"MPC with its extras": "", "plans that know 0.5 s": "-lookahead"}),
-        ("policy-iteration", "algorithm", {"PPO": "", "policy iteration": "-policy-iteration"}),
+        ("teachers", "teacher", {"MPC with its extras": "-ppo", "plans that know 0.5 s": "-lookahead"}),
+        ("policy-iteration", "algorithm", {"PPO": "-ppo", "policy iteration": ""}),
     ],
 )
 def test_tables_of_the_page_are_those_of_the_committed_curves(block, head, ways):
