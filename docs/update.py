@@ -338,7 +338,7 @@ def both_ways(summary: pd.DataFrame) -> str:
 
 
 def agents(folders: str) -> None:
-    """Tables of learned agents, from the runs of `biscale evaluate` (one phase each), into docs/."""
+    """Tables of learned agents, from runs of `biscale evaluate` of one phase each, into docs/."""
     for run in map(load_run, folders.split(",")):
         (phase,) = run.results["phase"].unique()
         text = markdown(run.results, run.windows, shipped_seeds())
@@ -370,10 +370,11 @@ def algorithms(folder: str, block: str = "algorithms") -> None:
 
 
 def robustness(folder: str) -> None:
-    """The shipped agents in distribution, shifted and on unseen workloads."""
+    """The shipped agents in distribution, shifted and on unseen workloads; a table per phase."""
     run = load_run(folder)
-    table = robustness_markdown(run.results, run.windows)
-    replace_block(ROOT / "docs" / "agents.md", "robustness", table)
+    for phase, rows in run.results.groupby("phase", sort=False):
+        table = robustness_markdown(rows, run.windows)
+        replace_block(ROOT / "docs" / "agents.md", f"robustness-{phase}", table)
 
 
 def leaderboard() -> None:

@@ -4,6 +4,7 @@
 (``bc-mixed/best.npz``), and ``scores.csv``: networks and recorded policies on held-out workloads.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -75,6 +76,7 @@ def network_path(folder: Path, learner: str, data: str) -> Path:
 def _learn(config: OfflineConfig, folder: Path, name: str, data: str, say: Say) -> None:
     learner = config.learners[name]
     mine = config.agent_config(learner)
+    began_s = time.process_time()
     transitions = load_transitions(config, folder, config.qualities_of(data))
     say(f"{name} on {data}: {len(transitions)} decisions")
     weights, biases = learn(learner, transitions, mine.net_arch, config.seed, say)
@@ -82,6 +84,7 @@ def _learn(config: OfflineConfig, folder: Path, name: str, data: str, say: Say) 
         "algo": learner.kind,
         "seed": config.seed,
         "steps": len(transitions),  # env steps that it has seen, all of them recorded
+        "cpu_minutes": round((time.process_time() - began_s) / 60.0, 3),
         "updates": learner.updates,
         "data": {quality: config.qualities[quality] for quality in config.qualities_of(data)},
         "margin": 0.0,

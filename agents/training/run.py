@@ -156,6 +156,7 @@ def set_up(config: AgentConfig, folder: Path, resume: bool = False) -> TrainingR
     Raises:
         BiscaleError: see :func:`open_folder`; or the stored state cannot be read.
     """
+    began_s = time.process_time()
     open_folder(folder, config, resume)
     groups, counts = make_groups(config)
     env = AgentVecEnv(config, groups, counts, config.seed)
@@ -166,7 +167,7 @@ def set_up(config: AgentConfig, folder: Path, resume: bool = False) -> TrainingR
     names = [g.name for g in groups]
     write_whole(folder / TRAINED_ON_FILE, json.dumps(training_facts(config, env.plant), indent=1))
     evaluate = Evaluate(config, held_out, names, HeldOutPolicy(model, config, held_out), _nothing)
-    run = TrainingRun(folder, config, env, model, Lagrangian(env, goals), evaluate, state)
+    run = TrainingRun(folder, config, env, model, Lagrangian(env, goals), evaluate, state, began_s)
     evaluate.save = lambda best, step, metrics: save(run, best, step, metrics)
     if state is not None:
         state.restore(run)
@@ -201,6 +202,7 @@ def store(run: TrainingRun, state: RunState) -> None:
         state.append_to(temporary)
     summary = {
         "step": run.model.num_timesteps,
+        "cpu_minutes": round(state.cpu_s / 60.0, 3),
         "best": run.evaluate.best,
         "worse": run.evaluate.worse,
         "multipliers": duals.multipliers.tolist(),
@@ -245,6 +247,7 @@ def _card(run: TrainingRun, step: int, metrics: HeldoutMetrics) -> dict[str, Any
         "algo": run.config.algo,
         "seed": run.config.seed,
         "steps": step,
+        "cpu_minutes": round(run.cpu_s / 60.0, 3),
         "margin": run.evaluate.margin,
         "held_out": held_out,
         "config": run.config.model_dump(mode="json"),

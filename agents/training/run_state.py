@@ -8,6 +8,7 @@ one more member of SB3's own zip, which SB3 ignores, so that weights and state a
 import copy
 import pickle
 import random
+import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ class TrainingRun:
         lagrangian: moves the multipliers.
         evaluate: evaluates and saves.
         state: what a resumed run goes on from; None at a fresh start.
+        began_s: processor time of this process when the run was set up.
     """
 
     folder: Path
@@ -57,6 +59,13 @@ class TrainingRun:
     lagrangian: Lagrangian
     evaluate: Evaluate
     state: "RunState | None" = None
+    began_s: float = 0.0
+
+    @property
+    def cpu_s(self) -> float:
+        """Processor time so far, s; what was thrown away by an interruption does not count."""
+        earlier = 0.0 if self.state is None else self.state.cpu_s
+        return earlier + time.process_time() - self.began_s
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,7 @@ class RunState:
         path: multipliers so far.
         memory: what SB3 remembers.
         generators: of Python, NumPy and torch, and that of the action space.
+        cpu_s: processor time so far.
     """
 
     env: dict[str, Any]
@@ -76,6 +86,7 @@ class RunState:
     path: list[Any]
     memory: dict[str, Any]
     generators: dict[str, Any]
+    cpu_s: float = 0.0
 
     @classmethod
     def of(cls, run: TrainingRun) -> "RunState":
@@ -87,6 +98,7 @@ class RunState:
             list(run.lagrangian.path),
             memory,
             _generators(run.model),
+            run.cpu_s,
         )
 
     def restore(self, run: TrainingRun) -> None:

@@ -43,7 +43,8 @@ def train(
     *,
     algo: Algorithm = None,
     config: Annotated[
-        str | None, typer.Option(help="Config name or YAML file; default: that of phase and --algo.")
+        str | None,
+        typer.Option(help="Config name or YAML file; default: that of phase and --algo."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Env steps instead of the config's.")] = None,
     seed: Annotated[

@@ -20,7 +20,7 @@ optuna = pytest.importorskip("optuna")
 from agents.training import run as run_module  # noqa: E402
 from agents.training.run import claimed, set_up, train  # noqa: E402
 from agents.training.run_config import new_folder  # noqa: E402
-from agents.training.run_state import MEMBER, RunState, read_state  # noqa: E402
+from agents.training.run_state import MEMBER, RunState, TrainingRun, read_state  # noqa: E402
 from agents.training.study import open_study, run_trials, sampler_for, suggest  # noqa: E402
 from agents.training.train_config import AgentConfig, load_config  # noqa: E402
 from biscale_env.core.errors import BiscaleError  # noqa: E402
@@ -77,6 +77,14 @@ def interrupt(run, after):
     return said[-1]
 
 
+def test_processor_time_adds_up_over_interruptions(monkeypatch):
+    parts = dict.fromkeys(("folder", "config", "env", "model", "lagrangian", "evaluate"))
+    kept = RunState({}, {}, [], {}, {}, cpu_s=100.0)
+    monkeypatch.setattr("agents.training.run_state.time.process_time", lambda: 12.0)
+    assert TrainingRun(**parts, state=kept, began_s=5.0).cpu_s == 107.0
+    assert TrainingRun(**parts, began_s=5.0).cpu_s == 7.0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, PRICED, DECODE, COSTS], ids=["multipliers", "priced", "decode", "costs"]
@@ -95,7 +103,9 @@ def test_interrupted_and_resumed_is_the_straight_run_bit_for_bit(tmp_path, monke
     interrupt(set_up(config, folder, resume=True), 60)
     again = set_up(config, folder, resume=True)
     assert 256 < again.model.num_timesteps < 1024
+    assert 0.0 < again.state.cpu_s < again.cpu_s
     train(again, print)
+    assert read_state(folder / "last.zip").cpu_s > again.state.cpu_s
     assert again.model.num_timesteps == straight.model.num_timesteps == 1024
     assert same(weights(again), weights(straight))
     a, b = again.env.duals, straight.env.duals

@@ -3,6 +3,8 @@
 Equal export, resume, refusals, the Lagrangian, cloning, tuning.
 """
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -108,6 +110,13 @@ def test_runs_resume_and_refuse_changes(tmp_path):
         "multipliers.csv",
         "tensorboard",
     } <= names
+    spent = json.loads((folder / "state.json").read_text())["cpu_minutes"]
+    assert (
+        0.0
+        < load_network(folder / "best.npz").card["cpu_minutes"]
+        <= spent
+        <= first.cpu_s / 60 + 1e-3
+    )
     with pytest.raises(BiscaleError, match="--resume"):
         set_up(tiny(), folder)
     with pytest.raises(BiscaleError, match="'n_envs' was 8 and is now 4"):

@@ -1,15 +1,18 @@
 """Suites, scores, cards, their verification and the leaderboard, from figures made by hand."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from agents.policy.numpy_policy import load_network
 from biscale_env.config import list_names
 from biscale_env.core.errors import BiscaleError
 from biscale_env.evaluation.report.agent_table import ScoredPoint
-from biscale_env.evaluation.suite.card_page import card_text, cards_html
-from biscale_env.evaluation.suite.entrants import entrants_of
+from biscale_env.evaluation.suite.benchmark import training_costs
+from biscale_env.evaluation.suite.card_page import card_text, cards_html, training_words
+from biscale_env.evaluation.suite.entrants import Entrant, entrants_of
 from biscale_env.evaluation.suite.leaderboard import EMPTY, leaderboard_markdown
 from biscale_env.evaluation.suite.score_card import (
     ScoreCard,
@@ -142,6 +145,23 @@ def test_entrants_are_told_apart_by_training_seed():
     }
     assert all(c.training_seed >= 0 for c in agent.candidates)
     assert [e.label for e in entrants_of(["mpc", "wide=mpc:margin=0.3"])] == ["mpc", "wide"]
+
+
+def test_training_costs_are_those_of_the_dearest_seed_and_unknown_where_one_does_not_say(tmp_path):
+    network = load_network(SHIPPED / "decode.npz")
+    for seed, minutes in ((0, 1.25), (1, 3.5), (2, None)):
+        told = {} if minutes is None else {"cpu_minutes": minutes}
+        card = {"algo": "ppo", "seed": seed, "steps": 100 + seed} | told
+        (tmp_path / f"seed-{seed}").mkdir()
+        replace(network, card=card).save(tmp_path / f"seed-{seed}" / "best.npz")
+    two = Entrant("two", "x", entrants_of([f"x={tmp_path}"])[0].candidates[:2])
+    (cost,) = training_costs(two)
+    assert cost == TrainingCost(
+        tier="decode", algorithm="ppo", env_steps=101, seeds=(0, 1), cpu_minutes=3.5
+    )
+    (whole,) = training_costs(entrants_of([f"x={tmp_path}"])[0])
+    assert (whole.seeds, whole.cpu_minutes) == ((0, 1, 2), None)
+    assert training_costs(entrants_of(["mpc"])[0]) == ()
 
 
 def test_the_score_is_the_mean_of_the_middle_half_and_misses_are_named():
@@ -284,6 +304,9 @@ def test_the_leaderboard_ranks_by_misses_first_and_names_them():
     assert rows == ["policy", "careful", "bold"]
     assert "- bold misses the SLO of prefill/a." in prefill
     assert "2.5 million steps (ppo)" in prefill
+    timed = cost.model_copy(update={"cpu_minutes": 9.8})
+    words = training_words(card_of(tasks_by_hand(), "timed", training=(timed,)))
+    assert words == "prefill: 2.5 million steps, 9.8 CPU minutes (ppo)"
     assert "2.5 million" not in text[text.index("**decode**") :]
     other = card_of(tasks_by_hand(), "late", suite_version=2)
     assert leaderboard_markdown([card_of(tasks_by_hand()), other]).count("### hand v") == 2

@@ -38,7 +38,11 @@ def test_ways_to_train_are_compared_on_the_seeds_that_all_have():
 @pytest.mark.parametrize(
     ("block", "head", "ways"),
     [
-        ("teachers", "teacher", {"MPC with its extras": "-ppo", "plans that know 0.5 s": "-lookahead"}),
+        (
+            "teachers",
+            "teacher",
+            {"MPC with its extras": "-ppo", "plans that know 0.5 s": "-lookahead"},
+        ),
         ("policy-iteration", "algorithm", {"PPO": "-ppo", "policy iteration": ""}),
     ],
 )

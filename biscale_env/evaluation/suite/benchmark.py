@@ -191,21 +191,26 @@ def _card(
 
 def training_costs(one: Entrant) -> tuple[TrainingCost, ...]:
     """What the checkpoints of a policy say of their training; empty where nothing does."""
-    found: dict[str, list[tuple[str, int, int]]] = {}
+    found: dict[str, list[Mapping[str, Any]]] = {}
     for candidate in one.candidates:
         path = Path(candidate.build.partition(".npz")[0] + ".npz")
         if path.is_file():
             card = load_network(path).card
             if "steps" in card:
-                steps, seed = int(card["steps"]), int(card.get("seed", -1))
-                entry = (str(card.get("algo", "")), steps, seed)
-                found.setdefault(candidate.phases[0], []).append(entry)
+                found.setdefault(candidate.phases[0], []).append(card)
     return tuple(
         TrainingCost(
             tier=tier,
-            algorithm=each[0][0],
-            env_steps=max(steps for _, steps, _ in each),
-            seeds=tuple(seed for _, _, seed in each),
+            algorithm=str(cards[0].get("algo", "")),
+            env_steps=max(int(card["steps"]) for card in cards),
+            seeds=tuple(int(card.get("seed", -1)) for card in cards),
+            cpu_minutes=_most_minutes(cards),
         )
-        for tier, each in found.items()
+        for tier, cards in found.items()
     )
+
+
+def _most_minutes(cards: Sequence[Mapping[str, Any]]) -> float | None:
+    """Processor time of the dearest seed; None where one of them does not say."""
+    spent = [card.get("cpu_minutes") for card in cards]
+    return None if None in spent else max(float(one) for one in spent if one is not None)

@@ -84,7 +84,9 @@ def training_words(card: ScoreCard) -> str:
     """Training cost in words; a dash where no checkpoint says."""
     return (
         "; ".join(
-            f"{cost.tier}: {cost.env_steps / 1e6:.2g} million steps ({cost.algorithm})"
+            f"{cost.tier}: {cost.env_steps / 1e6:.2g} million steps"
+            + (f", {cost.cpu_minutes:.2g} CPU minutes" if cost.cpu_minutes is not None else "")
+            + f" ({cost.algorithm})"
             + (f", {len(cost.seeds)} seeds" if len(cost.seeds) > 1 else "")
             for cost in card.training
         )

@@ -107,12 +107,15 @@ class TrainingCost(Config):
         algorithm: e.g. ``ppo``.
         env_steps: steps until the checkpoint was written.
         seeds: training seeds.
+        cpu_minutes: processor time until then, the most of the seeds; None where a checkpoint does
+            not say.
     """
 
     tier: str
     algorithm: str
     env_steps: int
     seeds: tuple[int, ...]
+    cpu_minutes: float | None = None
 
 
 _FOLDERS: Final = re.compile(r"(?<![\w.:/])/(?:[^\s/,:=()]+/)+|\b[A-Za-z]:\\(?:[^\s\\,:=()]+\\)*")
