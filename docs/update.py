@@ -214,10 +214,12 @@ def plans() -> None:
 
 
 def offline(folders: str) -> None:
-    """Data sets and held-out scores of runs of ``biscale offline``, into docs/offline.md."""
-    page, runs = ROOT / "docs" / "offline.md", [Path(folder) for folder in folders.split(",")]
-    replace_block(page, "offline-data", offline_tables.data_markdown(runs))
-    replace_block(page, "offline-scores", offline_tables.scores_markdown(runs))
+    """Data sets and held-out scores of ``biscale offline``, a phase per run, into its page."""
+    page = ROOT / "docs" / "offline.md"
+    for run in map(Path, folders.split(",")):
+        phase = offline_tables.phase_of(run)
+        replace_block(page, f"offline-data-{phase}", offline_tables.data_markdown(run))
+        replace_block(page, f"offline-scores-{phase}", offline_tables.scores_markdown(run))
 
 
 def paper(folder: str) -> None:
