@@ -64,7 +64,7 @@ class MultiConfig(Config):
         critic_rounds: first rounds in which only the critic learns.
         team: part of an agent's reward that is the mean over its phase in its cluster; 0: its own.
         start: checkpoint per phase to start from, ``shipped`` or a path; without one: from nothing.
-        agents: per phase what differs from the shipped config of a single instance
+        agents: per phase what differs from PPO's config of a single instance
             (:class:`agents.training.train_config.AgentConfig`).
         seed: of everything.
         evidence: where the values come from.
