@@ -1,7 +1,7 @@
 """Pages of experiments: every table of a run, phase by phase.
 
-A run of one phase renews that phase's part of a page and leaves the other as it is, since nothing
-in a phase depends on the other.
+A run of one phase renews that phase's part of a page and leaves the other as it is: nothing in a
+phase depends on the other.
 """
 
 import io
@@ -60,12 +60,17 @@ def write_csv(path: Path, summary: pd.DataFrame) -> None:
 
 
 def write_page(path: Path, name: str, run: Run) -> None:
-    """The whole tables of a run, a part per phase; parts of other phases stay."""
+    """The whole tables of a run, a part per phase; parts of other phases stay.
+
+    Raises:
+        SystemExit: a page of another form is there.
+    """
     kept = dict(PART.findall(path.read_text())) if path.is_file() else {}
-    summary, results = with_points(run)
-    for phase, rows in summary.groupby("phase", sort=False):
+    if path.is_file() and not kept:
+        raise SystemExit(f"{path} has no parts between markers of phases: delete it")
+    for phase, (summary, results) in by_phase(run).items():
         blocked = [one for one in run.infeasible if one["phase"] == phase]
-        kept[phase] = _part(rows, results[results["phase"] == phase], blocked)
+        kept[phase] = _part(phase, summary, results, blocked)
     parts = (
         f"<!-- begin:{phase} -->\n{kept[phase].strip()}\n<!-- end:{phase} -->\n"
         for phase in PHASES
@@ -78,27 +83,38 @@ def write_page(path: Path, name: str, run: Run) -> None:
     )
 
 
-def with_points(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Summary and results with a column ``point``: what tells the operating points apart."""
-    summary, results = run.summary(), run.results.copy()
-    varied = [c for c in ("scenario", "slo", "load") if summary[c].nunique() > 1] or ["scenario"]
-    for frame in (summary, results):
-        frame["point"] = frame[varied].astype(str).agg(", ".join, axis=1)
-    return summary, results
+def by_phase(run: Run) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
+    """Summary and results of each phase, with a column ``point`` that tells its points apart.
+
+    A phase that cannot be served at any point has none in either.
+    """
+    summary, results = run.summary(), run.results
+    blocked = {str(one["phase"]) for one in run.infeasible}
+    found = {}
+    for phase in PHASES:
+        parts = [frame[frame["phase"] == phase].copy() for frame in (summary, results)]
+        if parts[0].empty and phase not in blocked:
+            continue
+        varied = [c for c in ("scenario", "slo", "load") if parts[0][c].nunique() > 1]
+        for frame in parts:
+            frame["point"] = frame[varied or ["scenario"]].astype(str).agg(", ".join, axis=1)
+        found[phase] = (parts[0], parts[1])
+    return found
 
 
 def _part(
-    summary: pd.DataFrame, results: pd.DataFrame, infeasible: list[Mapping[str, object]]
+    phase: str,
+    summary: pd.DataFrame,
+    results: pd.DataFrame,
+    infeasible: list[Mapping[str, object]],
 ) -> str:
-    phase = summary["phase"].iloc[0]
+    if summary.empty:
+        return f"## {phase}\n" + _infeasible(infeasible)
     return (
         f"## {phase}\n\n"
         + both_ways(summary)
         + summary_markdown(summary)
-        + "".join(
-            f"\n**{scenario_label(point)}**: infeasible, since {point['reason']}.\n"
-            for point in infeasible
-        )
+        + _infeasible(infeasible)
         + "\n### Energy while iterations run, idling left out, relative to max clock\n\n"
         + busy_matrix(results, "point")
         + "\n"
@@ -106,17 +122,23 @@ def _part(
     )
 
 
+def _infeasible(points: list[Mapping[str, object]]) -> str:
+    return "".join(
+        f"\n**{scenario_label(point)}**: infeasible, since {point['reason']}.\n" for point in points
+    )
+
+
 def blocks(name: str, run: Run) -> dict[str, str]:
     """Blocks of docs/results.md by name: the matrix per phase, the ranges of the main table."""
-    summary, results = with_points(run)
     found = {}
-    for phase, rows in summary.groupby("phase", sort=False):
+    for phase, (summary, results) in by_phase(run).items():
+        if summary.empty:
+            continue
         if name == "main":
-            found[f"ranges-{phase}"] = ranges_markdown(rows, {phase: HEADLINE[phase]})
-            found[f"main-{phase}"] = matrix_markdown(rows)
+            found[f"ranges-{phase}"] = ranges_markdown(summary, {phase: HEADLINE[phase]})
+            found[f"main-{phase}"] = matrix_markdown(summary)
         else:
-            mine = results[results["phase"] == phase]
-            found[f"{name}-{phase}"] = matrix(rows, mine, "point")
+            found[f"{name}-{phase}"] = matrix(summary, results, "point")
     return found
 
 

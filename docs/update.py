@@ -5,7 +5,8 @@ Every block comes from the command that measures it.
 Usage: python docs/update.py [models] [bench] [bench-cluster] [observation] [envs] [readme]
        [controllers]
        [compare=RUN_DIRECTORY] [experiment:NAME=RUN_DIRECTORY ...] [agents=EVALUATION,EVALUATION]
-       [curves:PHASE=TRAINING_DIRECTORY] [algorithms=DIRECTORY_OF_RUNS] [algorithms-at-length=RUNS]
+       [curves:PHASE=TRAINING_DIRECTORY] [curves:prefill-ppo=TRAINING_DIRECTORY]
+       [algorithms=DIRECTORY_OF_RUNS] [algorithms-at-length=RUNS]
        [foresight-teacher=TRAINING_DIRECTORY] [policy-iteration=TRAINING_DIRECTORY]
        [robustness=EVALUATION]
        [leaderboard] [plans] [look-ahead] [paper=FOLDER_OF_A_REPRODUCTION]
@@ -158,11 +159,11 @@ def experiment(name: str, folder: str) -> None:
 
 
 def agents(folders: str) -> None:
-    """Tables of learned agents, from runs of `biscale evaluate` of one phase each, into docs/."""
+    """Tables of learned agents, from runs of `biscale evaluate`, a table per phase, into docs/."""
     for run in map(load_run, folders.split(",")):
-        (phase,) = run.results["phase"].unique()
-        text = markdown(run.results, run.windows, shipped_seeds())
-        replace_block(ROOT / "docs" / "agents-table.md", phase, text)
+        for phase, rows in run.results.groupby("phase", sort=False):
+            text = markdown(rows, run.windows, shipped_seeds())
+            replace_block(ROOT / "docs" / "agents-table.md", str(phase), text)
 
 
 def curves(runs: str, folder: str) -> None:

@@ -202,7 +202,7 @@ def store(run: TrainingRun, state: RunState) -> None:
         state.append_to(temporary)
     summary = {
         "step": run.model.num_timesteps,
-        "cpu_minutes": round(state.cpu_s / 60.0, 3),
+        "cpu_minutes": _minutes(state.cpu_s),
         "best": run.evaluate.best,
         "worse": run.evaluate.worse,
         "multipliers": duals.multipliers.tolist(),
@@ -212,6 +212,10 @@ def store(run: TrainingRun, state: RunState) -> None:
     write_whole(folder / STATE, json.dumps(summary, indent=1))
     write_path(run.lagrangian.path, names, folder / MULTIPLIERS)
     write_evaluations(run.evaluate.history, names, folder / EVALUATIONS)
+
+
+def _minutes(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds / 60.0, 3)
 
 
 def save(run: TrainingRun, best: bool, step: int, metrics: HeldoutMetrics) -> None:
@@ -247,7 +251,7 @@ def _card(run: TrainingRun, step: int, metrics: HeldoutMetrics) -> dict[str, Any
         "algo": run.config.algo,
         "seed": run.config.seed,
         "steps": step,
-        "cpu_minutes": round(run.cpu_s / 60.0, 3),
+        "cpu_minutes": _minutes(run.cpu_s),
         "margin": run.evaluate.margin,
         "held_out": held_out,
         "config": run.config.model_dump(mode="json"),

@@ -62,10 +62,13 @@ class TrainingRun:
     began_s: float = 0.0
 
     @property
-    def cpu_s(self) -> float:
-        """Processor time so far, s; what was thrown away by an interruption does not count."""
+    def cpu_s(self) -> float | None:
+        """Processor time so far, s; what was thrown away by an interruption does not count.
+
+        None for a run that was begun by a version that did not keep it.
+        """
         earlier = 0.0 if self.state is None else self.state.cpu_s
-        return earlier + time.process_time() - self.began_s
+        return None if earlier is None else earlier + time.process_time() - self.began_s
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class RunState:
         path: multipliers so far.
         memory: what SB3 remembers.
         generators: of Python, NumPy and torch, and that of the action space.
-        cpu_s: processor time so far.
+        cpu_s: processor time so far; None where it is not known.
     """
 
     env: dict[str, Any]
@@ -86,7 +89,7 @@ class RunState:
     path: list[Any]
     memory: dict[str, Any]
     generators: dict[str, Any]
-    cpu_s: float = 0.0
+    cpu_s: float | None = None
 
     @classmethod
     def of(cls, run: TrainingRun) -> "RunState":

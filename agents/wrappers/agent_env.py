@@ -1,4 +1,4 @@
-"""The recipe of the shipped agents on a public environment, for any library."""
+"""The trainer's recipe on a public environment, for any library."""
 
 from pathlib import Path
 from typing import Any

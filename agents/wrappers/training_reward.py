@@ -1,4 +1,4 @@
-"""The reward that the shipped agents are trained with, see :mod:`agents.training.worlds.reward`."""
+"""The reward that agents are trained with, see :mod:`agents.training.worlds.reward`."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from biscale_env.core.errors import BiscaleError
 from biscale_env.wrappers.last_step import phase_env
 
 GROUP = np.zeros(1, dtype=np.int64)
-UPDATE_EVERY = 16_384  # steps between updates: a rollout of the shipped configs
+UPDATE_EVERY = 16_384  # steps between updates: a rollout of PPO's configs
 
 
 class TrainingReward(gym.Wrapper[Any, Any, Any, Any]):

@@ -1,6 +1,7 @@
 """An interrupted run that is resumed is the run that was never interrupted."""
 
 import copy
+import json
 import multiprocessing
 import os
 import pickle
@@ -83,6 +84,8 @@ def test_processor_time_adds_up_over_interruptions(monkeypatch):
     monkeypatch.setattr("agents.training.run_state.time.process_time", lambda: 12.0)
     assert TrainingRun(**parts, state=kept, began_s=5.0).cpu_s == 107.0
     assert TrainingRun(**parts, began_s=5.0).cpu_s == 7.0
+    of_before = RunState({}, {}, [], {}, {})  # of a version that did not keep it
+    assert TrainingRun(**parts, state=of_before, began_s=5.0).cpu_s is None
 
 
 @pytest.mark.slow
@@ -103,9 +106,10 @@ def test_interrupted_and_resumed_is_the_straight_run_bit_for_bit(tmp_path, monke
     interrupt(set_up(config, folder, resume=True), 60)
     again = set_up(config, folder, resume=True)
     assert 256 < again.model.num_timesteps < 1024
-    assert 0.0 < again.state.cpu_s < again.cpu_s
+    object.__setattr__(again.state, "cpu_s", 6000.0)  # as if it had begun long ago
     train(again, print)
-    assert read_state(folder / "last.zip").cpu_s > again.state.cpu_s
+    assert read_state(folder / "last.zip").cpu_s > 6000.0
+    assert json.loads((folder / "state.json").read_text())["cpu_minutes"] > 100.0
     assert again.model.num_timesteps == straight.model.num_timesteps == 1024
     assert same(weights(again), weights(straight))
     a, b = again.env.duals, straight.env.duals

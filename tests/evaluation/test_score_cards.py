@@ -304,9 +304,10 @@ def test_the_leaderboard_ranks_by_misses_first_and_names_them():
     assert rows == ["policy", "careful", "bold"]
     assert "- bold misses the SLO of prefill/a." in prefill
     assert "2.5 million steps (ppo)" in prefill
-    timed = cost.model_copy(update={"cpu_minutes": 9.8})
-    words = training_words(card_of(tasks_by_hand(), "timed", training=(timed,)))
-    assert words == "prefill: 2.5 million steps, 9.8 CPU minutes (ppo)"
+    for minutes, shown in ((0.123, "0.12"), (9.8, "9.8"), (17.36, "17"), (123.4, "123")):
+        timed = cost.model_copy(update={"cpu_minutes": minutes})
+        words = training_words(card_of(tasks_by_hand(), "timed", training=(timed,)))
+        assert words == f"prefill: 2.5 million steps, {shown} CPU minutes (ppo)"
     assert "2.5 million" not in text[text.index("**decode**") :]
     other = card_of(tasks_by_hand(), "late", suite_version=2)
     assert leaderboard_markdown([card_of(tasks_by_hand()), other]).count("### hand v") == 2

@@ -1,5 +1,8 @@
 """Pages of experiments: a run of one phase renews that phase, to the letter nothing else."""
 
+from pathlib import Path
+
+import pandas as pd
 import pytest
 from docs_modules import docs_module
 from evaluation_synthetic import POLICIES as ALL
@@ -8,11 +11,13 @@ from evaluation_synthetic import plausible
 from biscale_env.evaluation.runs.run_view import load_run
 from biscale_env.evaluation.runs.rundir import RunDirectory
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 POLICIES = [name for name in ALL if name != "oracle"]
 
 
-def run_of(path, phases, seeds):
+def run_of(path, phases, seeds, blocked=()):
     with RunDirectory(path, {}) as directory:
+        directory.name_infeasible(list(blocked))
         for phase in phases:
             for policy in POLICIES:
                 for seed in seeds:
@@ -71,3 +76,38 @@ def test_a_phase_stands_in_its_own_part_alone(both, tmp_path):
     assert "**decode**" not in found["x-prefill"]
     for policy in POLICIES:
         assert f"| {policy} |" in found["x-decode"]
+
+
+def test_a_phase_without_runs_says_why(one, tmp_path):
+    page = tmp_path / "experiment-x.md"
+    point = {"phase": "decode", "scenario": "synthetic", "slo": "biscale", "load": 0.75, "tp": 4}
+    blocked = point | {"dtype": "bf16", "reason": "one prompt takes 2 s"}
+    run = run_of(tmp_path / "run", ("prefill",), (2, 3), [blocked])
+    with docs_module("experiment_pages") as pages:
+        pages.write_page(page, "x", run)
+        assert list(pages.blocks("x", run)) == ["x-prefill"]
+    prefill, decode = parts(page.read_text())
+    assert "infeasible, since one prompt takes 2 s." in decode
+    assert "infeasible" not in prefill
+
+
+def test_a_page_of_another_form_is_not_overwritten(one, tmp_path):
+    page = tmp_path / "experiment-x.md"
+    page.write_text("# Experiment `x`\n\n**decode**\n")
+    with docs_module("experiment_pages") as pages, pytest.raises(SystemExit, match="no parts"):
+        pages.write_page(page, "x", one)
+    assert "**decode**" in page.read_text()
+
+
+def test_the_page_of_results_has_a_place_for_every_block():
+    text = (DOCS / "results.md").read_text()
+    names = sorted(path.stem.removeprefix("experiment-") for path in DOCS.glob("experiment-*.csv"))
+    assert {"main", "slo", "foresight"} <= set(names)
+    for name in names:
+        phases = pd.read_csv(DOCS / f"experiment-{name}.csv")["phase"].unique()
+        page = (DOCS / f"experiment-{name}.md").read_text()
+        for phase in phases:
+            assert f"<!-- begin:{phase} -->\n## {phase}\n" in page
+            for kind in [name, "ranges"] if name == "main" else [name]:
+                place = f"<!-- begin:{kind}-{phase} -->"
+                assert name == "foresight" or text.count(place) == 1, place

@@ -84,14 +84,18 @@ def training_words(card: ScoreCard) -> str:
     """Training cost in words; a dash where no checkpoint says."""
     return (
         "; ".join(
-            f"{cost.tier}: {cost.env_steps / 1e6:.2g} million steps"
-            + (f", {cost.cpu_minutes:.2g} CPU minutes" if cost.cpu_minutes is not None else "")
-            + f" ({cost.algorithm})"
-            + (f", {len(cost.seeds)} seeds" if len(cost.seeds) > 1 else "")
+            f"{cost.tier}: {cost.env_steps / 1e6:.2g} million steps{_minutes(cost.cpu_minutes)}"
+            f" ({cost.algorithm})" + (f", {len(cost.seeds)} seeds" if len(cost.seeds) > 1 else "")
             for cost in card.training
         )
         or words.MISSING
     )
+
+
+def _minutes(minutes: float | None) -> str:
+    if minutes is None:
+        return ""
+    return f", {minutes:.0f} CPU minutes" if minutes >= 10.0 else f", {minutes:.2g} CPU minutes"
 
 
 def card_text(card: ScoreCard) -> str:

@@ -107,8 +107,8 @@ class TrainingCost(Config):
         algorithm: e.g. ``ppo``.
         env_steps: steps until the checkpoint was written.
         seeds: training seeds.
-        cpu_minutes: processor time until then, the most of the seeds; None where a checkpoint does
-            not say.
+        cpu_minutes: processor time of learning until then, recording of data left out, the most of
+            the seeds; None where a checkpoint does not say.
     """
 
     tier: str
