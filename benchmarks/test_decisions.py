@@ -16,8 +16,8 @@ DECISIONS = [
     ("prefill", "mpc-dompc", "ms", 4.0),
     ("prefill", "mpc", "ms", 4.0),
     ("decode", "slack", "us", 20.0),
-    ("prefill", "agent", "us", 100.0),
-    ("decode", "agent", "us", 100.0),
+    ("prefill", "agent", "us", 20.0),
+    ("decode", "agent", "us", 20.0),
 ]
 
 
@@ -68,4 +68,4 @@ def test_ppo_learns(meter: Meter) -> None:
         model.learn(steps, reset_num_timesteps=False)
 
     name = f"PPO learns, prefill, {config.n_envs} environments, one core"
-    meter.rate(learn, steps, name, "steps/s", 30e3, rounds=8)
+    meter.rate(learn, steps, name, "steps/s", 60e3, rounds=8)
