@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from agents import load_agent
-from agents.policy.numpy_policy import load_network
+from agents.policy.numpy_policy import Network, load_network
 from agents.policy.sb3_policy import config_beside
 from biscale_env.contract import Policy
 from biscale_env.core.errors import BiscaleError
@@ -87,8 +87,7 @@ class CheckpointSource:
             return [{"margin": float(m)} for m in config["margins"]]
         if network.price is None:
             return []
-        low, high = config.get("price") or (1.0, 100.0)
-        prices = [float(f"{p:.3g}") for p in np.geomspace(PRICE_FLOOR * low, high, N_PRICES)]
+        prices = prices_of(network, N_PRICES)
         careful = [
             {"price": p, "margin": m}
             for m in PRICED_MARGINS[phase]
@@ -112,6 +111,12 @@ class CheckpointSource:
                 )
             return load_plain(path, context)
         return load_agent(path, context, context.member, **given)
+
+
+def prices_of(network: Network, count: int) -> list[float]:
+    """Prices to try a network at, rising: from just inside the range that it was trained on."""
+    low, high = network.card.get("config", {}).get("price") or (1.0, 100.0)
+    return [float(f"{p:.3g}") for p in np.geomspace(PRICE_FLOOR * low, high, count)]
 
 
 def _numbers(name: str, params: Mapping[str, Any]) -> dict[str, float]:

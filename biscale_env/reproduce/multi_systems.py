@@ -13,13 +13,14 @@ from typing import Final
 import numpy as np
 
 from agents.policy.features import cheapest_mhz
+from agents.policy.numpy_policy import load_network
 from biscale_env.config.cluster_layout import Placement
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.cluster.cluster_settings import ClusterPlant
 from biscale_env.envs.cluster.whole_run import ClusterRun, run_cluster
 from biscale_env.envs.plant import Plant
 from biscale_env.policies import resolve_policy, with_parameters
-from biscale_env.policies.checkpoint_source import PRICE_FLOOR, PRICED_MARGINS
+from biscale_env.policies.checkpoint_source import PRICED_MARGINS, CheckpointSource, prices_of
 from biscale_env.reproduce.systems import MARGINS
 from biscale_env.traces import Trace
 from controllers.placement.coarse_rules import TUNE_GUARD
@@ -42,7 +43,6 @@ NO_SHARED: Final = (
 COMPILED: Final = {"prefill": "mpc", "decode": "slack"}
 KINDS: Final = {"static": "static", "policy": "static", "each": "external"}
 N_PRICES: Final = 8
-PRICES: Final = {"prefill": (1.0, 1000.0), "decode": (1.0, 100.0)}  # what the agents learned
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,9 @@ def of_run(folder: Path) -> dict[str, str]:
 
 
 def _prices(name: str, phase: str) -> list[PhaseSetting]:
-    low, high = PRICES[phase]
-    prices = [float(f"{p:.3g}") for p in np.geomspace(PRICE_FLOOR * low, high, N_PRICES)]
+    prices = prices_of(load_network(CheckpointSource(name, name).path(phase)), N_PRICES)
     given = [{"price": p} for p in prices]
-    given += [{"price": high, "margin": m} for m in PRICED_MARGINS[phase]]
+    given += [{"price": prices[-1], "margin": m} for m in PRICED_MARGINS[phase]]
     return [PhaseSetting("policy", with_parameters(name, one)) for one in given]
 
 

@@ -1,5 +1,7 @@
 """Many agents compared: decisions at intervals, tuning of both phases at once, the table."""
 
+import re
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ from cli_in_process import caller
 pytest.importorskip("pettingzoo")
 
 from agents.multi.multi_config import ClusterScenario
+from agents.policy.numpy_policy import load_network
 from biscale_env.core.errors import BiscaleError
 from biscale_env.envs.cluster.whole_run import run_cluster
 from biscale_env.jobs.workers import Workers
 from biscale_env.policies import resolve_policy
+from biscale_env.policies.checkpoint_source import SHIPPED
 from biscale_env.reproduce.multi import (
     CellBench,
     MultiCell,
@@ -84,6 +88,23 @@ def test_ladders_rise_in_care() -> None:
     assert prices[-1] == "agent:price=100.0,margin=0.5"
     with pytest.raises(BiscaleError, match="unknown system"):
         ladder("tier3", "decode", plant)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_prices_are_those_that_the_network_was_trained_on(phase, tmp_path) -> None:
+    shipped = load_network(SHIPPED / f"{phase}.npz")
+    config = dict(shipped.card["config"], price=[0.2, 30.0])
+    replace(shipped, card={"config": config}).save(tmp_path / "other.npz")
+    plant = CHAT.make_env(0.1, 4.0, rate_rps=20.0).options.plant.plant(phase, 4)
+    for system, agent, (low, high) in (
+        ("independent", None, shipped.card["config"]["price"]),
+        ("shared", str(tmp_path / "other.npz"), (0.2, 30.0)),
+    ):
+        names = [str(rung.value) for rung in ladder(system, phase, plant, agent)]
+        prices = [float(re.search(r"price=([0-9.]+)", name).group(1)) for name in names]
+        assert low < prices[0] < 3 * low
+        assert prices[-1] == high
+        assert prices == sorted(prices)
 
 
 def test_tuning_and_judgement_share_no_workload() -> None:
