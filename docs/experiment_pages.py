@@ -28,7 +28,6 @@ HEADLINE = {
     "decode": ("static-hindsight", "slack", "slack-plus", "agent", "oracle"),
 }
 
-
 PART = re.compile(r"<!-- begin:(\w+) -->\n(.*?)<!-- end:\1 -->", re.DOTALL)
 
 
@@ -116,9 +115,9 @@ def _part(
         + summary_markdown(summary)
         + _infeasible(infeasible)
         + "\n### Energy while iterations run, idling left out, relative to max clock\n\n"
-        + busy_matrix(results, "point")
+        + busy_matrix(phase, results)
         + "\n"
-        + oracle_facts(results, "point")
+        + oracle_facts(phase, results)
     )
 
 
@@ -138,7 +137,7 @@ def blocks(name: str, run: Run) -> dict[str, str]:
             found[f"ranges-{phase}"] = ranges_markdown(summary, {phase: HEADLINE[phase]})
             found[f"main-{phase}"] = matrix_markdown(summary)
         else:
-            found[f"{name}-{phase}"] = matrix(summary, results, "point")
+            found[f"{name}-{phase}"] = matrix(phase, summary, results)
     return found
 
 
@@ -166,17 +165,17 @@ def table(cells: pd.DataFrame, heads: list[str]) -> str:
     return markdown_table(["controller", *heads], rows)
 
 
-def bounds(results: pd.DataFrame, column: str) -> dict[str, str]:
-    """Energy ratio below which no controller can go at any delay, per point."""
+def bounds(results: pd.DataFrame) -> dict[str, str]:
+    """Energy ratio below which no controller can go at any delay, per point of a phase."""
     found = {}
     if "oracle_lower_bound_any_delay_j" in results:
         tops = results[results["policy"] == "max"].set_index(
-            [column, "phase", "workload_seed", "ensemble_member"]
+            ["point", "workload_seed", "ensemble_member"]
         )["energy_j"]
-        for point, rows in results[results["policy"] == "oracle"].groupby(column, sort=False):
+        for point, rows in results[results["policy"] == "oracle"].groupby("point", sort=False):
             ratios = [
                 r["oracle_lower_bound_any_delay_j"]
-                / tops[(point, r["phase"], r["workload_seed"], r["ensemble_member"])]
+                / tops[(point, r["workload_seed"], r["ensemble_member"])]
                 for _, r in rows.iterrows()
             ]
             found[str(point)] = f"{sum(ratios) / len(ratios):.3f}"
@@ -192,46 +191,34 @@ def natural(text: str) -> list[tuple[float, str]]:
     ]
 
 
-def matrix(summary: pd.DataFrame, results: pd.DataFrame, column: str) -> str:
-    """One table per phase: policies down, operating points across; then the bound."""
-    parts = []
-    for phase, rows in summary.groupby("phase", sort=False):
-        heads = sorted(dict.fromkeys(rows[column]), key=natural)
-        blocked = set(rows.loc[rows["feasible"].eq(False), column])
-        order = list(
-            rows.groupby("policy")["energy_ratio"].mean().sort_values(ascending=False).index
-        )
-        cells = pd.DataFrame(
-            {
-                p: {r["policy"]: cell(r) for _, r in rows[rows[column] == p].iterrows()}
-                for p in heads
-            }
-        ).reindex(order)
-        low = bounds(results[results["phase"] == phase], column)
-        if low:
-            cells.loc["*lower bound*"] = [low.get(p, "") for p in heads]
-        parts.append(
-            f"**{phase}**\n\n" + table(cells, [f"{p} †" if p in blocked else str(p) for p in heads])
-        )
-    return "\n\n".join(parts)
+def matrix(phase: str, summary: pd.DataFrame, results: pd.DataFrame) -> str:
+    """A phase: policies down, operating points across; then the bound."""
+    heads = sorted(dict.fromkeys(summary["point"]), key=natural)
+    blocked = set(summary.loc[summary["feasible"].eq(False), "point"])
+    means = summary.groupby("policy")["energy_ratio"].mean().sort_values(ascending=False)
+    cells = pd.DataFrame(
+        {
+            p: {r["policy"]: cell(r) for _, r in summary[summary["point"] == p].iterrows()}
+            for p in heads
+        }
+    ).reindex(list(means.index))
+    low = bounds(results)
+    if low:
+        cells.loc["*lower bound*"] = [low.get(p, "") for p in heads]
+    return f"**{phase}**\n\n" + table(cells, [f"{p} †" if p in blocked else str(p) for p in heads])
 
 
-def busy_matrix(results: pd.DataFrame, column: str) -> str:
-    """Energy while iterations run, idling left out, relative to max clock."""
+def busy_matrix(phase: str, results: pd.DataFrame) -> str:
+    """Energy of a phase while iterations run, idling left out, relative to max clock."""
     frame = results.assign(busy_j=results["energy_j"] - results["energy_idle_j"])
-    parts = []
-    for phase, rows in frame.groupby("phase", sort=False):
-        sums = rows.groupby(["policy", column], sort=False)["busy_j"].mean().unstack()
-        ratios = (sums / sums.loc["max"]).round(3)[sorted(sums.columns, key=natural)]
-        parts.append(
-            f"**{phase}**\n\n"
-            + table(ratios.sort_values(ratios.columns[0], ascending=False), list(ratios.columns))
-        )
-    return "\n\n".join(parts)
+    sums = frame.groupby(["policy", "point"], sort=False)["busy_j"].mean().unstack()
+    ratios = (sums / sums.loc["max"]).round(3)[sorted(sums.columns, key=natural)]
+    ratios = ratios.sort_values(ratios.columns[0], ascending=False)
+    return f"**{phase}**\n\n" + table(ratios, list(ratios.columns))
 
 
-def oracle_facts(results: pd.DataFrame, column: str) -> str:
-    """How far plan and bound of the optimum lie apart, per phase and point.
+def oracle_facts(phase: str, results: pd.DataFrame) -> str:
+    """How far plan and bound of a phase's optimum lie apart, per point.
 
     Empty where no optimum was computed.
     """
@@ -246,7 +233,7 @@ def oracle_facts(results: pd.DataFrame, column: str) -> str:
         "time of one workload, s (worst)",
     )
     cells = []
-    for (phase, point), group in rows.groupby(["phase", column], sort=False):
+    for point, group in rows.groupby("point", sort=False):
         gap, seconds = 100 * group["oracle_gap"], group["oracle_seconds"]
         shown = [f"{x.mean():.{n}f} ({x.max():.{n}f})" for x, n in ((gap, 2), (seconds, 1))]
         cells.append((phase, point, len(group), *shown))
