@@ -1,4 +1,4 @@
-"""The recipe of the public environments is that of the trainer."""
+"""The recipe on the public environments is that of the trainer."""
 
 from typing import Any
 

@@ -93,6 +93,7 @@ def test_the_recipe_on_tiny_settings_and_what_it_leaves(call, tmp_path):
     assert "bc on mixed" in out
     clone = load_network(run / "bc-mpc" / "best.npz")
     assert (clone.price, clone.card["algo"], list(clone.card["data"])) == (None, "bc", ["mpc"])
+    assert 0.0 < clone.card["cpu_minutes"] < 10.0
     assert load_network(run / "iql-mixed" / "best.npz").price == pytest.approx(10.0)
     assert clone.trained_on["instances"][0].startswith("h100-sxm/llama-3.3-70b")
     env = gym.make("BiScale/Prefill-v1", rate_rps=2.0, episode_s=10.0)

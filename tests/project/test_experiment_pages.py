@@ -1,6 +1,7 @@
 """Pages of experiments: a run of one phase renews that phase, to the letter nothing else."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -12,6 +13,7 @@ from biscale_env.evaluation.runs.run_view import load_run
 from biscale_env.evaluation.runs.rundir import RunDirectory
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+SIDES = ("low", "high")
 POLICIES = [name for name in ALL if name != "oracle"]
 
 
@@ -111,3 +113,66 @@ def test_the_page_of_results_has_a_place_for_every_block():
             for kind in [name, "ranges"] if name == "main" else [name]:
                 place = f"<!-- begin:{kind}-{phase} -->"
                 assert name == "foresight" or text.count(place) == 1, place
+
+
+def tuned(phase, ratios):
+    """Summary of a tuned run, both halves judged, as far as the main table looks at it."""
+    point = {"phase": phase, "workload": "azure-x", "idle": "last-clock", "slo": "biscale"}
+    point |= {"load": 0.5, "tp": 4, "dtype": "bf16", "one_trace": True}
+    point |= {"target_met": True, "attainment": 0.99, "static_ratio": 1.0}
+    return [
+        point
+        | {"policy": policy, "fold": fold, "energy_ratio": ratio, "equal_ratio": ratio + shift}
+        | {f"{name}_ci_{side}": 1.0 for name in ("equal_ratio", "static_ratio") for side in SIDES}
+        for fold, shift in (("forward", 0.0), ("backward", 0.02))
+        for policy, ratio in ratios.items()
+    ]
+
+
+def test_the_main_table_has_a_range_and_a_matrix_per_phase():
+    own = {"static-hindsight": 0.8, "agent": 0.6, "oracle": 0.5, "max": 1.0}
+    frame = pd.DataFrame(
+        tuned("prefill", own | {"mpc": 0.71, "mpc-plus": 0.65})
+        + tuned("decode", own | {"slack": 0.75, "slack-plus": 0.55})
+    ).assign(scenario="azure-x")
+    run = SimpleNamespace(summary=lambda: frame, results=frame, infeasible=[])
+    with docs_module("experiment_pages") as pages:
+        found = pages.blocks("main", run)
+    assert list(found) == ["ranges-prefill", "main-prefill", "ranges-decode", "main-decode"]
+    head, _, *rows = found["ranges-prefill"].splitlines()
+    assert "| mpc | mpc-plus | agent |" in head
+    assert len(rows) == 1
+    assert rows[0].startswith("| prefill, the last clock | 0.81–0.81 | 0.72–0.72 | 0.66–0.66 |")
+    assert "| slack | slack-plus | agent |" in found["ranges-decode"].splitlines()[0]
+    assert "**0.610**" in found["main-prefill"]  # the agent
+    assert "**0.560**" in found["main-decode"]  # slack-plus
+    assert "slack" not in found["main-prefill"]
+    assert "mpc" not in found["main-decode"]
+
+
+def test_points_are_told_apart_by_what_varies_within_the_phase():
+    rows = [("prefill", 0.5), ("prefill", 0.75), ("decode", 0.5)]
+    frame = pd.DataFrame([{"phase": p, "scenario": "x", "slo": "y", "load": n} for p, n in rows])
+    run = SimpleNamespace(summary=lambda: frame, results=frame, infeasible=[])
+    with docs_module("experiment_pages") as pages:
+        found = pages.by_phase(run)
+    assert [list(frames[0]["point"]) for frames in found.values()] == [["0.5", "0.75"], ["x"]]
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("agents.md", ["robustness"]),
+        ("agents-table.md", [""]),
+        ("offline.md", ["offline-data", "offline-scores"]),
+    ],
+)
+def test_pages_have_a_place_for_the_tables_of_each_phase(page, names):
+    text = (DOCS / page).read_text()
+    for name in names:
+        for phase in ("prefill", "decode"):
+            block = f"{name}-{phase}".removeprefix("-")
+            inner = text.split(f"<!-- begin:{block} -->\n")[1].split(f"<!-- end:{block} -->")[0]
+            other = {"prefill": "| decode |", "decode": "| prefill |"}[phase]
+            assert "|---" in inner
+            assert other not in inner
